@@ -1,0 +1,64 @@
+"""
+The embedded corpus: this machine's own Python standard library as bytes. Real text, nothing to download.
+
+    python data/local_corpus.py [-o data/python_bytes]
+
+Every module of the library is a document (tests, bundled wheels and generated files left out). A document's path decides by its hash whether it
+belongs to the validation set (one in ten) and where it stands in the order, so that the result is the same for one Python version on any machine.
+Vocabulary: bytes 0..255 and 256, the end of text. meta.json records the Python version and the sha256 of each shard.
+"""
+
+import argparse
+import hashlib
+import platform
+import sys
+import sysconfig
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.shards import RunError, ShardWriter, encode_bytes, write_meta  # noqa: E402
+
+# Absent from some distributions, generated at build time, or not source text.
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "lib2to3", "ensurepip", "__pycache__", "pydoc_data", "distutils", "tkinter"}
+
+
+def library_files() -> list[tuple[str, Path]]:
+    """(path inside the library, file) of every module that counts, in the corpus' order."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [(p.relative_to(root).as_posix(), p) for p in root.rglob("*.py")
+             if not LEFT_OUT & set(p.relative_to(root).parts) and not p.name.startswith(("_sysconfigdata", "sitecustomize"))]
+    return sorted(files, key=lambda item: hashlib.sha256(item[0].encode()).hexdigest())
+
+
+def build(folder: Path) -> dict:
+    """Write the shards; returns the meta data. RunError if this Python has no library source."""
+    files = library_files()
+    if len(files) < 100:
+        raise RunError(f"only {len(files)} source files found in {sysconfig.get_paths()['stdlib']}: this Python has no library source; give --data another folder of shards")
+    writers = {split: ShardWriter(folder, "python", split, end_of_text=256) for split in ("train", "val")}
+    for name, path in files:
+        text = path.read_bytes()
+        if text.strip():
+            split = "val" if int(hashlib.sha256(b"split" + name.encode()).hexdigest(), 16) % 10 == 0 else "train"
+            writers[split].add(encode_bytes(text), len(text))
+    meta = dict(vocab_size=257, tokenizer="bytes", source=f"standard library of Python {platform.python_version()}",
+                **{split: writer.close() for split, writer in writers.items()})
+    write_meta(folder, **meta)
+    return meta
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).resolve().parent / "python_bytes", help="folder to write")
+    folder = parser.parse_args().output
+    try:
+        meta = build(folder)
+    except RunError as error:
+        print(f"local_corpus.py: error: {error}", file=sys.stderr)
+        return 1
+    print(f"{folder}: {meta['source']}, " + ", ".join(f"{split} {meta[split]['tokens']:,} tokens in {meta[split]['documents']} documents" for split in ("train", "val")))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
