@@ -98,7 +98,18 @@ class Config:
     save: bool = True                   # write a checkpoint at the end, on a signal and every checkpoint_seconds
     checkpoint_seconds: float = 600.0   # time between checkpoints
 
+    @property
+    def end_of_text(self) -> int:
+        """The token that begins every document: the last of the vocabulary, in bytes (256) as in GPT-2's (50256)."""
+        return self.vocab_size - 1
+
+    @property
+    def padded_vocabulary(self) -> int:
+        """Rows of the embedding and the head: a multiple of 128 for matrix units, of 8 where the vocabulary is small."""
+        return -(-self.vocab_size // (unit := 128 if self.vocab_size > 4096 else 8)) * unit
+
 RESUME_FIELDS = {"resume", "data", "log_dir", "save", "checkpoint_seconds", "val_every", "device"}  # may differ from the checkpoint's
+LEAST = dict(sequence_length=2, batch_tokens=1, micro_batch_tokens=1, steps=0, tokens=1, layers=1, model_dim=1, heads=1, head_dim=1, mlp_hidden=1, loss_chunk=1)
 CHOICES = dict(rope=("half", "full", "none"), device=("auto", "cpu", "cuda"), dtype=("auto", "float32", "bfloat16"), compile=("auto", "model", "blocks", "off"))
 
 FINEWEB = dict(data="data/fineweb10B", val_tokens=10_485_760, sequence_length=2048, batch_tokens=524_288, micro_batch_tokens=65_536, align_documents=True,
@@ -143,16 +154,14 @@ def make_config(given: dict) -> Config:
     track = given.get("track", Config.track)
     if track not in TRACKS:
         raise RunError(f"unknown track {track!r}; the tracks are {', '.join(TRACKS)}")
-    base = TRACKS[track]
-    if given.get("resume"):
-        base = read_checkpoint(given["resume"])["config"]
-        for name in set(given) - RESUME_FIELDS:
-            if given[name] != base[name]:
-                raise RunError(f"--{name} {given[name]} differs from the checkpoint's {base[name]}: a resumed run keeps its settings; change them with --init_from")
+    base = read_checkpoint(given["resume"])["config"] if given.get("resume") else TRACKS[track]
+    for name in given.keys() - RESUME_FIELDS if given.get("resume") else ():
+        if given[name] != base[name]:
+            raise RunError(f"--{name} {given[name]} differs from the checkpoint's {base[name]}: a resumed run keeps its settings; change them with --init_from")
     c = Config(**{**base, **given})
-    for name in ("sequence_length", "batch_tokens", "micro_batch_tokens", "layers", "model_dim", "heads", "head_dim", "mlp_hidden", "loss_chunk"):
-        if getattr(c, name) < 1:
-            raise RunError(f"--{name} must be at least 1, got {getattr(c, name)}")
+    for name, least in LEAST.items():
+        if getattr(c, name) < least:
+            raise RunError(f"--{name} must be at least {least}, got {getattr(c, name)}")
     for name, choices in CHOICES.items():
         if getattr(c, name) not in choices:
             raise RunError(f"--{name} must be one of {', '.join(choices)}; got {getattr(c, name)!r}")
@@ -196,18 +205,14 @@ class Ranks:
         return Ranks(rank, world, torch.device("cuda", local) if cuda else torch.device("cpu"), getattr(torch, dtype if config.dtype == "auto" else config.dtype))
 
     def synchronize(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        if self.world > 1:
-            dist.barrier()
+        self.device.type == "cuda" and torch.cuda.synchronize()
+        self.world > 1 and dist.barrier()
 
     def agree(self, value: int) -> int:
         """The largest of all ranks' values; over the host, so that nothing waits for a GPU."""
-        if self.world > 1:
-            tensor = torch.tensor(value)
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-            value = int(tensor)
-        return value
+        tensor = torch.tensor(value)
+        self.world > 1 and dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor)
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------------
 # Optimizers: parameters in buckets, each rank updates its own slice of every bucket
@@ -261,9 +266,11 @@ class Bucket:
         return whole, dist.all_gather_into_tensor(whole, own.clone(), async_op=True)
 
 class ShardedOptimizer:
-    """Base of the optimizers (ZeRO stage 1). A subclass gives its buckets their state and updates one bucket's slice in update()."""
-    def __init__(self, buckets: list[Bucket], config: Config):
-        self.buckets, self.config, self.steps, self.works = buckets, config, 0, []
+    """Base of the optimizers (ZeRO stage 1). A subclass names its state for one rank's slice of a bucket, and updates such a slice."""
+    def __init__(self, buckets: list[Bucket], config: Config, wrap=lambda function: function):
+        self.buckets, self.config, self.steps, self.works, self.function = buckets, config, 0, [], wrap(self.function)
+        for bucket in buckets:
+            bucket.state = self.new_state(bucket.data[bucket.own])
 
     @torch.no_grad()
     def step(self, lr_factor: float, progress: float):
@@ -278,13 +285,14 @@ class ShardedOptimizer:
 
     def finish(self):
         while self.works:
-            if (work := self.works.pop()) is not None:
-                work.wait()
+            (work := self.works.pop()) and work.wait()
 
     def state_dict(self) -> dict:
         """The whole state, the same on every rank. Collective."""
-        states = [{name: bucket.gather(tensor) for name, tensor in bucket.state.items()} for bucket in self.buckets]
-        return dict(steps=self.steps, buckets=[{name: work and work.wait() and None or whole for name, (whole, work) in state.items()} for state in states])
+        gathered = [{name: bucket.gather(tensor) for name, tensor in bucket.state.items()} for bucket in self.buckets]
+        for _, work in (item for state in gathered for item in state.values()):
+            work and work.wait()
+        return dict(steps=self.steps, buckets=[{name: whole for name, (whole, _) in state.items()} for state in gathered])
 
     def load_state_dict(self, saved: dict):
         self.steps = saved["steps"]
@@ -328,12 +336,10 @@ def adam_update(data, gradient, mean, square, lr, decay, beta1: float, beta2: fl
 
 class Muon(ShardedOptimizer):
     """For matrices; its buckets are batches of equal ones."""
-    def __init__(self, buckets: list[Bucket], config: Config, wrap=lambda function: function):
-        super().__init__(buckets, config)
-        self.function = wrap(muon_update)
-        for b in buckets:
-            own = b.data[b.own]
-            b.state = dict(momentum=torch.zeros_like(own), second=torch.zeros_like(own[..., :1] if own.shape[-2] >= own.shape[-1] else own[..., :1, :]))
+    function = staticmethod(muon_update)
+
+    def new_state(self, own: Tensor) -> dict:
+        return dict(momentum=torch.zeros_like(own), second=torch.zeros_like(own[..., :1] if own.shape[-2] >= own.shape[-1] else own[..., :1, :]))
 
     def update(self, data, gradient, state, lr, decay, progress):
         mu = self.config.momentum - max(0.0, 1 - 10 * progress) * max(0.0, self.config.momentum - 0.85)
@@ -341,11 +347,10 @@ class Muon(ShardedOptimizer):
 
 class Adam(ShardedOptimizer):
     """For embeddings, the head, scalars and gates; its buckets are flat."""
-    def __init__(self, buckets: list[Bucket], config: Config, wrap=lambda function: function):
-        super().__init__(buckets, config)
-        self.function = wrap(adam_update)
-        for b in buckets:
-            b.state = dict(mean=torch.zeros_like(b.data[b.own]), square=torch.zeros_like(b.data[b.own]))
+    function = staticmethod(adam_update)
+
+    def new_state(self, own: Tensor) -> dict:
+        return dict(mean=torch.zeros_like(own), square=torch.zeros_like(own))
 
     def update(self, data, gradient, state, lr, decay, progress):
         betas = (self.config.adam_beta1, self.config.adam_beta2)
@@ -362,33 +367,27 @@ def build_optimizers(model: nn.Module, config: Config, ranks: Ranks) -> list[Sha
         if kind not in rates or kind == "muon" and p.ndim < 2:
             raise RunError(f"parameter {name} of shape {tuple(p.shape)} asks for optimizer {kind!r}; there are {', '.join(rates)}, and muon takes matrices only")
         groups.setdefault((kind, getattr(p, "lr_mul", 1.0), getattr(p, "wd_mul", 1.0), p.shape[-2:] if kind == "muon" else None), []).append(p)
-    buckets = {kind: [] for kind in rates}
+    matrices, numbers = [], []
     for (kind, lr_mul, wd_mul, _), parameters in groups.items():
         decay = config.weight_decay * wd_mul if kind == "muon" else 0.0
-        buckets[kind].append(Bucket(parameters, kind == "muon", rates[kind] * lr_mul, decay, ranks))
+        (matrices if kind == "muon" else numbers).append(Bucket(parameters, kind == "muon", rates[kind] * lr_mul, decay, ranks))
     compiled = (lambda f: torch.compile(f, dynamic=False)) if ranks.device.type == "cuda" and compile_mode(config, ranks) != "off" else (lambda f: f)
-    return [Muon(buckets.pop("muon"), config, compiled), Adam(sum(buckets.values(), []), config, compiled)]
+    return [Muon(matrices, config, compiled), Adam(numbers, config, compiled)]
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------------
 # Model
 
 @dataclass
 class AttentionContext:
-    """
-    What a layer may know besides the stream; B rows of T tokens.
-    doc_start (B, T) int32: where in the row each token's document begins (0 without document mask); positions (B, T) int32: place in the document
-    window: int or None; first_key (B, T) int32: max(doc_start_i, i - window + 1), None where it is 0 throughout (plain causal attention)
-    block_mask: the same rule for FlexAttention, or None; rotary: cosine and sine (T, head_dim / 2), or None
-    x0 (B, T, model_dim): the embedded tokens; value (B, T, model_dim): the layer's value embedding, or None
-    """
-    doc_start: Tensor
-    positions: Tensor
+    """What a layer may know besides the stream; B rows of T tokens."""
+    doc_start: Tensor                           # (B, T) int32: where in the row each token's document begins (0 without document mask)
+    positions: Tensor                           # (B, T) int32: the token's place in its document
     window: int | None
-    first_key: Tensor | None
-    block_mask: object | None
-    rotary: tuple[Tensor, Tensor] | None
-    x0: Tensor
-    value: Tensor | None = None
+    first_key: Tensor | None                    # (B, T) int32: max(doc_start_i, i - window + 1); None where 0 throughout: plain causal attention
+    block_mask: object | None                   # the same rule for FlexAttention
+    rotary: tuple[Tensor, Tensor] | None        # cosine and sine, (T, head_dim / 2)
+    x0: Tensor                                  # (B, T, model_dim): the embedded tokens
+    value: Tensor | None                        # (B, T, model_dim): the layer's value embedding
 
 class Linear(nn.Module):
     """y = x W'; W (n_out, n_in) is float32 and cast to x's dtype. role: q k v o fc proj gate head; a replacement of the head's must offer .weight."""
@@ -555,7 +554,7 @@ class LanguageModelHead(nn.Module):
     """forward(x (B, T, D), targets (B, T)) -> mean loss in nats a token, float32; without targets -> logits (B, T, vocabulary), float32."""
     def __init__(self, config: Config):
         super().__init__()
-        self.projection = Linear(config, None, "head", config.model_dim, padded_vocabulary(config))
+        self.projection = Linear(config, None, "head", config.model_dim, config.padded_vocabulary)
         self.vocab_size, self.softcap, self.chunk = config.vocab_size, config.logit_softcap, config.loss_chunk
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -568,15 +567,6 @@ class LanguageModelHead(nn.Module):
             return SoftcappedCrossEntropy.apply(x, weight, targets, self.softcap, self.chunk) / len(targets)
         weight = weight.type_as(x)
         return sum(loss_of_chunk(part, weight, target, self.softcap)[0] for part, target in zip(x.split(self.chunk), targets.split(self.chunk))) / len(targets)
-
-def padded_vocabulary(config: Config) -> int:
-    """Rows of the embedding and the head: a multiple of 128 for matrix units, of 8 where the vocabulary is small."""
-    unit = 128 if config.vocab_size > 4096 else 8
-    return -(-config.vocab_size // unit) * unit
-
-def end_of_text(config: Config) -> int:
-    """The token that begins every document: the last of the vocabulary, in bytes (256) as in GPT-2's (50256)."""
-    return config.vocab_size - 1
 
 def value_table(config: Config, layer: int) -> int | None:
     """Which value embedding a layer uses: tables 0, 1, .. in the first layers and again in the last, None between."""
@@ -592,7 +582,7 @@ class GPT(nn.Module):
     """forward(tokens (B, T) int, targets (B, T) int) -> mean loss; without targets -> logits (B, T, vocabulary)."""
     def __init__(self, config: Config):
         super().__init__()
-        self.config, width, rows = config, config.model_dim, padded_vocabulary(config)
+        self.config, width, rows = config, config.model_dim, config.padded_vocabulary
         self.embedding = embedding(rows, width, 0.02 if config.tied_embedding else 1.0)
         self.bigram_embedding = embedding(config.bigram_rows, width, 0.0) if config.bigram_rows else None
         self.value_embeddings = nn.ModuleList(embedding(rows, width, 0.1) for _ in range(min(config.value_embeddings, config.layers // 2)))
@@ -626,7 +616,7 @@ class GPT(nn.Module):
         """One AttentionContext a layer. tokens (B, T), x0 and each of values (B, T, model_dim)."""
         config, T, shared, result = self.config, tokens.shape[1], {}, []
         index = torch.arange(T, device=tokens.device, dtype=torch.int32)
-        starts = torch.where(tokens == end_of_text(config), index, 0) if config.document_mask else torch.zeros_like(tokens)
+        starts = torch.where(tokens == config.end_of_text, index, 0) if config.document_mask else torch.zeros_like(tokens)
         doc_start = starts.cummax(1).values.int()
         angles = index[:, None] * self.frequencies
         rotary = (angles.cos(), angles.sin()) if config.rope != "none" else None
@@ -643,7 +633,7 @@ class GPT(nn.Module):
     def embed(self, tokens: Tensor) -> tuple[Tensor, list[AttentionContext]]:
         """Tokens (B, T) -> the stream (B, T, model_dim) and the layers' contexts. Nothing passes the start of a document."""
         x = self.embedding(tokens).to(self.dtype)
-        inside = F.pad(torch.ones_like(tokens[:, 1:], dtype=torch.bool), (1, 0)) & (tokens != end_of_text(self.config) if self.config.document_mask else True)
+        inside = F.pad(torch.ones_like(tokens[:, 1:], dtype=torch.bool), (1, 0)) & (tokens != self.config.end_of_text if self.config.document_mask else True)
         if self.smear_gate is not None:
             gate = self.smear_scale.type_as(x) * torch.sigmoid(self.smear_gate(x[..., :GATE_CHANNELS])) * inside[..., None]
             x = x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
@@ -680,10 +670,8 @@ def build_model(config: Config, ranks: Ranks) -> GPT:
     return model.to(ranks.device)
 
 def compile_mode(config: Config, ranks: Ranks) -> str:
-    """
-    What compile = auto means. One GPU: one graph. Several: a graph a block, because a whole graph hands over its gradients only when its backward
-    pass ends, and nothing could be reduced meanwhile. CPU: a graph a block (equal blocks share it) where a C++ compiler is found.
-    """
+    """What compile = auto means. One GPU: one graph. Several: a graph a block, because a whole graph hands over its gradients only when its backward
+    pass ends, and nothing could be reduced meanwhile. CPU: a graph a block (equal blocks share it) where a C++ compiler is found."""
     if config.compile != "auto":
         return config.compile
     if ranks.device.type == "cuda":
@@ -697,8 +685,7 @@ def compile_model(model: GPT, mode: str):
         part.compile(dynamic=False, fullgraph=True)
 
 def flops_per_token(config: Config) -> float:
-    """Training FLOPs of one token, forward and backward, as PyTorch counts them on a row without data. All scores that the PyTorch form of the
-    attention computes count, the masked ones too."""
+    """Training FLOPs of one token, forward and backward, as PyTorch counts them on a row without data; scores that are computed and masked count too."""
     from torch.utils.flop_counter import FlopCounterMode
     with torch.device("meta"):
         model, tokens = GPT(config), torch.zeros(1, config.sequence_length, dtype=torch.int64)
@@ -708,16 +695,12 @@ def flops_per_token(config: Config) -> float:
     return counter.get_total_flops() / config.sequence_length
 
 def measured_peak(ranks: Ranks) -> float:
-    """FLOP/s of one large product on this device in the activations' dtype: the ceiling that MFU refers to."""
-    n, seconds = 8192 if ranks.device.type == "cuda" else 1024, []
-    a, b = (torch.randn(n, n, device=ranks.device, dtype=ranks.dtype) for _ in range(2))
-    for _ in range(8):
-        ranks.synchronize()
-        start = time.perf_counter()
-        a @ b
-        ranks.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 2 * n ** 3 / min(seconds)
+    """FLOP/s of a large product on this device in the activations' dtype: the ceiling that MFU refers to."""
+    from torch.utils.benchmark import Timer
+    n = 8192 if ranks.device.type == "cuda" else 1024
+    matrices = {name: torch.randn(n, n, device=ranks.device, dtype=ranks.dtype) for name in "ab"}
+    timer = Timer("a @ b", globals=matrices, num_threads=torch.get_num_threads())
+    return 2 * n ** 3 / min(timer.timeit(4).mean for _ in range(4))
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------------
 # Data: shards of uint16 tokens
@@ -808,7 +791,7 @@ class TokenLoader:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         order = np.random.default_rng([self.config.seed, self.epoch, self.shard])
         if self.config.align_documents:
-            documents, starts, place = np.flatnonzero(self.tokens == end_of_text(self.config)), [], 0
+            documents, starts, place = np.flatnonzero(self.tokens == self.config.end_of_text), [], 0
             while (i := np.searchsorted(documents, place)) < len(documents) and documents[i] + T < len(self.tokens):
                 starts.append(documents[i])
                 place = documents[i] + T
