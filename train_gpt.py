@@ -217,6 +217,10 @@ class Ranks:
 # ---------------------------------------------------------------------------------------------------------------------------------------------------
 # Optimizers: parameters in buckets, each rank updates its own slice of every bucket
 
+# PyTorch 2.13 renamed them
+ALL_GATHER, REDUCE_SCATTER = (getattr(dist, new, getattr(dist, old, None)) for new, old in
+                              (("all_gather_single", "all_gather_into_tensor"), ("reduce_scatter_single", "reduce_scatter_tensor")))
+
 class Bucket:
     """
     Parameters updated by one batched operation. They and their gradients become views of two stacked tensors: a step takes one reduce-scatter, one
@@ -247,7 +251,7 @@ class Bucket:
             self._reduce()
 
     def _reduce(self):  # gloo sums whole tensors only
-        self.work = dist.reduce_scatter_tensor(self.grad[self.own], self.grad, async_op=True) if self.grad.is_cuda else dist.all_reduce(self.grad, async_op=True)
+        self.work = REDUCE_SCATTER(self.grad[self.own], self.grad, async_op=True) if self.grad.is_cuda else dist.all_reduce(self.grad, async_op=True)
 
     def reduced_gradient(self) -> Tensor:
         """This rank's slice of the gradient, summed over the ranks."""
@@ -263,7 +267,7 @@ class Bucket:
         if self.world == 1:
             return own, None
         whole = own.new_empty(len(own) * self.world, *own.shape[1:]) if whole is None else whole
-        return whole, dist.all_gather_into_tensor(whole, own.clone(), async_op=True)
+        return whole, ALL_GATHER(whole, own.clone(), async_op=True)
 
 class ShardedOptimizer:
     """Base of the optimizers (ZeRO stage 1). A subclass names its state for one rank's slice of a bucket, and updates such a slice."""
@@ -434,7 +438,7 @@ def interval_block_mask(first_key: Tensor, block: int = 128):
     some = (key <= query) & (key * block + block > first_key[:, ::block, None])
     whole = (key < query) & (key * block >= first_key[:, block - 1::block, None])
     count = lambda dense: dense.sum(-1, dtype=torch.int32)[:, None]
-    order = lambda dense: dense.int().argsort(-1, descending=True, stable=True).int()[:, None].contiguous()
+    order = lambda dense: torch.argsort(dense.int(), dim=-1, descending=True, stable=True).int()[:, None].contiguous()
     return BlockMask.from_kv_blocks(count(some & ~whole), order(some & ~whole), count(whole), order(whole), BLOCK_SIZE=block,
                                     mask_mod=lambda b, h, i, j: (j <= i) & (j >= first_key[b, i]))
 
@@ -1152,7 +1156,9 @@ def main(argv: list[str] | None = None) -> int:
             import variants
             variants.apply(config.variant, config)
         trainer = Trainer(config)
-        return trainer.run()
+        code = trainer.run()
+        trainer.ranks.synchronize()  # no rank leaves while another still needs it
+        return code
     except RunError as error:
         if trainer:
             try:

@@ -13,13 +13,15 @@ import hashlib
 import platform
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.shards import RunError, ShardWriter, encode_bytes, write_meta  # noqa: E402
+from data.shards import RunError, encode_bytes, write_folder
 
 # Absent from some distributions, generated at build time, or not source text.
-LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "lib2to3", "ensurepip", "__pycache__", "pydoc_data", "distutils", "tkinter"}
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "lib2to3", "ensurepip", "__pycache__", "pydoc_data",
+            "distutils", "tkinter"}
 
 
 def library_files() -> list[tuple[str, Path]]:
@@ -30,33 +32,39 @@ def library_files() -> list[tuple[str, Path]]:
     return sorted(files, key=lambda item: hashlib.sha256(item[0].encode()).hexdigest())
 
 
+def documents(files: list[tuple[str, Path]]) -> Iterator[tuple]:
+    """(split, tokens, bytes of text, True) of every file that is not empty. RunError for one that cannot be read."""
+    for name, path in files:
+        try:
+            text = path.read_bytes()
+        except OSError as error:
+            raise RunError(f"cannot read {path}: {error.strerror}; mend this Python, or give the trainer's --data another folder of shards") from None
+        if text.strip():
+            split = "val" if int(hashlib.sha256(b"split" + name.encode()).hexdigest(), 16) % 10 == 0 else "train"
+            yield split, encode_bytes(text), len(text), True
+
+
 def build(folder: Path) -> dict:
     """Write the shards; returns the meta data. RunError if this Python has no library source."""
     files = library_files()
     if len(files) < 100:
-        raise RunError(f"only {len(files)} source files found in {sysconfig.get_paths()['stdlib']}: this Python has no library source; give --data another folder of shards")
-    writers = {split: ShardWriter(folder, "python", split, end_of_text=256) for split in ("train", "val")}
-    for name, path in files:
-        text = path.read_bytes()
-        if text.strip():
-            split = "val" if int(hashlib.sha256(b"split" + name.encode()).hexdigest(), 16) % 10 == 0 else "train"
-            writers[split].add(encode_bytes(text), len(text))
-    meta = dict(vocab_size=257, tokenizer="bytes", source=f"standard library of Python {platform.python_version()}",
-                **{split: writer.close() for split, writer in writers.items()})
-    write_meta(folder, **meta)
-    return meta
+        raise RunError(f"only {len(files)} source files found in {sysconfig.get_paths()['stdlib']}: this Python has no library source; "
+                       "give --data another folder of shards")
+    source = f"standard library of Python {platform.python_version()}"
+    return write_folder(folder, "python", documents(files), end_of_text=256, tokenizer="bytes", source=source)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="local_corpus.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).resolve().parent / "python_bytes", help="folder to write")
-    folder = parser.parse_args().output
+    folder = parser.parse_args(argv).output
     try:
         meta = build(folder)
     except RunError as error:
         print(f"local_corpus.py: error: {error}", file=sys.stderr)
         return 1
-    print(f"{folder}: {meta['source']}, " + ", ".join(f"{split} {meta[split]['tokens']:,} tokens in {meta[split]['documents']} documents" for split in ("train", "val")))
+    print(f"{folder}: {meta['source']}, " + ", ".join(
+        f"{split} {meta[split]['tokens']:,} tokens in {meta[split]['documents']} documents" for split in ("train", "val")))
     return 0
 
 

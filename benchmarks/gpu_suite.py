@@ -1,0 +1,321 @@
+"""
+Everything that wants a GPU, in one command: the GPU tests, then a few steps of every track, as one JSON file and one table.
+
+    python benchmarks/gpu_suite.py                                            all of it, nine minutes at most, on all GPUs of this machine
+    python benchmarks/gpu_suite.py --sections tracks --tracks short,small --steps 50 --data data/fineweb10B
+    python benchmarks/gpu_suite.py --list                                     the sections
+
+benchmarks/results/<device>.json is rewritten after every run: what was measured stays, whatever happens to the rest.
+Without a GPU a reduced form runs (a tiny batch, few and narrow layers, nothing compiled): it proves that the tracks run and measures nothing.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+
+from data.shards import write_shard
+from train_gpt import TRACKS, Ranks, RunError, command_output, environment, write_atomically
+
+PASSED, SKIPPED, STOPPED, LATE = "passed", "skipped", "stopped: out of time", "not run: out of time"
+
+
+@dataclass
+class Run:
+    """What a section has to work with. GPU work belongs in run.command(), a process of its own: a faulty kernel spoils CUDA for the process it runs in."""
+    steps: int                # timed steps of a track
+    tracks: list[str]
+    data: Path | None         # folder of GPT-2 shards; None: synthetic ones
+    reduced: bool             # no GPU here
+    world: int                # GPUs
+    deadline: float           # on time.monotonic()'s clock
+    folder: Path              # for temporary files
+    output: Path
+    results: dict             # what the output holds
+    section: str = ""
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def record(self, **facts):
+        """Add facts to the present section's result and write the file."""
+        self.results["sections"].setdefault(self.section, {}).update(facts)
+        write_atomically(self.output, lambda file: file.write(json.dumps(self.results, indent=1).encode() + b"\n"))
+
+    def command(self, name: str, arguments: list[str], fine: tuple[int, ...] = (0,)) -> dict:
+        """Run a command in the repository's root for at most the time left. Returns its status ("passed" where the exit code is fine), exit code and seconds."""
+        if self.left() <= 0:
+            return dict(status=LATE)
+        print(f"{name} ...", flush=True)
+        start, path = time.monotonic(), self.folder / f"{name}.output"
+        settings = ({"OMP_NUM_THREADS": "1"} if self.reduced else {}) | os.environ | {"PYTHONUNBUFFERED": "1"}  # on a busy CPU a second thread costs time
+        result = dict(status=PASSED, exit_code=None, seconds=0.0, command=shlex.join(["python" if part == sys.executable else part for part in arguments]))
+        with open(path, "wb") as file:
+            process = subprocess.Popen(arguments, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=settings)
+            try:
+                result["exit_code"] = process.wait(self.left())
+            except subprocess.TimeoutExpired:
+                result["status"] = STOPPED
+            finally:
+                if process.returncode is None:
+                    end(process, 10 if self.world <= 1 else 40)  # torchrun gives its ranks 30 seconds
+        output = path.read_text(errors="replace").replace(f"{ROOT}{os.sep}", "")
+        if result["exit_code"] not in (None, *fine):
+            result["status"] = f"failed: {fault(output, result['exit_code'])}"
+        if result["status"] != PASSED:
+            result["output_tail"] = output[-2000:]
+        result["seconds"] = round(time.monotonic() - start, 1)
+        print(f"{name}: {result['seconds']:.0f} s{', ' * (result['status'] != PASSED)}{result['status'] * (result['status'] != PASSED)}", flush=True)
+        return result
+
+
+def end(process: subprocess.Popen, seconds: float):
+    """End a process and its group, politely first."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def fault(output: str, exit_code: int) -> str:
+    """One line that says why a command failed: the first line of its output that names an error (later ones are torchrun's), else the last one."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    named = [line for line in lines if re.search(r"(^|[\s.])\w*[Ee]rror: ", line)]
+    return (named[:1] or lines[-1:] or [f"exit code {exit_code}"])[0][:300]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------------
+# Sections: name -> function(run) -> dict with a "status"
+
+def run_tests(run: Run) -> dict:
+    """every test marked gpu"""
+    report = run.folder / "tests.xml"
+    result = run.command("tests", [sys.executable, "-m", "pytest", "-m", "gpu", "tests", f"--junitxml={report}"], fine=(0, 5))  # 5: pytest found none
+    if report.exists():
+        cases = ElementTree.parse(report).findall(".//testcase")
+        named = lambda *kinds: [f"{case.get('classname')}::{case.get('name')}" for case in cases if any(case.find(kind) is not None for kind in kinds)]
+        result |= dict(tests=len(cases), skipped=len(named("skipped")), failed=named("failure", "error"))
+        if result["failed"]:
+            result["status"] = f"failed: {len(result['failed'])} of {len(cases)} tests, the first {result['failed'][0]}"
+        elif result["status"] == PASSED and result["skipped"] == len(cases):
+            result["status"] = SKIPPED if run.reduced else "failed: no test marked gpu ran on this GPU"
+    return result
+
+
+def run_tracks(run: Run) -> dict:
+    """a few steps of every track, timed by the trainer"""
+    data, rows = run.data or synthetic_shards(run.folder / "shards"), {}
+    for track in run.tracks:
+        rows[track] = dict(status="interrupted")  # unless it comes to an end
+        run.record(tracks=rows)
+        rows[track] = run_track(run, track, data)
+        run.record(tracks=rows)
+    good = sum(row["status"] == PASSED for row in rows.values())
+    return dict(status=PASSED if good == len(rows) else f"incomplete: {good} of {len(rows)} tracks passed", tracks=rows)
+
+
+SECTIONS = {"tests": run_tests, "tracks": run_tracks}
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------------
+# One track
+
+# of the trainer's JSON file
+FACTS = ("dtype", "compile", "parameters", "parameters_without_embeddings", "flops_per_token", "peak_flops", "warmup_seconds", "train_seconds",
+         "ms_per_step", "tokens_per_second", "mfu", "peak_memory_mib", "peak_memory_reserved_mib", "val_loss")
+
+
+def run_track(run: Run, track: str, data: Path) -> dict:
+    overrides = track_overrides(track, run)
+    options = [text for name, value in overrides.items() for text in (f"--{name}", str(value))]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={run.world}"] if run.world > 1 else []
+    result = run.command(track, [sys.executable, *torchrun, "train_gpt.py", "--track", track, "--data", str(data), *options,
+                                 "--no-save", "--run_id", track, "--log_dir", str(run.folder)])
+    result["overrides"] = overrides
+    log, facts = run.folder / f"{track}.txt", run.folder / f"{track}.json"
+    if facts.exists():  # a run that was stopped has some of them
+        found = json.loads(facts.read_text())
+        result |= {name: found[name] for name in FACTS if name in found and not (run.reduced and name in ("mfu", "peak_flops"))}
+        if result["status"] == PASSED and found["status"] != "finished":
+            result["status"] = f"failed: the trainer left with status {found['status']!r}"
+    if log.exists():
+        result |= step_spread(log.read_text(errors="replace"))
+    return result
+
+
+def track_overrides(track: str, run: Run) -> dict:
+    """What differs from the track's own settings. On a GPU only its length and its validation: a batch of it for each rank."""
+    settings = TRACKS[track]
+    if not run.reduced:
+        return dict(steps=run.steps, val_tokens=run.world * max(settings.get("micro_batch_tokens", 8192), settings.get("sequence_length", 256)))
+    return dict(steps=run.steps, val_tokens=512, batch_tokens=512, sequence_length=256, micro_batch_tokens=256, compile="off", layers=min(settings.get("layers", 4), 4),
+                heads=2, head_dim=32, model_dim=64, mlp_hidden=min(settings.get("mlp_hidden", 256), 256), bigram_rows=min(settings.get("bigram_rows", 0), 1024))
+
+
+def step_spread(log: str) -> dict:
+    """
+    Median, 10th and 90th percentile of the milliseconds between a log's steps; nothing of fewer than two steps. On a GPU these are the host's times: it
+    runs ahead of the device, so that only the run's total (ms_per_step, taken after a synchronisation) says how long a step takes.
+    """
+    steps = [(int(step), float(total), float(average)) for step, total, average in re.findall(r"^step:(\d+)/\d+ train_time:(\d+)ms step_avg:([\d.]+)ms$", log, re.M)]
+    if len(steps) < 2:
+        return {}
+    # the average has two decimals and the total none: below step 100 their product is the finer clock
+    elapsed = [average * step if step < 100 else total for step, total, average in steps]
+    low, median, high = np.percentile(np.diff(elapsed, prepend=0.0), (10, 50, 90)).round(3).tolist()
+    return dict(host_ms_p10=low, host_ms_median=median, host_ms_p90=high)
+
+
+def synthetic_shards(folder: Path, shard_tokens: int = 8 * 524_288) -> Path:
+    """A folder of two training shards and a smaller validation shard of random GPT-2 tokens; documents of 400 tokens in the median, 660 in the mean."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for name, count in (("train_000000", shard_tokens), ("train_000001", shard_tokens), ("val_000000", shard_tokens // 4)):
+        tokens = random.integers(0, 50256, count)
+        starts = np.cumsum(random.lognormal(6, 1, count // 100).astype(np.int64) + 2)
+        tokens[0] = tokens[starts[starts < count]] = 50256
+        write_shard(folder / f"synthetic_{name}.bin", tokens)
+    # No text stands behind these tokens. A table of merges without any of them keeps the trainer from downloading GPT-2's for its bits per byte.
+    (folder / "none.tiktoken").write_text("IQ== 65535\n")
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------------
+# The whole
+
+def cpu_model() -> str:
+    try:
+        return re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1]
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine()
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def tracks_table(rows: dict) -> str:
+    """The tracks' results as aligned text; "-" where there is no number."""
+    columns = (("ms/step", "ms_per_step", "{:.1f}"), ("host median", "host_ms_median", "{:.1f}"), ("p10", "host_ms_p10", "{:.1f}"), ("p90", "host_ms_p90", "{:.1f}"),
+               ("tokens/s", "tokens_per_second", "{:,.0f}"), ("MFU", "mfu", "{:.1%}"), ("memory MiB", "peak_memory_mib", "{:,}"), ("compile s", "warmup_seconds", "{:.1f}"))
+    lines = [("track", *(title for title, _, _ in columns), "status")]
+    for track, row in rows.items():
+        lines.append((track, *(form.format(row[name]) if row.get(name) is not None else "-" for _, name, form in columns), row["status"]))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:-1], widths[1:-1])), line[-1]]) for line in lines)
+
+
+def run_sections(run: Run, names: list[str]):
+    """Run the sections one after another, whatever becomes of each. KeyboardInterrupt passes, once all is recorded."""
+    for index, run.section in enumerate(names):
+        start = time.monotonic()
+        if run.left() <= 0:
+            run.record(status=LATE)
+            continue
+        run.record(status="running")
+        try:
+            result = SECTIONS[run.section](run)
+        except KeyboardInterrupt:
+            run.record(status="interrupted", seconds=round(time.monotonic() - start, 1))
+            for run.section in names[index + 1:]:
+                run.record(status="not run: interrupted")
+            raise
+        except Exception as error:  # the others go on
+            result = dict(status=f"failed: {type(error).__name__}: {error}")
+        run.record(**{"status": PASSED, **result, "seconds": round(time.monotonic() - start, 1)})
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0], allow_abbrev=False)
+    names = lambda text: text.split(",")
+    parser.add_argument("--sections", type=names, default=list(SECTIONS), help=f"in this order, of {','.join(SECTIONS)}")
+    parser.add_argument("--tracks", type=names, default=sorted(TRACKS, key=lambda track: TRACKS[track].get("layers", 4)),
+                        help=f"in this order, of {','.join(TRACKS)} (few layers first: they compile soonest)")
+    parser.add_argument("--minutes", type=float, default=9, help="time for the whole (9); what runs then is ended within 10 s, with several GPUs within 40 s")
+    parser.add_argument("--steps", type=int, help="timed steps of each track (20; reduced: 2)")
+    parser.add_argument("--data", type=Path, help="folder of GPT-2 shards (synthetic ones)")
+    parser.add_argument("--output", type=Path, help="JSON file to write (benchmarks/results/<device>.json)")
+    parser.add_argument("--list", action="store_true", help="name the sections and leave")
+    given = parser.parse_args(argv)
+    for kind, asked, there in (("section", given.sections, SECTIONS), ("track", given.tracks, TRACKS)):
+        if unknown := [name for name in asked if name not in there]:
+            raise RunError(f"unknown {kind} {unknown[0]!r}; there are {', '.join(there)}")
+    if given.minutes <= 0 or given.steps is not None and given.steps < 1:
+        raise RunError("--minutes must be above 0 and --steps at least 1")
+    if given.data and not all(list(given.data.glob(f"*{split}*.bin")) for split in ("train", "val")):
+        raise RunError(f"no *train*.bin and *val*.bin in {given.data}; leave --data out for synthetic tokens, or fetch some with data/cached_fineweb10B.py")
+    return given
+
+
+def interrupt(_number, _frame):
+    raise KeyboardInterrupt
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0 all passed (or skipped on a CPU), 1 something did not, 2 a faulty command line, 130 interrupted."""
+    start, handler = time.monotonic(), None
+    try:
+        given = parse(argv)
+        if given.list:
+            print("\n".join(f"{name:10}{function.__doc__}" for name, function in SECTIONS.items()))
+            return 0
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        facts = environment(Ranks(0, max(gpus, 1), torch.device("cuda" if gpus else "cpu"), torch.float32)) | ({} if gpus else dict(device=cpu_model()))
+        prefix = "cpu-" if not gpus else f"{gpus}x-" if gpus > 1 else ""
+        results = dict(
+            reduced=not gpus, date=datetime.now(timezone.utc).isoformat(timespec="seconds"), status="running", minutes=given.minutes, seconds=None, **facts,
+            cards=command_output("nvidia-smi", "--query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm", "--format=csv,noheader").splitlines() if gpus else [],
+            data=str(given.data or "synthetic"), sections={})
+        output = given.output or Path(__file__).resolve().parent / "results" / f"{prefix}{slug(facts['device'])}.json"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        print(f"reduced run on a CPU ({facts['device']}): proves that the tracks run; its times and memory say nothing about a GPU" if not gpus else
+              f"{gpus} x {facts['device']}, PyTorch {facts['torch']}, Triton {facts['triton']}, commit {facts['git_commit'][:10]}{' with changes' * facts['git_dirty']}", flush=True)
+        handler = signal.signal(signal.SIGTERM, interrupt)
+        with tempfile.TemporaryDirectory(prefix="knotgpt-") as folder:
+            run = Run(given.steps or (20 if gpus else 2), given.tracks, given.data and given.data.resolve(), not gpus, max(gpus, 1), start + 60 * given.minutes,
+                      Path(folder), output, results)
+            try:
+                run_sections(run, given.sections)
+                code = int(any(section["status"] not in (PASSED, SKIPPED) for section in results["sections"].values()))
+            except KeyboardInterrupt:
+                code = 130
+            results |= dict(status={0: PASSED, 1: "incomplete", 130: "interrupted"}[code], seconds=round(time.monotonic() - start, 1))
+            run.record()
+    except RunError as error:
+        print(f"gpu_suite.py: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"gpu_suite.py: error: {error.filename}: {error.strerror}; choose another --output or free some space", file=sys.stderr)
+        return 2
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGTERM, handler)
+    print()
+    if rows := results["sections"].get("tracks", {}).get("tracks"):
+        print(tracks_table(rows) + "\n")
+    for name, section in results["sections"].items():
+        print(f"{name}: {section['status']}, {section.get('seconds', 0):.0f} s")
+    print(f"{results['status']} in {results['seconds']:.0f} s; {output}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,679 @@
+"""The trainer: model, loss, masks, optimizers, loader, checkpoints, faults. Small models, byte vocabulary, CPU."""
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_gpt
+from train_gpt import AttentionContext, Ranks, RunError, SoftcappedCrossEntropy, TokenLoader, Trainer, attend, main, make_config, orthogonalize
+from data.shards import write_meta, write_shard
+
+ROOT = Path(train_gpt.__file__).resolve().parent
+END = 256
+TINY = dict(vocab_size=257, layers=4, model_dim=32, heads=2, head_dim=16, mlp_hidden=64, sequence_length=32, batch_tokens=256, micro_batch_tokens=64,
+            steps=8, val_tokens=640, val_every=4, bigram_rows=100, window_pattern="SL", window_short=(8, 6), window_long=(0, 20), compile="off", device="cpu")
+ALONE = Ranks(0, 1, torch.device("cpu"), torch.float32)
+
+
+def tiny_model(**changes):
+    config = make_config({**TINY, **changes})
+    model = train_gpt.build_model(config, ALONE)
+    model.set_windows(1.0)
+    return model, config
+
+
+def wake(model):
+    """Give every parameter a random value, so that nothing hides behind a zero."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.2)
+    return model
+
+
+def rows_of_documents(rows, length, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 256, (rows, length))
+    tokens[rng.random((rows, length)) < 0.1] = END
+    return torch.from_numpy(tokens.astype(np.int32))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """Three training shards of odd sizes, of text that a model can learn, and one validation shard."""
+    folder, rng = tmp_path_factory.mktemp("corpus"), np.random.default_rng(1)
+    words = [rng.integers(97, 123, rng.integers(2, 7)) for _ in range(30)]
+
+    def documents(count):
+        return np.concatenate([np.concatenate([[END]] + [np.append(words[i], 32) for i in rng.integers(0, 30, rng.integers(5, 60))]) for _ in range(count)])
+
+    for number, count in enumerate((9, 14, 11)):
+        write_shard(folder / f"words_train_{number:06d}.bin", documents(count))
+    write_shard(folder / "words_val_000000.bin", documents(12))
+    write_meta(folder, vocab_size=257, tokenizer="bytes")
+    return folder
+
+
+def arguments(corpus, folder, **changes):
+    settings = {**TINY, "data": corpus, "log_dir": folder, "run_id": "run", **changes}
+    result = []
+    for name, value in settings.items():
+        value = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        result += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return result
+
+
+def start(corpus, folder, **changes):
+    return subprocess.Popen([sys.executable, "train_gpt.py", *arguments(corpus, folder, **changes)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+# ---- the file
+
+def test_import_is_fast_and_without_side_effects(tmp_path):
+    check = "import sys, time; t = time.time(); import train_gpt; print(time.time() - t, train_gpt.dist.is_initialized())"
+    best = min(float(subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()[0]) for _ in range(2))
+    assert best < 3.0
+    result = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train_gpt"], cwd=tmp_path, capture_output=True, text=True)
+    assert (result.stdout, result.stderr, list(tmp_path.iterdir())) == ("", "", [])
+
+
+def test_every_option_is_explained():
+    text = subprocess.run([sys.executable, "train_gpt.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for field in train_gpt.dataclasses.fields(train_gpt.Config):
+        assert re.search(rf"--{field.name}\b(.|\n)*?[a-z]", text), field.name
+
+
+@pytest.mark.parametrize("track", train_gpt.TRACKS)
+def test_tracks_are_consistent(track):
+    config = make_config(dict(track=track, vocab_size=50257))
+    assert config.heads * config.head_dim == config.model_dim and config.steps >= 1
+    assert config.micro_batch_tokens % config.sequence_length == 0
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in train_gpt.GPT(config).parameters())
+    low, high = dict(cpu=(0.5e6, 40e6), small=(28e6, 36e6), exodus18m=(17.5e6, 18.5e6), long=(28e6, 36e6), short=(124e6, 360e6), medium=(300e6, 600e6), benchmark=(124e6, 170e6))[track]
+    assert low < parameters < high
+
+
+# ---- model
+
+def test_loss_at_the_start_is_log_vocabulary():
+    for changes in ({}, dict(tied_embedding=True), dict(zero_init_projections=False)):
+        model, _ = tiny_model(**changes)
+        tokens = rows_of_documents(4, 33)
+        loss = model(tokens[:, :-1], tokens[:, 1:]).item()
+        assert abs(loss / math.log(257) - 1) < 0.02, (changes, loss)
+
+
+def test_a_later_token_changes_nothing_before_it():
+    model = wake(tiny_model()[0])
+    tokens = rows_of_documents(2, 32)
+    changed = tokens.clone()
+    changed[:, 20] = (changed[:, 20] + 1) % 256
+    with torch.no_grad():
+        before, after = model(tokens), model(changed)
+    torch.testing.assert_close(before[:, :20], after[:, :20], rtol=0, atol=1e-6)
+    assert (before[:, 20:] - after[:, 20:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("place", [5, 12, 19, 20])
+def test_another_document_changes_nothing(place):
+    model = wake(tiny_model()[0])
+    tokens = torch.randint(0, 256, (1, 32), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
+    tokens[0, [0, 12, 21]] = END  # documents 0..11, 12..20, 21..31
+    changed = tokens.clone()
+    changed[0, place if place != 12 else 11] = 7
+    own = slice(0, 12) if place in (19, 20) else slice(12, 32)
+    with torch.no_grad():
+        before, after = model(tokens), model(changed)
+    torch.testing.assert_close(before[:, own], after[:, own], rtol=0, atol=1e-6)
+    torch.testing.assert_close(before[:, 21:], after[:, 21:], rtol=0, atol=1e-6)
+    assert (before - after).abs().max() > 1e-3
+
+
+def test_without_document_mask_the_row_is_one_document():
+    model = wake(tiny_model(document_mask=False)[0])
+    tokens = rows_of_documents(1, 32)
+    tokens[0, 10] = END
+    changed = tokens.clone()
+    changed[0, 9] = 7
+    with torch.no_grad():
+        assert (model(tokens)[:, 12:] - model(changed)[:, 12:]).abs().max() > 1e-4
+
+
+def test_every_parameter_gets_a_gradient():
+    for changes in ({}, dict(tied_embedding=True), dict(rope="full"), dict(x0_skip=False, unet_skips=False, smear=False, attention_gate=False, value_embeddings=0, bigram_rows=0)):
+        model = wake(tiny_model(**changes)[0])
+        tokens = rows_of_documents(8, 33)
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        for name, p in model.named_parameters():
+            assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("switch", ["qk_norm", "zero_init_projections", "tied_embedding", "x0_skip", "unet_skips", "smear", "attention_gate", "document_mask",
+                                    "value_embeddings", "bigram_rows", "logit_softcap", "rope", "window_pattern"])
+def test_every_feature_is_behind_a_switch(switch):
+    """Turned, each changes what the awake model computes or holds."""
+    turned = dict(rope="none", window_pattern="L", value_embeddings=0, bigram_rows=0, logit_softcap=0.0, zero_init_projections=False, tied_embedding=True).get(switch, False)
+    tokens = rows_of_documents(2, 32)
+    base, other = tiny_model()[0], tiny_model(**{switch: turned})[0]
+    same_names = dict(base.named_parameters()).keys() == dict(other.named_parameters()).keys()
+    if same_names and switch != "zero_init_projections":
+        wake(base), wake(other)
+    if same_names and switch == "zero_init_projections":
+        assert base.blocks[0].mlp.proj.weight.abs().sum() == 0 < other.blocks[0].mlp.proj.weight.abs().sum()
+    elif same_names:
+        with torch.no_grad():
+            assert (base(tokens) - other(tokens)).abs().max() > 1e-4
+
+
+def test_equal_names_begin_equal():
+    base, other = tiny_model()[0].state_dict(), tiny_model(bigram_rows=0, layers=2, smear=False)[0].state_dict()
+    for name in ("embedding.weight", "blocks.1.attention.q.weight", "blocks.0.mlp.fc.weight"):
+        assert torch.equal(base[name], other[name])
+    assert not torch.equal(base["blocks.0.attention.q.weight"], base["blocks.0.attention.k.weight"])
+    assert not torch.equal(base["embedding.weight"], tiny_model(seed=2)[0].state_dict()["embedding.weight"])
+
+
+def test_projecting_together_equals_projecting_apart():
+    model, _ = tiny_model()
+    attention, x = model.blocks[0].attention, torch.randn(2, 5, 32)
+    for together, linear in zip(train_gpt.project(x, attention.q, attention.k, attention.v), (attention.q, attention.k, attention.v)):
+        torch.testing.assert_close(together, linear(x))
+
+
+# ---- attention and its masks
+
+def reference_attention(q, k, v, first_key, scale):
+    T = q.shape[1]
+    i, j = torch.arange(T)[:, None], torch.arange(T)[None, :]
+    allowed = (j <= i) & (j >= first_key[:, :, None])
+    scores = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) * scale
+    return torch.einsum("bhij,bjhd->bihd", scores.masked_fill(~allowed[:, None], -math.inf).softmax(-1), v.double()).float()
+
+
+@pytest.mark.parametrize("T,window", [(1, None), (63, None), (63, 1), (300, 7), (300, 130), (1100, None), (1100, 200)])
+def test_attention_sees_exactly_its_keys(T, window):
+    generator = torch.Generator().manual_seed(T)
+    q, k, v = (torch.randn(2, T, 2, 8, generator=generator) for _ in range(3))
+    index = torch.arange(T)
+    starts = torch.where(torch.rand(2, T, generator=generator) < 0.02, index, 0).cummax(1).values
+    first_key = torch.maximum(starts, index - (window or T) + 1).int()
+    ctx = AttentionContext(starts.int(), (index - starts).int(), window, first_key, None, None, q, None)
+    torch.testing.assert_close(attend(q, k, v, ctx, 0.3), reference_attention(q, k, v, first_key, 0.3), rtol=1e-4, atol=1e-5)
+
+
+def test_block_mask_is_the_same_rule():
+    from torch.nn.attention.flex_attention import flex_attention
+    generator, T = torch.Generator().manual_seed(0), 512
+    q, k, v = (torch.randn(2, 2, T, 16, generator=generator) for _ in range(3))
+    index = torch.arange(T)
+    starts = torch.where(torch.rand(2, T, generator=generator) < 0.004, index, 0).cummax(1).values
+    for window in (1, 100, 128, 129, 300, T):
+        first_key = torch.maximum(starts, index - window + 1).int()
+        mask = train_gpt.interval_block_mask(first_key)
+        allowed = ((index[None, :] <= index[:, None]) & (index >= first_key[:, :, None])).view(2, 4, 128, 4, 128)
+        some, whole = allowed.any(4).any(2), allowed.all(4).all(2)
+        assert torch.equal(mask.to_dense()[:, 0].bool(), some), window
+        assert torch.equal(mask.full_kv_num_blocks[:, 0].long(), whole.sum(-1)), window
+        expected = reference_attention(*(t.transpose(1, 2) for t in (q, k, v)), first_key, 0.25).transpose(1, 2)
+        torch.testing.assert_close(flex_attention(q, k, v, block_mask=mask, scale=0.25), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_flex_attention_model_equals_the_other():
+    model = wake(tiny_model(sequence_length=128, window_short=(20,), window_long=(70,))[0])
+    tokens = rows_of_documents(2, 128)
+    with torch.no_grad():
+        expected = model(tokens)
+        model.use_flex = True
+        torch.testing.assert_close(model(tokens), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_windows_follow_their_schedule():
+    model, _ = tiny_model(window_short=(1, 2, 3), window_long=(4, 5, 6))
+    seen = []
+    for progress in (0, 0.33, 0.34, 0.67, 0.99, 1.0):
+        model.set_windows(progress)
+        seen.append(model.windows)
+    assert seen == [(1, 4), (1, 4), (2, 5), (3, 6), (3, 6), (3, 6)]
+
+
+@pytest.mark.parametrize("track", ["small", "exodus18m", "long", "short", "medium", "benchmark"])
+def test_gpu_tracks_compile_without_a_graph_break(track, monkeypatch):
+    """The GPU's own path, FlexAttention and block mask included, traced on CPU tensors; depth, width, vocabulary and length reduced."""
+    base = train_gpt.TRACKS[track]
+    config = make_config(dict(track=track, vocab_size=400, layers=4, model_dim=64, heads=2, head_dim=32, mlp_hidden=128, sequence_length=256, batch_tokens=256,
+                              bigram_rows=min(base.get("bigram_rows", 0), 50), loss_chunk=100))
+    model = train_gpt.build_model(config, ALONE)
+    model.use_flex = True
+    model.set_windows(0.0)
+    tokens = torch.randint(0, 400, (1, 257))
+    # FlexAttention refuses to be differentiated on a CPU; tracing needs no backward pass
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
+    torch._dynamo.reset()
+    report = torch._dynamo.explain(model)(tokens[:, :-1], tokens[:, 1:])
+    assert report.graph_count == 1 and report.graph_break_count == 0, report.break_reasons
+    torch._dynamo.reset()
+
+
+# ---- loss
+
+@pytest.mark.parametrize("softcap,chunk", [(0.0, 7), (15.0, 7), (15.0, 1000), (2.0, 50)])
+def test_chunked_loss_and_its_gradients(softcap, chunk):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(50, 16, generator=generator, requires_grad=True), torch.randn(33, 16, generator=generator, requires_grad=True)
+    targets = torch.randint(0, 33, (50,), generator=generator)
+    (3 * SoftcappedCrossEntropy.apply(x, weight, targets, softcap, chunk)).backward()
+    x64, w64 = (t.detach().double().requires_grad_() for t in (x, weight))
+    logits = x64 @ w64.T
+    expected = F.cross_entropy(softcap * torch.tanh(logits / softcap) if softcap else logits, targets, reduction="sum")
+    (3 * expected).backward()
+    torch.testing.assert_close(SoftcappedCrossEntropy.apply(x, weight, targets, softcap, chunk).double(), expected, rtol=1e-6, atol=1e-6)
+    for ours, theirs in ((x.grad, x64.grad), (weight.grad, w64.grad)):
+        assert (ours - theirs).norm() / theirs.norm() < 1e-6
+
+
+def test_loss_equals_the_logits_cross_entropy():
+    model, config = tiny_model()
+    wake(model)
+    tokens = rows_of_documents(2, 33)
+    with torch.no_grad():
+        logits = model(tokens[:, :-1])
+        assert logits.shape == (2, 32, 257) and logits.dtype == torch.float32
+        full = torch.cat((logits, torch.full((2, 32, config.padded_vocabulary - 257), -math.inf)), -1)
+        loss, padding = model(tokens[:, :-1], tokens[:, 1:]), model.head.projection.weight[257:] * 1
+        model.head.projection.weight[257:] = -1e9 * torch.sign(padding.sum(-1, keepdim=True))  # any rows: they are the padding
+        model.head.projection.weight[257:] = padding
+    with_grad = model(tokens[:, :-1], tokens[:, 1:])
+    torch.testing.assert_close(loss, with_grad.detach(), rtol=1e-5, atol=1e-5)
+    own = F.cross_entropy(full.flatten(0, 1), tokens[:, 1:].flatten().long())
+    assert own <= loss <= own + math.log(config.padded_vocabulary / 257) + 0.5  # the padding only adds to the normaliser
+
+
+# ---- optimizers
+
+def test_orthogonalize():
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((3, 16, 16), (2, 48, 16), (2, 16, 48)):
+        x = torch.randn(*shape, generator=generator)
+        y = orthogonalize(x)
+        singular = torch.linalg.svdvals(y)
+        assert y.shape == x.shape and 0.6 < singular.min() and singular.max() < 1.4
+        u, _, v = torch.linalg.svd(x, full_matrices=False)
+        assert (F.cosine_similarity((u @ v).flatten(1), y.flatten(1)) > 0.95).all()
+        torch.testing.assert_close(orthogonalize(x[1:2]), y[1:2], rtol=1e-4, atol=1e-4)
+    assert torch.equal(orthogonalize(torch.zeros(1, 4, 4)), torch.zeros(1, 4, 4))
+
+
+def test_adam_is_adam():
+    model, reference = torch.nn.Linear(7, 5), torch.nn.Linear(7, 5)
+    reference.load_state_dict(model.state_dict())
+    config = make_config({**TINY, "lr_scalar": 0.01})
+    for p in model.parameters():
+        p.optimizer = "adam"
+    ours = train_gpt.build_optimizers(model, config, ALONE)
+    theirs = torch.optim.Adam(reference.parameters(), lr=0.01, betas=(config.adam_beta1, config.adam_beta2), eps=1e-10)
+    x = torch.randn(64, 7)
+    for _ in range(10):
+        for network in (model, reference):
+            network(x).square().mean().backward()
+        for optimizer in ours:
+            optimizer.step(1.0, 0.5)
+        theirs.step()
+        theirs.zero_grad()
+    torch.testing.assert_close(model.weight, reference.weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.bias, reference.bias, rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_choose_their_optimizer():
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList([torch.nn.Linear(8, 8)])
+            self.stack = torch.nn.Parameter(torch.randn(3, 8, 4))
+            self.stack.optimizer, self.stack.lr_mul, self.stack.wd_mul = "muon", 2.0, 0.0
+    model, config = Odd(), make_config(TINY)
+    muon, adam = train_gpt.build_optimizers(model, config, ALONE)
+    assert sorted(tuple(b.data.shape) for b in muon.buckets) == [(1, 8, 8), (3, 8, 4)] and [tuple(b.data.shape) for b in adam.buckets] == [(64,)]
+    stack = next(b for b in muon.buckets if b.data.shape == (3, 8, 4))
+    assert (stack.lr, stack.weight_decay) == (2 * config.lr_matrix, 0.0)
+    before = model.stack.detach().clone()
+    model.stack.grad.copy_(torch.randn(3, 8, 4))
+    muon.step(1.0, 0.5)
+    moved = (before - model.stack.detach()) / stack.lr
+    assert (torch.linalg.svdvals(moved) > 0.3).all()  # each slice moved along a nearly orthogonal matrix
+    model.blocks[0].bias.optimizer = "muon"
+    with pytest.raises(RunError, match="blocks.0.bias.*muon takes matrices only"):
+        train_gpt.build_optimizers(model, config, ALONE)
+
+
+def test_weight_decay_is_cautious():
+    data, gradient = torch.tensor([[[1.0, -1.0]]]), torch.tensor([[[1.0, 1.0]]])
+    state = torch.zeros(1, 1, 2), torch.zeros(1, 1, 1)
+    plain, decayed = data.clone(), data.clone()
+    for target, decay in ((plain, 0.0), (decayed, 0.1)):
+        train_gpt.muon_update(target, gradient.clone(), *(s.clone() for s in state), torch.tensor(0.01), torch.tensor(decay), torch.tensor(0.9), 0.0)
+    difference = plain - decayed
+    assert difference[0, 0, 0] > 0.09 and difference[0, 0, 1] == 0  # only where update and weight agree in sign
+
+
+# ---- data
+
+def loader(corpus, **changes):
+    return TokenLoader(make_config({**TINY, "data": str(corpus), **{k: v for k, v in changes.items() if k not in ("rank", "world")}}), changes.get("rank", 0), changes.get("world", 1))
+
+
+def batches(source, count):
+    return [source.next_batch()[0] for _ in range(count)]
+
+
+def test_loader_is_deterministic_and_seeded(corpus):
+    first, second, other = (torch.stack(batches(loader(corpus, seed=seed), 12)) for seed in (1, 1, 2))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+def test_loader_rows_are_pieces_of_the_shards_and_cover_them(corpus):
+    shards = [np.array(train_gpt.open_shard(file)) for file in sorted(corpus.glob("*train*"))]
+    source, T = loader(corpus), 32
+    per_epoch = len(source.starts)
+    seen = []
+    for rows, state in (source.next_batch() for _ in range(40)):
+        seen += [row.numpy() for row in rows]
+        if state["epoch"] >= 1:
+            break
+    assert state["epoch"] == 1 and per_epoch > 1
+    windows = [np.lib.stride_tricks.sliding_window_view(shard, T + 1) for shard in shards]
+    counts = [0, 0, 0]
+    for row in seen:
+        where = [i for i, view in enumerate(windows) if (view == row).all(1).any()]
+        assert where, "a row that is in no shard"
+        counts[where[0]] += 1
+    for count, shard in zip(counts, shards):  # each shard gives nearly all its tokens in an epoch
+        assert count * T > 0.8 * (len(shard) - 2 * T)
+
+
+def test_loader_restarts_exactly_across_shards(corpus):
+    source = loader(corpus)
+    batch_states = [source.next_batch() for _ in range(20)]
+    assert {state["shard"] for _, state in batch_states} == {0, 1, 2}
+    for stop in (3, 7, 12):
+        restarted = loader(corpus)
+        restarted.load_state_dict(batch_states[stop][1])
+        for rows, _ in batch_states[stop + 1:]:
+            assert torch.equal(restarted.next_batch()[0], rows)
+
+
+def test_ranks_share_the_batch(corpus):
+    whole = batches(loader(corpus), 10)
+    for world in (2, 4):
+        parts = [batches(loader(corpus, rank=rank, world=world), 10) for rank in range(world)]
+        for step, rows in enumerate(whole):
+            assert torch.equal(torch.cat([part[step] for part in parts]), rows)
+    with pytest.raises(RunError, match="8 rows of 32 tokens cannot be shared by 3 ranks"):
+        loader(corpus, world=3)
+
+
+def test_aligned_rows_begin_documents(corpus):
+    rows = torch.cat(batches(loader(corpus, align_documents=True), 10))
+    assert (rows[:, 0] == END).all() and len(torch.unique(rows, dim=0)) > 10
+
+
+def test_validation_rows_are_in_order(corpus):
+    config = make_config({**TINY, "data": str(corpus)})
+    rows = train_gpt.validation_batches(config)
+    tokens = np.array(train_gpt.open_shard(next(corpus.glob("*val*"))))
+    assert rows.shape == (10, 2, 33)
+    assert np.array_equal(rows[..., :-1].ravel(), tokens[:640]) and np.array_equal(rows[..., 1:].ravel(), tokens[1:641])
+
+
+def test_bits_per_byte(corpus, tmp_path):
+    config = make_config({**TINY, "data": str(corpus)})
+    assert train_gpt.token_bytes(config).tolist() == [1] * 256 + [0]
+    import base64
+    merges = [bytes([i]) for i in range(256)] + [b"ab", b"abc"]
+    write_shard(tmp_path / "x_train_0.bin", [258, 256]), write_shard(tmp_path / "x_val_0.bin", [258, 257, 97])
+    (tmp_path / "own.tiktoken").write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(merges)))
+    sizes = train_gpt.token_bytes(make_config({**TINY, "vocab_size": 259, "data": str(tmp_path)}))
+    assert sizes[[97, 256, 257, 258]].tolist() == [1, 2, 3, 0]
+
+
+# ---- runs
+
+def test_a_run_learns_and_writes_its_record(corpus, tmp_path, capsys):
+    assert main(arguments(corpus, tmp_path, steps=60, val_every=30, lr_matrix=0.05)) == 0
+    text, facts = (tmp_path / "run.txt").read_text(), json.loads((tmp_path / "run.json").read_text())
+    source, head, body = text.split("=" * 100 + "\n", 2)
+    assert (ROOT / "train_gpt.py").read_text() in source
+    for wanted in ("PyTorch " + torch.__version__, "seed: 1", "config: {", "git_commit: ", "val_sha256: {", "command: "):
+        assert wanted in head
+    steps = re.findall(r"^step:(\d+)/60 train_time:\d+ms step_avg:\d+\.\d\dms$", body, re.M)
+    assert [int(n) for n in steps] == list(range(1, 61))
+    losses = [float(x) for x in re.findall(r"^step:\d+/60 val_loss:(\d+\.\d{4}) train_time:\d+ms step_avg:\d+\.\d\dms$", body, re.M)]
+    assert len(losses) == 3 and abs(losses[0] - math.log(264)) < 1e-3 and losses[2] < 3.2 < losses[0]
+    assert re.fullmatch(r"peak memory allocated: \d+ MiB reserved: \d+ MiB", body.strip().splitlines()[-1])
+    assert facts["status"] == "finished" and [point["step"] for point in facts["curve"]] == [0, 30, 60]
+    assert facts["val_bits_per_byte"] == pytest.approx(facts["val_loss"] / math.log(2) / facts["val_bytes_per_token"])
+    assert 0.9 < facts["val_bytes_per_token"] < 1 and facts["tokens_per_second"] > 0 < facts["mfu"] and facts["peak_memory_mib"] > 0
+    assert "MiB" in capsys.readouterr().out
+
+
+def test_flops_by_formula(corpus):
+    config = make_config({**TINY, "document_mask": False, "window_pattern": "L", "window_long": (0,), "window_short": (0,), "attention_gate": False, "smear": False})
+    d, h, T, L, V = 32, 64, 32, 4, config.padded_vocabulary
+    products = L * (4 * d * d + 2 * d * h)
+    assert train_gpt.flops_per_token(config) == 6 * products + 6 * d * V + 12 * L * d * T
+
+
+def stopped_at(step, monkeypatch):
+    """Make the next run behave as if SIGTERM came during this step."""
+    original = Trainer.train_step
+
+    def train_step(self, rows):
+        loss = original(self, rows)
+        if self.step + 1 == step and not torch.equal(rows, torch.zeros_like(rows)) and self.log.facts.get("warmup_seconds") is not None:
+            self._on_signal(signal.SIGTERM, None)
+        return loss
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_resume_is_bit_identical(corpus, tmp_path, monkeypatch, capsys, stop):
+    assert main(arguments(corpus, tmp_path / "whole")) == 0
+    with monkeypatch.context() as patch:
+        stopped_at(stop, patch)
+        assert main(arguments(corpus, tmp_path / "parts")) == 128 + signal.SIGTERM
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert f"stopped by SIGTERM after step {stop}; continue with --resume" in capsys.readouterr().out
+    assert main(["--resume", str(tmp_path / "parts/run.pt")]) == 0
+    whole, parts = (train_gpt.read_checkpoint(str(tmp_path / name / "run.pt")) for name in ("whole", "parts"))
+    assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
+    for a, b in zip(whole["optimizers"], parts["optimizers"]):
+        assert a["steps"] == b["steps"] and all(torch.equal(x[n], y[n]) for x, y in zip(a["buckets"], b["buckets"]) for n in x)
+    assert [p["val_loss"] for p in whole["curve"]] == [p["val_loss"] for p in parts["curve"]]
+    text = (tmp_path / "parts/run.txt").read_text()
+    assert [int(n) for n in re.findall(r"^step:(\d+)/8 train_time", text, re.M)] == list(range(1, 9)) and f"resumed from {tmp_path}/parts/run.pt at step {stop}" in text
+
+
+def test_resume_keeps_its_settings(corpus, tmp_path):
+    assert main(arguments(corpus, tmp_path)) == 0
+    with pytest.raises(RunError, match="--lr_matrix 0.5 differs from the checkpoint's 0.03: a resumed run keeps its settings"):
+        train_gpt.parse_config(["--resume", str(tmp_path / "run.pt"), "--lr_matrix", "0.5"])
+
+
+def test_warm_up_leaves_no_trace(corpus, tmp_path):
+    trainer = Trainer(train_gpt.parse_config(arguments(corpus, tmp_path)))
+    before, rng = {n: t.clone() for n, t in trainer.model.state_dict().items()}, torch.get_rng_state()
+    trainer.warm_up()
+    assert all(torch.equal(before[n], t) for n, t in trainer.model.state_dict().items()) and torch.equal(rng, torch.get_rng_state())
+    for optimizer in trainer.optimizers:
+        assert optimizer.steps == 0 and all(t.abs().sum() == 0 for bucket in optimizer.buckets for t in (*bucket.state.values(), bucket.grad))
+
+
+def test_init_from_lists_what_it_took(corpus, tmp_path, capsys):
+    assert main(arguments(corpus, tmp_path / "a")) == 0
+    capsys.readouterr()
+    assert main(arguments(corpus, tmp_path / "b", init_from=tmp_path / "a/run.pt", mlp_hidden=48, bigram_rows=0)) == 0
+    out = capsys.readouterr().out
+    assert "tensors loaded: blocks.0.attention.gate.weight" in out and "8 tensors new: blocks.0.mlp.fc.weight, blocks.0.mlp.proj.weight" in out
+    assert re.search(r"9 tensors unused: bigram_embedding.weight, blocks.0.mlp.fc.weight", out)
+    start = float(re.search(r"step:0/8 val_loss:(\S+)", out)[1])
+    assert start < math.log(257) - 0.2  # it begins where the other ended, not at ln V
+
+
+def test_a_killed_run_leaves_a_readable_log_and_a_loadable_checkpoint(corpus, tmp_path):
+    process, log, checkpoint = start(corpus, tmp_path, steps=100_000, val_every=0, checkpoint_seconds=0.01), tmp_path / "run.txt", tmp_path / "run.pt"
+    deadline = time.time() + 90
+    while time.time() < deadline and not (checkpoint.exists() and len(re.findall("^step:", log.read_text(), re.M)) > 30):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    saved, lines = train_gpt.read_checkpoint(str(checkpoint)), log.read_text().splitlines()
+    assert saved["step"] >= 1 and re.match(r"step:\d+/100000 ", lines[-1] if log.read_text().endswith("\n") else lines[-2])
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "running"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(corpus, tmp_path, number):
+    process, log = start(corpus, tmp_path, steps=100_000), tmp_path / "run.txt"
+    deadline = time.time() + 90
+    while time.time() < deadline and not (log.exists() and re.search("^step:3/", log.read_text(), re.M)):
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and errors == ""
+    step = int(re.search(rf"stopped by {signal.Signals(number).name} after step (\d+); continue with --resume", out)[1])
+    assert train_gpt.read_checkpoint(str(tmp_path / "run.pt"))["step"] == step
+    assert json.loads((tmp_path / "run.json").read_text())["status"].startswith("stopped by SIG")
+
+
+RANKS_RUN = """
+import sys, train_gpt
+reduced = []
+original = train_gpt.Bucket._reduce
+def spy(self):
+    reduced.append(self.missing == 0 and inside[0])
+    original(self)
+train_gpt.Bucket._reduce = spy
+inside, backward = [False], train_gpt.Tensor.backward
+def watched(self):
+    inside[0] = True
+    backward(self)
+    inside[0] = False
+train_gpt.Tensor.backward = watched
+code = train_gpt.main(sys.argv[1:])
+assert not reduced or all(reduced), "a reduction began after the backward pass"
+sys.exit(code)
+"""
+
+
+def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(corpus, tmp_path):
+    """1, 2 and 4 processes; with several, every reduction begins inside the backward pass; a checkpoint of 4 ranks goes on with 1."""
+    (tmp_path / "ranks.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + RANKS_RUN)
+    curves = {}
+    for world in (1, 2, 4):
+        command = [sys.executable] if world == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        result = subprocess.run([*command, str(tmp_path / "ranks.py"), *arguments(corpus, tmp_path / str(world), val_every=2)], capture_output=True, text=True, env=environment, timeout=200)
+        assert result.returncode == 0, result.stderr[-3000:]
+        curves[world] = [(p["step"], p["val_loss"]) for p in json.loads((tmp_path / str(world) / "run.json").read_text())["curve"]]
+    assert [step for step, _ in curves[1]] == [0, 2, 4, 6, 8]
+    for world in (2, 4):
+        for (_, ours), (_, alone) in zip(curves[world], curves[1]):
+            assert ours == pytest.approx(alone, rel=2e-5)
+    one, four = (train_gpt.read_checkpoint(str(tmp_path / name / "run.pt")) for name in "14")
+    assert one["loader"] == four["loader"]
+    trainer = Trainer(train_gpt.parse_config(["--resume", str(tmp_path / "4/run.pt")]))  # state gathered from four slices fits one
+    for optimizer, saved in zip(trainer.optimizers, one["optimizers"]):
+        for bucket, state in zip(optimizer.buckets, saved["buckets"]):
+            for name, tensor in bucket.state.items():
+                assert (tensor - state[name]).norm() <= 0.05 * state[name].norm()
+
+
+# ---- faults: one line each
+
+@pytest.mark.parametrize("given,message", [
+    (["--track", "fast"], "unknown track 'fast'; the tracks are cpu, small"),
+    (["--batch_tokens", "100"], "--batch_tokens 100 is not a multiple of --sequence_length 32"),
+    (["--layers", "0"], "--layers must be at least 1, got 0"),
+    (["--compile", "maybe"], "--compile must be one of auto, model, blocks, off; got 'maybe'"),
+    (["--window_pattern", "SX"], "--window_pattern takes letters S and L"),
+    (["--window_short", "1,2,3"], "equally many stages"),
+    (["--head_dim", "6"], "not a multiple of 4"),
+    (["--heads", "1"], "value embeddings need heads x head_dim = model_dim, got 1 x 16 and 32"),
+    (["--data", "nowhere"], r"no train shards \(\*train\*.bin\) in nowhere; ./run.sh prepares"),
+    (["--vocab_size", "100"], "token 256 in .* is outside the vocabulary of 100; give --vocab_size"),
+    (["--sequence_length", "100000", "--batch_tokens", "100000"], "do not fill a row of 100001; lower --sequence_length or add data"),
+    (["--resume", "nothing.pt"], "there is no checkpoint nothing.pt"),
+    (["--init_from", "README.md"], "README.md is not a whole checkpoint of this trainer"),
+    (["--lr_matrix", "1e30"], "loss is nan at step"),
+    (["--device", "cuda"], "PyTorch sees no CUDA device; use --device cpu"),
+    (["--log_dir", "/dev/null/logs"], "cannot write /dev/null/logs/run.txt: Not a directory; choose another --log_dir"),
+])
+def test_each_fault_gives_one_line(corpus, tmp_path, capsys, monkeypatch, given, message):
+    monkeypatch.chdir(ROOT)
+    if given[0] == "--device" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    if given[0] == "--init_from":
+        (tmp_path / "README.md").write_text("no checkpoint")
+        given = ["--init_from", str(tmp_path / "README.md")]
+    base = ["--data", str(corpus)] if given[0] == "--track" else arguments(corpus, tmp_path)
+    base = [] if given[0] == "--resume" else base
+    assert main([*base, *given]) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("train_gpt.py: error: ") and errors.count("\n") == 1 and re.search(message, errors), errors
+
+
+@pytest.mark.parametrize("damage,message", [("cut", "is truncated or empty: .* bytes, its header promises"), ("foreign", "is no token shard: it begins with"), ("short", "is no token shard")])
+def test_damaged_shards(corpus, tmp_path, damage, message):
+    for file in corpus.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    victim = tmp_path / "words_train_000001.bin"
+    victim.write_bytes(dict(cut=victim.read_bytes()[:-3], foreign=b"\x89PNG" * 1000, short=b"abc")[damage])
+    with pytest.raises(RunError, match=message):
+        loader(tmp_path)
+
+
+def test_a_full_disk_keeps_the_log_and_the_checkpoint_before(corpus, tmp_path, monkeypatch, capsys):
+    assert main(arguments(corpus, tmp_path)) == 0
+    before = (tmp_path / "run.pt").read_bytes()
+
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
+    real, calls = os.fsync, []
+    monkeypatch.setattr(os, "fsync", lambda d: (calls.append(1), full(d) if len(calls) > 4 else real(d)))
+    capsys.readouterr()
+    assert main(arguments(corpus, tmp_path)) == 1
+    captured = capsys.readouterr()
+    assert re.fullmatch(r"train_gpt.py: error: cannot write .*run\.(pt|json): No space left on device; free some space or choose another --log_dir\n", captured.err)
+    assert (tmp_path / "run.pt").read_bytes() == before and not list(tmp_path.glob(".run*"))
+    assert "step:4/8 train_time" in (tmp_path / "run.txt").read_text()
+
+
+def test_a_checkpoint_is_never_executed(tmp_path):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path}/executed",))
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil()))
+    torch.save({"format": "knotgpt-1", "model": Evil()}, tmp_path / "evil2.pt")
+    for name in ("evil.pt", "evil2.pt"):
+        with pytest.raises(RunError, match="is not a whole checkpoint of this trainer"):
+            train_gpt.read_checkpoint(str(tmp_path / name))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_world_that_does_not_divide_is_one_line(corpus, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", str(ROOT / "train_gpt.py"), *arguments(corpus, tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode != 0
+    assert result.stderr.count("train_gpt.py: error: 8 rows of 32 tokens cannot be shared by 3 ranks; change --batch_tokens or the number of ranks") == 1

@@ -1,0 +1,249 @@
+"""The loader: what it reads, what it changes and takes back, and the one line of every error."""
+
+import importlib, os, re, subprocess, sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_gpt, variants
+from train_gpt import RunError
+from variants import __main__ as table
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = train_gpt.make_config(dict(vocab_size=257, layers=8, model_dim=32, heads=2, head_dim=16, mlp_hidden=96))
+HEAD = '''"""An idea.\n\nSource: somebody, 2020\nStatus: not yet measured\n"""
+from dataclasses import dataclass
+from typing import Literal
+import train_gpt
+@dataclass
+class Options:
+    width: int = 8
+    rate: float = 0.5
+    gate: bool = False
+    name: str = ""
+    kind: Literal["a", "b", 3] = "a"
+    places: tuple[int, ...] = (1,)
+'''
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """write(name, patch) makes a variant of that name in a folder of its own beside the real ones; patch: lines of the function patch."""
+    monkeypatch.setattr(variants, "__path__", [*variants.__path__, str(tmp_path)])
+    written = []
+    def write(name, patch, head=HEAD):
+        (tmp_path / f"{name}.py").write_text(head + f"def patch(options):\n    {patch}\n")
+        importlib.invalidate_caches()
+        written.append(name)
+    yield write
+    for name in written:
+        sys.modules.pop(f"variants.{name}", None)
+        vars(variants).pop(name, None)
+
+def state() -> dict:
+    own = {name: value for name, value in vars(train_gpt).items() if not name.startswith("__")}
+    return own | {("GPT", name): value for name, value in vars(train_gpt.GPT).items()}
+
+def error_of(*specs: str) -> str:
+    """The message of the error of apply(), which must be one line and leave the trainer alone."""
+    before = state()
+    with pytest.raises(RunError) as caught:
+        variants.apply(specs, CONFIG)
+    after = state()
+    assert after.keys() == before.keys() and all(after[name] is before[name] for name in before) and "\n" not in str(caught.value)
+    return str(caught.value)
+
+def options_of(name: str, text: str = ""):
+    spec_name, texts = variants.parse_spec(f"{name}:{text}" if text else name)
+    return variants.build_options(spec_name, variants.load(spec_name), texts)
+
+@pytest.mark.parametrize("spec, expected", [
+    ("a", ("a", {})),
+    (" a ", ("a", {})),
+    ("a:", ("a", {})),
+    ("a:x=1", ("a", {"x": "1"})),
+    ("a:layers=0-3,7,gate=on", ("a", {"layers": "0-3,7", "gate": "on"})),
+    ("a:gate=on,layers=0-3,7,9-10", ("a", {"gate": "on", "layers": "0-3,7,9-10"})),
+    ("a:x=", ("a", {"x": ""})),
+])
+def test_parse_spec(spec, expected):
+    assert variants.parse_spec(spec) == expected
+
+@pytest.mark.parametrize("text, expected", [("7", (7,)), ("0-3,7", (0, 1, 2, 3, 7)), ("5-5", (5,)), ("3,1", (3, 1))])
+def test_parse_integers(text, expected):
+    assert variants.parse_integers(text) == expected
+
+@pytest.mark.parametrize("text", ["", "a", "1-", "-1", "3-1", "1,,2", "1;2", "1.5", "0--2", "0-99999999999"])
+def test_no_integers(text):
+    with pytest.raises(ValueError):
+        variants.parse_integers(text)
+
+def test_options_of_every_type(write):
+    write("typed", "train_gpt.MLP = type('M', (train_gpt.MLP,), {})")
+    assert vars(options_of("typed")) == dict(width=8, rate=0.5, gate=False, name="", kind="a", places=(1,))
+    given = options_of("typed", "width=-3,rate=1e-3,gate=Yes,name=x:y,kind=3,places=2-4,9")
+    assert vars(given) == dict(width=-3, rate=0.001, gate=True, name="x:y", kind=3, places=(2, 3, 4, 9))
+    for text, value in dict(on=True, true=True, yes=True, off=False, false=False, no=False).items() | {("1", True), ("0", False)}:
+        assert options_of("typed", f"gate={text}").gate is value
+
+@pytest.mark.parametrize("text", ["width=abc", "width=1.5", "rate=fast", "gate=maybe", "kind=c", "places=2-", "places=a", "width="])
+def test_option_of_wrong_type(write, text):
+    write("typed", "train_gpt.MLP = None")
+    message = error_of(f"typed:{text}")
+    assert message.startswith(f"variant typed: {text} is not of the type ")
+    assert message.endswith("its options are width (int, default 8), rate (float, default 0.5), gate (on|off, default off), name (str, default ''), "
+                            "kind (a|b|3, default a), places (integers such as 0-3,7, default 1), layers (integers such as 0-3,7, default all)")
+
+def test_option_faults():
+    assert error_of("swiglu_mlp:width=3") == ("variant swiglu_mlp: it has no option 'width'; its options are hidden (int, default 0), "
+                                              "activation (silu|gelu|relu2, default silu), layers (integers such as 0-3,7, default all)")
+    assert error_of("swiglu_mlp:hidden=1,hidden=2") == "variant swiglu_mlp: hidden= is given twice; give it once"
+    assert error_of("swiglu_mlp:hidden") == "variant swiglu_mlp: 'hidden' is no option; write swiglu_mlp:key=value,key=value"
+    assert error_of("swiglu_mlp:=3") == "variant swiglu_mlp: '=3' is no option; write swiglu_mlp:key=value,key=value"
+
+@pytest.mark.parametrize("name", ["nope", "", "__main__", "swiglu_mlp.Options", "../train_gpt", "os"])
+def test_unknown_variant(name):
+    assert error_of(name) == f"unknown variant {name!r}; there are {', '.join(variants.available())}"
+
+def test_available_is_the_folder(write):
+    write("zz_new", "pass")
+    files = {file.stem for file in (ROOT / "variants").glob("*.py")} - {"__init__", "__main__"}
+    assert variants.available() == sorted(files) + ["zz_new"]
+
+def test_faults_of_the_file(write):
+    write("syntax", "pass", head="def f(:\n")
+    assert error_of("syntax").startswith("variant syntax: SyntaxError: ") and "(syntax.py, line 1)" in error_of("syntax")
+    write("importing", "pass", head="import no_such_module_of_anybody\n")
+    assert error_of("importing") == "variant importing: ModuleNotFoundError: No module named 'no_such_module_of_anybody' (importing.py, line 1)"
+    write("lacking", "pass", head="")
+    assert error_of("lacking") == "variant lacking: its file lacks a dataclass Options or a function patch(options); add it"
+    write("required", "train_gpt.MLP = None", head=HEAD.replace("width: int = 8", "width: int"))
+    assert error_of("required").startswith("variant required: TypeError: ")
+
+def test_faults_of_the_patch(write):
+    write("nothing", "pass")
+    assert error_of("nothing") == "variant nothing: its patch changes nothing with these options; let it assign to an attribute of train_gpt"
+    write("same", "train_gpt.MLP = train_gpt.MLP")
+    assert error_of("same").startswith("variant same: its patch changes nothing")
+    write("misspelt", "train_gpt.MPL = train_gpt.MLP = object()")
+    assert error_of("misspelt") == "variant misspelt: its patch assigns MPL, which train_gpt does not define; correct the name"
+    write("method", "train_gpt.GPT.run_block = None")
+    assert error_of("method") == "variant method: its patch assigns GPT.run_block, which train_gpt does not define; correct the name"
+    write("refusing", "train_gpt.MLP = None; raise ValueError('width=8 is odd;\\n    take 9')")
+    assert error_of("refusing") == "variant refusing: width=8 is odd; take 9"
+    write("refusing_too", "train_gpt.MLP = None; raise train_gpt.RunError('no kernel here')")
+    assert error_of("refusing_too") == "variant refusing_too: no kernel here"
+    write("buggy", "train_gpt.GPT.embed = None; train_gpt.MLP = undefined")
+    assert error_of("buggy") == f"variant buggy: NameError: name 'undefined' is not defined (buggy.py, line {HEAD.count(chr(10)) + 2})"
+    check = "    def __post_init__(self):\n        if self.width > 9:\n            raise ValueError(f'width={self.width} is too wide')\n"
+    write("strict", "train_gpt.MLP = None", head=HEAD + check)
+    assert error_of("strict:width=10") == "variant strict: width=10 is too wide"
+
+def test_apply_and_undo(write):
+    write("block_order", "train_gpt.GPT.run_blocks = lambda self, x, contexts: x")
+    before = state()
+    with variants.applied(("swiglu_mlp", "block_order"), CONFIG) as changed:
+        assert changed == {"swiglu_mlp": ["MLP"], "block_order": ["GPT.run_blocks"]}
+        assert {name for name, value in state().items() if before[name] is not value} == {"MLP", ("GPT", "run_blocks")}
+        assert type(train_gpt.GPT(CONFIG).blocks[0].mlp).__name__ == "GatedMLP"
+    assert state() == before
+    with pytest.raises(ZeroDivisionError), variants.applied(("swiglu_mlp",), CONFIG):
+        1 / 0
+    assert state() == before
+    try:
+        changed = variants.apply(("swiglu_mlp:layers=1", "parallel_residual"), CONFIG)
+        assert changed == {"swiglu_mlp:layers=1": ["MLP"], "parallel_residual": ["Block"]}
+        assert train_gpt.MLP is not before["MLP"] and train_gpt.Block is not before["Block"]
+    finally:
+        train_gpt.MLP, train_gpt.Block = before["MLP"], before["Block"]
+    assert variants.apply((), CONFIG) == {}
+
+def test_order_does_not_matter_and_patches_meet_the_original(write):
+    write("wrapping", "original = train_gpt.project; train_gpt.project = lambda x, *linears: original(x, *linears)")
+    write("deriving", "train_gpt.MLP = type('Derived', (train_gpt.MLP,), {})")
+    for specs in (("deriving:layers=0", "swiglu_mlp:layers=1", "wrapping"), ("wrapping", "swiglu_mlp:layers=1", "deriving:layers=0")):
+        with variants.applied(specs, CONFIG):
+            kinds = [type(block.mlp) for block in train_gpt.GPT(CONFIG).blocks]
+        assert [kind.__name__ for kind in kinds] == ["Derived", "GatedMLP"] + ["MLP"] * 6
+        assert kinds[0].__mro__[1] is train_gpt.MLP
+
+def test_collisions(write):
+    write("other_mlp", "train_gpt.MLP = lambda config, layer: None")
+    remedy = "both change MLP; leave one out, or give them different layers="
+    assert error_of("swiglu_mlp", "other_mlp") == f"variants swiglu_mlp and other_mlp {remedy}"
+    assert error_of("swiglu_mlp:layers=0-3", "other_mlp") == f"variants swiglu_mlp and other_mlp {remedy}"
+    assert error_of("swiglu_mlp:layers=0-3", "other_mlp:layers=3") == f"variants swiglu_mlp and other_mlp {remedy}"
+    assert error_of("swiglu_mlp", "swiglu_mlp:hidden=8") == f"variants swiglu_mlp and swiglu_mlp {remedy}"
+    write("one", "train_gpt.attend = None")
+    write("two", "train_gpt.attend = 2")
+    assert error_of("one", "two") == "variants one and two both change attend; leave one out"
+    write("whole", "train_gpt.GPT = type('G', (train_gpt.GPT,), {})")
+    write("part", "train_gpt.GPT.embed = None")
+    for pair, names in ((("whole", "part"), "GPT and GPT.embed"), (("part", "whole"), "GPT.embed and GPT")):
+        assert error_of(*pair) == f"variants {pair[0]} and {pair[1]} change {names}, one a part of the other; leave one out"
+
+def test_layers():
+    with variants.applied(("swiglu_mlp:hidden=16,layers=0-1,7", "swiglu_mlp:layers=2"), CONFIG):
+        widths = [block.mlp.fc.weight.shape[0] for block in train_gpt.GPT(CONFIG).blocks]
+    assert widths == [16, 16, 64, 96, 96, 96, 96, 16]
+
+def test_layers_of_a_linear(write):
+    write("marked_linear", "train_gpt.Linear = type('Marked', (train_gpt.Linear,), {})")
+    with variants.applied(("marked_linear:layers=6-7",), CONFIG):
+        model = train_gpt.GPT(CONFIG)
+    marked = {name for name, module in model.named_modules() if type(module).__name__ == "Marked"}
+    assert len(marked) == 14 and all(name.startswith(("blocks.6.", "blocks.7.")) for name in marked)  # q k v o gate fc proj
+    assert type(model.head.projection) is train_gpt.Linear is train_gpt.PLAIN_LINEAR
+    with variants.applied(("marked_linear",), CONFIG):
+        assert type(train_gpt.GPT(CONFIG).head.projection).__name__ == "Marked"
+
+@pytest.mark.parametrize("part", ["CausalSelfAttention", "MLP", "Residual", "Linear", "Block"])
+def test_parts_made_for_each_layer(part):
+    assert variants.is_per_layer(getattr(train_gpt, part))
+
+@pytest.mark.parametrize("part", ["Norm", "GPT", "LanguageModelHead", "attend", "build_optimizers", "GATE_CHANNELS"])
+def test_parts_made_once(part):
+    assert not variants.is_per_layer(getattr(train_gpt, part))
+
+@pytest.mark.parametrize("text", ["", "all", "3-1", "-1", "1-", "0,,1", "0-0x"])
+def test_malformed_layers(text):
+    assert error_of(f"swiglu_mlp:layers={text}") == f"variant swiglu_mlp: layers={text} is no list of layers; write it such as layers=0-3,7"
+
+def test_layers_that_do_not_apply(write):
+    assert error_of("swiglu_mlp:layers=6-8") == "variant swiglu_mlp: layers=6-8 goes beyond the model, which has the layers 0-7"
+    write("norms", "train_gpt.MLP = train_gpt.Block; train_gpt.Norm = None")
+    assert error_of("norms:layers=0") == "variant norms: no layers= here: it changes Norm, which is not made for each layer; leave it out"
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    one_thread = os.environ | dict(OMP_NUM_THREADS="1")
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, env=one_thread)
+
+@pytest.mark.parametrize("spec, message", [
+    ("nope", "train_gpt.py: error: unknown variant 'nope'; there are "),
+    ("swiglu_mlp:hidden=abc", "train_gpt.py: error: variant swiglu_mlp: hidden=abc is not of the type int; its options are hidden (int, default 0), "),
+    ("swiglu_mlp:layers=4+parallel_residual", "train_gpt.py: error: variant swiglu_mlp: layers=4 goes beyond the model, which has the layers 0-3"),
+])
+def test_command_line(spec, message):
+    done = run("train_gpt.py", "--variant", spec)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1) and done.stderr.startswith(message)
+
+def test_table_command():
+    done = run("-m", "variants")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and done.stderr == "" and [line.split()[0] for line in lines] == ["variant", "baseline", *variants.available()]
+
+def test_table(write, capsys):
+    write("broken", "raise TypeError('what\\never')")
+    write("unbuildable", "train_gpt.MLP = None")
+    bare = "from dataclasses import dataclass\nimport train_gpt\n@dataclass\nclass Options:\n    pass\n"
+    write("bare", "train_gpt.MLP = type('M', (train_gpt.MLP,), {})", head=bare)
+    table.main()
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert rows["broken"].split(maxsplit=1)[1].startswith("broken: variant broken: TypeError: what ever (broken.py, line ")
+    assert rows["unbuildable"].split(maxsplit=1)[1] == "broken: TypeError: 'NoneType' object is not callable"
+    assert re.fullmatch(r"bare +MLP +[\d,]+ +\+0\.0 % +no Status: line +no docstring +no Source: line", rows["bare"])
+    config = train_gpt.make_config(dict(vocab_size=257))
+    with torch.device("meta"):
+        baseline = sum(p.numel() for p in train_gpt.GPT(config).parameters())
+    count = baseline + 4 * 128 * (3 * 344 - 2 * 512)
+    assert re.match(rf"swiglu_mlp +MLP +{count:,} +\+{100 * (count / baseline - 1):.1f} % +\S.* Gated feed-forward .* Shazeer", rows["swiglu_mlp"])
