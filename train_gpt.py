@@ -18,6 +18,7 @@ value residual learning, U-net skips, Gemma 2 (logit cap), Liger-Kernel (gradien
 
 import argparse, dataclasses, hashlib, inspect, json, math, os, platform, re, shutil, signal, subprocess, sys, time, uuid, zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -146,7 +147,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
         parser.add_argument("--" + field.name, help=help_of[field.name].replace("%", "%%"), **kinds.get(field.type, {}))
     given = vars(parser.parse_args(argv))
     if "variant" in given:
-        given["variant"] = tuple(part for text in given["variant"] for part in text.split("+"))
+        given["variant"] = tuple(part for text in given["variant"] for part in re.split(r"\+(?=[a-z_])", text))
     return make_config(given)
 
 def make_config(given: dict) -> Config:
@@ -742,7 +743,8 @@ def token_bytes(config: Config) -> np.ndarray | None:
     import tiktoken, tiktoken.load
     merges = next(find_shards(config, "val")[0].parent.glob("*.tiktoken"), None)
     try:
-        ranks = tiktoken.load.load_tiktoken_bpe(str(merges)) if merges else tiktoken.get_encoding("gpt2")._mergeable_ranks
+        digest = merges and hashlib.sha256(merges.read_bytes()).hexdigest()  # else tiktoken trusts its cache, which knows files by their path
+        ranks = tiktoken.load.load_tiktoken_bpe(str(merges), digest) if merges else tiktoken.get_encoding("gpt2")._mergeable_ranks
     except Exception:  # whatever the download raises: bits per byte are left out, the run goes on
         return None
     sizes = np.zeros(max(config.vocab_size, max(ranks.values()) + 1), dtype=np.int64)
@@ -839,7 +841,7 @@ def write_atomically(path: Path, write):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         temporary.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; free some space or choose another --log_dir") from None
+        raise RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; free some space or choose another folder") from None
 
 def read_checkpoint(path: str) -> dict:
     """A checkpoint's contents on the CPU; nothing in the file is executed. RunError if it is none of this trainer's, or damaged."""
@@ -910,8 +912,8 @@ class RunLog:
 # Training
 
 class Trainer:
-    """One run, from its configuration to its last checkpoint."""
-    def __init__(self, config: Config):
+    """One run, from its configuration to its last checkpoint. replaced: variant -> names of this module that it replaced, for the record."""
+    def __init__(self, config: Config, replaced: dict | None = None):
         saved = read_checkpoint(config.resume) if config.resume else None
         self.config, self.ranks = config, Ranks.start(config)
         adopt_vocabulary(config)
@@ -927,7 +929,7 @@ class Trainer:
             self._load_matching(config.init_from)
         self.optimizers = build_optimizers(self.model, config, self.ranks)
         self.step, self.train_seconds, self.stop_signal, self.train_loss, self.loader_state = 0, 0.0, 0, math.nan, None
-        self._write_header()
+        self._write_header(replaced or {})
         if saved:
             self._restore(saved)
 
@@ -937,14 +939,14 @@ class Trainer:
             dist.broadcast_object_list(texts, device=torch.device("cpu"))
         return texts[0]
 
-    def _write_header(self):
+    def _write_header(self, replaced: dict):
         config, model, log = self.config, self.model, self.log
         tables = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
         tables[id(model.head.projection.weight)] = model.head.projection.weight.numel()
         parameters = sum(p.numel() for p in model.parameters())
         hashes = {file.name: hashlib.file_digest(open(file, "rb"), "sha256").hexdigest() for file in find_shards(config, "val") if log.main}
         facts = environment(self.ranks) | dict(
-            seed=config.seed, parameters=parameters, parameters_without_embeddings=parameters - sum(tables.values()), flops_per_token=flops_per_token(config),
+            seed=config.seed, replaced=replaced, parameters=parameters, parameters_without_embeddings=parameters - sum(tables.values()), flops_per_token=flops_per_token(config),
             peak_flops=measured_peak(self.ranks), dtype=str(self.ranks.dtype).removeprefix("torch."), compile=compile_mode(config, self.ranks),
             train_tokens_available=self.loader.total, val_tokens=self.val_batches[..., 1:].size, val_bytes_per_token=self.bytes_per_token or None, val_sha256=hashes)
         log.facts = dict(run_id=config.run_id, status="running", config=dataclasses.asdict(config), **facts, curve=[])
@@ -1152,13 +1154,11 @@ def main(argv: list[str] | None = None) -> int:
     trainer = None
     try:
         config = parse_config(argv)
-        if config.variant:
-            import variants
-            variants.apply(config.variant, config)
-        trainer = Trainer(config)
-        code = trainer.run()
-        trainer.ranks.synchronize()  # no rank leaves while another still needs it
-        return code
+        with __import__("variants").applied(config.variant, config) if config.variant else nullcontext({}) as replaced:
+            trainer = Trainer(config, replaced)
+            code = trainer.run()
+            trainer.ranks.synchronize()  # no rank leaves while another still needs it
+            return code
     except RunError as error:
         if trainer:
             try:

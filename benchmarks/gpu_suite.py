@@ -32,14 +32,14 @@ import numpy as np
 import torch
 
 from data.shards import write_shard
-from train_gpt import TRACKS, Ranks, RunError, command_output, environment, write_atomically
+from train_gpt import TRACKS, Config, Ranks, RunError, command_output, environment, write_atomically
 
 PASSED, SKIPPED, STOPPED, LATE = "passed", "skipped", "stopped: out of time", "not run: out of time"
 
 
 @dataclass
 class Run:
-    """What a section has to work with. GPU work belongs in run.command(), a process of its own: a faulty kernel spoils CUDA for the process it runs in."""
+    """What a section has to work with. GPU work belongs in command(): a faulty kernel spoils CUDA for the whole process that it runs in."""
     steps: int                # timed steps of a track
     tracks: list[str]
     data: Path | None         # folder of GPT-2 shards; None: synthetic ones
@@ -60,15 +60,17 @@ class Run:
         write_atomically(self.output, lambda file: file.write(json.dumps(self.results, indent=1).encode() + b"\n"))
 
     def command(self, name: str, arguments: list[str], fine: tuple[int, ...] = (0,)) -> dict:
-        """Run a command in the repository's root for at most the time left. Returns its status ("passed" where the exit code is fine), exit code and seconds."""
+        """Run a command in the repository's root, for the time left at most. Returns status ("passed": the exit code is fine), exit code, seconds."""
         if self.left() <= 0:
             return dict(status=LATE)
         print(f"{name} ...", flush=True)
         start, path = time.monotonic(), self.folder / f"{name}.output"
-        settings = ({"OMP_NUM_THREADS": "1"} if self.reduced else {}) | os.environ | {"PYTHONUNBUFFERED": "1"}  # on a busy CPU a second thread costs time
-        result = dict(status=PASSED, exit_code=None, seconds=0.0, command=shlex.join(["python" if part == sys.executable else part for part in arguments]))
+        threads = {"OMP_NUM_THREADS": "1"} if self.reduced else {}  # on a busy CPU a second one costs time
+        shown = shlex.join("python" if part == sys.executable else part for part in arguments)
+        result = dict(status=PASSED, exit_code=None, seconds=0.0, command=shown)
         with open(path, "wb") as file:
-            process = subprocess.Popen(arguments, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=settings)
+            process = subprocess.Popen(arguments, cwd=ROOT, env=threads | os.environ | {"PYTHONUNBUFFERED": "1"}, start_new_session=True,
+                                       stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
             try:
                 result["exit_code"] = process.wait(self.left())
             except subprocess.TimeoutExpired:
@@ -82,7 +84,7 @@ class Run:
         if result["status"] != PASSED:
             result["output_tail"] = output[-2000:]
         result["seconds"] = round(time.monotonic() - start, 1)
-        print(f"{name}: {result['seconds']:.0f} s{', ' * (result['status'] != PASSED)}{result['status'] * (result['status'] != PASSED)}", flush=True)
+        print(f"{name}: {result['seconds']:.0f} s" + (f", {result['status']}" if result["status"] != PASSED else ""), flush=True)
         return result
 
 
@@ -109,13 +111,14 @@ def fault(output: str, exit_code: int) -> str:
 def run_tests(run: Run) -> dict:
     """every test marked gpu"""
     report = run.folder / "tests.xml"
-    result = run.command("tests", [sys.executable, "-m", "pytest", "-m", "gpu", "tests", f"--junitxml={report}"], fine=(0, 5))  # 5: pytest found none
+    result = run.command("tests", [sys.executable, "-m", "pytest", "-m", "gpu", "tests", f"--junitxml={report}"], fine=(0, 5))  # 5: found none
     if report.exists():
         cases = ElementTree.parse(report).findall(".//testcase")
-        named = lambda *kinds: [f"{case.get('classname')}::{case.get('name')}" for case in cases if any(case.find(kind) is not None for kind in kinds)]
-        result |= dict(tests=len(cases), skipped=len(named("skipped")), failed=named("failure", "error"))
-        if result["failed"]:
-            result["status"] = f"failed: {len(result['failed'])} of {len(cases)} tests, the first {result['failed'][0]}"
+        failed = [f"{case.get('classname')}::{case.get('name')}" for case in cases if case.find("failure") is not None or
+                  case.find("error") is not None]
+        result |= dict(tests=len(cases), skipped=sum(case.find("skipped") is not None for case in cases), failed=failed)
+        if failed:
+            result["status"] = f"failed: {len(failed)} of {len(cases)} tests, the first {failed[0]}"
         elif result["status"] == PASSED and result["skipped"] == len(cases):
             result["status"] = SKIPPED if run.reduced else "failed: no test marked gpu ran on this GPU"
     return result
@@ -163,29 +166,30 @@ def run_track(run: Run, track: str, data: Path) -> dict:
 
 def track_overrides(track: str, run: Run) -> dict:
     """What differs from the track's own settings. On a GPU only its length and its validation: a batch of it for each rank."""
-    settings = TRACKS[track]
+    settings = vars(Config(**TRACKS[track]))
     if not run.reduced:
-        return dict(steps=run.steps, val_tokens=run.world * max(settings.get("micro_batch_tokens", 8192), settings.get("sequence_length", 256)))
-    return dict(steps=run.steps, val_tokens=512, batch_tokens=512, sequence_length=256, micro_batch_tokens=256, compile="off", layers=min(settings.get("layers", 4), 4),
-                heads=2, head_dim=32, model_dim=64, mlp_hidden=min(settings.get("mlp_hidden", 256), 256), bigram_rows=min(settings.get("bigram_rows", 0), 1024))
+        return dict(steps=run.steps, val_tokens=run.world * max(settings["micro_batch_tokens"], settings["sequence_length"]))
+    return dict(steps=run.steps, val_tokens=512, batch_tokens=512, sequence_length=256, micro_batch_tokens=256, compile="off",
+                layers=min(settings["layers"], 4), heads=2, head_dim=32, model_dim=64, mlp_hidden=min(settings["mlp_hidden"], 256),
+                bigram_rows=min(settings["bigram_rows"], 1024))
 
 
 def step_spread(log: str) -> dict:
     """
-    Median, 10th and 90th percentile of the milliseconds between a log's steps; nothing of fewer than two steps. On a GPU these are the host's times: it
-    runs ahead of the device, so that only the run's total (ms_per_step, taken after a synchronisation) says how long a step takes.
+    Median, 10th and 90th percentile of the milliseconds between a log's steps; nothing of fewer than two steps. On a GPU these are the host's
+    times: it runs ahead of the device, so that only the run's total (ms_per_step, taken after a synchronisation) says how long a step takes.
     """
-    steps = [(int(step), float(total), float(average)) for step, total, average in re.findall(r"^step:(\d+)/\d+ train_time:(\d+)ms step_avg:([\d.]+)ms$", log, re.M)]
-    if len(steps) < 2:
+    lines = re.findall(r"^step:(\d+)/\d+ train_time:(\d+)ms step_avg:([\d.]+)ms$", log, re.M)
+    if len(lines) < 2:
         return {}
-    # the average has two decimals and the total none: below step 100 their product is the finer clock
-    elapsed = [average * step if step < 100 else total for step, total, average in steps]
+    # the average has two decimals and the total none: below step 100 the average times the step is the finer clock
+    elapsed = [float(average) * int(step) if int(step) < 100 else float(total) for step, total, average in lines]
     low, median, high = np.percentile(np.diff(elapsed, prepend=0.0), (10, 50, 90)).round(3).tolist()
     return dict(host_ms_p10=low, host_ms_median=median, host_ms_p90=high)
 
 
 def synthetic_shards(folder: Path, shard_tokens: int = 8 * 524_288) -> Path:
-    """A folder of two training shards and a smaller validation shard of random GPT-2 tokens; documents of 400 tokens in the median, 660 in the mean."""
+    """Two training shards and a smaller validation shard of random GPT-2 tokens, in documents of 400 tokens (median). Returns the folder."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     for name, count in (("train_000000", shard_tokens), ("train_000001", shard_tokens), ("val_000000", shard_tokens // 4)):
@@ -212,15 +216,19 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
+COLUMNS = (("ms/step", "ms_per_step", "{:.1f}"), ("host median", "host_ms_median", "{:.1f}"), ("p10", "host_ms_p10", "{:.1f}"),
+           ("p90", "host_ms_p90", "{:.1f}"), ("tokens/s", "tokens_per_second", "{:,.0f}"), ("MFU", "mfu", "{:.1%}"),
+           ("memory MiB", "peak_memory_mib", "{:,}"), ("compile s", "warmup_seconds", "{:.1f}"))
+
+
 def tracks_table(rows: dict) -> str:
     """The tracks' results as aligned text; "-" where there is no number."""
-    columns = (("ms/step", "ms_per_step", "{:.1f}"), ("host median", "host_ms_median", "{:.1f}"), ("p10", "host_ms_p10", "{:.1f}"), ("p90", "host_ms_p90", "{:.1f}"),
-               ("tokens/s", "tokens_per_second", "{:,.0f}"), ("MFU", "mfu", "{:.1%}"), ("memory MiB", "peak_memory_mib", "{:,}"), ("compile s", "warmup_seconds", "{:.1f}"))
-    lines = [("track", *(title for title, _, _ in columns), "status")]
+    lines = [("track", *(title for title, _, _ in COLUMNS), "status")]
     for track, row in rows.items():
-        lines.append((track, *(form.format(row[name]) if row.get(name) is not None else "-" for _, name, form in columns), row["status"]))
+        lines.append((track, *(form.format(row[name]) if name in row else "-" for _, name, form in COLUMNS), row["status"]))
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:-1], widths[1:-1])), line[-1]]) for line in lines)
+    return "\n".join("  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), status])
+                     for first, *cells, status in lines)
 
 
 def run_sections(run: Run, names: list[str]):
@@ -245,11 +253,11 @@ def run_sections(run: Run, names: list[str]):
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0], allow_abbrev=False)
-    names = lambda text: text.split(",")
+    names = lambda text: list(dict.fromkeys(text.split(",")))
     parser.add_argument("--sections", type=names, default=list(SECTIONS), help=f"in this order, of {','.join(SECTIONS)}")
     parser.add_argument("--tracks", type=names, default=sorted(TRACKS, key=lambda track: TRACKS[track].get("layers", 4)),
                         help=f"in this order, of {','.join(TRACKS)} (few layers first: they compile soonest)")
-    parser.add_argument("--minutes", type=float, default=9, help="time for the whole (9); what runs then is ended within 10 s, with several GPUs within 40 s")
+    parser.add_argument("--minutes", type=float, default=9, help="time for the whole (9); what runs then is ended within 10 s, on several GPUs 40 s")
     parser.add_argument("--steps", type=int, help="timed steps of each track (20; reduced: 2)")
     parser.add_argument("--data", type=Path, help="folder of GPT-2 shards (synthetic ones)")
     parser.add_argument("--output", type=Path, help="JSON file to write (benchmarks/results/<device>.json)")
@@ -261,7 +269,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if given.minutes <= 0 or given.steps is not None and given.steps < 1:
         raise RunError("--minutes must be above 0 and --steps at least 1")
     if given.data and not all(list(given.data.glob(f"*{split}*.bin")) for split in ("train", "val")):
-        raise RunError(f"no *train*.bin and *val*.bin in {given.data}; leave --data out for synthetic tokens, or fetch some with data/cached_fineweb10B.py")
+        raise RunError(f"no *train*.bin and *val*.bin in {given.data}; fetch some with data/cached_fineweb10B.py, or leave --data out")
     return given
 
 
@@ -269,45 +277,37 @@ def interrupt(_number, _frame):
     raise KeyboardInterrupt
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 all passed (or skipped on a CPU), 1 something did not, 2 a faulty command line, 130 interrupted."""
-    start, handler = time.monotonic(), None
-    try:
-        given = parse(argv)
-        if given.list:
-            print("\n".join(f"{name:10}{function.__doc__}" for name, function in SECTIONS.items()))
-            return 0
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        facts = environment(Ranks(0, max(gpus, 1), torch.device("cuda" if gpus else "cpu"), torch.float32)) | ({} if gpus else dict(device=cpu_model()))
-        prefix = "cpu-" if not gpus else f"{gpus}x-" if gpus > 1 else ""
-        results = dict(
-            reduced=not gpus, date=datetime.now(timezone.utc).isoformat(timespec="seconds"), status="running", minutes=given.minutes, seconds=None, **facts,
-            cards=command_output("nvidia-smi", "--query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm", "--format=csv,noheader").splitlines() if gpus else [],
-            data=str(given.data or "synthetic"), sections={})
-        output = given.output or Path(__file__).resolve().parent / "results" / f"{prefix}{slug(facts['device'])}.json"
-        output.parent.mkdir(parents=True, exist_ok=True)
-        print(f"reduced run on a CPU ({facts['device']}): proves that the tracks run; its times and memory say nothing about a GPU" if not gpus else
-              f"{gpus} x {facts['device']}, PyTorch {facts['torch']}, Triton {facts['triton']}, commit {facts['git_commit'][:10]}{' with changes' * facts['git_dirty']}", flush=True)
-        handler = signal.signal(signal.SIGTERM, interrupt)
-        with tempfile.TemporaryDirectory(prefix="knotgpt-") as folder:
-            run = Run(given.steps or (20 if gpus else 2), given.tracks, given.data and given.data.resolve(), not gpus, max(gpus, 1), start + 60 * given.minutes,
-                      Path(folder), output, results)
-            try:
-                run_sections(run, given.sections)
-                code = int(any(section["status"] not in (PASSED, SKIPPED) for section in results["sections"].values()))
-            except KeyboardInterrupt:
-                code = 130
-            results |= dict(status={0: PASSED, 1: "incomplete", 130: "interrupted"}[code], seconds=round(time.monotonic() - start, 1))
-            run.record()
-    except RunError as error:
-        print(f"gpu_suite.py: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"gpu_suite.py: error: {error.filename}: {error.strerror}; choose another --output or free some space", file=sys.stderr)
-        return 2
-    finally:
-        if handler is not None:
-            signal.signal(signal.SIGTERM, handler)
+def describe(gpus: int) -> dict:
+    """Machine, versions and commit, as the trainer records them; the cards as nvidia-smi sees them."""
+    facts = environment(Ranks(0, max(gpus, 1), torch.device("cuda" if gpus else "cpu"), torch.float32))
+    if not gpus:
+        return facts | dict(device=cpu_model())
+    query = "--query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm"
+    return facts | dict(cards=command_output("nvidia-smi", query, "--format=csv").splitlines())
+
+
+def suite(given: argparse.Namespace) -> int:
+    start, gpus = time.monotonic(), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    facts = describe(gpus)
+    name = slug(facts["device"]) if gpus == 1 else f"{gpus}x-{slug(facts['device'])}" if gpus else f"cpu-{slug(facts['device'])}"
+    output = given.output or Path(__file__).resolve().parent / "results" / f"{name}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    results = dict(reduced=not gpus, date=datetime.now(timezone.utc).isoformat(timespec="seconds"), status="running", minutes=given.minutes,
+                   seconds=None, **facts, data=str(given.data or "synthetic"), sections={})
+    if gpus:
+        print(f"{gpus} x {facts['device']}, PyTorch {facts['torch']}, Triton {facts['triton']}, commit {facts['git_commit'][:10]}", flush=True)
+    else:
+        print(f"reduced run on a CPU ({facts['device']}): proves that the tracks run; its times and memory say nothing about a GPU", flush=True)
+    with tempfile.TemporaryDirectory(prefix="knotgpt-") as folder:
+        run = Run(given.steps or (20 if gpus else 2), given.tracks, given.data and given.data.resolve(), not gpus, max(gpus, 1),
+                  start + 60 * given.minutes, Path(folder), output, results)
+        try:
+            run_sections(run, given.sections)
+            code = int(any(section["status"] not in (PASSED, SKIPPED) for section in results["sections"].values()))
+        except KeyboardInterrupt:
+            code = 130
+        results |= dict(status={0: PASSED, 1: "incomplete", 130: "interrupted"}[code], seconds=round(time.monotonic() - start, 1))
+        run.record()
     print()
     if rows := results["sections"].get("tracks", {}).get("tracks"):
         print(tracks_table(rows) + "\n")
@@ -315,6 +315,25 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name}: {section['status']}, {section.get('seconds', 0):.0f} s")
     print(f"{results['status']} in {results['seconds']:.0f} s; {output}")
     return code
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0 all passed (or skipped on a CPU), 1 something did not, 2 nothing could be done, 130 interrupted."""
+    handler = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        given = parse(argv)
+        if given.list:
+            print("\n".join(f"{name:10}{function.__doc__}" for name, function in SECTIONS.items()))
+            return 0
+        return suite(given)
+    except RunError as error:
+        print(f"gpu_suite.py: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"gpu_suite.py: error: {error.filename}: {error.strerror}; choose another --output or free some space", file=sys.stderr)
+        return 2
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 if __name__ == "__main__":

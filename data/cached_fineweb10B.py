@@ -52,11 +52,11 @@ def fetch(repository: str, path: Path):
         open_shard(path)
     except RunError as error:
         path.unlink(missing_ok=True)
-        raise RunError(f"what came for {path.name} of {repository} was damaged and is deleted; run this again: finished shards are kept ({error})") from None
+        raise RunError(f"what came for {path.name} of {repository} was damaged; run this again: finished shards are kept ({error})") from None
 
 
 def download(dataset: str, count: int, folder: Path) -> dict:
-    """The validation shard, `count` training shards, meta.json and the merges into folder; returns the facts of the splits. RunError for any fault."""
+    """The validation shard, `count` training shards, meta.json and the merges into folder; returns the splits' facts. RunError for any fault."""
     repository, name, available = DATASETS[dataset]
     if not 1 <= count <= available:
         raise RunError(f"{dataset} has 1 to {available} training shards to fetch, got {count}")

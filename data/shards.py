@@ -56,11 +56,11 @@ def claim_folder(folder: Path, name: str):
     except OSError as error:
         raise RunError(f"cannot write to {folder}: {error.strerror}; give another folder with -o") from None
     if others:
-        raise RunError(f"{folder} holds {others[0]}, which the trainer would mix with shards called {name}; give another folder with -o, or delete it")
+        raise RunError(f"{folder} holds {others[0]}, which the trainer would mix with {name}'s shards; give another folder with -o, or delete it")
 
 
 class ShardWriter:
-    """Collects the documents of one split, a shard for every `shard_tokens`. Until close() the files end in .part: the trainer never sees half a corpus."""
+    """Collects one split's documents, a shard for every `shard_tokens`. Until close() files end in .part: the trainer never sees half a corpus."""
 
     def __init__(self, folder: Path, name: str, split: str, end_of_text: int, shard_tokens: int = SHARD_TOKENS):
         self.folder, self.name, self.split, self.end_of_text, self.shard_tokens = Path(folder), name, split, end_of_text, shard_tokens
@@ -120,8 +120,8 @@ def write_folder(folder: Path, name: str, documents: Iterable[tuple], end_of_tex
     writers = {split: ShardWriter(folder, name, split, end_of_text, shard_tokens) for split in ("train", "val")}
     for other in set(folder.glob("*.tiktoken")) - {own_merges} if merges else ():
         if read_merges(other) != merges:
-            raise RunError(f"{other} holds other merges than this tokenizer's, and the trainer could count bytes by them; give another folder with -o, "
-                           "or delete it")
+            raise RunError(f"{other} holds other merges than this tokenizer's, and the trainer could count bytes by them; "
+                           "give another folder with -o, or delete it")
     try:
         for split, *document in documents:
             writers[split].add(*document)
@@ -171,7 +171,7 @@ def read_merges(path: Path) -> dict[bytes, int]:
     except ValueError:
         raise RunError(f"{path} is no .tiktoken file: its lines must be a token in base64, a space and its id") from None
     if sorted(merges.values()) != list(range(len(merges))) or not all(bytes([b]) in merges for b in range(256)):
-        raise RunError(f"{path} is no whole set of merges: ids must be 0 to n-1, each once, and all 256 single bytes tokens; got {len(merges)} tokens")
+        raise RunError(f"{path} is no whole set of merges: ids must be 0 to n-1, each once, with all 256 single bytes; got {len(merges)} tokens")
     return merges
 
 

@@ -137,7 +137,7 @@ def utf8(text, place: str, field: str) -> bytes:
 def read_documents(files: list[tuple[str, Callable[[], Path]]], field: str, bar: tqdm) -> Iterator[bytes]:
     """Every document that is not empty, in UTF-8. RunError for a file that cannot be read."""
     for number, (name, fetch) in enumerate(files, 1):
-        bar.set_postfix_str(f"file {number} of {len(files)}")
+        bar.set_postfix_str(f"file {number} of {len(files)}", refresh=False)
         reader = {".jsonl": read_jsonl, ".parquet": read_parquet}.get(Path(name).suffix.lower(), read_text)
         try:
             for text in reader(fetch(), name, field):
@@ -159,7 +159,7 @@ def split_documents(texts: Iterator[bytes], val_fraction: float, whole_character
         while whole_characters and 0 < cut < len(text) and text[cut] & 0xC0 == 0x80:  # inside a character
             cut -= 1
         if not 0 < cut < len(text):
-            raise RunError(f"the only document has {len(text)} bytes and cannot be cut at {1 - val_fraction:g}; give more text or another --val_fraction")
+            raise RunError(f"the only document has {len(text)} bytes, not to be cut at {1 - val_fraction:g}; give more text or other --val_fraction")
         yield from (("train", text[:cut]), ("val", text[cut:]))
         return
     waiting, validated = [], False  # [(hash, document)] of the lowest hash, for validation if no other document goes there
@@ -243,7 +243,8 @@ def tokenize(options: argparse.Namespace) -> dict:
     merges, files = load_merges(options.tokenizer), find_files(options.files)
     with tqdm(unit="B", unit_scale=True, disable=None) as bar:  # None: only on a terminal
         documents = split_documents(read_documents(files, options.text_field, bar), options.val_fraction, whole_characters=bool(merges))
-        return write_folder(options.output, options.name, encode_documents(documents, merges), len(merges) if merges else 256, merges, options.shard_tokens,
+        end_of_text = len(merges) if merges else 256
+        return write_folder(options.output, options.name, encode_documents(documents, merges), end_of_text, merges, options.shard_tokens,
                             tokenizer=Path(options.tokenizer).name, sources=options.files, val_fraction=options.val_fraction)
 
 

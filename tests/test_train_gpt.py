@@ -653,7 +653,7 @@ def test_a_full_disk_keeps_the_log_and_the_checkpoint_before(corpus, tmp_path, m
     capsys.readouterr()
     assert main(arguments(corpus, tmp_path)) == 1
     captured = capsys.readouterr()
-    assert re.fullmatch(r"train_gpt.py: error: cannot write .*run\.(pt|json): No space left on device; free some space or choose another --log_dir\n", captured.err)
+    assert re.fullmatch(r"train_gpt.py: error: cannot write .*run\.(pt|json): No space left on device; free some space or choose another folder\n", captured.err)
     assert (tmp_path / "run.pt").read_bytes() == before and not list(tmp_path.glob(".run*"))
     assert "step:4/8 train_time" in (tmp_path / "run.txt").read_text()
 

@@ -231,9 +231,8 @@ def test_tracks_section_keeps_what_was_measured(run, monkeypatch):
 
 
 def test_table_marks_what_is_missing():
-    table = gpu_suite.tracks_table(dict(short=dict(status="passed", ms_per_step=123.45, tokens_per_second=4_000_000.0, mfu=0.512, peak_memory_mib=40_000, warmup_seconds=61.2),
-                                        medium=dict(status="not run: out of time")))
-    header, short, medium = table.splitlines()
+    row = dict(status="passed", ms_per_step=123.45, tokens_per_second=4_000_000.0, mfu=0.512, peak_memory_mib=40_000, warmup_seconds=61.2)
+    header, short, medium = gpu_suite.tracks_table(dict(short=row, medium=dict(status="not run: out of time"))).splitlines()
     assert header.split()[:2] == ["track", "ms/step"] and header.endswith("status")
     assert all(text in short for text in ("123.5", "4,000,000", "51.2%", "40,000", "61.2")) and short.endswith("passed")
     assert medium.split() == ["medium", *"-" * 8, *"not run: out of time".split()]
@@ -248,7 +247,8 @@ def test_reduced_track_from_end_to_end(tmp_path, capsys):
     assert printed.startswith("reduced run on a CPU") and results["reduced"] is True
     row = results["sections"]["tracks"]["tracks"]["small"]
     assert row["status"] == "passed" and row["overrides"]["model_dim"] == 64 and "mfu" not in row
-    assert all(row[name] > 0 for name in ("ms_per_step", "tokens_per_second", "peak_memory_mib", "warmup_seconds", "parameters", "flops_per_token", "host_ms_median"))
+    numbers = ("ms_per_step", "tokens_per_second", "peak_memory_mib", "warmup_seconds", "parameters", "flops_per_token", "host_ms_median")
+    assert all(row[name] > 0 for name in numbers)
 
 
 @cpu_only

@@ -166,7 +166,8 @@ def test_another_field(tmp_path, capsys):
 
 def test_pieces_have_the_whole_texts_tokens(tiny_merges):
     encode, generator = encoder(read_merges(GPT2) if GPT2.exists() else tiny_merges), random.Random(0)
-    parts = ["a", "The", "\n", "\n", " ", "  ", "'s", "'", " \n", "\n\n", "é", "\u3000", "\u00a0", "\x85", "\x1c", "1", "!", "中", "\t", "\r\n", "\u2028", "b c"]
+    parts = ["a", "The", "\n", "\n", " ", "  ", "'s", "'", " \n", "\n\n", "é", "\u3000", "\u00a0", "\x85", "\x1c", "1", "!", "中", "\t", "\r\n",
+             "\u2028", "b c"]
     cuts = 0
     for _ in range(300):
         text = "".join(generator.choices(parts, k=60))
@@ -233,7 +234,7 @@ def test_gpt2_out_of_reach(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("content, message", [
     (b"", "every document is empty"), (b" \n\t", "every document is empty"), (b"caf\xe9", "a.txt is not UTF-8 text: byte 3 is 0xe9"),
-    (b"x", "has 1 bytes and cannot be cut at 0.99")])
+    (b"x", "has 1 bytes, not to be cut at 0.99")])
 def test_text_that_cannot_be_used(tmp_path, capsys, content, message):
     (tmp_path / "a.txt").write_bytes(content)
     assert message in fault(capsys, tmp_path / "a.txt", "-o", tmp_path / "out", "--tokenizer", "bytes")

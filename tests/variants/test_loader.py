@@ -147,6 +147,11 @@ def test_apply_and_undo(write):
         assert {name for name, value in state().items() if before[name] is not value} == {"MLP", ("GPT", "run_blocks")}
         assert type(train_gpt.GPT(CONFIG).blocks[0].mlp).__name__ == "GatedMLP"
     assert state() == before
+    write("constructor", "train_gpt.MLP.__init__ = lambda self, config, layer: None")
+    constructor = train_gpt.MLP.__init__
+    with variants.applied(("constructor",), CONFIG) as changed:
+        assert changed == {"constructor": ["MLP.__init__"]} and train_gpt.MLP.__init__ is not constructor
+    assert train_gpt.MLP.__init__ is constructor
     with pytest.raises(ZeroDivisionError), variants.applied(("swiglu_mlp",), CONFIG):
         1 / 0
     assert state() == before
@@ -220,7 +225,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("spec, message", [
     ("nope", "train_gpt.py: error: unknown variant 'nope'; there are "),
-    ("swiglu_mlp:hidden=abc", "train_gpt.py: error: variant swiglu_mlp: hidden=abc is not of the type int; its options are hidden (int, default 0), "),
+    ("swiglu_mlp:hidden=abc", "train_gpt.py: error: variant swiglu_mlp: hidden=abc is not of the type int; its options are hidden (int, "),
     ("swiglu_mlp:layers=4+parallel_residual", "train_gpt.py: error: variant swiglu_mlp: layers=4 goes beyond the model, which has the layers 0-3"),
 ])
 def test_command_line(spec, message):
