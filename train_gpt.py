@@ -390,7 +390,7 @@ class AttentionContext:
     window: int | None
     first_key: Tensor | None                    # (B, T) int32: max(doc_start_i, i - window + 1); None where 0 throughout: plain causal attention
     block_mask: object | None                   # the same rule for FlexAttention
-    rotary: tuple[Tensor, Tensor] | None        # cosine and sine, (T, head_dim / 2)
+    rotary: tuple[Tensor, Tensor] | None        # cosine and sine, (T, pairs that turn)
     x0: Tensor                                  # (B, T, model_dim): the embedded tokens
     value: Tensor | None                        # (B, T, model_dim): the layer's value embedding
 
@@ -415,20 +415,47 @@ def project(x: Tensor, *linears: nn.Module) -> list[Tensor]:
         return list(F.linear(x, torch.cat(weights).type_as(x)).split([len(w) for w in weights], dim=-1))
     return [linear(x) for linear in linears]
 
+class RMSNormalize(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + 1e-6) over the last dimension. Half the passes over memory of PyTorch's own where nothing is compiled."""
+    @staticmethod
+    def forward(ctx, x):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        inverse = (norm.square() / x.shape[-1] + 1e-6).rsqrt()
+        y = (x * inverse).to(x.dtype)
+        ctx.save_for_backward(y, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, inverse = ctx.saved_tensors
+        return ((grad - y * (grad * y).mean(-1, keepdim=True, dtype=inverse.dtype)) * inverse).to(y.dtype)
+
+class ReLUSquared(torch.autograd.Function):
+    """max(x, 0)^2, with one product in its backward pass."""
+    @staticmethod
+    def forward(ctx, x):
+        positive = F.relu(x)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad * ctx.saved_tensors[0]
+
 class Norm(nn.Module):
     """RMS normalisation of the last n channels, without gain."""
     def __init__(self, config: Config, n: int):
         super().__init__()
-        self.n = n
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (self.n,), eps=1e-6)
+        return RMSNormalize.apply(x)
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary positions on x (B, T, H, D); channel c is paired with channel c + D / 2."""
+    """Rotary positions on x (B, T, H, D): channel c < D / 2 is paired with c + D / 2, and the first pairs turn, as many as rotary (T, n) has."""
     cosine, sine = (t[:, None, :].type_as(x) for t in rotary)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cosine + b * sine, b * cosine - a * sine), dim=-1)
+    still = x.shape[-1] // 2 - cosine.shape[-1]
+    a, a_still, b, b_still = x.split((cosine.shape[-1], still) * 2, dim=-1)
+    return torch.cat((a * cosine + b * sine, a_still, b * cosine - a * sine, b_still), dim=-1)
 
 def interval_block_mask(first_key: Tensor, block: int = 128):
     """FlexAttention's mask for first_key_i <= j <= i. As first_key never falls along a row, the first and the last query of a block decide: exact at
@@ -477,7 +504,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         q, k, v = (t.unflatten(-1, (self.config.heads, self.config.head_dim)) for t in project(x, self.q, self.k, self.v))
         if self.config.qk_norm:
-            q, k = (F.rms_norm(t, (self.config.head_dim,), eps=1e-6) for t in (q, k))
+            q, k = RMSNormalize.apply(q), RMSNormalize.apply(k)
         if ctx.rotary is not None:
             q, k = rotate(q, ctx.rotary), rotate(k, ctx.rotary)
         if self.value_mix is not None:
@@ -496,7 +523,7 @@ class MLP(nn.Module):
         self.proj = Linear(config, layer, "proj", config.mlp_hidden, config.model_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.relu(self.fc(x)).square())
+        return self.proj(ReLUSquared.apply(self.fc(x)))
 
 class Residual(nn.Module):
     """How a branch's output joins the stream. branch: "attention" or "mlp"."""
@@ -598,10 +625,8 @@ class GPT(nn.Module):
         self.embedding_norm, self.final_norm, self.head = Norm(config, width), Norm(config, width), LanguageModelHead(config)
         if config.tied_embedding:
             self.head.projection.weight = self.embedding.weight
-        half = config.head_dim // 2
-        turning = half if config.rope == "full" else half // 2
-        frequencies = config.rope_base ** -torch.linspace(0, 1, turning)
-        self.register_buffer("frequencies", torch.cat((frequencies, torch.zeros(half - turning))), persistent=False)
+        turning = config.head_dim // (2 if config.rope == "full" else 4)  # pairs of channels
+        self.register_buffer("frequencies", config.rope_base ** -torch.linspace(0, 1, turning), persistent=False)
         self.dtype, self.use_flex, self.windows = torch.float32, False, (0, 0)
 
     @torch.no_grad()

@@ -184,6 +184,21 @@ def test_equal_names_begin_equal():
     assert not torch.equal(base["embedding.weight"], tiny_model(seed=2)[0].state_dict()["embedding.weight"])
 
 
+def test_normalisation_activation_and_rotation():
+    x = torch.randn(2, 5, 3, 8, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(train_gpt.RMSNormalize.apply(x), F.rms_norm(x, (8,), eps=1e-6))
+    torch.testing.assert_close(train_gpt.ReLUSquared.apply(x), F.relu(x).square())
+    assert torch.autograd.gradcheck(train_gpt.RMSNormalize.apply, x) and torch.autograd.gradcheck(train_gpt.ReLUSquared.apply, x)
+    half = torch.randn(2, 5, 8, dtype=torch.bfloat16)
+    torch.testing.assert_close(train_gpt.RMSNormalize.apply(half), F.rms_norm(half, (8,), eps=1e-6), rtol=1e-2, atol=1e-2)
+    angles = torch.arange(5)[:, None] * torch.tensor([1.0, 0.3])
+    turned = train_gpt.rotate(x, (angles.cos(), angles.sin()))
+    expected = (torch.complex(x[..., :2], x[..., 4:6]) * torch.polar(torch.ones(5, 2), -angles)[:, None].to(torch.complex128))
+    torch.testing.assert_close(turned[..., :2], expected.real, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(turned[..., 4:6], expected.imag, rtol=1e-5, atol=1e-6)
+    assert torch.equal(turned[..., [2, 3, 6, 7]], x[..., [2, 3, 6, 7]])
+
+
 def test_projecting_together_equals_projecting_apart():
     model, _ = tiny_model()
     attention, x = model.blocks[0].attention, torch.randn(2, 5, 32)
