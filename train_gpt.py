@@ -383,16 +383,23 @@ def build_optimizers(model: nn.Module, config: Config, ranks: Ranks) -> list[Sha
 # Model
 
 @dataclass
-class AttentionContext:
-    """What a layer may know besides the stream; B rows of T tokens."""
+class AttentionMask:
+    """Which keys a layer's queries see. Made outside the compiled graph, which only takes tensors from it: a new window compiles nothing anew."""
     doc_start: Tensor                           # (B, T) int32: where in the row each token's document begins (0 without document mask)
     positions: Tensor                           # (B, T) int32: the token's place in its document
     window: int | None
     first_key: Tensor | None                    # (B, T) int32: max(doc_start_i, i - window + 1); None where 0 throughout: plain causal attention
     block_mask: object | None                   # the same rule for FlexAttention
+
+@dataclass
+class AttentionContext:
+    """What a layer may know besides the stream; B rows of T tokens. It has the mask's attributes, too."""
+    mask: AttentionMask
     rotary: tuple[Tensor, Tensor] | None        # cosine and sine, (T, pairs that turn)
     x0: Tensor                                  # (B, T, model_dim): the embedded tokens
     value: Tensor | None                        # (B, T, model_dim): the layer's value embedding
+    doc_start, positions, window, first_key, block_mask = (property(lambda self, name=name: getattr(self.mask, name))
+                                                           for name in AttentionMask.__dataclass_fields__)
 
 class Linear(nn.Module):
     """y = x W'; W (n_out, n_in) is float32 and cast to x's dtype. role: q k v o fc proj gate head; a replacement of the head's must offer .weight."""
@@ -642,37 +649,39 @@ class GPT(nn.Module):
         stage = min(int(progress * len(self.config.window_long)), len(self.config.window_long) - 1)
         self.windows = (self.config.window_short[stage], self.config.window_long[stage])
 
-    def contexts(self, tokens: Tensor, x0: Tensor, values: list[Tensor]) -> list[AttentionContext]:
-        """One AttentionContext a layer. tokens (B, T), x0 and each of values (B, T, model_dim)."""
-        config, T, shared, result = self.config, tokens.shape[1], {}, []
+    def masks(self, tokens: Tensor) -> list[AttentionMask]:
+        """One AttentionMask a layer, for tokens (B, T)."""
+        config, T, shared, layers = self.config, tokens.shape[1], {}, []
         index = torch.arange(T, device=tokens.device, dtype=torch.int32)
         starts = torch.where(tokens == config.end_of_text, index, 0) if config.document_mask else torch.zeros_like(tokens)
         doc_start = starts.cummax(1).values.int()
-        angles = index[:, None] * self.frequencies
-        rotary = (angles.cos(), angles.sin()) if config.rope != "none" else None
         for layer in range(config.layers):
             window = self.windows[layer == config.layers - 1 or config.window_pattern[layer % len(config.window_pattern)] == "L"]
             window = window if 0 < window < T else None
             if window not in shared:
                 first_key = torch.maximum(doc_start, index - (window - 1)) if window else doc_start if config.document_mask else None
-                shared[window] = window, first_key, interval_block_mask(first_key) if self.use_flex and first_key is not None and T % 128 == 0 else None
-            table = value_table(config, layer)
-            result.append(AttentionContext(doc_start, index - doc_start, *shared[window], rotary, x0, None if table is None else values[table]))
-        return result
+                block_mask = interval_block_mask(first_key) if self.use_flex and first_key is not None and T % 128 == 0 else None
+                shared[window] = AttentionMask(doc_start, index - doc_start, window, first_key, block_mask)
+            layers.append(shared[window])
+        return layers
 
-    def embed(self, tokens: Tensor) -> tuple[Tensor, list[AttentionContext]]:
+    def embed(self, tokens: Tensor, masks: list[AttentionMask]) -> tuple[Tensor, list[AttentionContext]]:
         """Tokens (B, T) -> the stream (B, T, model_dim) and the layers' contexts. Nothing passes the start of a document."""
+        config, index = self.config, torch.arange(tokens.shape[1], device=tokens.device)
         x = self.embedding(tokens).to(self.dtype)
-        inside = F.pad(torch.ones_like(tokens[:, 1:], dtype=torch.bool), (1, 0)) & (tokens != self.config.end_of_text if self.config.document_mask else True)
+        inside = (index > 0) & (tokens != config.end_of_text if config.document_mask else True)
         if self.smear_gate is not None:
             gate = self.smear_scale.type_as(x) * torch.sigmoid(self.smear_gate(x[..., :GATE_CHANNELS])) * inside[..., None]
             x = x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
         if self.bigram_embedding is not None:  # row 0: there is no token before
             previous = F.pad(tokens[:, :-1], (1, 0)).long()
-            row = torch.where(inside, 1 + (previous * 36_313 ^ tokens.long() * 27_191) % (self.config.bigram_rows - 1), 0)
+            row = torch.where(inside, 1 + (previous * 36_313 ^ tokens.long() * 27_191) % (config.bigram_rows - 1), 0)
             x = x + self.bigram_embedding(row).to(self.dtype)
         x = self.embedding_norm(x)
-        return x, self.contexts(tokens, x, [table(tokens).to(self.dtype) for table in self.value_embeddings])
+        angles = index[:, None] * self.frequencies
+        rotary = (angles.cos(), angles.sin()) if config.rope != "none" else None
+        values = [table(tokens).to(self.dtype) for table in self.value_embeddings] + [None]
+        return x, [AttentionContext(mask, rotary, x, values[-1 if (table := value_table(config, layer)) is None else table]) for layer, mask in enumerate(masks)]
 
     def run_blocks(self, x: Tensor, contexts: list[AttentionContext]) -> Tensor:
         """The order of the blocks. contexts: one a layer."""
@@ -688,8 +697,12 @@ class GPT(nn.Module):
         """The positions that predict a token: all, unless a variant inserts some."""
         return x
 
+    def predict(self, tokens: Tensor, masks: list[AttentionMask], targets: Tensor | None) -> Tensor:
+        """All of forward but the masks: what is compiled as one graph."""
+        return self.head(self.final_norm(self.select_outputs(self.run_blocks(*self.embed(tokens, masks)))), targets)
+
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        return self.head(self.final_norm(self.select_outputs(self.run_blocks(*self.embed(tokens)))), targets)
+        return self.predict(tokens, self.masks(tokens), targets)
 
 def build_model(config: Config, ranks: Ranks) -> GPT:
     """The model on its device with its initial tensors, not yet compiled."""
@@ -701,17 +714,20 @@ def build_model(config: Config, ranks: Ranks) -> GPT:
 
 def compile_mode(config: Config, ranks: Ranks) -> str:
     """What compile = auto means. One GPU: one graph. Several: a graph a block, because a whole graph hands over its gradients only when its backward
-    pass ends, and nothing could be reduced meanwhile. CPU: a graph a block (equal blocks share it) where a C++ compiler is found."""
+    pass ends, and nothing could be reduced meanwhile. CPU: a graph a block (equal blocks share it), a quarter faster, where the run is long enough to
+    earn the half minute that this takes and there is a C++ compiler."""
     if config.compile != "auto":
         return config.compile
     if ranks.device.type == "cuda":
         return "model" if ranks.world == 1 else "blocks"
-    return "blocks" if shutil.which(os.environ.get("CXX", "g++")) else "off"
+    return "blocks" if config.steps * config.batch_tokens >= 10_000_000 and shutil.which(os.environ.get("CXX", "g++")) else "off"
 
 def compile_model(model: GPT, mode: str):
     """Compile in place, whole graphs and static shapes only: a graph break is an error."""
     torch._dynamo.config.recompile_limit = 64  # windows and value embeddings make a few kinds of block
-    for part in dict(model=[model], blocks=[*model.blocks, model.head], off=[])[mode]:
+    if mode == "model":
+        model.predict = torch.compile(model.predict, dynamic=False, fullgraph=True)
+    for part in [*model.blocks, model.head] if mode == "blocks" else []:
         part.compile(dynamic=False, fullgraph=True)
 
 def flops_per_token(config: Config) -> float:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt
-from train_gpt import AttentionContext, Ranks, RunError, SoftcappedCrossEntropy, TokenLoader, Trainer, attend, main, make_config, orthogonalize
+from train_gpt import AttentionContext, AttentionMask, Ranks, RunError, SoftcappedCrossEntropy, TokenLoader, Trainer, attend, main, make_config, orthogonalize
 from data.shards import write_meta, write_shard
 
 ROOT = Path(train_gpt.__file__).resolve().parent
@@ -223,7 +223,7 @@ def test_attention_sees_exactly_its_keys(T, window):
     index = torch.arange(T)
     starts = torch.where(torch.rand(2, T, generator=generator) < 0.02, index, 0).cummax(1).values
     first_key = torch.maximum(starts, index - (window or T) + 1).int()
-    ctx = AttentionContext(starts.int(), (index - starts).int(), window, first_key, None, None, q, None)
+    ctx = AttentionContext(AttentionMask(starts.int(), (index - starts).int(), window, first_key, None), None, q, None)
     torch.testing.assert_close(attend(q, k, v, ctx, 0.3), reference_attention(q, k, v, first_key, 0.3), rtol=1e-4, atol=1e-5)
 
 
@@ -275,8 +275,33 @@ def test_gpu_tracks_compile_without_a_graph_break(track, monkeypatch):
     # FlexAttention refuses to be differentiated on a CPU; tracing needs no backward pass
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
     torch._dynamo.reset()
-    report = torch._dynamo.explain(model)(tokens[:, :-1], tokens[:, 1:])
+    tokens, targets = tokens[:, :-1], tokens[:, 1:]
+    report = torch._dynamo.explain(model.predict)(tokens, model.masks(tokens), targets)
     assert report.graph_count == 1 and report.graph_break_count == 0, report.break_reasons
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("mode", ["model", "blocks"])
+def test_new_windows_and_documents_compile_nothing_anew(mode, monkeypatch):
+    """Counted graphs over window stages and batches, on the GPU's path (without gradients: FlexAttention has none on a CPU)."""
+    compile_, graphs = torch.compile, []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+    monkeypatch.setattr(torch, "compile", lambda f, **settings: compile_(f, backend=backend, **settings))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **settings: setattr(self, "_compiled_call_impl", compile_(self._call_impl, backend=backend, **settings)))
+    torch._dynamo.reset()
+    model, _ = tiny_model(sequence_length=256, window_short=(20, 100, 130), window_long=(60, 140, 200), layers=6)
+    model.use_flex = True
+    train_gpt.compile_model(model, mode)
+    with torch.no_grad():
+        for step, progress in enumerate((0.0, 0.0, 0.4, 0.8, 1.0)):
+            model.set_windows(progress)
+            tokens = rows_of_documents(2, 257, seed=step)
+            model(tokens[:, :-1], tokens[:, 1:])
+            seen = len(graphs) if step == 0 else seen
+    assert len(graphs) == seen == dict(model=1, blocks=4)[mode]  # blocks: the first, whose stream is x0 itself; with and without value embedding; the head
     torch._dynamo.reset()
 
 

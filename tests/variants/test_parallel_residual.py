@@ -17,7 +17,7 @@ def build(*specs: str) -> train_gpt.GPT:
 
 def stream_and_context(model, layer):
     tokens = torch.randint(257, (2, 16), generator=torch.Generator().manual_seed(1))
-    x, contexts = model.embed(tokens)
+    x, contexts = model.embed(tokens, model.masks(tokens))
     return x + 0.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2)), contexts[layer]
 
 @pytest.mark.parametrize("spec", ["parallel_residual", "parallel_residual:norm=separate"])
