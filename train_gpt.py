@@ -98,12 +98,10 @@ class Config:
     run_id: str = ""                    # name of this run's files (empty: a new UUID)
     save: bool = True                   # write a checkpoint at the end, on a signal and every checkpoint_seconds
     checkpoint_seconds: float = 600.0   # time between checkpoints
-
     @property
     def end_of_text(self) -> int:
         """The token that begins every document: the last of the vocabulary, in bytes (256) as in GPT-2's (50256)."""
         return self.vocab_size - 1
-
     @property
     def padded_vocabulary(self) -> int:
         """Rows of the embedding and the head: a multiple of 128 for matrix units, of 8 where the vocabulary is small."""
@@ -145,7 +143,8 @@ def parse_config(argv: list[str] | None = None) -> Config:
              tuple[int, ...]: dict(type=lambda text: tuple(int(part) for part in text.split(",")))}
     for field in dataclasses.fields(Config):
         parser.add_argument("--" + field.name, help=help_of[field.name].replace("%", "%%"), **kinds.get(field.type, {}))
-    given = vars(parser.parse_args(argv))
+    spelled = (re.sub("^--[^=]*", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in (sys.argv[1:] if argv is None else argv))  # --init-from too
+    given = vars(parser.parse_args([re.sub("^--no_", "--no-", word) for word in spelled]))
     if "variant" in given:
         given["variant"] = tuple(part for text in given["variant"] for part in re.split(r"\+(?=[a-z_])", text))
     return make_config(given)
@@ -187,7 +186,6 @@ class Ranks:
     world: int
     device: torch.device
     dtype: torch.dtype
-
     @staticmethod
     def start(config: Config) -> "Ranks":
         rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -204,11 +202,9 @@ class Ranks:
         # Without AMX tiles a CPU multiplies float32 1.5 to 2 times as fast as bfloat16 (measured), and attends 2 to 6 times as fast.
         dtype = "bfloat16" if cuda and torch.cuda.get_device_capability()[0] >= 8 else "float32"
         return Ranks(rank, world, torch.device("cuda", local) if cuda else torch.device("cpu"), getattr(torch, dtype if config.dtype == "auto" else config.dtype))
-
     def synchronize(self):
         self.device.type == "cuda" and torch.cuda.synchronize()
         self.world > 1 and dist.barrier()
-
     def agree(self, value: int) -> int:
         """The largest of all ranks' values; over the host, so that nothing waits for a GPU."""
         tensor = torch.tensor(value)
@@ -240,20 +236,13 @@ class Bucket:
             p.data, p.grad = (whole[offset:offset + size].view(p.shape) for whole in (self.data, self.grad))
             if ranks.world > 1:
                 p.register_post_accumulate_grad_hook(self._count)
-        self.missing, self.work = 0, None
-
-    def expect_gradients(self):
-        """The next backward pass is the last of this step: reduce when every parameter has its gradient, while the pass goes on."""
-        self.missing = len(self.parameters)
-
-    def _count(self, _parameter):
+        self.missing, self.work = 0, None  # parameters without their last gradient of this step; the reduction under way
+    def _count(self, _parameter):  # reduce when every parameter has its gradient, while the backward pass goes on
         self.missing -= 1
         if self.missing == 0:
             self._reduce()
-
     def _reduce(self):  # gloo sums whole tensors only
         self.work = REDUCE_SCATTER(self.grad[self.own], self.grad, async_op=True) if self.grad.is_cuda else dist.all_reduce(self.grad, async_op=True)
-
     def reduced_gradient(self) -> Tensor:
         """This rank's slice of the gradient, summed over the ranks."""
         if self.world > 1:
@@ -262,7 +251,6 @@ class Bucket:
             self.work.wait()
         self.missing, self.work = 0, None
         return self.grad[self.own]
-
     def gather(self, own: Tensor, whole: Tensor | None = None):
         """Join the ranks' slices, into `whole` where given; returns (whole, what to wait for)."""
         if self.world == 1:
@@ -273,32 +261,27 @@ class Bucket:
 class ShardedOptimizer:
     """Base of the optimizers (ZeRO stage 1). A subclass names its state for one rank's slice of a bucket, and updates such a slice."""
     def __init__(self, buckets: list[Bucket], config: Config, wrap=lambda function: function):
-        self.buckets, self.config, self.steps, self.works, self.function = buckets, config, 0, [], wrap(self.function)
+        self.buckets, self.config, self.steps, self.function = buckets, config, 0, wrap(self.function)
         for bucket in buckets:
             bucket.state = self.new_state(bucket.data[bucket.own])
-
     @torch.no_grad()
     def step(self, lr_factor: float, progress: float):
-        """One update at `progress` in [0, 1) of the run. Parameters are still under way when it returns: see finish()."""
-        self.steps += 1
+        """One update at `progress` in [0, 1) of the run; a bucket's slices travel while the next is updated."""
+        self.steps, works = self.steps + 1, []
         for bucket in self.buckets:
             gradient, data, lr = bucket.reduced_gradient(), bucket.data[bucket.own], bucket.lr * lr_factor
             # tensors of no dimension: a compiled update takes them as inputs and need not be compiled anew when they change
             self.update(data, gradient, bucket.state, torch.tensor(lr), torch.tensor(lr * bucket.weight_decay), progress)
-            self.works.append(bucket.gather(data, bucket.data)[1])
+            works.append(bucket.gather(data, bucket.data)[1])
             bucket.grad.zero_()
-
-    def finish(self):
-        while self.works:
-            (work := self.works.pop()) and work.wait()
-
+        for work in works:
+            work and work.wait()
     def state_dict(self) -> dict:
         """The whole state, the same on every rank. Collective."""
         gathered = [{name: bucket.gather(tensor) for name, tensor in bucket.state.items()} for bucket in self.buckets]
         for _, work in (item for state in gathered for item in state.values()):
             work and work.wait()
         return dict(steps=self.steps, buckets=[{name: whole for name, (whole, _) in state.items()} for state in gathered])
-
     def load_state_dict(self, saved: dict):
         self.steps = saved["steps"]
         for bucket, state in zip(self.buckets, saved["buckets"], strict=True):
@@ -342,10 +325,8 @@ def adam_update(data, gradient, mean, square, lr, decay, beta1: float, beta2: fl
 class Muon(ShardedOptimizer):
     """For matrices; its buckets are batches of equal ones."""
     function = staticmethod(muon_update)
-
     def new_state(self, own: Tensor) -> dict:
         return dict(momentum=torch.zeros_like(own), second=torch.zeros_like(own[..., :1] if own.shape[-2] >= own.shape[-1] else own[..., :1, :]))
-
     def update(self, data, gradient, state, lr, decay, progress):
         mu = self.config.momentum - max(0.0, 1 - 10 * progress) * max(0.0, self.config.momentum - 0.85)
         self.function(data, gradient, state["momentum"], state["second"], lr, decay, torch.tensor(mu), self.config.normuon_beta2)
@@ -353,10 +334,8 @@ class Muon(ShardedOptimizer):
 class Adam(ShardedOptimizer):
     """For embeddings, the head, scalars and gates; its buckets are flat."""
     function = staticmethod(adam_update)
-
     def new_state(self, own: Tensor) -> dict:
         return dict(mean=torch.zeros_like(own), square=torch.zeros_like(own))
-
     def update(self, data, gradient, state, lr, decay, progress):
         betas = (self.config.adam_beta1, self.config.adam_beta2)
         self.function(data, gradient, state["mean"], state["square"], lr, decay, *betas, *(torch.tensor(1 - beta ** self.steps) for beta in betas))
@@ -409,7 +388,6 @@ class Linear(nn.Module):
         zero = role in ("gate", "head") or role in ("o", "proj") and config.zero_init_projections
         self.weight.init_std = 0.0 if zero else 0.5 * n_in ** -0.5
         self.weight.optimizer = dict(gate="adam", head="adam_head").get(role, "muon")
-
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.type_as(x))
 
@@ -431,7 +409,6 @@ class RMSNormalize(torch.autograd.Function):
         y = (x * inverse).to(x.dtype)
         ctx.save_for_backward(y, inverse)
         return y
-
     @staticmethod
     def backward(ctx, grad):
         y, inverse = ctx.saved_tensors
@@ -444,7 +421,6 @@ class ReLUSquared(torch.autograd.Function):
         positive = F.relu(x)
         ctx.save_for_backward(positive)
         return positive * positive
-
     @staticmethod
     def backward(ctx, grad):
         return 2 * grad * ctx.saved_tensors[0]
@@ -453,7 +429,6 @@ class Norm(nn.Module):
     """RMS normalisation of the last n channels, without gain."""
     def __init__(self, config: Config, n: int):
         super().__init__()
-
     def forward(self, x: Tensor) -> Tensor:
         return RMSNormalize.apply(x)
 
@@ -507,9 +482,8 @@ class CausalSelfAttention(nn.Module):
         self.gate = Linear(config, layer, "gate", min(GATE_CHANNELS, config.model_dim), config.heads) if config.attention_gate else None
         self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5])) if value_table(config, layer) is not None else None
         self.scale = config.attention_scale or config.head_dim ** -0.5
-
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
-        q, k, v = (t.unflatten(-1, (self.config.heads, self.config.head_dim)) for t in project(x, self.q, self.k, self.v))
+        q, k, v = (t.unflatten(-1, (-1, self.config.head_dim)) for t in project(x, self.q, self.k, self.v))
         if self.config.qk_norm:
             q, k = RMSNormalize.apply(q), RMSNormalize.apply(k)
         if ctx.rotary is not None:
@@ -528,7 +502,6 @@ class MLP(nn.Module):
         super().__init__()
         self.fc = Linear(config, layer, "fc", config.model_dim, config.mlp_hidden)
         self.proj = Linear(config, layer, "proj", config.mlp_hidden, config.model_dim)
-
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(ReLUSquared.apply(self.fc(x)))
 
@@ -536,7 +509,6 @@ class Residual(nn.Module):
     """How a branch's output joins the stream. branch: "attention" or "mlp"."""
     def __init__(self, config: Config, layer: int, branch: str):
         super().__init__()
-
     def forward(self, x: Tensor, branch_output: Tensor) -> Tensor:
         return x + branch_output
 
@@ -548,13 +520,11 @@ class Block(nn.Module):
         self.attention_norm, self.mlp_norm = Norm(config, config.model_dim), Norm(config, config.model_dim)
         self.attention, self.mlp = CausalSelfAttention(config, layer), MLP(config, layer)
         self.attention_residual, self.mlp_residual = Residual(config, layer, "attention"), Residual(config, layer, "mlp")
-
     def mix_stream(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         if self.stream_mix is None:
             return x
         mix = self.stream_mix.type_as(x)
         return mix[0] * x + mix[1] * ctx.x0
-
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         x = self.mix_stream(x, ctx)
         x = self.attention_residual(x, self.attention(self.attention_norm(x), ctx))
@@ -583,7 +553,6 @@ class SoftcappedCrossEntropy(torch.autograd.Function):
             dx.append(d @ w)
         ctx.save_for_backward(torch.cat(dx), dw)
         return loss
-
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
@@ -595,7 +564,6 @@ class LanguageModelHead(nn.Module):
         super().__init__()
         self.projection = Linear(config, None, "head", config.model_dim, config.padded_vocabulary)
         self.vocab_size, self.softcap, self.chunk = config.vocab_size, config.logit_softcap, config.loss_chunk
-
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         weight = self.projection.weight
         if targets is None:
@@ -635,7 +603,6 @@ class GPT(nn.Module):
         turning = config.head_dim // (2 if config.rope == "full" else 4)  # pairs of channels
         self.register_buffer("frequencies", config.rope_base ** -torch.linspace(0, 1, turning), persistent=False)
         self.dtype, self.use_flex, self.windows = torch.float32, False, (0, 0)
-
     @torch.no_grad()
     def initialize(self, seed: int):
         """Draw every parameter that has .init_std from a generator of its own name: equal names begin equal, whatever else a model holds."""
@@ -643,12 +610,10 @@ class GPT(nn.Module):
             if (std := getattr(p, "init_std", None)) is not None:
                 generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) * 1_000_003 + seed)
                 p.copy_(torch.randn(p.shape, generator=generator) * std if std else torch.zeros(p.shape))
-
     def set_windows(self, progress: float):
         """Choose the windows of this part of the run, progress in [0, 1]."""
         stage = min(int(progress * len(self.config.window_long)), len(self.config.window_long) - 1)
         self.windows = (self.config.window_short[stage], self.config.window_long[stage])
-
     def masks(self, tokens: Tensor) -> list[AttentionMask]:
         """One AttentionMask a layer, for tokens (B, T)."""
         config, T, shared, layers = self.config, tokens.shape[1], {}, []
@@ -664,7 +629,6 @@ class GPT(nn.Module):
                 shared[window] = AttentionMask(doc_start, index - doc_start, window, first_key, block_mask)
             layers.append(shared[window])
         return layers
-
     def embed(self, tokens: Tensor, masks: list[AttentionMask]) -> tuple[Tensor, list[AttentionContext]]:
         """Tokens (B, T) -> the stream (B, T, model_dim) and the layers' contexts. Nothing passes the start of a document."""
         config, index = self.config, torch.arange(tokens.shape[1], device=tokens.device)
@@ -682,7 +646,6 @@ class GPT(nn.Module):
         rotary = (angles.cos(), angles.sin()) if config.rope != "none" else None
         values = [table(tokens).to(self.dtype) for table in self.value_embeddings] + [None]
         return x, [AttentionContext(mask, rotary, x, values[-1 if (table := value_table(config, layer)) is None else table]) for layer, mask in enumerate(masks)]
-
     def run_blocks(self, x: Tensor, contexts: list[AttentionContext]) -> Tensor:
         """The order of the blocks. contexts: one a layer."""
         streams, n = [], len(self.blocks)
@@ -692,15 +655,12 @@ class GPT(nn.Module):
             x = block(x, ctx)
             streams.append(x)
         return x
-
     def select_outputs(self, x: Tensor) -> Tensor:
         """The positions that predict a token: all, unless a variant inserts some."""
         return x
-
     def predict(self, tokens: Tensor, masks: list[AttentionMask], targets: Tensor | None) -> Tensor:
         """All of forward but the masks: what is compiled as one graph."""
         return self.head(self.final_norm(self.select_outputs(self.run_blocks(*self.embed(tokens, masks)))), targets)
-
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         return self.predict(tokens, self.masks(tokens), targets)
 
@@ -823,14 +783,12 @@ class TokenLoader:
             raise RunError(f"{self.rows * world + rest} rows of {config.sequence_length} tokens cannot be shared by {world} ranks; change --batch_tokens or the number of ranks")
         self.total, self.thread, self.ahead = sum(len(open_shard(file)) for file in self.files), ThreadPoolExecutor(1), None
         self.load_state_dict(dict(epoch=0, shard=0, row=0))
-
     def load_state_dict(self, state: dict):
         """Go to where state_dict() was taken; takes effect before the first next_batch()."""
         self.epoch, self.shard, self.row = (int(state[name]) for name in ("epoch", "shard", "row"))
         if self.shard >= len(self.files):
             raise RunError(f"the checkpoint stood in training shard {self.shard + 1}, but {self.config.data} has {len(self.files)}; give the same shards")
         self._open()
-
     def _open(self):
         T, self.tokens = self.config.sequence_length, open_shard(self.files[self.shard])
         if self.shard + 1 < len(self.files) and hasattr(os, "posix_fadvise"):  # the next shard is read from disk meanwhile
@@ -845,7 +803,6 @@ class TokenLoader:
         else:
             starts = range(order.integers(min(T, max(len(self.tokens) - T, 1))), len(self.tokens) - T, T)
         self.starts = order.permutation(np.array(starts, dtype=np.int64))
-
     def _read(self) -> tuple[Tensor, dict]:
         T, places, opened = self.config.sequence_length, [], 0
         while len(places) < self.rows * self.world:
@@ -861,7 +818,6 @@ class TokenLoader:
         own = places[self.rank * self.rows:(self.rank + 1) * self.rows]
         rows = torch.from_numpy(checked(np.stack([tokens[start:start + T + 1] for tokens, start in own]), self.config))
         return rows.pin_memory() if torch.cuda.is_available() else rows, dict(epoch=self.epoch, shard=self.shard, row=self.row)
-
     def next_batch(self) -> tuple[Tensor, dict]:
         """(this rank's rows (rows, sequence_length + 1) int32 on the host, the loader's state after them)."""
         batch = (self.ahead or self.thread.submit(self._read)).result()
@@ -926,7 +882,6 @@ class RunLog:
                 self.file = open(self.text, "a", buffering=1)
             except OSError as error:
                 raise RunError(f"cannot write {self.text}: {error.strerror}; choose another --log_dir") from None
-
     def write(self, text: str, console: bool = False):
         if not self.main:
             return
@@ -937,13 +892,11 @@ class RunLog:
         if console:
             print(("\r\033[K" if self.open_line else "") + text, flush=True)
             self.open_line = False
-
     def progress(self, text: str, now: float):
         """Show a passing state: ten times a second at most on a terminal, every ten seconds elsewhere."""
         if self.main and now - self.shown >= (0.1 if self.terminal else 10):
             self.shown, self.open_line = now, self.terminal
             print(f"\r\033[K{text}" if self.terminal else text, end="" if self.terminal else "\n", flush=True)
-
     def save_facts(self, **facts):
         self.facts.update(facts)
         if self.main:
@@ -963,7 +916,7 @@ class Trainer:
         self.micro_rows = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= fit)
         sizes, predicted = token_bytes(config), self.val_batches[..., 1:]
         self.bytes_per_token = float(sizes[predicted].sum() / predicted.size) if sizes is not None else 0.0
-        config.run_id = config.run_id or self._shared(str(uuid.uuid4()))
+        config.run_id = config.run_id or f"{uuid.UUID(int=self.ranks.agree(uuid.uuid4().int >> 66), version=4)}"
         self.log = RunLog(config, self.ranks.rank)
         self.model = build_model(config, self.ranks)
         if config.init_from:
@@ -973,13 +926,6 @@ class Trainer:
         self._write_header(replaced or {})
         if saved:
             self._restore(saved)
-
-    def _shared(self, text: str) -> str:
-        texts = [text]
-        if self.ranks.world > 1:
-            dist.broadcast_object_list(texts, device=torch.device("cpu"))
-        return texts[0]
-
     def _write_header(self, replaced: dict):
         config, model, log = self.config, self.model, self.log
         tables = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -998,7 +944,6 @@ class Trainer:
         if log.main:
             print(f"run {config.run_id}: track {config.track}{''.join(' + ' + v for v in config.variant)}, {parameters / 1e6:.2f}M parameters, {config.steps} steps "
                   f"of {config.batch_tokens} tokens on {self.ranks.world} x {self.ranks.device.type} in {facts['dtype']}, compile {facts['compile']}; log {log.text}", flush=True)
-
     def _load_matching(self, path: str):
         """Start from another run's tensors where name and shape agree; say which did and which did not."""
         saved, own = read_checkpoint(path)["model"], self.model.state_dict()
@@ -1008,7 +953,6 @@ class Trainer:
         self.model.load_state_dict(matching, strict=False)
         for title, names in dict(loaded=matching, new=own.keys() - matching, unused=saved.keys() - matching).items():
             self.log.write(f"init_from {path}: {len(names)} tensors {title}{': ' * bool(names)}{', '.join(sorted(names))}", console=True)
-
     def _restore(self, saved: dict):
         try:
             self.model.load_state_dict(saved["model"])
@@ -1022,7 +966,6 @@ class Trainer:
         if saved["cuda_rng"] is not None and self.ranks.device.type == "cuda":
             torch.cuda.set_rng_state(saved["cuda_rng"])
         self.log.write(f"resumed from {self.config.resume} at step {self.step}", console=True)
-
     def save_checkpoint(self):
         """Collective. Tensors are saved as copies of their own, not as views of a bucket."""
         state = dict(format="knotgpt-1", config=dataclasses.asdict(self.config), step=self.step, train_seconds=self.train_seconds, loader=self.loader_state,
@@ -1030,7 +973,6 @@ class Trainer:
                      rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state() if self.ranks.device.type == "cuda" else None, curve=self.log.facts["curve"])
         if self.log.main:
             write_atomically(self.log.checkpoint, lambda file: torch.save(state, file))
-
     def train_step(self, rows: Tensor) -> Tensor:
         """One optimizer step on this rank's rows (n, T + 1); returns this rank's mean loss, without waiting for the device."""
         progress, loss, parts = self.step / self.config.steps, 0.0, rows.split(self.micro_rows)
@@ -1038,16 +980,13 @@ class Trainer:
         for index, part in enumerate(parts):
             if index == len(parts) - 1 and self.ranks.world > 1:
                 for bucket in (bucket for optimizer in self.optimizers for bucket in optimizer.buckets):
-                    bucket.expect_gradients()
+                    bucket.missing = len(bucket.parameters)
             part_loss = self.model(part[:, :-1].contiguous(), part[:, 1:].contiguous())
             (part_loss / (len(parts) * self.ranks.world)).backward()
             loss = loss + part_loss.detach() / len(parts)
         for optimizer in self.optimizers:
             optimizer.step(min(1.0, (1 - progress) / max(self.config.decay_fraction, 1e-9)), progress)
-        for optimizer in self.optimizers:
-            optimizer.finish()
         return loss
-
     @torch.no_grad()
     def validate(self, batches: np.ndarray) -> float:
         """Mean loss in nats a token over batches (n, rows, T + 1)."""
@@ -1061,7 +1000,6 @@ class Trainer:
             dist.all_reduce(total)
         self.model.train()
         return total.item() / len(batches)
-
     def warm_up(self) -> float:
         """Compile and run every shape and window stage on dummy rows, then put everything back exactly. Returns seconds."""
         self.ranks.synchronize()
@@ -1081,7 +1019,6 @@ class Trainer:
         torch.set_rng_state(rng)
         self.ranks.synchronize()
         return time.perf_counter() - start
-
     def run(self) -> int:
         """Train to the end or until a signal. Returns the exit code."""
         config, log, ranks = self.config, self.log, self.ranks
@@ -1094,12 +1031,12 @@ class Trainer:
         if ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         last_save, arriving = time.perf_counter(), None  # arriving: (step, loss, event) of an earlier step, read when it is there: the host never waits
-        self._start_clock()
+        self.clock = self._now()
         while self.step < config.steps:
             if self.step == 0 or config.val_every and self.step % config.val_every == 0:
-                self._stop_clock()
+                self.train_seconds += self._now() - self.clock
                 self._validate_and_log()
-                self._start_clock()
+                self.clock = self._now()
             rows, self.loader_state = self.loader.next_batch()
             loss = self.train_step(rows.to(ranks.device, non_blocking=True))
             self.step += 1
@@ -1115,40 +1052,29 @@ class Trainer:
             # what all ranks do now: 0 go on, 1 save and go on, 2 save and stop
             action = ranks.agree(2 if self.stop_signal else int(config.save and ranks.rank == 0 and now - last_save > config.checkpoint_seconds))
             if action:
-                self._stop_clock()
+                self.train_seconds += self._now() - self.clock
                 self._save(must=action == 2)
                 if action == 2:
                     return self._stopped()
                 last_save = time.perf_counter()
-                self._start_clock()
-        self._stop_clock()
+                self.clock = self._now()
+        self.train_seconds += self._now() - self.clock
         self._validate_and_log()
         self._save(must=True)
         return self._finished()
-
     def _on_signal(self, number, _frame):
         self.stop_signal = number
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-
-    def _start_clock(self):
+    def _now(self) -> float:
         self.ranks.synchronize()
-        self.clock = time.perf_counter()
-
-    def _stop_clock(self):
-        self.ranks.synchronize()
-        self.train_seconds += time.perf_counter() - self.clock
-
+        return time.perf_counter()
     def _show(self, step: int, loss: float, elapsed: float, now: float):
-        self.train_loss = loss
+        self.train_loss, average = loss, elapsed / self.step
         if not math.isfinite(loss):
             raise RunError(f"the training loss is {loss} at step {step}; lower the learning rates or look at the variant's arithmetic; finished steps are in {self.log.text}")
-        rate, left = self.step * self.config.batch_tokens / elapsed, int((self.config.steps - self.step) * elapsed / self.step)
-        self.log.progress(f"step {self.step}/{self.config.steps}  loss {loss:.4f}  {rate:,.0f} tokens/s  {1000 * elapsed / self.step:.1f} ms/step  "
+        rate, left = self.config.batch_tokens / average, int((self.config.steps - self.step) * average)
+        self.log.progress(f"step {self.step}/{self.config.steps}  loss {loss:.4f}  {rate:,.0f} tokens/s  {1000 * average:.1f} ms/step  "
                           f"MFU {100 * self._mfu(rate):.1f} %  {left // 60}:{left % 60:02d} left", now)
-
-    def _mfu(self, tokens_per_second: float) -> float:
-        return tokens_per_second * self.log.facts["flops_per_token"] / self.log.facts["peak_flops"] / self.ranks.world
-
     def _validate_and_log(self):
         loss, milliseconds, log = self.validate(self.val_batches), 1000 * self.train_seconds, self.log
         bits = loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
@@ -1158,7 +1084,6 @@ class Trainer:
             raise RunError(f"the validation loss is {loss} at step {self.step}; lower the learning rates or look at the variant's arithmetic")
         log.save_facts(curve=log.facts["curve"] + [dict(step=self.step, tokens=self.step * self.config.batch_tokens, train_ms=milliseconds, val_loss=loss,
                                                         val_bits_per_byte=bits, train_loss=None if math.isnan(self.train_loss) else self.train_loss)])
-
     def _save(self, must: bool):
         try:
             if self.config.save:
@@ -1167,24 +1092,23 @@ class Trainer:
             if must:
                 raise
             self.log.write(f"warning: {error}", console=True)
-
     def _stopped(self) -> int:
         name = signal.Signals(self.stop_signal or signal.SIGTERM).name
         self.log.save_facts(status=f"stopped by {name}", step=self.step)
         self.log.write(f"stopped by {name} after step {self.step}{f'; continue with --resume {self.log.checkpoint}' * self.config.save}", console=True)
         return 128 + signal.Signals[name]
-
     def _finished(self) -> int:
-        config, log, loss = self.config, self.log, self.log.facts["curve"][-1]["val_loss"]
-        if self.ranks.device.type == "cuda":
-            allocated, reserved = torch.cuda.max_memory_allocated() // 2 ** 20, torch.cuda.max_memory_reserved() // 2 ** 20
+        config, log, cuda, last = self.config, self.log, self.ranks.device.type == "cuda", self.log.facts["curve"][-1]
+        if cuda:
+            allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
         else:
             import resource  # not on every system; the process' own peak, in KiB on Linux
-            allocated = reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
-        rate = config.batch_tokens * config.steps / self.train_seconds
-        log.save_facts(status="finished", step=self.step, val_loss=loss, val_bits_per_byte=log.facts["curve"][-1]["val_bits_per_byte"], train_seconds=self.train_seconds,
+            allocated = reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+        rate, loss = config.batch_tokens * config.steps / self.train_seconds, last["val_loss"]
+        log.save_facts(status="finished", step=self.step, val_loss=loss, val_bits_per_byte=last["val_bits_per_byte"], train_seconds=self.train_seconds,
                        ms_per_step=1000 * self.train_seconds / config.steps, tokens_per_second=rate, mfu=self._mfu(rate), peak_memory_mib=allocated, peak_memory_reserved_mib=reserved)
-        log.write(f"tokens_per_second:{rate:.0f} mfu:{self._mfu(rate):.4f} of {log.facts['peak_flops'] / 1e12:.2f} TFLOP/s a device, the measured rate of a large product", console=True)
+        log.write(f"ms_per_step:{1000 * self.train_seconds / config.steps:.2f} tokens_per_second:{rate:.0f} mfu:{self._mfu(rate):.4f} "
+                  f"of {log.facts['peak_flops'] / 1e12:.2f} TFLOP/s a device, the measured rate of a large product", console=True)
         if config.target:
             log.write(f"target {config.target}: {'reached' if loss <= config.target else 'not reached'} with val_loss {loss:.4f}", console=True)
         log.write(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB", console=True)

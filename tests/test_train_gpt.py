@@ -295,13 +295,14 @@ def test_new_windows_and_documents_compile_nothing_anew(mode, monkeypatch):
     model, _ = tiny_model(sequence_length=256, window_short=(20, 100, 130), window_long=(60, 140, 200), layers=6)
     model.use_flex = True
     train_gpt.compile_model(model, mode)
+    seen = []
     with torch.no_grad():
         for step, progress in enumerate((0.0, 0.0, 0.4, 0.8, 1.0)):
             model.set_windows(progress)
             tokens = rows_of_documents(2, 257, seed=step)
             model(tokens[:, :-1], tokens[:, 1:])
-            seen = len(graphs) if step == 0 else seen
-    assert len(graphs) == seen == dict(model=1, blocks=4)[mode]  # blocks: the first, whose stream is x0 itself; with and without value embedding; the head
+            seen.append(len(graphs))
+    assert seen[-1] == seen[0] == dict(model=1, blocks=4)[mode]  # blocks: the first, whose stream is x0 itself; with and without value embedding; the head
     torch._dynamo.reset()
 
 
@@ -717,3 +718,43 @@ def test_a_world_that_does_not_divide_is_one_line(corpus, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode != 0
     assert result.stderr.count("train_gpt.py: error: 8 rows of 32 tokens cannot be shared by 3 ranks; change --batch_tokens or the number of ranks") == 1
+
+
+# ---- on a GPU
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 100])
+def test_flex_attention_on_a_gpu(window):
+    """Compiled FlexAttention in bf16, forward and backward, against the float64 form on the same rounded inputs."""
+    generator, T = torch.Generator().manual_seed(0), 512
+    q, k, v, grad = (torch.randn(2, T, 3, 64, generator=generator).bfloat16() for _ in range(4))
+    index = torch.arange(T)
+    starts = torch.where(torch.rand(2, T, generator=generator) < 0.01, index, 0).cummax(1).values
+    first_key = torch.maximum(starts, index - (window or T) + 1).int()
+
+    def run(q, k, v):
+        mask = AttentionMask(starts.int().cuda(), None, window, first_key.cuda(), train_gpt.interval_block_mask(first_key.cuda()))
+        return attend(q, k, v, AttentionContext(mask, None, q, None), 0.125)
+    ours = [t.cuda().requires_grad_() for t in (q, k, v)]
+    theirs = [t.double().requires_grad_() for t in (q, k, v)]
+    y = torch.compile(run, fullgraph=True, dynamic=False)(*ours)
+    y.backward(grad.cuda())
+    i, j = index[:, None], index[None, :]
+    scores = torch.einsum("bihd,bjhd->bhij", theirs[0], theirs[1]) * 0.125
+    scores = scores.masked_fill(~((j <= i) & (j >= first_key[:, :, None]))[:, None], -math.inf)
+    expected = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), theirs[2])
+    expected.backward(grad.double())
+    for a, b in [(y, expected), *((a.grad, b.grad) for a, b in zip(ours, theirs))]:
+        assert ((a.detach().cpu().double() - b.detach()).norm() / b.detach().norm()).item() < 6e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["model", "blocks", "off"])
+def test_a_run_on_a_gpu(corpus, tmp_path, mode):
+    """bf16, compiled or not, follows the float32 run on the CPU; a stopped run goes on."""
+    settings = dict(sequence_length=128, batch_tokens=2048, micro_batch_tokens=1024, steps=12, val_every=6, val_tokens=1280, window_short=(20, 30), window_long=(0, 100))
+    assert main(arguments(corpus, tmp_path / "cpu", **settings)) == 0
+    assert main(arguments(corpus, tmp_path / "gpu", **settings, device="cuda", compile=mode)) == 0
+    curves = [[p["val_loss"] for p in json.loads((tmp_path / name / "run.json").read_text())["curve"]] for name in ("cpu", "gpu")]
+    assert curves[1] == pytest.approx(curves[0], rel=0.02) and curves[1][-1] < curves[1][0] - 0.5
+    assert json.loads((tmp_path / "gpu/run.json").read_text())["dtype"] == "bfloat16"
