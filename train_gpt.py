@@ -305,8 +305,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 def muon_update(data, gradient, momentum, second, lr, decay, mu, beta2: float):
     """Nesterov momentum, orthogonalisation, NorMuon's normalisation by row, cautious weight decay, on a batch of equal matrices."""
-    momentum.lerp_(gradient, 1 - mu)
-    update = orthogonalize(gradient.lerp(momentum, mu).to(torch.bfloat16 if data.is_cuda else torch.float32)).float()
+    momentum.mul_(mu).add_(gradient * (1 - mu))  # no lerp: its weight may not be on another device
+    update = orthogonalize((gradient * (1 - mu) + momentum * mu).to(torch.bfloat16 if data.is_cuda else torch.float32)).float()
     if beta2:  # divide each row by its running size, then give the matrix its norm back
         norm = update.norm(dim=(-2, -1), keepdim=True)
         second.lerp_(update.square().mean(-1 if second.shape[-1] == 1 else -2, keepdim=True), 1 - beta2)
@@ -738,16 +738,13 @@ def adopt_vocabulary(config: Config):
     config.vocab_size = config.vocab_size or (json.loads(meta.read_text())["vocab_size"] if meta.exists() else 50257)
 
 def token_bytes(config: Config) -> np.ndarray | None:
-    """UTF-8 bytes of every token id, 0 for the end of text; None where the tokenizer's merges are not known here."""
+    """UTF-8 bytes of every token id, 0 for the end of text; None where there are no merges (*.tiktoken) beside the shards."""
     if config.vocab_size == 257:
         return np.array([1] * 256 + [0])
-    import tiktoken, tiktoken.load
-    merges = next(find_shards(config, "val")[0].parent.glob("*.tiktoken"), None)
-    try:
-        digest = merges and hashlib.sha256(merges.read_bytes()).hexdigest()  # else tiktoken trusts its cache, which knows files by their path
-        ranks = tiktoken.load.load_tiktoken_bpe(str(merges), digest) if merges else tiktoken.get_encoding("gpt2")._mergeable_ranks
-    except Exception:  # whatever the download raises: bits per byte are left out, the run goes on
+    if not (merges := next(find_shards(config, "val")[0].parent.glob("*.tiktoken"), None)):
         return None
+    from tiktoken.load import load_tiktoken_bpe
+    ranks = load_tiktoken_bpe(str(merges), hashlib.sha256(merges.read_bytes()).hexdigest())  # the hash: tiktoken's cache knows files by their path
     sizes = np.zeros(max(config.vocab_size, max(ranks.values()) + 1), dtype=np.int64)
     sizes[list(ranks.values())] = [len(token) for token in ranks]
     return sizes
@@ -962,15 +959,18 @@ class Trainer:
             raise RunError(f"{self.config.resume} holds another model than this configuration builds: {str(error).splitlines()[-1].strip()}") from None
         self.step, self.train_seconds, self.log.facts["curve"] = saved["step"], saved["train_seconds"], saved["curve"]
         self.loader.load_state_dict(saved["loader"])
-        torch.set_rng_state(saved["rng"])
-        if saved["cuda_rng"] is not None and self.ranks.device.type == "cuda":
-            torch.cuda.set_rng_state(saved["cuda_rng"])
+        self._set_random_state(saved["rng"])
         self.log.write(f"resumed from {self.config.resume} at step {self.step}", console=True)
+    def _random_state(self) -> list[Tensor]:
+        return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if self.ranks.device.type == "cuda" else [])
+    def _set_random_state(self, states: list[Tensor]):
+        for setter, state in zip((torch.set_rng_state, torch.cuda.set_rng_state), states if self.ranks.device.type == "cuda" else states[:1]):
+            setter(state)
     def save_checkpoint(self):
         """Collective. Tensors are saved as copies of their own, not as views of a bucket."""
         state = dict(format="knotgpt-1", config=dataclasses.asdict(self.config), step=self.step, train_seconds=self.train_seconds, loader=self.loader_state,
                      model={name: tensor.clone() for name, tensor in self.model.state_dict().items()}, optimizers=[o.state_dict() for o in self.optimizers],
-                     rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state() if self.ranks.device.type == "cuda" else None, curve=self.log.facts["curve"])
+                     rng=self._random_state(), curve=self.log.facts["curve"])
         if self.log.main:
             write_atomically(self.log.checkpoint, lambda file: torch.save(state, file))
     def train_step(self, rows: Tensor) -> Tensor:
@@ -1003,9 +1003,10 @@ class Trainer:
     def warm_up(self) -> float:
         """Compile and run every shape and window stage on dummy rows, then put everything back exactly. Returns seconds."""
         self.ranks.synchronize()
-        start, step, rng, stages = time.perf_counter(), self.step, torch.get_rng_state(), len(self.config.window_long)
+        start, step, stages, counts = time.perf_counter(), self.step, len(self.config.window_long), [optimizer.steps for optimizer in self.optimizers]
         kept = [(tensor, tensor.clone()) for o in self.optimizers for bucket in o.buckets for tensor in (bucket.data, *bucket.state.values())]
-        counts = [optimizer.steps for optimizer in self.optimizers]
+        kept += [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        rng = self._random_state()
         rows = torch.randint(self.config.vocab_size, (self.loader.rows, self.config.sequence_length + 1), dtype=torch.int32).to(self.ranks.device)
         for stage in range(stages):
             self.step = math.ceil(stage * self.config.steps / stages)
@@ -1016,9 +1017,8 @@ class Trainer:
         for optimizer, count in zip(self.optimizers, counts):
             optimizer.steps = count
         self.step = step
-        torch.set_rng_state(rng)
-        self.ranks.synchronize()
-        return time.perf_counter() - start
+        self._set_random_state(rng)
+        return self._now() - start
     def run(self) -> int:
         """Train to the end or until a signal. Returns the exit code."""
         config, log, ranks = self.config, self.log, self.ranks
@@ -1070,11 +1070,13 @@ class Trainer:
         return time.perf_counter()
     def _show(self, step: int, loss: float, elapsed: float, now: float):
         self.train_loss, average = loss, elapsed / self.step
-        if not math.isfinite(loss):
+        if not math.isfinite(loss) and self.log.main:  # one rank's fault is everybody's a step later; the first one speaks
             raise RunError(f"the training loss is {loss} at step {step}; lower the learning rates or look at the variant's arithmetic; finished steps are in {self.log.text}")
         rate, left = self.config.batch_tokens / average, int((self.config.steps - self.step) * average)
         self.log.progress(f"step {self.step}/{self.config.steps}  loss {loss:.4f}  {rate:,.0f} tokens/s  {1000 * average:.1f} ms/step  "
                           f"MFU {100 * self._mfu(rate):.1f} %  {left // 60}:{left % 60:02d} left", now)
+    def _mfu(self, tokens_per_second: float) -> float:
+        return tokens_per_second * self.log.facts["flops_per_token"] / self.log.facts["peak_flops"] / self.ranks.world
     def _validate_and_log(self):
         loss, milliseconds, log = self.validate(self.val_batches), 1000 * self.train_seconds, self.log
         bits = loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
@@ -1134,7 +1136,11 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"train_gpt.py: error: {error}", file=sys.stderr, flush=True)
         return 1
+    except KeyboardInterrupt:
+        print("train_gpt.py: interrupted before the first step", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -173,7 +173,7 @@ def split_documents(texts: Iterator[bytes], val_fraction: float, whole_character
         waiting.sort()
         while len(waiting) > (not validated):
             yield "train", waiting.pop()[1]
-    for share, text in waiting:
+    for _share, text in waiting:
         yield "val", text
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------------

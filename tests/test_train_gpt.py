@@ -532,7 +532,6 @@ def test_resume_is_bit_identical(corpus, tmp_path, monkeypatch, capsys, stop):
     with monkeypatch.context() as patch:
         stopped_at(stop, patch)
         assert main(arguments(corpus, tmp_path / "parts")) == 128 + signal.SIGTERM
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     assert f"stopped by SIGTERM after step {stop}; continue with --resume" in capsys.readouterr().out
     assert main(["--resume", str(tmp_path / "parts/run.pt")]) == 0
     whole, parts = (train_gpt.read_checkpoint(str(tmp_path / name / "run.pt")) for name in ("whole", "parts"))
@@ -552,6 +551,8 @@ def test_resume_keeps_its_settings(corpus, tmp_path):
 
 def test_warm_up_leaves_no_trace(corpus, tmp_path):
     trainer = Trainer(train_gpt.parse_config(arguments(corpus, tmp_path)))
+    trainer.model.register_buffer("calls", torch.zeros(()))  # a variant's running state
+    trainer.model.register_forward_hook(lambda model, *_: model.calls.add_(1) and None)
     before, rng = {n: t.clone() for n, t in trainer.model.state_dict().items()}, torch.get_rng_state()
     trainer.warm_up()
     assert all(torch.equal(before[n], t) for n, t in trainer.model.state_dict().items()) and torch.equal(rng, torch.get_rng_state())

@@ -149,7 +149,7 @@ def test_too_little_space_is_known_beforehand(tmp_path, hub, capsys, monkeypatch
     monkeypatch.setattr(cached.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3 * 10 ** 8))
     assert "3 shards need 0.6 GB" in (error := fault(capsys, tmp_path, 2)) and "has 0.3 GB free" in error
     assert hub.asked == []
-    for i, name in enumerate(["fineweb_val_000000.bin", "fineweb_train_000001.bin"]):
+    for name in ("fineweb_val_000000.bin", "fineweb_train_000001.bin"):
         write_shard(tmp_path / name, tokens_of(name))
     assert run(tmp_path, 2) == 0  # one is missing, and that one fits
 
