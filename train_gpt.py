@@ -132,7 +132,7 @@ TRACKS = {
     "medium": FINEWEB | dict(layers=16, model_dim=1024, heads=8, head_dim=128, mlp_hidden=4096, attention_scale=0.12, tokens=3_000_000_000,
                              micro_batch_tokens=32_768, value_embeddings=3, bigram_rows=50_304, target=2.92),
     # the fixed architecture of modded-nanogpt's track 3, for step times
-    "benchmark": FINEWEB | MODEL_124M | WHOLE_ROWS | dict(tokens=1_703_936_000, sequence_length=1024, x0_skip=False, unet_skips=False, smear=False, attention_gate=False),
+    "benchmark": FINEWEB | MODEL_124M | WHOLE_ROWS | dict(tokens=1_703_936_000, sequence_length=1024, x0_skip=False, unet_skips=False, smear=False, attention_gate=False, target=3.28),
 }
 
 def parse_config(argv: list[str] | None = None) -> Config:
