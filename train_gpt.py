@@ -118,7 +118,7 @@ MODEL_124M = dict(layers=12, model_dim=768, heads=6, head_dim=128, mlp_hidden=30
 WHOLE_ROWS = dict(align_documents=False, document_mask=False, window_pattern="L", window_short=(0,), window_long=(0,))
 TRACKS = {
     # the machine's own Python library as bytes; two CPU cores, about two minutes
-    "cpu": dict(target=1.45),
+    "cpu": dict(window_pattern="SSSL", window_short=(64,), window_long=(0,), attention_scale=0.25, lr_embed=0.4, lr_head=0.016, target=0.95),
     # about 30M parameters, any GPU from 8 GB
     "small": FINEWEB | MODEL_30M | dict(tokens=100_000_000, batch_tokens=65_536, micro_batch_tokens=16_384, sequence_length=1024, window_long=(384, 640, 1024)),
     # 128 thin layers: attention 8.39M + tied embedding 6.44M + feed-forward 3.15M
@@ -916,7 +916,7 @@ class Trainer:
         config.run_id = config.run_id or f"{uuid.UUID(int=self.ranks.agree(uuid.uuid4().int >> 66), version=4)}"
         self.log = RunLog(config, self.ranks.rank)
         self.model = build_model(config, self.ranks)
-        if config.init_from:
+        if config.init_from and not saved:
             self._load_matching(config.init_from)
         self.optimizers = build_optimizers(self.model, config, self.ranks)
         self.step, self.train_seconds, self.stop_signal, self.train_loss, self.loader_state = 0, 0.0, 0, math.nan, None
