@@ -118,7 +118,8 @@ MODEL_124M = dict(layers=12, model_dim=768, heads=6, head_dim=128, mlp_hidden=30
 WHOLE_ROWS = dict(align_documents=False, document_mask=False, window_pattern="L", window_short=(0,), window_long=(0,))
 TRACKS = {
     # the machine's own Python library as bytes; two CPU cores, about two minutes
-    "cpu": dict(window_pattern="SSSL", window_short=(64,), window_long=(0,), attention_scale=0.25, lr_embed=0.4, lr_head=0.016, target=0.95),
+    "cpu": dict(window_pattern="SSSL", window_short=(64,), window_long=(0,), attention_scale=0.25, lr_embed=0.4, lr_head=0.016, target=0.95,
+                val_tokens=65_536, val_every=366),
     # about 30M parameters, any GPU from 8 GB
     "small": FINEWEB | MODEL_30M | dict(tokens=100_000_000, batch_tokens=65_536, micro_batch_tokens=16_384, sequence_length=1024, window_long=(384, 640, 1024)),
     # 128 thin layers: attention 8.39M + tied embedding 6.44M + feed-forward 3.15M
@@ -368,7 +369,8 @@ class AttentionMask:
     positions: Tensor                           # (B, T) int32: the token's place in its document
     window: int | None
     first_key: Tensor | None                    # (B, T) int32: max(doc_start_i, i - window + 1); None where 0 throughout: plain causal attention
-    block_mask: object | None                   # the same rule for FlexAttention
+    block_mask: object | None = None            # the same rule for FlexAttention
+    stretches: list | None = None               # or for PyTorch's attention
 
 @dataclass
 class AttentionContext:
@@ -377,7 +379,7 @@ class AttentionContext:
     rotary: tuple[Tensor, Tensor] | None        # cosine and sine, (T, pairs that turn)
     x0: Tensor                                  # (B, T, model_dim): the embedded tokens
     value: Tensor | None                        # (B, T, model_dim): the layer's value embedding
-    doc_start, positions, window, first_key, block_mask = (property(lambda self, name=name: getattr(self.mask, name))
+    doc_start, positions, window, first_key, block_mask, stretches = (property(lambda self, name=name: getattr(self.mask, name))
                                                            for name in AttentionMask.__dataclass_fields__)
 
 class Linear(nn.Module):
@@ -452,22 +454,28 @@ def interval_block_mask(first_key: Tensor, block: int = 128):
     return BlockMask.from_kv_blocks(count(some & ~whole), order(some & ~whole), count(whole), order(whole), BLOCK_SIZE=block,
                                     mask_mod=lambda b, h, i, j: (j <= i) & (j >= first_key[b, i]))
 
+def mask_stretches(first_key: Tensor, window: int | None, dtype: torch.dtype) -> list[tuple[int, int, int, Tensor]]:
+    """The same rule for some queries at a time, so that the mask of a long row is never whole: (first query, query after the last, first key, mask to add
+    to the scores (B, 1, queries, keys))."""
+    T, result = first_key.shape[1], []
+    size = min(T, max(128, min(window or T, 1024)))
+    for start in range(0, T, size):
+        stop, begin = min(T, start + size), max(0, start - (window or T) + 1)
+        key, query = torch.arange(begin, stop, device=first_key.device), torch.arange(start, stop, device=first_key.device)
+        hidden = (key > query[:, None]) | (key < first_key[:, start:stop, None])
+        result.append((start, stop, begin, torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -math.inf)[:, None]))
+    return result
+
 def attend(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext, scale: float) -> Tensor:
     """Softmax attention of q, k, v (B, T, H, D) over the keys that ctx allows; returns (B, T, H, D)."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if ctx.block_mask is not None:
         from torch.nn.attention.flex_attention import flex_attention
         return flex_attention(q, k, v, block_mask=ctx.block_mask, scale=scale).transpose(1, 2)
-    if ctx.first_key is None:
+    if ctx.stretches is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
-    T, parts = q.shape[2], []
-    window = ctx.window or T
-    stretch = min(T, max(128, min(window, 1024)))  # queries at a time: the mask of a long row is never whole
-    for start in range(0, T, stretch):
-        stop, begin = min(T, start + stretch), max(0, start - window + 1)
-        key, query = torch.arange(begin, stop, device=q.device), torch.arange(start, stop, device=q.device)
-        mask = (key <= query[:, None]) & (key >= ctx.first_key[:, start:stop, None])
-        parts.append(F.scaled_dot_product_attention(q[:, :, start:stop], k[:, :, begin:stop], v[:, :, begin:stop], attn_mask=mask[:, None], scale=scale))
+    parts = [F.scaled_dot_product_attention(q[:, :, start:stop], k[:, :, begin:stop], v[:, :, begin:stop], attn_mask=mask, scale=scale)
+             for start, stop, begin, mask in ctx.stretches]
     return torch.cat(parts, dim=2).transpose(1, 2)
 
 GATE_CHANNELS = 12  # of the stream, which the sparse gates read
@@ -625,8 +633,11 @@ class GPT(nn.Module):
             window = window if 0 < window < T else None
             if window not in shared:
                 first_key = torch.maximum(doc_start, index - (window - 1)) if window else doc_start if config.document_mask else None
-                block_mask = interval_block_mask(first_key) if self.use_flex and first_key is not None and T % 128 == 0 else None
-                shared[window] = AttentionMask(doc_start, index - doc_start, window, first_key, block_mask)
+                shared[window] = mask = AttentionMask(doc_start, index - doc_start, window, first_key)
+                if first_key is not None and self.use_flex and T % 128 == 0:
+                    mask.block_mask = interval_block_mask(first_key)
+                elif first_key is not None:
+                    mask.stretches = mask_stretches(first_key, window, self.dtype)
             layers.append(shared[window])
         return layers
     def embed(self, tokens: Tensor, masks: list[AttentionMask]) -> tuple[Tensor, list[AttentionContext]]:

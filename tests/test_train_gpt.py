@@ -223,7 +223,8 @@ def test_attention_sees_exactly_its_keys(T, window):
     index = torch.arange(T)
     starts = torch.where(torch.rand(2, T, generator=generator) < 0.02, index, 0).cummax(1).values
     first_key = torch.maximum(starts, index - (window or T) + 1).int()
-    ctx = AttentionContext(AttentionMask(starts.int(), (index - starts).int(), window, first_key, None), None, q, None)
+    stretches = train_gpt.mask_stretches(first_key, window, torch.float32)
+    ctx = AttentionContext(AttentionMask(starts.int(), (index - starts).int(), window, first_key, stretches=stretches), None, q, None)
     torch.testing.assert_close(attend(q, k, v, ctx, 0.3), reference_attention(q, k, v, first_key, 0.3), rtol=1e-4, atol=1e-5)
 
 
