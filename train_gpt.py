@@ -50,7 +50,7 @@ class Config:
     steps: int = 0                      # optimizer steps (0: from tokens)
     align_documents: bool = False       # every row begins at the start of a document
     val_tokens: int = 131_072           # validation tokens, from the start of the validation shards
-    val_every: int = 250                # steps between validations (0: only before the first step and after the last)
+    val_every: int = 250                # steps between validations, from step 0 on; there is one after the last step besides (0: that one only)
     target: float = 0.0                 # validation loss that the track asks for, in nats a token (0: none)
     # model
     layers: int = 4                     # number of blocks
@@ -414,7 +414,7 @@ class RMSNormalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         y, inverse = ctx.saved_tensors
-        return ((grad - y * (grad * y).mean(-1, keepdim=True, dtype=inverse.dtype)) * inverse).to(y.dtype)
+        return (grad - y * (grad * y).mean(-1, keepdim=True, dtype=inverse.dtype)).mul_(inverse).to(y.dtype)
 
 class ReLUSquared(torch.autograd.Function):
     """max(x, 0)^2, with one product in its backward pass."""
@@ -425,7 +425,7 @@ class ReLUSquared(torch.autograd.Function):
         return positive * positive
     @staticmethod
     def backward(ctx, grad):
-        return 2 * grad * ctx.saved_tensors[0]
+        return torch.addcmul(grad.new_zeros(()), grad, ctx.saved_tensors[0], value=2)  # 2 grad x in one pass
 
 class Norm(nn.Module):
     """RMS normalisation of the last n channels, without gain."""
@@ -1044,7 +1044,7 @@ class Trainer:
         last_save, arriving = time.perf_counter(), None  # arriving: (step, loss, event) of an earlier step, read when it is there: the host never waits
         self.clock = self._now()
         while self.step < config.steps:
-            if self.step == 0 or config.val_every and self.step % config.val_every == 0:
+            if config.val_every and self.step % config.val_every == 0:
                 self.train_seconds += self._now() - self.clock
                 self._validate_and_log()
                 self.clock = self._now()
