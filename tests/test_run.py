@@ -2,10 +2,11 @@
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+ROOT = Path(__file__).resolve().parent.parent
 
 STAND_IN = """#!/usr/bin/env bash
 case "$*" in
