@@ -32,7 +32,7 @@ NANOGPT = ["config/train_shakespeare_char.py", "--device=cpu", "--compile=False"
            "--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0"]
 OURS = ["--track", "cpu", "--device", "cpu", "--layers", "4", "--heads", "4", "--head_dim", "32", "--model_dim", "128", "--mlp_hidden", "512", "--value_embeddings", "0",
         "--bigram_rows", "0", "--sequence_length", "64", "--batch_tokens", "6144", "--micro_batch_tokens", "3072", "--tokens", "1536000", "--val_tokens", "111540", "--val_every", "0",
-        "--no-document_mask", "--compile", "blocks", "--target", "1.6"]
+        "--no-document_mask", "--no-smear", "--no-attention_gate", "--no-x0_skip", "--no-unet_skips", "--compile", "off", "--target", "1.6"]
 
 
 def write_characters(text: str, folder: Path):
