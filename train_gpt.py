@@ -18,7 +18,7 @@ value residual learning, U-net skips, Gemma 2 (logit cap), Liger-Kernel (gradien
 
 import argparse, dataclasses, hashlib, inspect, json, math, os, platform, re, shutil, signal, subprocess, sys, time, uuid, zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -32,8 +32,7 @@ from torch import Tensor, nn
 class RunError(Exception):
     """A fault that the user can mend. Its message is one line: what was wrong, what was got, what to do."""
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------------
-# Configuration and tracks
+# ---- Configuration and tracks -------------------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Config:
@@ -48,6 +47,7 @@ class Config:
     micro_batch_tokens: int = 8192      # at most so many tokens a forward pass
     tokens: int = 1_500_000             # training tokens; the number of steps follows
     steps: int = 0                      # optimizer steps (0: from tokens)
+    time_budget: float = 0.0            # seconds of training instead of a number of steps: the schedule follows the clock (0: off)
     align_documents: bool = False       # every row begins at the start of a document
     val_tokens: int = 131_072           # validation tokens, from the start of the validation shards
     val_every: int = 250                # steps between validations, from step 0 on; there is one after the last step besides (0: that one only)
@@ -108,7 +108,7 @@ class Config:
         return -(-self.vocab_size // (unit := 128 if self.vocab_size > 4096 else 8)) * unit
 
 RESUME_FIELDS = {"resume", "data", "log_dir", "save", "checkpoint_seconds", "val_every", "device"}  # may differ from the checkpoint's
-LEAST = dict(sequence_length=2, batch_tokens=1, micro_batch_tokens=1, steps=0, tokens=1, layers=1, model_dim=1, heads=1, head_dim=1, mlp_hidden=1, loss_chunk=1)
+LEAST = dict(sequence_length=2, batch_tokens=1, micro_batch_tokens=1, steps=0, tokens=1, time_budget=0, layers=1, model_dim=1, heads=1, head_dim=1, mlp_hidden=1, loss_chunk=1)
 CHOICES = dict(rope=("half", "full", "none"), device=("auto", "cpu", "cuda"), dtype=("auto", "float32", "bfloat16"), compile=("auto", "model", "blocks", "off"))
 
 FINEWEB = dict(data="data/fineweb10B", val_tokens=10_485_760, sequence_length=2048, batch_tokens=524_288, micro_batch_tokens=65_536, align_documents=True,
@@ -160,25 +160,21 @@ def make_config(given: dict) -> Config:
         if given[name] != base[name]:
             raise RunError(f"--{name} {given[name]} differs from the checkpoint's {base[name]}: a resumed run keeps its settings; change them with --init_from")
     c = Config(**{**base, **given})
-    for name, least in LEAST.items():
-        if getattr(c, name) < least:
-            raise RunError(f"--{name} must be at least {least}, got {getattr(c, name)}")
-    for name, choices in CHOICES.items():
-        if getattr(c, name) not in choices:
-            raise RunError(f"--{name} must be one of {', '.join(choices)}; got {getattr(c, name)!r}")
-    if c.batch_tokens % c.sequence_length:
-        raise RunError(f"--batch_tokens {c.batch_tokens} is not a multiple of --sequence_length {c.sequence_length}")
-    if not re.fullmatch("[SL]+", c.window_pattern) or len(c.window_short) != len(c.window_long):
-        raise RunError(f"--window_pattern takes letters S and L, and both windows equally many stages; got {c.window_pattern!r}, {c.window_short} and {c.window_long}")
-    if c.head_dim % 4 and c.rope != "none":
-        raise RunError(f"--head_dim {c.head_dim} is not a multiple of 4, as rotary positions need; choose another or --rope none")
-    if c.value_embeddings and c.heads * c.head_dim != c.model_dim:
-        raise RunError(f"value embeddings need heads x head_dim = model_dim, got {c.heads} x {c.head_dim} and {c.model_dim}; or use --value_embeddings 0")
-    c.steps = c.steps or max(1, c.tokens // c.batch_tokens)
+    faults = [(getattr(c, name) < least, f"--{name} must be at least {least}, got {getattr(c, name)}") for name, least in LEAST.items()]
+    faults += [(getattr(c, name) not in choices, f"--{name} must be one of {', '.join(choices)}; got {getattr(c, name)!r}") for name, choices in CHOICES.items()]
+    faults += [
+        (c.batch_tokens % max(c.sequence_length, 1), f"--batch_tokens {c.batch_tokens} is not a multiple of --sequence_length {c.sequence_length}"),
+        (not re.fullmatch("[SL]+", c.window_pattern) or len(c.window_short) != len(c.window_long),
+         f"--window_pattern takes letters S and L, and both windows equally many stages; got {c.window_pattern!r}, {c.window_short} and {c.window_long}"),
+        (c.head_dim % 4 and c.rope != "none", f"--head_dim {c.head_dim} is not a multiple of 4, as rotary positions need; choose another or --rope none"),
+        (c.value_embeddings and c.heads * c.head_dim != c.model_dim,
+         f"value embeddings need heads x head_dim = model_dim, got {c.heads} x {c.head_dim} and {c.model_dim}; or use --value_embeddings 0")]
+    if message := next((message for fault, message in faults if fault), None):
+        raise RunError(message)
+    c.steps = 0 if c.time_budget else c.steps or max(1, c.tokens // c.batch_tokens)
     return c
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------------
-# Ranks
+# ---- Ranks --------------------------------------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Ranks:
@@ -212,8 +208,7 @@ class Ranks:
         self.world > 1 and dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return int(tensor)
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------------
-# Optimizers: parameters in buckets, each rank updates its own slice of every bucket
+# ---- Optimizers: parameters in buckets, each rank updates its own slice of every bucket ---------------------------------------------------------------
 
 # PyTorch 2.13 renamed them
 ALL_GATHER, REDUCE_SCATTER = (getattr(dist, new, getattr(dist, old, None)) for new, old in
@@ -240,29 +235,30 @@ class Bucket:
         self.missing, self.work = 0, None  # parameters without their last gradient of this step; the reduction under way
     def _count(self, _parameter):  # reduce when every parameter has its gradient, while the backward pass goes on
         self.missing -= 1
-        if self.missing == 0:
-            self._reduce()
+        self.missing or self._reduce()
     def _reduce(self):  # gloo sums whole tensors only
         self.work = REDUCE_SCATTER(self.grad[self.own], self.grad, async_op=True) if self.grad.is_cuda else dist.all_reduce(self.grad, async_op=True)
     def reduced_gradient(self) -> Tensor:
         """This rank's slice of the gradient, summed over the ranks."""
         if self.world > 1:
-            if self.work is None:  # some parameter took no part in the pass
-                self._reduce()
+            self.work or self._reduce()  # some parameter took no part in the pass
             self.work.wait()
         self.missing, self.work = 0, None
         return self.grad[self.own]
     def gather(self, own: Tensor, whole: Tensor | None = None):
         """Join the ranks' slices, into `whole` where given; returns (whole, what to wait for)."""
         if self.world == 1:
-            return own, None
+            return own.clone() if whole is None else whole, None
         whole = own.new_empty(len(own) * self.world, *own.shape[1:]) if whole is None else whole
         return whole, ALL_GATHER(whole, own.clone(), async_op=True)
 
 class ShardedOptimizer:
-    """Base of the optimizers (ZeRO stage 1). A subclass names its state for one rank's slice of a bucket, and updates such a slice."""
+    """
+    Base of the optimizers (ZeRO stage 1). For one rank's slice of a bucket a subclass gives new_state(own), a dict of tensors, hyperparameters(progress)
+    and update(data, gradient, *state, lr, decay, *hyperparameters), which changes data and state in place.
+    """
     def __init__(self, buckets: list[Bucket], config: Config, wrap=lambda function: function):
-        self.buckets, self.config, self.steps, self.function = buckets, config, 0, wrap(self.function)
+        self.buckets, self.config, self.steps, self.update = buckets, config, 0, wrap(self.update)
         for bucket in buckets:
             bucket.state = self.new_state(bucket.data[bucket.own])
     @torch.no_grad()
@@ -272,13 +268,13 @@ class ShardedOptimizer:
         for bucket in self.buckets:
             gradient, data, lr = bucket.reduced_gradient(), bucket.data[bucket.own], bucket.lr * lr_factor
             # tensors of no dimension: a compiled update takes them as inputs and need not be compiled anew when they change
-            self.update(data, gradient, bucket.state, torch.tensor(lr), torch.tensor(lr * bucket.weight_decay), progress)
+            self.update(data, gradient, *bucket.state.values(), torch.tensor(lr), torch.tensor(lr * bucket.weight_decay), *self.hyperparameters(progress))
             works.append(bucket.gather(data, bucket.data)[1])
             bucket.grad.zero_()
         for work in works:
             work and work.wait()
     def state_dict(self) -> dict:
-        """The whole state, the same on every rank. Collective."""
+        """A copy of the whole state, the same on every rank. Collective."""
         gathered = [{name: bucket.gather(tensor) for name, tensor in bucket.state.items()} for bucket in self.buckets]
         for _, work in (item for state in gathered for item in state.values()):
             work and work.wait()
@@ -304,42 +300,38 @@ def orthogonalize(matrices: Tensor) -> Tensor:
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if matrices.shape[-2] > matrices.shape[-1] else x
 
-def muon_update(data, gradient, momentum, second, lr, decay, mu, beta2: float):
-    """Nesterov momentum, orthogonalisation, NorMuon's normalisation by row, cautious weight decay, on a batch of equal matrices."""
-    momentum.mul_(mu).add_(gradient * (1 - mu))  # no lerp: its weight may not be on another device
-    update = orthogonalize((gradient * (1 - mu) + momentum * mu).to(torch.bfloat16 if data.is_cuda else torch.float32)).float()
-    if beta2:  # divide each row by its running size, then give the matrix its norm back
-        norm = update.norm(dim=(-2, -1), keepdim=True)
-        second.lerp_(update.square().mean(-1 if second.shape[-1] == 1 else -2, keepdim=True), 1 - beta2)
-        update = update * second.clamp_min(1e-10).rsqrt()
-        update = update * (norm / update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
-    update = update * max(1.0, data.shape[-2] / data.shape[-1]) ** 0.5
-    data.sub_(lr * update + decay * data * (update * data > 0))
-
-def adam_update(data, gradient, mean, square, lr, decay, beta1: float, beta2: float, correction1, correction2):
-    """Adam with bias correction, cautious weight decay."""
-    mean.lerp_(gradient, 1 - beta1)
-    square.lerp_(gradient.square(), 1 - beta2)
-    update = (mean / correction1) / ((square / correction2).sqrt() + 1e-10)
-    data.sub_(lr * update + decay * data * (update * data > 0))
-
 class Muon(ShardedOptimizer):
     """For matrices; its buckets are batches of equal ones."""
-    function = staticmethod(muon_update)
     def new_state(self, own: Tensor) -> dict:
         return dict(momentum=torch.zeros_like(own), second=torch.zeros_like(own[..., :1] if own.shape[-2] >= own.shape[-1] else own[..., :1, :]))
-    def update(self, data, gradient, state, lr, decay, progress):
-        mu = self.config.momentum - max(0.0, 1 - 10 * progress) * max(0.0, self.config.momentum - 0.85)
-        self.function(data, gradient, state["momentum"], state["second"], lr, decay, torch.tensor(mu), self.config.normuon_beta2)
+    def hyperparameters(self, progress: float) -> tuple:
+        return torch.tensor(self.config.momentum - max(0.0, 1 - 10 * progress) * max(0.0, self.config.momentum - 0.85)), self.config.normuon_beta2
+    @staticmethod
+    def update(data, gradient, momentum, second, lr, decay, mu, beta2: float):
+        """Nesterov momentum, orthogonalisation, NorMuon's normalisation by row, cautious weight decay, on a batch of equal matrices."""
+        momentum.mul_(mu).add_(gradient * (1 - mu))  # no lerp: its weight may not be on another device
+        update = orthogonalize((gradient * (1 - mu) + momentum * mu).to(torch.bfloat16 if data.is_cuda else torch.float32)).float()
+        if beta2:  # divide each row by its running size, then give the matrix its norm back
+            norm = update.norm(dim=(-2, -1), keepdim=True)
+            second.lerp_(update.square().mean(-1 if second.shape[-1] == 1 else -2, keepdim=True), 1 - beta2)
+            update = update * second.clamp_min(1e-10).rsqrt()
+            update = update * (norm / update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
+        update = update * max(1.0, data.shape[-2] / data.shape[-1]) ** 0.5
+        data.sub_(lr * update + decay * data * (update * data > 0))
 
 class Adam(ShardedOptimizer):
-    """For embeddings, the head, scalars and gates; its buckets are flat."""
-    function = staticmethod(adam_update)
+    """For embeddings, the head, scalars and gates; its buckets are flat. Bias correction, cautious weight decay."""
     def new_state(self, own: Tensor) -> dict:
         return dict(mean=torch.zeros_like(own), square=torch.zeros_like(own))
-    def update(self, data, gradient, state, lr, decay, progress):
-        betas = (self.config.adam_beta1, self.config.adam_beta2)
-        self.function(data, gradient, state["mean"], state["square"], lr, decay, *betas, *(torch.tensor(1 - beta ** self.steps) for beta in betas))
+    def hyperparameters(self, progress: float) -> tuple:
+        betas = self.config.adam_beta1, self.config.adam_beta2
+        return *betas, *(torch.tensor(1 - beta ** self.steps) for beta in betas)
+    @staticmethod
+    def update(data, gradient, mean, square, lr, decay, beta1: float, beta2: float, correction1, correction2):
+        mean.lerp_(gradient, 1 - beta1)
+        square.lerp_(gradient.square(), 1 - beta2)
+        update = (mean / correction1) / ((square / correction2).sqrt() + 1e-10)
+        data.sub_(lr * update + decay * data * (update * data > 0))
 
 def build_optimizers(model: nn.Module, config: Config, ranks: Ranks) -> list[ShardedOptimizer]:
     """
@@ -359,8 +351,7 @@ def build_optimizers(model: nn.Module, config: Config, ranks: Ranks) -> list[Sha
     compiled = (lambda f: torch.compile(f, dynamic=False)) if ranks.device.type == "cuda" and compile_mode(config, ranks) != "off" else (lambda f: f)
     return [Muon(matrices, config, compiled), Adam(numbers, config, compiled)]
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------------
-# Model
+# ---- Model --------------------------------------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class AttentionMask:
@@ -374,7 +365,7 @@ class AttentionMask:
 
 @dataclass
 class AttentionContext:
-    """What a layer may know besides the stream; B rows of T tokens. It has the mask's attributes, too."""
+    """What a layer may know besides the stream; B rows of T tokens. It has the mask's attributes, read late: a graph is compiled for every value it reads."""
     mask: AttentionMask
     rotary: tuple[Tensor, Tensor] | None        # cosine and sine, (T, pairs that turn)
     x0: Tensor                                  # (B, T, model_dim): the embedded tokens
@@ -466,7 +457,7 @@ def mask_stretches(first_key: Tensor, window: int | None, dtype: torch.dtype) ->
         result.append((start, stop, begin, torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -math.inf)[:, None]))
     return result
 
-def attend(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext, scale: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext | AttentionMask, scale: float) -> Tensor:
     """Softmax attention of q, k, v (B, T, H, D) over the keys that ctx allows; returns (B, T, H, D)."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if ctx.block_mask is not None:
@@ -691,7 +682,7 @@ def compile_mode(config: Config, ranks: Ranks) -> str:
         return config.compile
     if ranks.device.type == "cuda":
         return "model" if ranks.world == 1 else "blocks"
-    return "blocks" if config.steps * config.batch_tokens >= 10_000_000 and shutil.which(os.environ.get("CXX", "g++")) else "off"
+    return "blocks" if (config.steps * config.batch_tokens or config.tokens) >= 10_000_000 and shutil.which(os.environ.get("CXX", "g++")) else "off"
 
 def compile_model(model: GPT, mode: str):
     """Compile in place, whole graphs and static shapes only: a graph break is an error."""
@@ -719,8 +710,7 @@ def measured_peak(ranks: Ranks) -> float:
     timer = Timer("a @ b", globals=matrices, num_threads=torch.get_num_threads())
     return 2 * n ** 3 / min(timer.timeit(4).mean for _ in range(4))
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------------
-# Data: shards of uint16 tokens
+# ---- Data: shards of uint16 tokens --------------------------------------------------------------------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 
@@ -832,8 +822,7 @@ class TokenLoader:
         self.ahead = self.thread.submit(self._read)
         return batch
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------------
-# Logs and checkpoints
+# ---- Logs and checkpoints -----------------------------------------------------------------------------------------------------------------------------
 
 def write_atomically(path: Path, write):
     """write(file) under a temporary name, then rename: whatever happens, `path` is whole. RunError where the disk refuses."""
@@ -900,18 +889,19 @@ class RunLog:
         if console:
             print(("\r\033[K" if self.open_line else "") + text, flush=True)
             self.open_line = False
-    def progress(self, text: str, now: float):
-        """Show a passing state: ten times a second at most on a terminal, every ten seconds elsewhere."""
-        if self.main and now - self.shown >= (0.1 if self.terminal else 10):
-            self.shown, self.open_line = now, self.terminal
-            print(f"\r\033[K{text}" if self.terminal else text, end="" if self.terminal else "\n", flush=True)
+    def due(self) -> bool:
+        """Whether it is time to show progress: every second on a terminal, every ten seconds elsewhere."""
+        return time.perf_counter() - self.shown >= (1 if self.terminal else 10)
+    def progress(self, text: str):
+        """Show a passing state."""
+        self.shown, self.open_line = time.perf_counter(), self.terminal
+        self.main and print(f"\r\033[K{text}" if self.terminal else text, end="" if self.terminal else "\n", flush=True)
     def save_facts(self, **facts):
         self.facts.update(facts)
         if self.main:
             write_atomically(self.json, lambda file: file.write(json.dumps(self.facts, indent=1).encode()))
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------------
-# Training
+# ---- Training -----------------------------------------------------------------------------------------------------------------------------------------
 
 class Trainer:
     """One run, from its configuration to its last checkpoint. replaced: variant -> names of this module that it replaced, for the record."""
@@ -923,35 +913,37 @@ class Trainer:
         rows, fit = self.loader.rows, max(1, config.micro_batch_tokens // config.sequence_length)
         self.micro_rows = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= fit)
         sizes, predicted = token_bytes(config), self.val_batches[..., 1:]
-        self.bytes_per_token = float(sizes[predicted].sum() / predicted.size) if sizes is not None else 0.0
+        self.bytes_per_token = float(sizes[predicted].sum() / predicted.size) if sizes is not None else None
         config.run_id = config.run_id or f"{uuid.UUID(int=self.ranks.agree(uuid.uuid4().int >> 66), version=4)}"
-        self.log = RunLog(config, self.ranks.rank)
-        self.model = build_model(config, self.ranks)
+        self.log, self.model = RunLog(config, self.ranks.rank), build_model(config, self.ranks)
         if config.init_from and not saved:
             self._load_matching(config.init_from)
         self.optimizers = build_optimizers(self.model, config, self.ranks)
-        self.step, self.train_seconds, self.stop_signal, self.train_loss, self.loader_state = 0, 0.0, 0, math.nan, None
+        self.step, self.train_seconds, self.clock, self.stop_signal, self.loss, self.loader_state = 0, 0.0, None, 0, None, None
         self._write_header(replaced or {})
         if saved:
-            self._restore(saved)
+            self.load_state_dict(saved)
+            self.loader.load_state_dict(saved["loader"])
+            self.log.write(f"resumed from {config.resume} at step {self.step}", console=True)
     def _write_header(self, replaced: dict):
-        config, model, log = self.config, self.model, self.log
+        config, model, log, ranks = self.config, self.model, self.log, self.ranks
         tables = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
         tables[id(model.head.projection.weight)] = model.head.projection.weight.numel()
         parameters = sum(p.numel() for p in model.parameters())
-        hashes = {file.name: hashlib.file_digest(open(file, "rb"), "sha256").hexdigest() for file in find_shards(config, "val") if log.main}
-        facts = environment(self.ranks) | dict(
-            seed=config.seed, replaced=replaced, parameters=parameters, parameters_without_embeddings=parameters - sum(tables.values()), flops_per_token=flops_per_token(config),
-            peak_flops=measured_peak(self.ranks), dtype=str(self.ranks.dtype).removeprefix("torch."), compile=compile_mode(config, self.ranks),
-            train_tokens_available=self.loader.total, val_tokens=self.val_batches[..., 1:].size, val_bytes_per_token=self.bytes_per_token or None, val_sha256=hashes)
-        log.facts = dict(run_id=config.run_id, status="running", config=dataclasses.asdict(config), **facts, curve=[])
-        log.write(source_of_run() + "\n" + "=" * 100)
-        log.write(f"Running Python {facts['python']}, PyTorch {facts['torch']} compiled for CUDA {facts['cuda']}, Triton {facts['triton']}")
-        log.write("\n".join(f"{name}: {value}" for name, value in facts.items()) + "\nconfig: " + json.dumps(dataclasses.asdict(config)))
-        log.write((command_output("nvidia-smi") if self.ranks.device.type == "cuda" else "no GPU") + "\n" + "=" * 100)
-        if log.main:
-            print(f"run {config.run_id}: track {config.track}{''.join(' + ' + v for v in config.variant)}, {parameters / 1e6:.2f}M parameters, {config.steps} steps "
-                  f"of {config.batch_tokens} tokens on {self.ranks.world} x {self.ranks.device.type} in {facts['dtype']}, compile {facts['compile']}; log {log.text}", flush=True)
+        facts = log.facts = dict(
+            run_id=config.run_id, status="running", config=dataclasses.asdict(config), **environment(ranks), seed=config.seed, replaced=replaced, parameters=parameters,
+            parameters_without_embeddings=parameters - sum(tables.values()), flops_per_token=flops_per_token(config), peak_flops=measured_peak(ranks),
+            dtype=str(ranks.dtype).removeprefix("torch."), compile=compile_mode(config, ranks), train_tokens_available=self.loader.total,
+            val_tokens=self.val_batches[..., 1:].size, val_bytes_per_token=self.bytes_per_token,
+            val_sha256={file.name: hashlib.file_digest(open(file, "rb"), "sha256").hexdigest() for file in find_shards(config, "val") if log.main})
+        log.write("\n".join([source_of_run(), "=" * 100,
+                             f"Running Python {facts['python']}, PyTorch {facts['torch']} compiled for CUDA {facts['cuda']}, Triton {facts['triton']}",
+                             f"facts: {json.dumps(facts)}", command_output("nvidia-smi") if ranks.device.type == "cuda" else "no GPU", "=" * 100]))
+        facts["curve"] = []
+        log.main and print(
+            f"run {config.run_id}: track {config.track}{''.join(' + ' + v for v in config.variant)}, {parameters / 1e6:.2f}M parameters, "
+            f"{f'{config.time_budget:.0f} s' if config.time_budget else f'{config.steps} steps'} of {config.batch_tokens} tokens on {ranks.world} x {ranks.device.type} "
+            f"in {facts['dtype']}, compile {facts['compile']}; log {log.text}", flush=True)
     def _load_matching(self, path: str):
         """Start from another run's tensors where name and shape agree; say which did and which did not."""
         saved, own = read_checkpoint(path)["model"], self.model.state_dict()
@@ -961,7 +953,12 @@ class Trainer:
         self.model.load_state_dict(matching, strict=False)
         for title, names in dict(loaded=matching, new=own.keys() - matching, unused=saved.keys() - matching).items():
             self.log.write(f"init_from {path}: {len(names)} tensors {title}{': ' * bool(names)}{', '.join(sorted(names))}", console=True)
-    def _restore(self, saved: dict):
+    def state_dict(self) -> dict:
+        """A copy of all that a step changes. Collective. Tensors are copies of their own, not views of a bucket."""
+        rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if self.ranks.device.type == "cuda" else [])
+        return dict(step=self.step, train_seconds=self.train_seconds, loader=self.loader_state, curve=self.log.facts["curve"], rng=rng,
+                    model={name: tensor.clone() for name, tensor in self.model.state_dict().items()}, optimizers=[o.state_dict() for o in self.optimizers])
+    def load_state_dict(self, saved: dict):
         try:
             self.model.load_state_dict(saved["model"])
             for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
@@ -969,24 +966,12 @@ class Trainer:
         except (RuntimeError, ValueError, KeyError) as error:
             raise RunError(f"{self.config.resume} holds another model than this configuration builds: {str(error).splitlines()[-1].strip()}") from None
         self.step, self.train_seconds, self.log.facts["curve"] = saved["step"], saved["train_seconds"], saved["curve"]
-        self.loader.load_state_dict(saved["loader"])
-        self._set_random_state(saved["rng"])
-        self.log.write(f"resumed from {self.config.resume} at step {self.step}", console=True)
-    def _random_state(self) -> list[Tensor]:
-        return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if self.ranks.device.type == "cuda" else [])
-    def _set_random_state(self, states: list[Tensor]):
-        for setter, state in zip((torch.set_rng_state, torch.cuda.set_rng_state), states if self.ranks.device.type == "cuda" else states[:1]):
-            setter(state)
-    def save_checkpoint(self):
-        """Collective. Tensors are saved as copies of their own, not as views of a bucket."""
-        state = dict(format="knotgpt-1", config=dataclasses.asdict(self.config), step=self.step, train_seconds=self.train_seconds, loader=self.loader_state,
-                     model={name: tensor.clone() for name, tensor in self.model.state_dict().items()}, optimizers=[o.state_dict() for o in self.optimizers],
-                     rng=self._random_state(), curve=self.log.facts["curve"])
-        if self.log.main:
-            write_atomically(self.log.checkpoint, lambda file: torch.save(state, file))
-    def train_step(self, rows: Tensor) -> Tensor:
-        """One optimizer step on this rank's rows (n, T + 1); returns this rank's mean loss, without waiting for the device."""
-        progress, loss, parts = self.step / self.config.steps, 0.0, rows.split(self.micro_rows)
+        torch.set_rng_state(saved["rng"][0])
+        if self.ranks.device.type == "cuda" and len(saved["rng"]) > 1:
+            torch.cuda.set_rng_state(saved["rng"][1])
+    def train_step(self, rows: Tensor, progress: float) -> Tensor:
+        """One optimizer step on this rank's rows (n, T + 1), at progress in [0, 1); returns this rank's mean loss, without waiting for the device."""
+        loss, parts = 0.0, rows.split(self.micro_rows)
         self.model.set_windows(progress)
         for index, part in enumerate(parts):
             if index == len(parts) - 1 and self.ranks.world > 1:
@@ -1007,100 +992,102 @@ class Trainer:
         for batch in batches[self.ranks.rank::self.ranks.world]:
             rows = torch.from_numpy(batch).to(self.ranks.device)
             total += self.model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()).double()
-        if self.ranks.world > 1:
-            dist.all_reduce(total)
+        self.ranks.world > 1 and dist.all_reduce(total)
         self.model.train()
         return total.item() / len(batches)
     def warm_up(self) -> float:
         """Compile and run every shape and window stage on dummy rows, then put everything back exactly. Returns seconds."""
-        self.ranks.synchronize()
-        start, step, stages, counts = time.perf_counter(), self.step, len(self.config.window_long), [optimizer.steps for optimizer in self.optimizers]
-        kept = [(tensor, tensor.clone()) for o in self.optimizers for bucket in o.buckets for tensor in (bucket.data, *bucket.state.values())]
-        kept += [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        rng = self._random_state()
+        start, kept, stages = self._now(), self.state_dict(), len(self.config.window_long)
         rows = torch.randint(self.config.vocab_size, (self.loader.rows, self.config.sequence_length + 1), dtype=torch.int32).to(self.ranks.device)
         for stage in range(stages):
-            self.step = math.ceil(stage * self.config.steps / stages)
-            self.train_step(rows)
+            self.train_step(rows, stage / stages)
         self.validate(self.val_batches[:self.ranks.world])
-        for tensor, copy in kept:
-            tensor.copy_(copy)
-        for optimizer, count in zip(self.optimizers, counts):
-            optimizer.steps = count
-        self.step = step
-        self._set_random_state(rng)
+        self.load_state_dict(kept)
         return self._now() - start
     def run(self) -> int:
         """Train to the end or until a signal. Returns the exit code."""
         config, log, ranks = self.config, self.log, self.ranks
         compile_model(self.model, compile_mode(config, ranks))
-        log.progress("compiling and warming up", time.perf_counter())
+        log.progress("compiling and warming up")
         log.save_facts(warmup_seconds=self.warm_up())
         log.write(f"warm-up, compilation included, not timed: {log.facts['warmup_seconds']:.1f} s", console=True)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        if ranks.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        last_save, arriving = time.perf_counter(), None  # arriving: (step, loss, event) of an earlier step, read when it is there: the host never waits
-        self.clock = self._now()
-        while self.step < config.steps:
+        ranks.device.type == "cuda" and torch.cuda.reset_peak_memory_stats()
+        saved_at, self.clock = time.perf_counter(), self._now()
+        self._measure_progress()
+        while self.progress < 1:
             if config.val_every and self.step % config.val_every == 0:
-                self.train_seconds += self._now() - self.clock
-                self._validate_and_log()
-                self.clock = self._now()
+                with self._clock_stopped():
+                    self._validate_and_log()
             rows, self.loader_state = self.loader.next_batch()
-            loss = self.train_step(rows.to(ranks.device, non_blocking=True))
+            self.loss = self.train_step(rows.to(ranks.device, non_blocking=True), self.progress)
             self.step += 1
-            now = time.perf_counter()
-            elapsed = self.train_seconds + now - self.clock
-            log.write(f"step:{self.step}/{config.steps} train_time:{1000 * elapsed:.0f}ms step_avg:{1000 * elapsed / self.step:.2f}ms")
-            if arriving is None:
-                arriving = self.step, loss.to("cpu", non_blocking=True), torch.cuda.Event() if loss.is_cuda else None
-                loss.is_cuda and arriving[2].record()
-            if arriving[2] is None or arriving[2].query():
-                self._show(arriving[0], arriving[1].item(), elapsed, now)
-                arriving = None
+            self._measure_progress()
+            log.write(f"step:{self.step}/{self.steps} {self._times()}")
+            log.due() and self._show_progress()
             # what all ranks do now: 0 go on, 1 save and go on, 2 save and stop
-            action = ranks.agree(2 if self.stop_signal else int(config.save and ranks.rank == 0 and now - last_save > config.checkpoint_seconds))
+            action = ranks.agree(2 if self.stop_signal else int(ranks.rank == 0 and time.perf_counter() - saved_at > config.checkpoint_seconds))
             if action:
-                self.train_seconds += self._now() - self.clock
-                self._save(must=action == 2)
+                with self._clock_stopped():
+                    self._save(must=action == 2)
                 if action == 2:
                     return self._stopped()
-                last_save = time.perf_counter()
-                self.clock = self._now()
-        self.train_seconds += self._now() - self.clock
-        self._validate_and_log()
-        self._save(must=True)
-        return self._finished()
+                saved_at = time.perf_counter()
+        with self._clock_stopped():
+            self._validate_and_log()
+            self._save(must=True)
+            return self._finished()
     def _on_signal(self, number, _frame):
         self.stop_signal = number
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
     def _now(self) -> float:
         self.ranks.synchronize()
         return time.perf_counter()
-    def _show(self, step: int, loss: float, elapsed: float, now: float):
-        self.train_loss, average = loss, elapsed / self.step
-        if not math.isfinite(loss) and self.log.main:  # one rank's fault is everybody's a step later; the first one speaks
-            raise RunError(f"the training loss is {loss} at step {step}; lower the learning rates or look at the variant's arithmetic; finished steps are in {self.log.text}")
-        rate, left = self.config.batch_tokens / average, int((self.config.steps - self.step) * average)
-        self.log.progress(f"step {self.step}/{self.config.steps}  loss {loss:.4f}  {rate:,.0f} tokens/s  {1000 * average:.1f} ms/step  "
-                          f"MFU {100 * self._mfu(rate):.1f} %  {left // 60}:{left % 60:02d} left", now)
+    @contextmanager
+    def _clock_stopped(self):
+        self.train_seconds, self.clock = self.train_seconds + self._now() - self.clock, None
+        yield
+        self.clock = self._now()
+    def _elapsed(self) -> float:
+        return self.train_seconds + (time.perf_counter() - self.clock if self.clock else 0.0)
+    def _measure_progress(self):
+        """progress: the part of the run that is done, in [0, 1], of its steps or of its time budget as rank 0 measures it; steps: how many it will take."""
+        if self.config.time_budget:
+            self.ranks.synchronize()
+            microseconds = self.ranks.agree(int(1e6 * self._elapsed()) * (self.ranks.rank == 0))
+            self.progress = min(1.0, microseconds / 1e6 / self.config.time_budget)
+            self.steps = math.ceil(self.step / max(self.progress, 1e-9))
+        else:
+            self.progress, self.steps = self.step / self.config.steps, self.config.steps
+    def _times(self) -> str:
+        milliseconds = 1000 * self._elapsed()
+        return f"train_time:{milliseconds:.0f}ms step_avg:{milliseconds / max(self.step, 1):.2f}ms"
     def _mfu(self, tokens_per_second: float) -> float:
         return tokens_per_second * self.log.facts["flops_per_token"] / self.log.facts["peak_flops"] / self.ranks.world
+    def _show_progress(self):
+        loss, average = self.loss.item(), self._elapsed() / self.step
+        if not math.isfinite(loss) and self.log.main:  # one rank's fault is everybody's a step later; the first one speaks
+            raise RunError(f"the training loss is {loss} at step {self.step}; lower the learning rates or look at the variant's arithmetic; finished steps are in {self.log.text}")
+        rate, left = self.config.batch_tokens / average, int((self.steps - self.step) * average)
+        self.log.progress(f"step {self.step}/{self.steps}  loss {loss:.4f}  {rate:,.0f} tokens/s  {1000 * average:.1f} ms/step  "
+                          f"MFU {100 * self._mfu(rate):.1f} %  {left // 60}:{left % 60:02d} left")
     def _validate_and_log(self):
-        loss, milliseconds, log = self.validate(self.val_batches), 1000 * self.train_seconds, self.log
+        loss, log = self.validate(self.val_batches), self.log
         bits = loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
-        log.write(f"step:{self.step}/{self.config.steps} val_loss:{loss:.4f} train_time:{milliseconds:.0f}ms step_avg:{milliseconds / max(self.step, 1):.2f}ms", console=True)
-        log.write(f"val_bits_per_byte:{bits:.4f}" if bits else "val_bits_per_byte: unknown, no .tiktoken file beside the shards", console=self.step == self.config.steps)
+        log.write(f"step:{self.step}/{self.steps} val_loss:{loss:.4f} {self._times()}", console=True)
+        log.write(f"val_bits_per_byte:{bits:.4f}" if bits else "val_bits_per_byte: unknown, no .tiktoken file beside the shards", console=self.progress == 1)
         if not math.isfinite(loss):
             raise RunError(f"the validation loss is {loss} at step {self.step}; lower the learning rates or look at the variant's arithmetic")
-        log.save_facts(curve=log.facts["curve"] + [dict(step=self.step, tokens=self.step * self.config.batch_tokens, train_ms=milliseconds, val_loss=loss,
-                                                        val_bits_per_byte=bits, train_loss=None if math.isnan(self.train_loss) else self.train_loss)])
+        log.save_facts(curve=log.facts["curve"] + [dict(step=self.step, tokens=self.step * self.config.batch_tokens, train_ms=1000 * self._elapsed(), val_loss=loss,
+                                                        val_bits_per_byte=bits, train_loss=self.loss.item() if self.loss is not None else None)])
     def _save(self, must: bool):
+        """Write the checkpoint, if the run wants any. Collective."""
+        if not self.config.save:
+            return
+        state = dict(format="knotgpt-1", config=dataclasses.asdict(self.config), **self.state_dict())
         try:
-            if self.config.save:
-                self.save_checkpoint()
+            self.log.main and write_atomically(self.log.checkpoint, lambda file: torch.save(state, file))
         except RunError as error:  # a run is worth more than one of its checkpoints, and the one before is still whole
             if must:
                 raise
@@ -1111,19 +1098,19 @@ class Trainer:
         self.log.write(f"stopped by {name} after step {self.step}{f'; continue with --resume {self.log.checkpoint}' * self.config.save}", console=True)
         return 128 + signal.Signals[name]
     def _finished(self) -> int:
-        config, log, cuda, last = self.config, self.log, self.ranks.device.type == "cuda", self.log.facts["curve"][-1]
-        if cuda:
+        log, last, rate = self.log, self.log.facts["curve"][-1], self.config.batch_tokens * self.step / self.train_seconds
+        if self.ranks.device.type == "cuda":
             allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
         else:
             import resource  # not on every system; the process' own peak, in KiB on Linux
             allocated = reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
-        rate, loss = config.batch_tokens * config.steps / self.train_seconds, last["val_loss"]
-        log.save_facts(status="finished", step=self.step, val_loss=loss, val_bits_per_byte=last["val_bits_per_byte"], train_seconds=self.train_seconds,
-                       ms_per_step=1000 * self.train_seconds / config.steps, tokens_per_second=rate, mfu=self._mfu(rate), peak_memory_mib=allocated, peak_memory_reserved_mib=reserved)
-        log.write(f"ms_per_step:{1000 * self.train_seconds / config.steps:.2f} tokens_per_second:{rate:.0f} mfu:{self._mfu(rate):.4f} "
+        facts = dict(status="finished", step=self.step, val_loss=last["val_loss"], val_bits_per_byte=last["val_bits_per_byte"], train_seconds=self.train_seconds,
+                     ms_per_step=1000 * self.train_seconds / self.step, tokens_per_second=rate, mfu=self._mfu(rate), peak_memory_mib=allocated, peak_memory_reserved_mib=reserved)
+        log.save_facts(**facts)
+        log.write(f"ms_per_step:{facts['ms_per_step']:.2f} tokens_per_second:{rate:.0f} mfu:{facts['mfu']:.4f} "
                   f"of {log.facts['peak_flops'] / 1e12:.2f} TFLOP/s a device, the measured rate of a large product", console=True)
-        if config.target:
-            log.write(f"target {config.target}: {'reached' if loss <= config.target else 'not reached'} with val_loss {loss:.4f}", console=True)
+        if target := self.config.target:
+            log.write(f"target {target}: {'reached' if facts['val_loss'] <= target else 'not reached'} with val_loss {facts['val_loss']:.4f}", console=True)
         log.write(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB", console=True)
         return 0
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt
-from train_gpt import AttentionContext, AttentionMask, Ranks, RunError, SoftcappedCrossEntropy, TokenLoader, Trainer, attend, main, make_config, orthogonalize
+from train_gpt import AttentionMask, Ranks, RunError, SoftcappedCrossEntropy, TokenLoader, Trainer, attend, main, make_config, orthogonalize
 from data.shards import write_meta, write_shard
 
 ROOT = Path(train_gpt.__file__).resolve().parent
@@ -224,7 +224,7 @@ def test_attention_sees_exactly_its_keys(T, window):
     starts = torch.where(torch.rand(2, T, generator=generator) < 0.02, index, 0).cummax(1).values
     first_key = torch.maximum(starts, index - (window or T) + 1).int()
     stretches = train_gpt.mask_stretches(first_key, window, torch.float32)
-    ctx = AttentionContext(AttentionMask(starts.int(), (index - starts).int(), window, first_key, stretches=stretches), None, q, None)
+    ctx = AttentionMask(starts.int(), (index - starts).int(), window, first_key, stretches=stretches)
     torch.testing.assert_close(attend(q, k, v, ctx, 0.3), reference_attention(q, k, v, first_key, 0.3), rtol=1e-4, atol=1e-5)
 
 
@@ -403,7 +403,7 @@ def test_weight_decay_is_cautious():
     state = torch.zeros(1, 1, 2), torch.zeros(1, 1, 1)
     plain, decayed = data.clone(), data.clone()
     for target, decay in ((plain, 0.0), (decayed, 0.1)):
-        train_gpt.muon_update(target, gradient.clone(), *(s.clone() for s in state), torch.tensor(0.01), torch.tensor(decay), torch.tensor(0.9), 0.0)
+        train_gpt.Muon.update(target, gradient.clone(), *(s.clone() for s in state), torch.tensor(0.01), torch.tensor(decay), torch.tensor(0.9), 0.0)
     difference = plain - decayed
     assert difference[0, 0, 0] > 0.09 and difference[0, 0, 1] == 0  # only where update and weight agree in sign
 
@@ -495,8 +495,10 @@ def test_a_run_learns_and_writes_its_record(corpus, tmp_path, capsys):
     text, facts = (tmp_path / "run.txt").read_text(), json.loads((tmp_path / "run.json").read_text())
     source, head, body = text.split("=" * 100 + "\n", 2)
     assert (ROOT / "train_gpt.py").read_text() in source
-    for wanted in ("PyTorch " + torch.__version__, "seed: 1", "config: {", "git_commit: ", "val_sha256: {", "command: "):
-        assert wanted in head
+    assert head.startswith("Running Python ") and "PyTorch " + torch.__version__ in head
+    header = json.loads(re.search(r"^facts: (.*)$", head, re.M)[1])
+    assert header == {name: facts[name] if name != "status" else "running" for name in header}
+    assert {"seed", "config", "git_commit", "val_sha256", "command", "device", "triton", "replaced", "parameters", "flops_per_token"} <= header.keys()
     steps = re.findall(r"^step:(\d+)/60 train_time:\d+ms step_avg:\d+\.\d\dms$", body, re.M)
     assert [int(n) for n in steps] == list(range(1, 61))
     losses = [float(x) for x in re.findall(r"^step:\d+/60 val_loss:(\d+\.\d{4}) train_time:\d+ms step_avg:\d+\.\d\dms$", body, re.M)]
@@ -519,12 +521,25 @@ def stopped_at(step, monkeypatch):
     """Make the next run behave as if SIGTERM came during this step."""
     original = Trainer.train_step
 
-    def train_step(self, rows):
-        loss = original(self, rows)
+    def train_step(self, rows, progress):
+        loss = original(self, rows, progress)
         if self.step + 1 == step and not torch.equal(rows, torch.zeros_like(rows)) and self.log.facts.get("warmup_seconds") is not None:
             self._on_signal(signal.SIGTERM, None)
         return loss
     monkeypatch.setattr(Trainer, "train_step", train_step)
+
+
+def test_a_time_budget_ends_the_run_and_its_schedule_follows_the_clock(corpus, tmp_path, monkeypatch):
+    seen, original = [], Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda self, rows, progress: seen.append(progress) or original(self, rows, progress))
+    assert main(arguments(corpus, tmp_path, time_budget=2, val_every=0)) == 0
+    facts, text = json.loads((tmp_path / "run.json").read_text()), (tmp_path / "run.txt").read_text()
+    times = [0] + [int(ms) for ms in re.findall(r"^step:\d+/\d+ train_time:(\d+)ms", text, re.M)]
+    longest = max(b - a for a, b in zip(times, times[1:]))
+    assert 2000 <= 1000 * facts["train_seconds"] <= 2000 + 2 * longest + 50
+    timed = seen[-facts["step"]:]
+    assert timed == sorted(timed) and timed[0] < 0.1 and timed[-1] < 1 and facts["step"] >= 2
+    assert f"step:{facts['step']}/{facts['step']} val_loss" in text and facts["curve"][-1]["tokens"] == facts["step"] * facts["config"]["batch_tokens"]
 
 
 @pytest.mark.parametrize("stop", [3, 5])
@@ -736,7 +751,7 @@ def test_flex_attention_on_a_gpu(window):
 
     def run(q, k, v):
         mask = AttentionMask(starts.int().cuda(), None, window, first_key.cuda(), train_gpt.interval_block_mask(first_key.cuda()))
-        return attend(q, k, v, AttentionContext(mask, None, q, None), 0.125)
+        return attend(q, k, v, mask, 0.125)
     ours = [t.cuda().requires_grad_() for t in (q, k, v)]
     theirs = [t.double().requires_grad_() for t in (q, k, v)]
     y = torch.compile(run, fullgraph=True, dynamic=False)(*ours)
