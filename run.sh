@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # ./run.sh [arguments of train_gpt.py]     set up on the first call, prepare the track's data, train on all GPUs or on the CPU
+# ./run.sh compare ARM ARM ...              the same preparation, then compare.py: arms against each other, with a verdict
 # ./run.sh test [arguments of pytest]      the linter and the tests
 # ./run.sh python [arguments of Python]    anything else in the same environment
 # PYTHON names the interpreter to build on (3.11 or newer), VENV the folder of the virtual environment. pip's own settings, such as
@@ -34,6 +35,11 @@ python)
     ;;
 esac
 
+script=train_gpt.py
+if [ "${1:-}" = compare ]; then
+    script=compare.py
+    shift
+fi
 track='' data='' arguments=("$@")
 while [ $# -gt 0 ]; do
     case "$1" in
@@ -41,12 +47,12 @@ while [ $# -gt 0 ]; do
     --track=*) track=${1#*=} ;;
     --data | --resume) data=${2:-} ;;
     --data=* | --resume=*) data=${1#*=} ;;
-    -h | --help) exec "$python" train_gpt.py --help ;;
+    -h | --help) exec "$python" "$script" --help ;;
     esac
     shift
 done
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-if [ -z "$track$data" ] && [ "$gpus" -gt 0 ] && ls data/fineweb10B/*train*.bin >/dev/null 2>&1; then
+if [ -z "$track$data" ] && [ "$script" = train_gpt.py ] && [ "$gpus" -gt 0 ] && ls data/fineweb10B/*train*.bin >/dev/null 2>&1; then
     track=small
     arguments+=(--track small)
 fi
@@ -58,7 +64,7 @@ if [ -z "$data" ]; then
         [ "$shards" -eq 0 ] || "$python" data/cached_fineweb10B.py "$shards" ;;
     esac
 fi
-if [ "$gpus" -gt 1 ]; then
+if [ "$gpus" -gt 1 ] && [ "$script" = train_gpt.py ]; then
     exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus" train_gpt.py "${arguments[@]}"
 fi
-exec "$python" train_gpt.py "${arguments[@]}"
+exec "$python" "$script" "${arguments[@]}"

@@ -53,6 +53,12 @@ def test_a_track_gets_its_shards_and_every_gpu(checkout):
     assert call(checkout, "--track", "unknown")[1] == ["train_gpt.py --track unknown"]  # whose own message says which there are
 
 
+def test_compare_gets_its_data_and_starts_its_ranks_itself(checkout):
+    assert call(checkout, "compare", "baseline", "swiglu_mlp", "--seeds", "2", GPUS="8")[1] == ["data/local_corpus.py", "compare.py baseline swiglu_mlp --seeds 2"]
+    assert call(checkout, "compare", "baseline", "--track", "short")[1] == ["data/cached_fineweb10B.py 12", "compare.py baseline --track short"]
+    assert call(checkout, "compare", "--help")[1] == ["compare.py --help"]
+
+
 def test_with_fineweb_and_a_gpu_it_takes_a_real_track(checkout):
     (checkout / "data/fineweb10B").mkdir(parents=True)
     (checkout / "data/fineweb10B/fineweb_train_000001.bin").write_text("")
