@@ -862,7 +862,9 @@ def command_output(*command: str) -> str:
 
 def environment(ranks: Ranks) -> dict:
     """What another needs to know to repeat the run."""
-    device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    info = Path("/proc/cpuinfo")  # Linux; elsewhere Python's own word for the processor
+    cpu = next(iter(re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "")), platform.processor() or platform.machine())
+    device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
     triton = next((d.version for d in metadata.distributions(name="triton")), "not installed")
     return dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda, triton=triton, device=device, platform=platform.platform(),
                 world_size=ranks.world, git_commit=command_output("git", "rev-parse", "HEAD"),

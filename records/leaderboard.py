@@ -1,0 +1,415 @@
+"""
+The leaderboard: runs that count, checked from their logs.
+
+    python records/leaderboard.py add DIR --name NAME --track TRACK --what "one line" [--arm ARM] [--negative]
+    python records/leaderboard.py check           every record again from its logs, a line each; exit code 1 if one fails
+    python records/leaderboard.py render          the tables of records/README.md from the records' stats.json
+    python records/leaderboard.py stats DIR [--target LOSS]      n, mean, sd, min, max and p of any folder of logs, modded-nanogpt's too
+
+add takes a folder of compare.py, or one whose subfolders (baseline/ and others, or one alone) each hold the logs of an arm. It checks what is to be
+added, copies the logs to records/TRACK/DATE_NAME/ARM/ or, with --negative, to records/negative/DATE_NAME/ARM/, adds README.md and stats.json, and
+renders the tables. The arm that sets a record is the one beside the baseline, or the baseline alone; of several, --arm says which.
+records/README.md has the rules. Exit code 1 and one line for a fault.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+RECORDS = Path(__file__).resolve().parent
+sys.path = [str(RECORDS.parent)] + [path for path in sys.path if Path(path).resolve() != RECORDS]  # so that nobody takes statistics.py for Python's own
+from records.report import FORMAT as COMPARISON, equals, escaped, interval, markdown_table, number, p_value, plain, sentence, summarize
+from records.runs import Run, read_folder, read_run
+from records.statistics import ALPHA, one_sample, summary, welch
+from train_gpt import TRACKS, RunError, make_config, write_atomically
+
+FORMAT = "knotgpt-record-1"
+CHOSEN = ("format", "name", "date", "track", "what", "kind", "arm", "settings")  # of stats.json, what does not come from the logs
+ARM = {"name", "folder", "options", "losses", "train_seconds", "seeds", "loss", "time", "p_target", "vs_baseline"}
+BEGIN, END = "<!-- tables: written by leaderboard.py render -->", "<!-- end of tables -->"
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------------
+# Folders of logs
+
+
+def log_folders(folder: Path) -> list[Path]:
+    """The subfolders that hold logs, baseline first. RunError if there is none."""
+    found = sorted((path for path in folder.glob("*/") if any(path.glob("*.txt")) or any(path.glob("*.log"))), key=lambda path: (path.name != "baseline", path.name))
+    if not found:
+        raise RunError(f"{folder}: {'no subfolder with logs' if folder.is_dir() else 'no such folder'}; give one with a subfolder of logs for every arm")
+    return found
+
+
+def read_arms(folder: Path) -> tuple[dict, list[dict]]:
+    """(settings, arms) as report.summarize takes them, from a folder of compare.py or one with a subfolder of logs for every arm."""
+    if (folder / "results.json").exists():
+        return read_comparison(folder)
+    folders = log_folders(folder)
+    if len(folders) > 1 and folders[0].name != "baseline":
+        raise RunError(f"{folder}: no baseline among {', '.join(path.name for path in folders)}; call the baseline's subfolder baseline")
+    arms = [arm_of(path.name, read_folder(path, strict=True)) for path in folders]
+    first = arms[0]["runs"][0]
+    budget = first.config.get("time_budget", 0)
+    return dict(track=first.track, seeds=sorted({run.seed for arm in arms for run in arm["runs"] if run.seed is not None}), budget="time" if budget else "tokens",
+                budget_seconds=budget, target=first.config.get("target", 0), command=first.facts.get("command", ""), order=[], sweep=None, tried=len(arms) - 1, overhead=None), arms
+
+
+def arm_of(name: str, runs: list[Run], options: list[str] | None = None) -> dict:
+    return dict(name=name, variant=list(runs[0].variant), options=options or [], runs=runs)
+
+
+def read_comparison(folder: Path) -> tuple[dict, list[dict]]:
+    """(settings, arms) of a folder of compare.py, runs from its logs. RunError if a run is missing or unfinished."""
+    try:
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        if results["format"] != COMPARISON:
+            raise ValueError
+        settings, wanted = results["settings"], [(arm["name"], arm["options"], [(run["seed"], run.get("log")) for run in arm["runs"]]) for arm in results["arms"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise RunError(f"{folder / 'results.json'}: no results of compare.py; give its folder, or one with a subfolder of logs for every arm") from None
+    arms = []
+    for name, options, logs in wanted:
+        runs = []
+        for seed, log in logs:
+            found = [path for path in folder.rglob("*.txt") if path.name == log]
+            if len(found) != 1:
+                raise RunError(f"{folder}: {len(found)} logs of {plain(name)}, seed {seed}, where one is expected; run compare.py again, which does what is missing")
+            runs.append(read_run(found[0], strict=True))
+        arms.append(arm_of(name, runs, options))
+    return settings, arms
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------------
+# A record's statistics and rules
+
+
+def statistics_of(chosen: dict, arms: list[dict]) -> dict:
+    """What stats.json says: `chosen` and all that follows from the logs. RunError where the runs cannot be compared."""
+    for arm in arms:
+        for run in arm["runs"]:
+            if not run.val_sha256:
+                raise RunError(f"{run.path}: does not say which validation data it used; only logs of this trainer can be added")
+            if run.track != chosen["track"]:
+                raise RunError(f"{run.path}: a run of track {run.track}, not {chosen['track']}; name its own with --track")
+    results = summarize(chosen["settings"], arms)
+    for name in ("device", "world_size"):
+        if name in results["environment_differs"]:
+            values = ", ".join(map(str, results["environment_differs"][name]))
+            raise RunError(f"{chosen['name']}: {name} is not one in all runs ({values}), so their times cannot be compared; run all of them on one machine")
+    environment, target = results["environment"], track_rules(chosen["track"])["target"]
+    rows = []
+    for row, folder in zip(results["arms"], folder_names(arms)):
+        losses, seconds = ([run[key] for run in row["runs"]] for key in ("val_loss", "train_seconds"))
+        rows.append(dict(name=row["name"], folder=folder, variant=row["variant"], options=row["options"], parameters=row["parameters"],
+                         seeds=[run["seed"] for run in row["runs"]], losses=losses, train_seconds=seconds, loss=summary(losses), time=summary(seconds),
+                         p_target=one_sample(losses, target) if target else None, vs_baseline=row["vs_baseline"]))
+    return chosen | dict(target=target, hardware=f"{environment['world_size']} x {environment['device']}", val_sha256=environment["val_sha256"],
+                         versions={name: environment[name] for name in ("python", "torch", "cuda", "triton")}, arms=rows)
+
+
+def folder_names(arms: list[dict]) -> list[str]:
+    names = [arm["name"] if arm["name"] == "baseline" or len(arms) == 1 else "baseline" if i == 0 else arm["name"] for i, arm in enumerate(arms)]
+    names = [re.sub(r"[^\w.=,+-]+", "_", name).strip(".") or "_" for name in names]
+    if len(set(names)) < len(names):
+        raise RunError(f"arms {', '.join(plain(arm['name']) for arm in arms)} would share a folder ({', '.join(names)}); give them names of their own")
+    return names
+
+
+def track_rules(track: str) -> dict:
+    """target and val_tokens of a track. RunError for an unknown one."""
+    if track not in TRACKS:
+        raise RunError(f"unknown track {track!r}; the tracks are {', '.join(TRACKS)}")
+    config = make_config(dict(track=track))
+    return dict(target=config.target, val_tokens=config.val_tokens)
+
+
+def winner(stats: dict) -> dict:
+    """The arm that sets the record."""
+    return next(arm for arm in stats["arms"] if arm["name"] == stats["arm"])
+
+
+def place(stats: dict) -> str:
+    return f"{stats['track'] if stats['kind'] == 'record' else 'negative'}/{stats['date']}_{stats['name']}"
+
+
+def comparable(a: dict, b: dict) -> bool:
+    """Whether two records stand in one table: track, hardware and validation data."""
+    return all(a[key] == b[key] for key in ("track", "hardware", "val_sha256"))
+
+
+def fastest(records: list[dict], like: dict) -> dict | None:
+    """The fastest of those records that are comparable with `like`."""
+    found = [stats for stats in records if stats["kind"] == "record" and comparable(stats, like)]
+    return min(found, key=lambda stats: winner(stats)["time"]["mean"], default=None)
+
+
+def check_rules(stats: dict, arms: list[dict], standing: dict | None):
+    """RunError unless a record (faster than `standing`, the one before it) or a negative result keeps the rules of records/README.md."""
+    where = f"{place(stats)}: "
+    if stats["kind"] == "negative":
+        if len(arms) < 2:
+            raise RunError(f"{where}one arm alone is no comparison; add the baseline's logs under baseline/")
+        return
+    rules, arm = track_rules(stats["track"]), winner(stats)
+    if not rules["target"]:
+        raise RunError(f"{where}track {stats['track']} has no target, so no record; the comparison can be added with --negative")
+    for name, value in rules.items():
+        for run in (run for entry in arms for run in entry["runs"]):
+            if run.config.get(name) != value:
+                raise RunError(f"{where}{run.path.name} has {name} {run.config.get(name)}, the track {value}; run it with the track's own")
+    n, mean, p = arm["loss"]["n"], arm["loss"]["mean"], arm["p_target"]
+    if n < 2:
+        raise RunError(f"{where}one run alone, and no test can be made of it; train more seeds")
+    if p >= ALPHA:
+        raise RunError(f"{where}target {rules['target']} not shown to be reached: mean loss {mean:.4f}, n = {n}, {equals(p)}, and p < {ALPHA} is asked for; "
+                       "train more seeds or longer, or add it with --negative")
+    if standing:
+        before = winner(standing)
+        p = welch(arm["train_seconds"], before["train_seconds"])["p_less"]
+        if p >= ALPHA:
+            raise RunError(f"{where}not faster than {place(standing)}: {arm['time']['mean']:.2f} s (n = {n}) against {before['time']['mean']:.2f} s (n = {before['time']['n']}), "
+                           f"{equals(p)}, and p < {ALPHA} is asked for; add it with --negative")
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------------
+# The records that stand
+
+
+def record_folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.glob("*/*/") if path.parent.name in (*TRACKS, "negative") and not path.name.startswith("."))
+
+
+def read_stats(folder: Path) -> dict:
+    """stats.json of a record. RunError if it is damaged, or that of another folder."""
+    try:
+        stats = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
+        whole = set(CHOSEN) <= stats.keys() and isinstance(stats["settings"], dict) and all(ARM <= arm.keys() for arm in stats["arms"])
+        if stats["format"] != FORMAT or stats["kind"] not in ("record", "negative") or not whole:
+            raise ValueError
+        if stats["kind"] == "record":
+            winner(stats)
+    except FileNotFoundError:
+        raise RunError(f"{folder}: no stats.json; add the runs again with leaderboard.py add") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
+        raise RunError(f"{folder / 'stats.json'}: damaged; delete the folder and add the runs again with leaderboard.py add") from None
+    if place(stats) != f"{folder.parent.name}/{folder.name}":
+        raise RunError(f"{folder / 'stats.json'}: belongs to {place(stats)}; give the folder its name back")
+    return stats
+
+
+def disagreement(ours, theirs, name: str = "") -> str | None:
+    """Where two JSON values differ by more than rounding, None if nowhere."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        pairs = [(ours.get(key), theirs.get(key), f"{name}.{key}".lstrip(".")) for key in {**ours, **theirs}]
+    elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        pairs = [(a, b, f"{name}[{i}]") for i, (a, b) in enumerate(zip(ours, theirs))]
+    else:
+        floats = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (ours, theirs))
+        return None if ours == theirs or floats and math.isclose(ours, theirs, rel_tol=1e-6, abs_tol=1e-9) else name
+    return next((found for pair in pairs if (found := disagreement(*pair))), None)
+
+
+def check_folder(folder: Path, records: list[dict]) -> dict:
+    """Everything about one record again from its logs; returns its stats. RunError for the first fault."""
+    stats = read_stats(folder)
+    if not (folder / "README.md").exists():
+        raise RunError(f"{folder}: no README.md; delete the folder and add the runs again with leaderboard.py add")
+    names, folders = [arm["folder"] for arm in stats["arms"]], {path.name: path for path in log_folders(folder)}
+    if set(names) != folders.keys():
+        raise RunError(f"{folder}: stats.json has the arms {', '.join(sorted(names))}, the folder {', '.join(sorted(folders))}")
+    arms = [arm_of(arm["name"], read_folder(folders[arm["folder"]], strict=True), arm["options"]) for arm in stats["arms"]]
+    fresh = json.loads(json.dumps(statistics_of({name: stats[name] for name in CHOSEN}, arms)))
+    if name := disagreement(fresh, stats):
+        raise RunError(f"{folder / 'stats.json'}: {name} is not what the logs say; put the right one back, or add the runs again")
+    slower = []
+    if stats["kind"] == "record":
+        slower = [other for other in records if other["kind"] == "record" and place(other) != place(stats) and winner(other)["time"]["mean"] >= winner(fresh)["time"]["mean"]]
+    check_rules(fresh, arms, fastest(slower, fresh))
+    return fresh
+
+
+def check(root: Path) -> int:
+    """A line for each record and one for the tables; returns the number of faults."""
+    faults, records = 0, []
+    for folder in record_folders(root):
+        try:
+            records.append(read_stats(folder))
+        except RunError:
+            pass  # said below
+    for folder in record_folders(root):
+        try:
+            stats = check_folder(folder, records)
+            arm = winner(stats) if stats["kind"] == "record" else None
+            line = f"{place(stats)}: ok" + (f", {arm['time']['mean']:.2f} s, loss {arm['loss']['mean']:.4f}, n = {arm['loss']['n']}, {equals(arm['p_target'])}" if arm else "")
+        except RunError as error:
+            faults, line = faults + 1, f"error: {error}"
+        print(line)
+    try:
+        line = f"{root / 'README.md'}: ok" if split_readme(root)[1] == rendered(records) else f"error: {root / 'README.md'}: the tables are not those of the records; run leaderboard.py render"
+    except RunError as error:
+        line = f"error: {error}"
+    print(line)
+    return faults + line.startswith("error: ")
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def split_readme(root: Path) -> tuple[str, str, str]:
+    """records/README.md before, between and after the marks. RunError without them."""
+    path = root / "README.md"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror}; put it back") from None
+    parts = re.fullmatch(f"(.*{re.escape(BEGIN)})(.*)({re.escape(END)}.*)", text, re.S)
+    if not parts or text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise RunError(f"{path}: needs the lines {BEGIN} and {END}, once each and in this order, around the place of the tables")
+    return parts.groups()
+
+
+def rendered(records: list[dict]) -> str:
+    """The tables of all records: for each track, hardware and validation data the history, slowest first; then the negative results."""
+    parts, groups = [], []
+    for stats in sorted((stats for stats in records if stats["kind"] == "record"), key=lambda stats: (list(TRACKS).index(stats["track"]), stats["hardware"])):
+        group = next((group for group in groups if comparable(group[0], stats)), None)
+        group.append(stats) if group else groups.append([stats])
+    for group in groups:
+        group.sort(key=lambda stats: (-winner(stats)["time"]["mean"], stats["date"]))
+        best, first = winner(group[-1]), group[0]
+        data = ", ".join(f"{name} {digest[:12]}" for name, digest in first["val_sha256"].items())
+        rows = [[str(i), f"{number(arm['time'], 2)} s", number(arm["loss"], 4), str(arm["loss"]["n"]), p_value(arm["p_target"]), escaped(plain(arm["name"])), escaped(plain(stats["what"])),
+                 stats["date"], f"[{escaped(stats['name'])}]({place(stats)})"] for i, stats in enumerate(group, 1) for arm in [winner(stats)]]
+        parts += [f"### {first['track']}, {escaped(first['hardware'])}: {best['time']['mean']:.2f} s",
+                  f"To a validation loss of {first['target']}; validation data {escaped(data)}. The last row is the standing record.",
+                  markdown_table(["#", "time", "loss", "n", "p", "arm", "what", "date", "record"], rows)]
+    parts += [] if groups else ["No record yet."]
+    rows = [[stats["date"], stats["track"], escaped(plain(arm["name"])), escaped(plain(stats["what"])), number(test["difference"], 4, signed=True), interval(test, 4), p_value(test["p_holm"]),
+             f"{arm['loss']['n']} and {stats['arms'][0]['loss']['n']}", test["verdict"], number(time["difference"], 2, signed=True), f"[{escaped(stats['name'])}]({place(stats)})"]
+            for stats in sorted((stats for stats in records if stats["kind"] == "negative"), key=place)
+            for arm in stats["arms"][1:] for test, time in [(arm["vs_baseline"]["loss"], arm["vs_baseline"]["time"])]]
+    parts += ["### Negative and undecided results",
+              markdown_table(["date", "track", "arm", "what", "loss difference", "95 %", "p after Holm", "n", "verdict", "ms/step difference", "logs"], rows) if rows else "None yet."]
+    return "\n\n" + "\n\n".join(parts) + "\n\n"
+
+
+def render(root: Path, records: list[dict]):
+    before, _, after = split_readme(root)
+    write_atomically(root / "README.md", lambda file: file.write((before + rendered(records) + after).encode()))
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------------
+# Adding
+
+
+def record_readme(stats: dict, arms: list[dict], standing: dict | None) -> str:
+    results = summarize(stats["settings"], arms)
+    parts = [f"# {escaped(stats['name'])}", escaped(stats["what"])]
+    if stats["kind"] == "record":
+        arm = winner(stats)
+        text = (f"{plain(arm['name'])} trains in {number(arm['time'], 2)} s to a validation loss of {number(arm['loss'], 4)}, n = {arm['loss']['n']}; "
+                f"{equals(arm['p_target'])} for a mean that is not below {stats['target']}.")
+        if standing:
+            p = welch(arm["train_seconds"], winner(standing)["train_seconds"])["p_less"]
+            text += f" The record before it, {place(standing)}, took {number(winner(standing)['time'], 2)} s: {equals(p)} for one that is not faster."
+        parts.append(escaped(text))
+    parts += [f"- {escaped(sentence(arm, results['arms'][0]))}" for arm in results["arms"][1:]]
+    rows = [[escaped(plain(arm["name"])), str(seed), number(loss, 4), number(seconds, 2)] for arm in stats["arms"]
+            for seed, loss, seconds in zip(arm["seeds"], arm["losses"], arm["train_seconds"])]
+    parts += [markdown_table(["arm", "seed", "final loss", "time s"], rows),
+              escaped(f"Track {stats['track']} on {stats['hardware']}; " + ", ".join(f"{name} {version}" for name, version in stats["versions"].items()) + ". ")
+              + "The logs hold the source, the configuration and every step; stats.json has these numbers and the tests."]
+    parts += [f"Command:\n\n    {plain(stats['settings']['command'])}"] if stats["settings"].get("command") else []
+    return "\n\n".join(parts) + "\n"
+
+
+def add(root: Path, source: Path, name: str, track: str, what: str, arm: str | None, negative: bool) -> Path:
+    """Check the runs in `source` and copy them to where they belong; returns that folder. RunError for any fault, and then nothing has changed."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name) or not plain(what):
+        raise RunError(f"--name takes letters, digits, _ and -, and --what a line of text; got {name!r} and {what!r}")
+    track_rules(track)
+    split_readme(root)
+    records = [read_stats(folder) for folder in record_folders(root)]
+    settings, arms = read_arms(source)
+    names = [entry["name"] for entry in arms]
+    if not negative and (arm not in names if arm else len(arms) > 2):
+        raise RunError(f"{source}: which arm sets the record? give --arm and one of {', '.join(map(plain, names))}")
+    chosen = dict(format=FORMAT, name=name, date=f"{datetime.date.today()}", track=track, what=plain(what), kind="negative" if negative else "record",
+                  arm=None if negative else arm or names[-1], settings=settings)
+    stats = statistics_of(chosen, arms)
+    folder = root / place(stats)
+    if folder.exists():
+        raise RunError(f"{folder}: there is a record of this name and date; choose another --name")
+    standing = fastest(records, stats)
+    check_rules(stats, arms, standing)
+    readme = record_readme(stats, arms, standing)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        for entry, row in zip(arms, stats["arms"]):
+            (temporary / row["folder"]).mkdir(parents=True)
+            for run in entry["runs"]:
+                for path in (run.path, run.path.with_suffix(".json")):
+                    if path.exists():
+                        shutil.copyfile(path, temporary / row["folder"] / path.name)
+        (temporary / "README.md").write_text(readme, encoding="utf-8")
+        (temporary / "stats.json").write_text(json.dumps(stats, indent=1) + "\n", encoding="utf-8")
+        temporary.rename(folder)
+    except OSError as error:
+        raise RunError(f"cannot write {folder}: {error.strerror}; free some space or mend the folder's permissions") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    render(root, records + [stats])
+    return folder
+
+
+def print_stats(folder: Path, target: float | None):
+    """The statistics of a folder of logs, or of each of its subfolders where it has none itself."""
+    for path in [folder] if any(path.suffix in (".txt", ".log") for path in folder.glob("*")) else log_folders(folder):
+        runs = read_folder(path, strict=True)
+        losses, goal = [run.val_loss for run in runs], target or runs[0].config.get("target")
+        p = one_sample(losses, goal) if goal else None
+        print(f"{path}: runs {len(runs)}, different sources {len({run.source_sha256 for run in runs})}")
+        for title, values, digits, end in (("val_loss", losses, 5, "" if p is None else f"  p {p:.3g} (one-sided t test, mean below {goal:g})"),
+                                           ("train_seconds", [run.train_ms / 1000 for run in runs], 3, "")):
+            s = summary(values)
+            sd = "-" if s["sd"] is None else f"{s['sd']:.{digits}f}"
+            print(f"  {title:13}  n {s['n']}  mean {s['mean']:.{digits}f}  sd {sd}  min {s['min']:.{digits}f}  max {s['max']:.{digits}f}{end}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line. Returns the exit code: 0, 1 for a fault (one line on stderr; of check, one line on stdout for each)."""
+    parser = argparse.ArgumentParser(prog="leaderboard.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=Path, default=RECORDS, help="folder of the records (default: the one of this script)")
+    commands = parser.add_subparsers(dest="command", required=True)
+    adding = commands.add_parser("add", help="check runs and add them to the records")
+    adding.add_argument("folder", type=Path, metavar="DIR")
+    for option, help_text in dict(name="short name of the record", track="track of the runs", what="what is new, in one line").items():
+        adding.add_argument(f"--{option}", required=True, help=help_text)
+    adding.add_argument("--arm", help="the arm that sets the record (default: the only one beside the baseline)")
+    adding.add_argument("--negative", action="store_true", help="a result that sets no record: worse, not distinguishable, or better but slower to the target")
+    commands.add_parser("check", help="check every record from its logs")
+    commands.add_parser("render", help="write the tables of records/README.md")
+    stating = commands.add_parser("stats", help="statistics of any folder of logs")
+    stating.add_argument("folder", type=Path, metavar="DIR")
+    stating.add_argument("--target", type=float, help="validation loss to test against (default: the one in the logs)")
+    options = parser.parse_args(argv)
+    try:
+        if options.command == "add":
+            print(add(options.records, options.folder, options.name, options.track, options.what, options.arm, options.negative))
+        elif options.command == "check":
+            return 1 if check(options.records) else 0
+        elif options.command == "render":
+            render(options.records, [read_stats(folder) for folder in record_folders(options.records)])
+        else:
+            print_stats(options.folder, options.target)
+    except RunError as error:
+        print(f"leaderboard.py: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,382 @@
+"""The leaderboard: what is added, the rules, every fault's one line, the tables, and the statistics of any folder."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from records import leaderboard
+from records.leaderboard import BEGIN, END, main
+from records.report import summarize, write_report
+from records.runs import read_folder
+from train_gpt import TRACKS, make_config
+
+ROOT = Path(leaderboard.__file__).resolve().parent.parent
+TARGET = make_config(dict(track="cpu")).target
+SPREAD = (-0.001, 0.0, 0.001, 0.0004)
+README = f"# Records\n\nthe rules\n\n{BEGIN}\n{END}\n\nthe end\n"
+
+
+@pytest.fixture
+def root(tmp_path):
+    folder = tmp_path / "records"
+    folder.mkdir()
+    (folder / "README.md").write_text(README)
+    return folder
+
+
+@pytest.fixture
+def write_arm(write_log):
+    """write_arm(folder, loss relative to the target, ms_per_step, **as write_log takes it): four seeds, with a little spread in both."""
+    def write(folder, loss=-0.02, ms_per_step=100.0, seeds=(1, 2, 3, 4), **options):
+        for seed in seeds:
+            noise = SPREAD[(seed - 1) % 4]
+            path = write_log({0: 5.576, 4: 2.0, 8: TARGET + loss + noise}, folder, f"{Path(folder).name}_{seed}", seed=seed, ms_per_step=ms_per_step * (1 + noise), **options)
+        return path.parent.parent
+    return write
+
+
+@pytest.fixture
+def run(root, capsys):
+    """run("add", folder, ...) -> (exit code, stdout, stderr)."""
+    def run(*words):
+        code = main(["--records", str(root), *map(str, words)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+    return run
+
+
+@pytest.fixture
+def add(run):
+    def add(folder, name, *options, track="cpu"):
+        return run("add", folder, "--name", name, "--track", track, "--what", f"what {name} does", *options)
+    return add
+
+
+def record(root, name, kind="cpu") -> Path:
+    folder, = root.glob(f"{kind}/*_{name}")
+    return folder
+
+
+def stats_of(folder) -> dict:
+    return json.loads((folder / "stats.json").read_text())
+
+
+def contents(root) -> dict:
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def refused(result, root, before) -> str:
+    """The one line of a fault that changed nothing."""
+    code, out, err = result
+    assert code == 1 and out == "" and err.startswith("leaderboard.py: error: ") and err.count("\n") == 1 and contents(root) == before
+    return err
+
+
+# ---- adding
+
+def test_first_record_needs_the_target_only(root, write_arm, add, run):
+    code, out, err = add(write_arm("source/baseline"), "First")
+    folder = record(root, "First")
+    assert (code, out, err) == (0, f"{folder}\n", "")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_First", folder.name)
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "baseline", "stats.json"]
+    assert sorted(path.name for path in (folder / "baseline").iterdir()) == [f"baseline_{seed}.{kind}" for seed in range(1, 5) for kind in ("json", "txt")]
+    stats = stats_of(folder)
+    arm, = stats["arms"]
+    assert arm["losses"] == pytest.approx([TARGET - 0.02 + noise for noise in SPREAD], abs=1e-9) and arm["seeds"] == [1, 2, 3, 4]
+    assert arm["train_seconds"] == pytest.approx([0.799, 0.8, 0.801, 0.8], abs=6e-4) and arm["loss"]["n"] == arm["time"]["n"] == 4
+    assert stats["hardware"] == "1 x x86_64, 2 threads" and stats["target"] == TARGET and arm["p_target"] < 1e-4
+    assert f"n = 4; p < 0.0001 for a mean that is not below {TARGET}" in (folder / "README.md").read_text()
+    assert run("check")[0] == 0
+
+
+def test_faster_record_and_history(root, write_arm, add, run):
+    add(write_arm("a/baseline"), "First")
+    write_arm("b/baseline")
+    assert add(write_arm("b/quick", ms_per_step=90.0, variant=["quick"], modules=[("variants.quick", "x = 1")]), "Second")[0] == 0
+    stats = stats_of(record(root, "Second"))
+    assert stats["arm"] == "quick" and [arm["folder"] for arm in stats["arms"]] == ["baseline", "quick"]
+    assert stats["arms"][1]["vs_baseline"]["time"]["verdict"] == "better" and stats["arms"][1]["vs_baseline"]["loss"]["verdict"] == "not distinguishable"
+    assert re.search(r"The record before it, cpu/.*_First, took 0.80 ± 0.00 s: p < 0.0001", (record(root, "Second") / "README.md").read_text().replace("\\", ""))
+    text = (root / "README.md").read_text()
+    assert text.startswith(README[:README.index(END)].rstrip("\n")) and text.endswith(README[README.index(END):])
+    assert "### cpu, 1 x x86_64, 2 threads: 0.72 s" in text and text.index("_First)") < text.index("_Second)")
+    assert re.search(r"\| 2 \| 0.72 ± 0.00 s \| .* \| 4 \| < 0.0001 \| quick \| what Second does \| [\d-]+ \| \[Second\]\(cpu/[\d-]+_Second\) \|", text)
+    code, out, _ = run("check")
+    assert code == 0 and len(out.splitlines()) == 3 and all(": ok" in line for line in out.splitlines())
+
+
+def test_other_hardware_or_validation_data_has_its_own_table(root, write_arm, add, run):
+    add(write_arm("a/baseline"), "First")
+    assert add(write_arm("b/baseline", ms_per_step=200.0, device="H200"), "Slow")[0] == 0
+    assert add(write_arm("c/baseline", ms_per_step=200.0, val_sha256={"python_val_000000.bin": "c" * 64}), "Other")[0] == 0
+    text = (root / "README.md").read_text()
+    assert text.count("### cpu, 1 x x86_64") == 2 and text.count("### cpu, 1 x H200: 1.60 s") == 1 and run("check")[0] == 0
+
+
+def test_negative_results(root, write_arm, add, run):
+    write_arm("a/baseline", ms_per_step=100.0)
+    write_arm("a/slow", loss=0.1, ms_per_step=150.0, variant=["slow"])
+    assert add(write_arm("a/even", loss=-0.0202, variant=["even"]), "Losers", "--negative")[0] == 0
+    folder, text = record(root, "Losers", "negative"), (root / "README.md").read_text()
+    assert (folder / "slow" / "slow_1.txt").exists() and stats_of(folder)["arm"] is None
+    assert "No record yet." in text
+    assert re.search(rf"\| cpu \| slow \| what Losers does \| \+0.1200 \| .* \| 4 and 4 \| worse \| \+50.00 \| \[Losers\]\(negative/{folder.name}\) \|", text)
+    assert re.search(r"\| cpu \| even \| what Losers does \| -0.0002 \| .* \| not distinguishable \|", text)
+    assert run("check") == (0, f"negative/{folder.name}: ok\n{root / 'README.md'}: ok\n", "")
+
+
+def test_folder_of_compare(root, write_arm, add, run, tmp_path):
+    write_arm("compared/logs/baseline")
+    write_arm("compared/logs/wide:hidden=8/x", ms_per_step=90.0)
+    arms = [dict(name=name, variant=[], options=options, runs=read_folder(tmp_path / "compared/logs" / folder))
+            for name, options, folder in (("baseline", [], "baseline"), ("wide:hidden=8/x", ["--layers", "4"], "wide:hidden=8/x"))]
+    settings = dict(track="cpu", seeds=[1, 2, 3, 4], budget="tokens", budget_seconds=0, target=TARGET, command="compare.py baseline wide", order=[["baseline", 1]], sweep=None,
+                    tried=2, overhead=None)
+    results = summarize(settings, arms)
+    write_report(tmp_path / "compared", results)
+    assert add(tmp_path / "compared", "Compared")[0] == 0
+    stats = stats_of(record(root, "Compared"))
+    assert stats["settings"] == settings and stats["arms"][1]["options"] == ["--layers", "4"] and stats["arms"][1]["folder"] == "wide_hidden=8_x"
+    assert stats["arms"][1]["vs_baseline"] == results["arms"][1]["vs_baseline"] and run("check")[0] == 0
+
+
+def test_arm_of_several(root, write_arm, add):
+    for name, speed in (("baseline", 100.0), ("a", 95.0), ("b", 90.0)):
+        source = write_arm(f"source/{name}", ms_per_step=speed)
+    assert "which arm sets the record? give --arm and one of baseline, a, b" in refused(add(source, "Best"), root, contents(root))
+    assert "which arm sets the record?" in refused(add(source, "Best", "--arm", "c"), root, contents(root))
+    assert add(source, "Best", "--arm", "b")[0] == 0 and stats_of(record(root, "Best"))["arm"] == "b"
+
+
+# ---- what is refused
+
+@pytest.mark.parametrize("options, message", [
+    (dict(loss=0.01), f"target {TARGET} not shown to be reached: mean loss {TARGET + 0.0101:.4f}, n = 4, p = 1.00"),
+    (dict(loss=-0.001), "not shown to be reached"),
+    (dict(seeds=(1,)), "one run alone, and no test can be made of it"),
+    (dict(target=5.0), f"has target 5.0, the track {TARGET}"),
+    (dict(val_tokens=64), "has val_tokens 64, the track"),
+    (dict(val_sha256={}), "does not say which validation data it used"),
+    (dict(track="short"), "a run of track short, not cpu"),
+    (dict(end="SIGTERM", steps=8, last_step=4), "stopped by SIGTERM after step 4 of 8; only finished runs count"),
+])
+def test_no_record(root, write_arm, add, options, message):
+    before = contents(root)
+    assert message in refused(add(write_arm("source/baseline", **options), "No"), root, before)
+
+
+def test_not_faster_than_the_standing_record(root, write_arm, add):
+    add(write_arm("a/baseline"), "First")
+    before = contents(root)
+    for name, speed in (("same", 100.0), ("slower", 110.0), ("hardly", 99.95)):
+        err = refused(add(write_arm(f"{name}/baseline", ms_per_step=speed), "Again"), root, before)
+        assert re.search(r"cpu/.*_Again: not faster than cpu/.*_First: 0.[78]\d s \(n = 4\) against 0.80 s \(n = 4\), p = [01].\d+, and p < 0.01 is asked for", err)
+
+
+def test_slower_than_the_fastest_but_not_than_an_older_one(root, write_arm, add):
+    add(write_arm("a/baseline"), "First")
+    add(write_arm("b/baseline", ms_per_step=80.0), "Second")
+    err = refused(add(write_arm("c/baseline", ms_per_step=90.0), "Third"), root, contents(root))
+    assert re.search(r"_Third: not faster than cpu/.*_Second: 0.72 s \(n = 4\) against 0.64 s", err)
+
+
+def test_runs_that_are_not_alike(root, write_arm, write_log, add):
+    source, before = write_arm("a/baseline"), contents(root)
+    log = write_log({0: 5.0, 8: TARGET - 0.02}, "a/baseline", "other", seed=9, source="import numpy")
+    assert "ran different code" in refused(add(source, "No"), root, before)
+    for change, message in ((dict(lr_matrix=0.1), "differ in lr_matrix"), (dict(seed=1), "second run of arm baseline with seed 1"), (dict(val_sha256={"a": "b"}), "different data"),
+                            (dict(device="H200"), "device is not one in all runs (x86_64, 2 threads, H200)")):
+        log.unlink()
+        log = write_log({0: 5.0, 4: 2.0, 8: TARGET - 0.02}, "a/baseline", "other", **{"seed": 9, **change})
+        assert message in refused(add(source, "No"), root, before)
+
+
+def test_folders_that_will_not_do(root, tmp_path, write_arm, write_log, add):
+    before = contents(root)
+    assert "no such folder" in refused(add(tmp_path / "none", "No"), root, before)
+    assert "no subfolder with logs" in refused(add(root, "No"), root, before)
+    write_arm("a/one")
+    assert "no baseline among one, two" in refused(add(write_arm("a/two"), "No"), root, before)
+    assert "one arm alone is no comparison" in refused(add(write_arm("b/one"), "No", "--negative"), root, before)
+    (tmp_path / "b" / "results.json").write_text('{"format": "other"}')
+    assert "results.json: no results of compare.py" in refused(add(tmp_path / "b", "No"), root, before)
+    lost = dict(format="knotgpt-comparison-1", settings={}, arms=[dict(name="one", options=[], runs=[dict(seed=1, log="one_1.txt"), dict(seed=2, error="killed")])])
+    (tmp_path / "b" / "results.json").write_text(json.dumps(lost))
+    assert "0 logs of one, seed 2, where one is expected" in refused(add(tmp_path / "b", "No"), root, before)
+    write_arm("c/baseline")
+    write_arm("c/a b")
+    assert "would share a folder (baseline, a_b, a_b)" in refused(add(write_arm("c/a_b"), "No", "--negative"), root, before)
+
+
+def test_names_and_tracks(root, write_arm, add):
+    source, before = write_arm("a/baseline"), contents(root)
+    assert "--name takes letters" in refused(add(source, "../No"), root, before)
+    assert "unknown track 'tiny'; the tracks are cpu" in refused(add(source, "No", track="tiny"), root, before)
+    free = next((track for track in TRACKS if not make_config(dict(track=track)).target), None)
+    if free:
+        write_arm("b/baseline", track=free)
+        assert f"track {free} has no target, so no record" in refused(add(source.parent / "b", "No", track=free), root, before)
+    add(source, "Yes")
+    assert "there is a record of this name and date" in refused(add(source, "Yes"), root, contents(root))
+
+
+def test_foreign_logs_are_not_added(root, tmp_path, add):
+    (tmp_path / "a" / "baseline").mkdir(parents=True)
+    (tmp_path / "a" / "baseline" / "log.txt").write_text(f"import os\n{'=' * 100}\nRunning Python 3.12\n{'=' * 100}\nstep:0/1 val_loss:3.0 train_time:0ms step_avg:0.1ms\n"
+                                                         "step:1/1 train_time:5ms step_avg:5.00ms\nstep:1/1 val_loss:2.0 train_time:5ms step_avg:5.00ms\n")
+    assert "log.txt: does not say which validation data it used; only logs of this trainer can be added" in refused(add(tmp_path / "a", "No"), root, contents(root))
+
+
+def test_disk_that_fills(root, write_arm, add, monkeypatch):
+    source, before = write_arm("a/baseline"), contents(root)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(shutil, "copyfile", full)
+    assert "No space left on device; free some space" in refused(add(source, "No"), root, before)
+    assert not list(root.glob("cpu/.*"))
+
+
+# ---- checking
+
+@pytest.fixture
+def two_records(root, write_arm, add):
+    add(write_arm("a/baseline"), "First")
+    write_arm("b/baseline")
+    add(write_arm("b/quick", ms_per_step=90.0), "Second")
+    return record(root, "Second")
+
+
+def log_without_json(folder) -> Path:
+    path = folder / "quick" / "quick_2.txt"
+    path.with_suffix(".json").unlink()
+    return path
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def change_stats(folder, change):
+    stats = stats_of(folder)
+    change(stats)
+    (folder / "stats.json").write_text(json.dumps(stats))
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda folder: edit(folder / "quick/quick_2.txt", "val_loss:2.0000", "val_loss:1.9000"), "tampered: quick_2.json has another curve than the log"),
+    (lambda folder: edit(folder / "quick/quick_2.txt", f"val_loss:{TARGET - 0.02:.4f}", f"val_loss:{TARGET - 0.03:.4f}"), "tampered: quick_2.json has another val_loss, curve than the log"),
+    (lambda folder: edit(log_without_json(folder), f"val_loss:{TARGET - 0.02:.4f}", f"val_loss:{TARGET - 0.03:.4f}"), "stats.json: arms[1].losses[1] is not what the logs say"),
+    (lambda folder: edit(log_without_json(folder), "val_loss:2.0000", "val_loss:1.9000"), None),
+    (lambda folder: edit(log_without_json(folder), "step:5/8 train_time:450ms step_avg:90.00ms\n", ""), "step 5 is missing"),
+    (lambda folder: edit(log_without_json(folder), "import torch", "import numpy"), "ran different code"),
+    (lambda folder: edit(log_without_json(folder), "b" * 64, "c" * 64), "validated on different data"),
+    (lambda folder: (folder / "quick/quick_2.txt").unlink(), "arms[1].seeds is not what the logs say"),
+    (lambda folder: shutil.rmtree(folder / "baseline"), "stats.json has the arms baseline, quick, the folder quick"),
+    (lambda folder: shutil.copytree(folder / "quick", folder / "third"), "the folder baseline, quick, third"),
+    (lambda folder: change_stats(folder, lambda stats: stats["arms"][1]["time"].update(mean=0.5)), "arms[1].time.mean is not what the logs say"),
+    (lambda folder: change_stats(folder, lambda stats: stats.update(target=9.0)), "stats.json: target is not what the logs say"),
+    (lambda folder: change_stats(folder, lambda stats: stats.update(hardware="8 x H100")), "stats.json: hardware is not what the logs say"),
+    (lambda folder: change_stats(folder, lambda stats: stats.update(extra=1)), "stats.json: extra is not what the logs say"),
+    (lambda folder: change_stats(folder, lambda stats: stats.update(arm="third")), "stats.json: damaged"),
+    (lambda folder: change_stats(folder, lambda stats: stats.pop("what")), "stats.json: damaged"),
+    (lambda folder: change_stats(folder, lambda stats: stats["arms"][0].pop("folder")), "stats.json: damaged"),
+    (lambda folder: (folder / "stats.json").write_text("[]"), "stats.json: damaged"),
+    (lambda folder: (folder / "stats.json").unlink(), "no stats.json"),
+    (lambda folder: (folder / "README.md").unlink(), "no README.md"),
+    (lambda folder: folder.rename(folder.with_name("2020-01-01_Third")), "_Second; give the folder its name back"),
+])
+def test_spoilt_records(two_records, run, spoil, message):
+    spoil(two_records)
+    code, out, err = run("check")
+    faults = [line for line in out.splitlines() if line.startswith("error: ")]
+    assert err == "" and len(out.splitlines()) == 3
+    if message:
+        assert code == 1 and message in faults[0]
+    else:
+        assert code == 0  # without the JSON, a loss on the way is no part of the statistics
+
+
+def test_record_that_is_not_faster(root, write_arm, add, run, tmp_path):
+    """Records are checked against the one before them, not only when they are added."""
+    add(write_arm("a/baseline"), "First")
+    other = tmp_path / "other"
+    shutil.copytree(root, other)
+    shutil.rmtree(other / "cpu")
+    for name, speed, message in (("Hardly", 99.95, "not faster than cpu/"), ("Even", 100.0, "p = 0.50")):
+        assert main(["--records", str(other), "add", str(write_arm(f"{name}/baseline", ms_per_step=speed)), "--name", name, "--track", "cpu", "--what", "x"]) == 0
+        folder = root / "cpu" / record(other, name).name
+        record(other, name).rename(folder)
+        run("render")
+        code, out, _ = run("check")
+        assert code == 1 and f"{name}: not faster than" in out and message in out
+        shutil.rmtree(folder)
+
+
+def test_tables_out_of_date(root, two_records, run):
+    edit(root / "README.md", "0.72", "0.71")
+    code, out, _ = run("check")
+    assert code == 1 and "README.md: the tables are not those of the records; run leaderboard.py render" in out
+    assert run("render") == (0, "", "") and run("check")[0] == 0
+
+
+def test_readme_without_marks(root, two_records, run, add, write_arm):
+    (root / "README.md").write_text("# Records\n")
+    assert "needs the lines" in run("check")[1]
+    code, _, err = run("render")
+    assert code == 1 and "README.md: needs the lines <!-- tables" in err
+    before = contents(root)
+    assert "needs the lines" in refused(add(write_arm("c/baseline", ms_per_step=50.0), "Third"), root, before)
+    (root / "README.md").unlink()
+    assert "README.md: cannot be read" in run("render")[2]
+
+
+def test_text_in_tables_is_plain(root, write_arm, run):
+    write_arm("a/baseline")
+    write_arm("a/<b>_x|y", loss=0.1)
+    run("add", root.parent / "a", "--name", "Marks", "--track", "cpu", "--what", "a | b <script>\n*new* [x](y)", "--negative")
+    text = (root / "README.md").read_text()
+    row = next(line for line in text.splitlines() if "Marks" in line)
+    assert "<script>" not in row.replace("\\<", "") and len(re.findall(r"(?<!\\)\|", row)) == 12 and r"\[x\]" in row
+
+
+# ---- the repository's own
+
+def test_records_of_this_repository(capsys):
+    assert main(["check"]) == 0, capsys.readouterr().out
+
+
+def test_the_script_leaves_other_modules_alone():
+    code = "import sys; sys.path[0] = 'records'; sys.path.append('.'); import records.leaderboard, statistics; print(statistics.__file__)"
+    assert "records" not in subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+# ---- statistics of a folder
+
+def test_stats(write_arm, run, tmp_path):
+    write_arm("a/baseline")
+    code, out, _ = run("stats", tmp_path / "a" / "baseline")
+    losses = [TARGET - 0.02 + noise for noise in SPREAD]
+    assert code == 0 and "runs 4, different sources 1" in out
+    assert re.search(rf"val_loss +n 4  mean {sum(losses) / 4:.5f}  sd 0.00084  min {min(losses):.5f}  max {max(losses):.5f}  p \S+ \(one-sided t test, mean below {TARGET:g}\)", out)
+    assert re.search(r"train_seconds +n 4  mean 0.800  sd 0.001  min 0.799  max 0.801\n", out)
+    write_arm("a/other", source="import numpy")
+    assert len(run("stats", tmp_path / "a")[1].splitlines()) == 6
+
+
+def test_stats_of_one_foreign_log(tmp_path, run):
+    (tmp_path / "log.txt").write_text(f"import os\n{'=' * 100}\nRunning PyTorch 2.11\n{'=' * 100}\nstep:0/1 val_loss:3.0 train_time:0.000s step_avg:nanms\n"
+                                      "step:1/1 val_loss:2.00000 train_time:5.125s step_avg:5.00ms\n")
+    assert run("stats", tmp_path, "--target", "3.28") == (0, f"{tmp_path}: runs 1, different sources 1\n  val_loss       n 1  mean 2.00000  sd -  min 2.00000  max 2.00000\n"
+                                                          "  train_seconds  n 1  mean 5.125  sd -  min 5.125  max 5.125\n", "")
+    (tmp_path / "log.txt").write_text("s:0 tel:10.968871\n")
+    code, _, err = run("stats", tmp_path)
+    assert code == 1 and err.startswith("leaderboard.py: error: ") and "no log of this trainer or modded-nanogpt" in err
