@@ -30,7 +30,7 @@ from records.statistics import ALPHA, one_sample, summary, welch
 from train_gpt import TRACKS, RunError, make_config, write_atomically
 
 FORMAT = "knotgpt-record-1"
-CHOSEN = ("format", "name", "date", "track", "what", "kind", "arm", "settings")  # of stats.json, what does not come from the logs
+CHOSEN = ("format", "name", "date", "track", "what", "kind", "arm", "rules", "settings")  # of stats.json, what does not come from the logs
 ARM = {"name", "folder", "options", "losses", "train_seconds", "seeds", "loss", "time", "p_target", "vs_baseline"}
 BEGIN, END = "<!-- tables: written by leaderboard.py render -->", "<!-- end of tables -->"
 
@@ -101,14 +101,14 @@ def statistics_of(chosen: dict, arms: list[dict]) -> dict:
         if name in results["environment_differs"]:
             values = ", ".join(map(str, results["environment_differs"][name]))
             raise RunError(f"{chosen['name']}: {name} is not one in all runs ({values}), so their times cannot be compared; run all of them on one machine")
-    environment, target = results["environment"], track_rules(chosen["track"])["target"]
+    environment, target = results["environment"], chosen["rules"]["target"]
     rows = []
     for row, folder in zip(results["arms"], folder_names(arms)):
         losses, seconds = ([run[key] for run in row["runs"]] for key in ("val_loss", "train_seconds"))
         rows.append(dict(name=row["name"], folder=folder, variant=row["variant"], options=row["options"], parameters=row["parameters"],
                          seeds=[run["seed"] for run in row["runs"]], losses=losses, train_seconds=seconds, loss=summary(losses), time=summary(seconds),
                          p_target=one_sample(losses, target) if target else None, vs_baseline=row["vs_baseline"]))
-    return chosen | dict(target=target, hardware=f"{environment['world_size']} x {environment['device']}", val_sha256=environment["val_sha256"],
+    return chosen | dict(hardware=f"{environment['world_size']} x {environment['device']}", val_sha256=environment["val_sha256"],
                          versions={name: environment[name] for name in ("python", "torch", "cuda", "triton")}, arms=rows)
 
 
@@ -121,7 +121,7 @@ def folder_names(arms: list[dict]) -> list[str]:
 
 
 def track_rules(track: str) -> dict:
-    """target and val_tokens of a track. RunError for an unknown one."""
+    """A track's target and val_tokens, which a record keeps: it is checked against those it was set under. RunError for an unknown track."""
     if track not in TRACKS:
         raise RunError(f"unknown track {track!r}; the tracks are {', '.join(TRACKS)}")
     config = make_config(dict(track=track))
@@ -138,8 +138,8 @@ def place(stats: dict) -> str:
 
 
 def comparable(a: dict, b: dict) -> bool:
-    """Whether two records stand in one table: track, hardware and validation data."""
-    return all(a[key] == b[key] for key in ("track", "hardware", "val_sha256"))
+    """Whether two records stand in one table: track, its target, hardware and validation data."""
+    return all(a[key] == b[key] for key in ("track", "rules", "hardware", "val_sha256"))
 
 
 def fastest(records: list[dict], like: dict) -> dict | None:
@@ -155,7 +155,7 @@ def check_rules(stats: dict, arms: list[dict], standing: dict | None):
         if len(arms) < 2:
             raise RunError(f"{where}one arm alone is no comparison; add the baseline's logs under baseline/")
         return
-    rules, arm = track_rules(stats["track"]), winner(stats)
+    rules, arm = stats["rules"], winner(stats)
     if not rules["target"]:
         raise RunError(f"{where}track {stats['track']} has no target, so no record; the comparison can be added with --negative")
     for name, value in rules.items():
@@ -285,7 +285,7 @@ def rendered(records: list[dict]) -> str:
         rows = [[str(i), f"{number(arm['time'], 2)} s", number(arm["loss"], 4), str(arm["loss"]["n"]), p_value(arm["p_target"]), escaped(plain(arm["name"])), escaped(plain(stats["what"])),
                  stats["date"], f"[{escaped(stats['name'])}]({place(stats)})"] for i, stats in enumerate(group, 1) for arm in [winner(stats)]]
         parts += [f"### {first['track']}, {escaped(first['hardware'])}: {best['time']['mean']:.2f} s",
-                  f"To a validation loss of {first['target']}; validation data {escaped(data)}. The last row is the standing record.",
+                  f"To a validation loss of {first['rules']['target']}; validation data {escaped(data)}. The last row is the standing record.",
                   markdown_table(["#", "time", "loss", "n", "p", "arm", "what", "date", "record"], rows)]
     parts += [] if groups else ["No record yet."]
     rows = [[stats["date"], stats["track"], escaped(plain(arm["name"])), escaped(plain(stats["what"])), number(test["difference"], 4, signed=True), interval(test, 4), p_value(test["p_holm"]),
@@ -311,7 +311,7 @@ def record_readme(stats: dict, arms: list[dict], standing: dict | None) -> str:
     if stats["kind"] == "record":
         arm = winner(stats)
         text = (f"{plain(arm['name'])} trains in {number(arm['time'], 2)} s to a validation loss of {number(arm['loss'], 4)}, n = {arm['loss']['n']}; "
-                f"{equals(arm['p_target'])} for a mean that is not below {stats['target']}.")
+                f"{equals(arm['p_target'])} for a mean that is not below {stats['rules']['target']}.")
         if standing:
             p = welch(arm["train_seconds"], winner(standing)["train_seconds"])["p_less"]
             text += f" The record before it, {place(standing)}, took {number(winner(standing)['time'], 2)} s: {equals(p)} for one that is not faster."
@@ -330,7 +330,7 @@ def add(root: Path, source: Path, name: str, track: str, what: str, arm: str | N
     """Check the runs in `source` and copy them to where they belong; returns that folder. RunError for any fault, and then nothing has changed."""
     if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name) or not plain(what):
         raise RunError(f"--name takes letters, digits, _ and -, and --what a line of text; got {name!r} and {what!r}")
-    track_rules(track)
+    rules = track_rules(track)
     split_readme(root)
     records = [read_stats(folder) for folder in record_folders(root)]
     settings, arms = read_arms(source)
@@ -338,7 +338,7 @@ def add(root: Path, source: Path, name: str, track: str, what: str, arm: str | N
     if not negative and (arm not in names if arm else len(arms) > 2):
         raise RunError(f"{source}: which arm sets the record? give --arm and one of {', '.join(map(plain, names))}")
     chosen = dict(format=FORMAT, name=name, date=f"{datetime.date.today()}", track=track, what=plain(what), kind="negative" if negative else "record",
-                  arm=None if negative else arm or names[-1], settings=settings)
+                  arm=None if negative else arm or names[-1], rules=rules, settings=settings)
     stats = statistics_of(chosen, arms)
     folder = root / place(stats)
     if folder.exists():

@@ -90,9 +90,16 @@ def test_first_record_needs_the_target_only(root, write_arm, add, run):
     arm, = stats["arms"]
     assert arm["losses"] == pytest.approx([TARGET - 0.02 + noise for noise in SPREAD], abs=1e-9) and arm["seeds"] == [1, 2, 3, 4]
     assert arm["train_seconds"] == pytest.approx([0.799, 0.8, 0.801, 0.8], abs=6e-4) and arm["loss"]["n"] == arm["time"]["n"] == 4
-    assert stats["hardware"] == "1 x x86_64, 2 threads" and stats["target"] == TARGET and arm["p_target"] < 1e-4
+    assert stats["hardware"] == "1 x x86_64, 2 threads" and stats["rules"]["target"] == TARGET and arm["p_target"] < 1e-4
     assert f"n = 4; p < 0.0001 for a mean that is not below {TARGET}" in (folder / "README.md").read_text()
     assert run("check")[0] == 0
+
+
+def test_a_record_is_judged_by_the_target_it_was_set_under(root, write_arm, add, run, monkeypatch):
+    add(write_arm("a/baseline"), "First")
+    monkeypatch.setitem(TRACKS, "cpu", TRACKS["cpu"] | dict(target=TARGET - 0.5))
+    assert run("check")[0] == 0
+    assert "not shown to be reached" in add(write_arm("b/baseline", target=TARGET - 0.5), "Second")[2]
 
 
 def test_faster_record_and_history(root, write_arm, add, run):
@@ -283,7 +290,7 @@ def change_stats(folder, change):
     (lambda folder: shutil.rmtree(folder / "baseline"), "stats.json has the arms baseline, quick, the folder quick"),
     (lambda folder: shutil.copytree(folder / "quick", folder / "third"), "the folder baseline, quick, third"),
     (lambda folder: change_stats(folder, lambda stats: stats["arms"][1]["time"].update(mean=0.5)), "arms[1].time.mean is not what the logs say"),
-    (lambda folder: change_stats(folder, lambda stats: stats.update(target=9.0)), "stats.json: target is not what the logs say"),
+    (lambda folder: change_stats(folder, lambda stats: stats["rules"].update(target=9.0)), "p_target is not what the logs say"),
     (lambda folder: change_stats(folder, lambda stats: stats.update(hardware="8 x H100")), "stats.json: hardware is not what the logs say"),
     (lambda folder: change_stats(folder, lambda stats: stats.update(extra=1)), "stats.json: extra is not what the logs say"),
     (lambda folder: change_stats(folder, lambda stats: stats.update(arm="third")), "stats.json: damaged"),
