@@ -190,16 +190,19 @@ class Comparison:
         """One training process, from its start or its checkpoint. A fault of its own is noted, and the others go on."""
         start, last, output = time.perf_counter(), "", self.logs / f"{job.name}.out"
         progress = Progress(job, done, total, self.state)
-        with open(output, "a") as file:
-            self.child = subprocess.Popen(self.command(job), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=ROOT,
-                                          pass_fds=[self.lock.fileno()], start_new_session=True, preexec_fn=die_with_parent)
-            for line in self.child.stdout:
-                file.write(line)
-                last = line.strip() or last
-                progress.show(last)
-            code = self.child.wait()
-        self.child, seconds = None, time.perf_counter() - start
-        self.state["runs_seconds"] += seconds
+        try:
+            with open(output, "a") as file:
+                self.child = subprocess.Popen(self.command(job), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=ROOT,
+                                              pass_fds=[self.lock.fileno()], start_new_session=True, preexec_fn=die_with_parent)
+                for line in self.child.stdout:
+                    file.write(line)
+                    last = line.strip() or last
+                    progress.show(last)
+                code = self.child.wait()
+        finally:
+            seconds = time.perf_counter() - start
+            self.state["runs_seconds"] += seconds
+        self.child = None
         run = self.read(job)
         if run is None and abs(code) in (signal.SIGTERM, signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT):
             raise RunError(f"run {job.name} was stopped from outside; call this again to go on")
@@ -262,8 +265,8 @@ class Comparison:
         config = parse_config(trainer_options(arm, self.shared))
         return [word for name in RATES for word in (f"--{name}", f"{getattr(config, name) * factor:.6g}")] if factor != 1 else []
 
-    def compare(self) -> dict:
-        """Everything: budget, sweep, the reported runs, the report. Returns the results."""
+    def compare(self, log_x: bool = False) -> dict:
+        """Everything: budget, sweep, the reported runs, the report (log_x: of its picture). Returns the results."""
         begun = time.perf_counter()
         try:
             seconds = self.budget() if self.plan["budget"] == "time" else None
@@ -276,9 +279,10 @@ class Comparison:
         finally:
             self.state["wall_seconds"] += time.perf_counter() - begun
             self.save_state()
-        return self.report(jobs, seconds, sweep)
+        write_report(self.folder, results := self.results(jobs, seconds, sweep), log_x)
+        return results
 
-    def report(self, jobs: dict[str, list[Job]], seconds: float | None, sweep: dict | None) -> dict:
+    def results(self, jobs: dict[str, list[Job]], seconds: float | None, sweep: dict | None) -> dict:
         plan, reported = self.plan, {job.name for own in jobs.values() for job in own}
         arms = [dict(name=arm.name, variant=arm.variant, options=arm.options,
                      runs=[self.read(job) or dict(seed=job.seed, error=self.state["failed"].get(job.name, "not finished")) for job in jobs[arm.name]]) for arm in self.arms]
@@ -287,8 +291,7 @@ class Comparison:
         settings = dict(track=config.track, target=config.target, seeds=sorted({seed for arm in self.arms for seed in arm.seeds}), budget=plan["budget"], budget_seconds=seconds, command=plan["command"],
                         order=[[arm, seed] for name, arm, seed in self.state["order"] if name in reported], sweep=sweep, tried=len(self.arms),
                         overhead=dict(wall_seconds=wall, runs_seconds=runs, share=wall / runs - 1 if runs else None))
-        write_report(self.folder, results := summarize(settings, arms))
-        return results
+        return summarize(settings, arms)
 
 
 def json_status(log: Path) -> str | None:
@@ -338,6 +341,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--sweep-seeds", type=int, default=1, help="runs for each of them (default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=max(1, torch.cuda.device_count()), help="processes a run (default: one a GPU)")
     parser.add_argument("--retry", action="store_true", help="run failed runs again")
+    parser.add_argument("--log-x", action="store_true", help="curves.png with a logarithmic axis of tokens and time (report.html has a switch)")
     parser.add_argument("-o", "--output", type=Path, help="folder of the report (default: comparisons/ and a name that the same command finds again)")
     cut = argv.index("--") if "--" in argv else len(argv)
     given = parser.parse_args(argv[:cut])
@@ -367,7 +371,7 @@ def main(argv: list[str] | None = None) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, interrupt)
         print(f"{len(arms)} arms x {given.seeds} seeds, {comparison.total()} runs; folder {folder}", flush=True)
-        results = comparison.compare()
+        results = comparison.compare(given.log_x)
     except RunError as error:
         print(f"compare.py: error: {error}", file=sys.stderr, flush=True)
         return 1

@@ -94,6 +94,15 @@ def test_runs_take_turns_and_the_report_has_a_verdict(stage, capsys):
     assert {path.name for path in stage.folder.iterdir()} >= {"README.md", "report.html", "curves.png", "results.json", "logs"}
 
 
+def test_the_picture_may_have_a_logarithmic_axis(stage):
+    prepare_all(stage, "baseline", [1.0, 1.1])
+    pictures = []
+    for options in ((), ("--log-x",)):
+        assert stage.call("baseline", "--seeds", "2", *options) == 0
+        pictures.append((stage.folder / "curves.png").read_bytes())
+    assert pictures[0] != pictures[1] and len(stage.calls()) == 2
+
+
 def test_finished_runs_are_neither_lost_nor_repeated(stage):
     for slug in ("baseline", "swiglu_mlp"):
         prepare_all(stage, slug, [1.0, 1.1])
