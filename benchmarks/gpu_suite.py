@@ -12,7 +12,6 @@ Without a GPU a reduced form runs (a tiny batch, few and narrow layers, nothing 
 import argparse
 import json
 import os
-import platform
 import re
 import shlex
 import signal
@@ -205,13 +204,6 @@ def synthetic_shards(folder: Path, shard_tokens: int = 8 * 524_288) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------------------------------------
 # The whole
 
-def cpu_model() -> str:
-    try:
-        return re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1]
-    except (OSError, TypeError):
-        return platform.processor() or platform.machine()
-
-
 def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
@@ -281,7 +273,7 @@ def describe(gpus: int) -> dict:
     """Machine, versions and commit, as the trainer records them; the cards as nvidia-smi sees them."""
     facts = environment(Ranks(0, max(gpus, 1), torch.device("cuda" if gpus else "cpu"), torch.float32))
     if not gpus:
-        return facts | dict(device=cpu_model())
+        return facts
     query = "--query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm"
     return facts | dict(cards=command_output("nvidia-smi", query, "--format=csv").splitlines())
 
