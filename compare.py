@@ -192,7 +192,7 @@ class Comparison:
         progress = Progress(job, done, total, self.state)
         try:
             with open(output, "a") as file:
-                self.child = subprocess.Popen(self.command(job), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=ROOT,
+                self.child = subprocess.Popen(self.command(job), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
                                               pass_fds=[self.lock.fileno()], start_new_session=True, preexec_fn=die_with_parent)
                 for line in self.child.stdout:
                     file.write(line)
@@ -342,7 +342,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--ranks", type=int, default=max(1, torch.cuda.device_count()), help="processes a run (default: one a GPU)")
     parser.add_argument("--retry", action="store_true", help="run failed runs again")
     parser.add_argument("--log-x", action="store_true", help="curves.png with a logarithmic axis of tokens and time (report.html has a switch)")
-    parser.add_argument("-o", "--output", type=Path, help="folder of the report (default: comparisons/ and a name that the same command finds again)")
+    parser.add_argument("-o", "--output", type=Path, help="folder of the report (default: one in ./comparisons that the same command finds again)")
     cut = argv.index("--") if "--" in argv else len(argv)
     given = parser.parse_args(argv[:cut])
     for name in ("seeds", "sweep_seeds", "ranks"):
@@ -364,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
             find_shards(parse_config(trainer_options(arms[0], shared)), split)
         plan = dict(arms=given.arms, options=shared, seeds=given.seeds, budget=given.budget, seconds=given.seconds, sweep=given.sweep, sweep_seeds=given.sweep_seeds, ranks=given.ranks)
         key = hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:6]
-        folder = given.output or ROOT / "comparisons" / f"{given.track}-{'-'.join(arm.slug for arm in arms)[:80]}-{key}"
+        folder = given.output or Path("comparisons") / f"{given.track}-{'-'.join(arm.slug for arm in arms)[:80]}-{key}"
         comparison = Comparison(folder, plan | dict(command=shlex.join(["python", "compare.py", *argv]), source=source_hashes()), arms, shared, given.ranks)
         if given.retry:
             comparison.state["failed"] = {}

@@ -868,7 +868,7 @@ def environment(ranks: Ranks) -> dict:
     triton = next((d.version for d in metadata.distributions(name="triton")), "not installed")
     return dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda, triton=triton, device=device, platform=platform.platform(),
                 world_size=ranks.world, git_commit=command_output("git", "rev-parse", "HEAD"),
-                git_dirty=bool(command_output("git", "status", "--porcelain", "--untracked-files=no")), command=" ".join(sys.argv))
+                git_dirty=bool(command_output("git", "status", "--porcelain", "--untracked-files=no")), command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
 
 class RunLog:
     """logs/<run id>.txt, line by line, and logs/<run id>.json from `facts`. Only rank 0 writes. On a terminal one line is rewritten in place."""

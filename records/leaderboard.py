@@ -61,6 +61,7 @@ def read_arms(folder: Path) -> tuple[dict, list[dict]]:
 
 
 def arm_of(name: str, runs: list[Run], options: list[str] | None = None) -> dict:
+    runs = sorted(runs, key=lambda run: run.seed or 0)  # one order, whether they come from a comparison or from a folder
     return dict(name=name, variant=list(runs[0].variant), options=options or [], runs=runs)
 
 

@@ -139,11 +139,12 @@ def test_negative_results(root, write_arm, add, run):
 
 
 def test_folder_of_compare(root, write_arm, add, run, tmp_path):
-    write_arm("compared/logs/baseline")
-    write_arm("compared/logs/wide:hidden=8/x", ms_per_step=90.0)
-    arms = [dict(name=name, variant=[], options=options, runs=read_folder(tmp_path / "compared/logs" / folder))
+    seeds = (9, 10, 11, 12)  # by name, 10 comes before 9
+    write_arm("compared/logs/baseline", seeds=seeds)
+    write_arm("compared/logs/wide:hidden=8/x", ms_per_step=90.0, seeds=seeds)
+    arms = [dict(name=name, variant=[], options=options, runs=sorted(read_folder(tmp_path / "compared/logs" / folder), key=lambda run: run.seed))
             for name, options, folder in (("baseline", [], "baseline"), ("wide:hidden=8/x", ["--layers", "4"], "wide:hidden=8/x"))]
-    settings = dict(track="cpu", seeds=[1, 2, 3, 4], budget="tokens", budget_seconds=0, target=TARGET, command="compare.py baseline wide", order=[["baseline", 1]], sweep=None,
+    settings = dict(track="cpu", seeds=list(seeds), budget="tokens", budget_seconds=0, target=TARGET, command="compare.py baseline wide", order=[["baseline", 1]], sweep=None,
                     tried=2, overhead=None)
     results = summarize(settings, arms)
     write_report(tmp_path / "compared", results)
