@@ -219,6 +219,8 @@ def sentence(arm: dict, baseline: dict) -> str:
     else:
         text = (f"{name} is {loss['verdict']} than {base} by {number(abs(loss['difference']), 4)} nats "
                 f"(95 % {interval(loss, 4)}, Welch {equals(loss['p_holm'])} after Holm, {n})")
+    if loss["paired"] and loss["paired"]["p"] is not None:
+        text += f". Over {loss['paired']['n']} pairs of equal seeds, uncorrected: {equals(loss['paired']['p'])}"
     if time["difference"] is not None:
         tested = f", {equals(time['p_holm'])}" if time["p"] is not None else ""
         text += (f". Time: {TIME_WORDS.get(time['verdict'], time['verdict'])}, {number(time['difference'], 2, signed=True)} ms a step "

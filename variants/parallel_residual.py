@@ -7,7 +7,7 @@ through its own residual, attention's first. norm=separate gives each branch a n
 Cost: one norm fewer, otherwise the same parameters and FLOPs; the two branches no longer wait for each other.
 
 Source: Wang & Komatsuzaki, GPT-J, 2021, github.com/kingoflolz/mesh-transformer-jax; Chowdhery et al., PaLM, 2022, arxiv.org/abs/2204.02311
-Status: not yet measured
+Status: cpu track, 6 seeds: not distinguishable, +0.008 nats (sd of a run 0.010), though worse in all six pairs of equal seeds; records/negative/2026-11-22_SwigluAndParallelResidual
 """
 
 from dataclasses import dataclass

@@ -8,7 +8,7 @@ Cost: three matrices in place of two. With hidden = 2/3 mlp_hidden, rounded to a
 rounding. The two products of the input run as one.
 
 Source: Shazeer, GLU Variants Improve Transformer, 2020, arxiv.org/abs/2002.05202
-Status: not yet measured
+Status: cpu track, 6 seeds: not distinguishable, -0.009 nats (sd of a run 0.010), time +6 % (p = 0.48); records/negative/2026-11-22_SwigluAndParallelResidual
 """
 
 from dataclasses import dataclass

@@ -127,11 +127,11 @@ def test_words(results, tmp_path):
     write_report(tmp_path / "report", results)
     text = (tmp_path / "report/README.md").read_text()
     assert re.search(r"- good is better than baseline by 0\.1967 nats \(95 % -0\.2\d+ to -0\.1\d+, Welch p (= |< )0\.000\d after Holm, n = 3 and 3\)\. "
-                     r"Time: slower, \+10\.17 ms a step \(\+10\.1 %, p = 0\.00\d\d\)\. Parameters unmatched \(\+10\.00 %\), FLOPs a token equal\.", text)
+                     r"Over 3 pairs of equal seeds, uncorrected: p (= |< )0\.0\d+\. Time: slower, \+10\.17 ms a step \(\+10\.1 %, p = 0\.00\d\d\)\. Parameters unmatched \(\+10\.00 %\), FLOPs a token equal\.", text)
     assert "- bad is worse than baseline by 0.1533 nats" in text
     assert re.search(r"- same is not distinguishable from baseline at n = 3 and 3: difference [+-]0\.0000 nats .*; "
                      r"a difference of 0\.0\d+ would have been found with 80 % power\. "
-                     r"Time: not distinguishable, \+0\.00 ms a step .*Parameters equal, FLOPs a token equal\.", text)
+                     r"(Over 3 pairs .*)?Time: not distinguishable, \+0\.00 ms a step .*Parameters equal, FLOPs a token equal\.", text)
     for words in ("To the target, a loss of 0.8100", "| 0.8100 ± 0.0100 |", "baseline 1, good 1.", "excludes compilation and warm-up, validation and checkpoints",
                   "Measured noise: sd 0.0100 of the final loss over 3 runs", "Arms tried: 4.", "variant swiglu_mlp; replaces MLP", "bbbb", "took 100.0 s, 90.0 s of it",
                   "Command: compare.py baseline good --seeds 3", "correction over 3 arms", "No learning rate was tuned", "not reached", "(curves.png)"):
