@@ -1,0 +1,513 @@
+"""
+gated_linear_attention against its recurrence and its materialised form; its Triton kernels in the interpreter, compiled ahead of time and, where there is
+one, on a GPU. Gradients are always those of query, key, value and log_decay for a random gradient of the output.
+"""
+import importlib
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_reference, gated_linear_attention_step
+
+gla = importlib.import_module("kernels.gated_linear_attention")  # the package hands on the function under the module's name
+
+
+# ---- Inputs and runs ----------------------------------------------------------------------------------------------------------------------------------
+
+def documents(B, T, rate, generator):
+    """doc_start (B, T) of random documents, `rate` of the tokens beginning one."""
+    starts = torch.rand(B, T, generator=generator) < rate
+    starts[:, 0] = True
+    return torch.where(starts, torch.arange(T), 0).cummax(1).values.int()
+
+
+def make_inputs(B, T, H, M, D, decay=1.0, docs=0.05, keys="dense", seed=0):
+    """[query, key, value, log_decay, doc_start, gradient] in float64; decay: mean of -log_decay, None without; docs: rate of document starts, None without."""
+    generator = torch.Generator().manual_seed(seed)
+    randn = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)
+    query, key, value, grad = randn(B, T, H, M), randn(B, T, H, M), randn(B, T, H, D), randn(B, T, H, D)
+    if keys != "dense":
+        lower, weight = torch.randint(M, (B, T, H, 1), generator=generator), torch.rand(B, T, H, 1, dtype=torch.float64, generator=generator)
+        key = torch.zeros_like(key).scatter_(-1, lower, 1.0 if keys == "one-hot" else weight)
+        if keys == "two-hot":
+            key = key.scatter_add(-1, (lower + 1) % M, 1 - weight)
+    log_decay = None if decay is None else -2 * decay * torch.rand(B, T, H, dtype=torch.float64, generator=generator)
+    return [query, key, value, log_decay, None if docs is None else documents(B, T, docs, generator), grad]
+
+
+def rounded(inputs, dtype):
+    """Inputs whose tensors but log_decay and doc_start are exact in dtype."""
+    return [x if x is None or i in (3, 4) else x.to(dtype).double() for i, x in enumerate(inputs)]
+
+
+def run(inputs, backend, dtype=torch.float64, device="cpu", function=gated_linear_attention):
+    """[out, gradients of query, key, value and (if there is one) log_decay]; log_decay is at least float32."""
+    *tensors, log_decay, doc_start, grad = inputs
+    tensors = [x.detach().to(device, dtype).requires_grad_() for x in tensors]
+    if log_decay is not None:
+        tensors.append(log_decay.detach().to(device, torch.promote_types(dtype, torch.float32)).requires_grad_())
+    decay = tensors[3] if log_decay is not None else None
+    out = function(*tensors[:3], log_decay=decay, doc_start=None if doc_start is None else doc_start.to(device), backend=backend)
+    return [x.detach().cpu() for x in (out, *torch.autograd.grad(out, tensors, grad.to(device, dtype)))]
+
+
+@contextmanager
+def poisoned_memory():
+    """New tensors begin as NaN: what a kernel leaves unwritten is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(8).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def run_interpreted(inputs, dtype, launch, programs, segment_chunks):
+    """run(backend="triton"), called in the interpreter's process."""
+    gla.LAUNCH, gla.PROGRAMS, gla.SEGMENT_CHUNKS = {key: launch for key in gla.LAUNCH}, programs, segment_chunks
+    with poisoned_memory():
+        return run(inputs, "triton", dtype)
+
+
+def assert_close(results, expected, relative_rms, tolerance):
+    names = ("out", "query", "key", "value", "log_decay")
+    errors = {name: relative_rms(x, y, floor=0.0) for name, x, y in zip(names, results, expected, strict=False)}
+    assert len(results) == len(expected) and max(errors.values()) < tolerance, errors
+
+
+# ---- Reference ------------------------------------------------------------------------------------------------------------------------------------------
+
+def recurrence(query, key, value, log_decay, doc_start):
+    """S_i = e^{g_i} S_{i-1} + k_i v_i', out_i = S_i' q_i, token by token."""
+    B, T, H, M = query.shape
+    state, outs = torch.zeros(B, H, M, value.shape[-1], dtype=query.dtype), []
+    for t in range(T):
+        if doc_start is not None:
+            state = torch.where((doc_start[:, t] == t)[:, None, None, None], 0.0, state)
+        state = state if log_decay is None else state * log_decay[:, t].exp()[..., None, None]
+        state = state + torch.einsum("bhm,bhd->bhmd", key[:, t], value[:, t])
+        outs.append(torch.einsum("bhm,bhmd->bhd", query[:, t], state))
+    return torch.stack(outs, 1)
+
+
+@pytest.mark.parametrize("decay", [None, 0.3])
+@pytest.mark.parametrize("docs", [None, 0.1])
+def test_reference_is_the_recurrence(decay, docs, relative_rms):
+    *tensors, _ = make_inputs(2, 37, 3, 5, 4, decay, docs)
+    assert relative_rms(gated_linear_attention_reference(*tensors), recurrence(*tensors), floor=0.0) < 1e-13
+
+
+# ---- PyTorch chunks ---------------------------------------------------------------------------------------------------------------------------------------
+
+SHAPES = [  # B, T, H, M, D, decay, docs, keys
+    (1, 1, 1, 1, 1, 1.0, None, "dense"),
+    (2, 2, 3, 1, 2, 0.1, 0.5, "dense"),
+    (2, 63, 2, 4, 3, 0.1, None, "dense"),
+    (1, 64, 2, 8, 8, 2.0, 0.1, "dense"),
+    (3, 65, 1, 16, 17, None, 0.1, "dense"),
+    (1, 128, 2, 7, 65, None, None, "dense"),
+    (2, 500, 2, 64, 5, 0.05, 0.02, "two-hot"),
+    (1, 1023, 2, 256, 2, 0.01, None, "one-hot"),
+    (1, 300, 1, 3, 129, 0.02, 0.01, "dense"),
+    (40, 70, 3, 2, 2, 0.5, 0.1, "dense"),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_chunks_equal_the_reference(shape, relative_rms):
+    inputs = make_inputs(*shape)
+    with poisoned_memory():
+        results = run(inputs, "chunked")
+    assert_close(results, run(inputs, "reference"), relative_rms, 1e-12)
+
+
+def test_groups_of_chunks(monkeypatch, relative_rms):
+    inputs, expected = (inputs := make_inputs(2, 300, 2, 6, 5)), run(inputs, "reference")
+    for chunk, group in ((16, 1), (16, 200), (48, 10_000), (1, 64)):
+        monkeypatch.setattr(gla, "_cpu_chunk", lambda T, M, D, chunk=chunk: chunk)
+        monkeypatch.setattr(gla, "GROUP", group)
+        assert_close(run(inputs, "chunked"), expected, relative_rms, 1e-12)
+
+
+@pytest.mark.parametrize("decay, docs", [(0.2, 0.1), (None, None)])
+def test_gradcheck(decay, docs, monkeypatch):
+    monkeypatch.setattr(gla, "_cpu_chunk", lambda T, M, D: 4)
+    *tensors, log_decay, doc_start, _ = make_inputs(1, 9, 2, 2, 2, decay, docs)
+    if log_decay is not None:
+        tensors.append(log_decay - 0.01)  # finite differences stay below 0
+    tensors = [x.requires_grad_() for x in tensors]
+    call = lambda q, k, v, g=None: gated_linear_attention(q, k, v, log_decay=g, doc_start=doc_start, backend="chunked")
+    assert torch.autograd.gradcheck(call, tensors, eps=1e-6, atol=1e-8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("decay, tolerance", [(None, 2e-6), (1e-3, 2e-6), (1.0, 1e-5), (20.0, 5e-5)])
+def test_float32(decay, tolerance, relative_rms):
+    """A strong decay costs accuracy: f reaches 64 decays, and an exponent's error is half a unit in its last place."""
+    inputs = make_inputs(1, 3000, 2, 32, 17, decay, None)
+    assert_close(run(inputs, "chunked", torch.float32), run(inputs, "chunked"), relative_rms, tolerance)
+
+
+def forgetting(T=260, drop=-torch.inf):
+    """Inputs with a few tokens before which everything is forgotten, and the same with these as starts of documents."""
+    query, key, value, log_decay, _, grad = make_inputs(2, T, 2, 4, 3, 0.1, None)
+    doc_start = torch.zeros(2, T, dtype=torch.int32)
+    for place in (1, 63, 64, 65, T - 9):
+        log_decay[:, place], doc_start[:, place:] = drop, place
+    return [query, key, value, log_decay, None, grad], [query, key, value, log_decay.clamp_min(-1), doc_start, grad]
+
+
+@pytest.mark.parametrize("drop", [-200.0, -1e4, -torch.inf])
+def test_total_forgetting_is_a_document_start(drop, relative_rms):
+    forgotten, cut = forgetting(drop=drop)
+    assert_close(run(forgotten, "chunked", torch.float32), run(cut, "chunked", torch.float32), relative_rms, 2e-5)
+
+
+def test_forgotten_states_are_zero():
+    """Left to decay, they become denormal numbers, which a CPU multiplies many times as slowly."""
+    query, key, value, log_decay, _, grad = make_inputs(1, 1000, 1, 64, 4, 0.5, None, "one-hot")
+    out, states = torch.ops.knotgpt.gated_linear_attention(*(x.float() for x in (query, key, value, log_decay)), None, "chunked")
+    assert states[1:].any() and not ((states != 0) & (states.abs() <= 1e-35)).any() and (states[5:] == 0).any()
+
+
+def far_tokens(T, boundary):
+    """Inputs whose tokens from `boundary` on are 100 times as large, with next to nothing let through there."""
+    query, key, value, log_decay, _, grad = make_inputs(1, T, 2, 8, 8, 0.5, None)
+    log_decay[:, boundary] = -60.0
+    for x in (query, key, value, grad):
+        x[:, boundary:] *= 100.0
+    return [query, key, value, log_decay, None, grad]
+
+
+def assert_decay_gradient_is_local(got, expected, boundary, relative_rms):
+    """A running sum over the whole sequence would leave the rounding of the large tokens, about 1e-7 x 1e8, in the gradients of the small ones."""
+    assert expected[:, :boundary].abs().mean() > 0.1 and expected[:, boundary + 8:].abs().mean() > 1e7
+    assert relative_rms(got[:, :boundary], expected[:, :boundary], floor=0.0) < 1e-5
+
+
+def test_decay_gradient_does_not_feel_far_tokens(relative_rms):
+    inputs = far_tokens(1000, 512)
+    assert_decay_gradient_is_local(run(inputs, "chunked", torch.float32)[4], run(inputs, "reference")[4], 512, relative_rms)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_nothing_before_a_token_feels_it(backend):
+    *tensors, doc_start, _ = make_inputs(1, 150, 2, 4, 3, docs=None)
+    before = gated_linear_attention(*tensors[:3], log_decay=tensors[3], backend=backend)
+    for x in tensors:
+        x[:, 100:] = -x[:, 100:].abs() * 3
+    after = gated_linear_attention(*tensors[:3], log_decay=tensors[3], backend=backend)
+    assert torch.equal(before[:, :100], after[:, :100]) and not torch.isclose(before[:, 100:], after[:, 100:]).any()
+
+
+def test_documents_are_separate(relative_rms):
+    *tensors, _, grad = make_inputs(1, 150, 2, 4, 3)
+    doc_start = torch.where(torch.arange(150) < 70, 0, 70).int()[None]
+    together = run([*tensors, doc_start, grad], "chunked")
+    apart = [run([x[:, part] for x in tensors] + [None, grad[:, part]], "chunked") for part in (slice(0, 70), slice(70, 150))]
+    assert_close(together, [torch.cat(pair, 1) for pair in zip(*apart)], relative_rms, 1e-13)
+    for x in tensors[:3]:
+        x[:, :70] *= 0.5
+    assert torch.equal(together[0][:, 70:], run([*tensors, doc_start, grad], "chunked")[0][:, 70:])
+
+
+def test_any_strides(relative_rms):
+    query, key, value, log_decay, doc_start, grad = make_inputs(2, 100, 3, 4, 5)
+    expected = run([query, key, value, log_decay, doc_start, grad], "chunked")
+    scattered = [torch.stack([x, x], -1)[..., 0] for x in (query, key, value)] + [log_decay.transpose(0, 2).contiguous().transpose(0, 2), doc_start.T.contiguous().T]
+    assert not any(x.is_contiguous() for x in scattered)
+    out = gated_linear_attention(*(x.requires_grad_() for x in scattered[:3]), log_decay=scattered[3].requires_grad_(), doc_start=scattered[4], backend="chunked")
+    gradients = torch.autograd.grad(out, scattered[:4], grad.transpose(1, 3).contiguous().transpose(1, 3))
+    assert_close([out.detach(), *gradients], expected, relative_rms, 1e-14)
+    summed = [run([query, key, value, log_decay, doc_start, g], "chunked") for g in (torch.ones_like(grad), torch.ones(1, 1, 1, 1).expand_as(grad))]
+    assert all(torch.equal(a, b) for a, b in zip(*summed))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 6e-3), (torch.float16, 1e-3)])
+def test_half_precision(dtype, tolerance, relative_rms):
+    inputs = rounded(make_inputs(2, 200, 2, 16, 17, 0.05), dtype)
+    results = run(inputs, "chunked", dtype)
+    assert [x.dtype for x in results] == [dtype] * 4 + [torch.float32]
+    assert_close(results, run(inputs, "reference"), relative_rms, tolerance)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_mixed_dtypes(backend):
+    query, key, value, log_decay, doc_start, grad = make_inputs(1, 70, 2, 4, 3)
+    tensors = [query.float(), key.float(), value.bfloat16(), log_decay.half()]
+    tensors = [x.requires_grad_() for x in tensors]
+    out = gated_linear_attention(*tensors[:3], log_decay=tensors[3], doc_start=doc_start, backend=backend)
+    out.backward(grad.bfloat16())
+    assert out.dtype == torch.bfloat16 and all(x.grad.dtype == x.dtype and x.grad.isfinite().all() for x in tensors)
+
+
+def test_runs_repeat_bit_for_bit():
+    inputs = make_inputs(2, 300, 2, 8, 8)
+    assert all(torch.equal(a, b) for a, b in zip(run(inputs, "chunked", torch.float32), run(inputs, "chunked", torch.float32)))
+
+
+# ---- As an operator ---------------------------------------------------------------------------------------------------------------------------------------
+
+def test_operator_is_registered_rightly():
+    *tensors, doc_start, _ = make_inputs(2, 70, 2, 4, 3)
+    for decay, docs in ((tensors[3].requires_grad_(), doc_start), (None, None)):
+        arguments = (*(x.requires_grad_() for x in tensors[:3]), decay, docs, "chunked")
+        torch.library.opcheck(torch.ops.knotgpt.gated_linear_attention.default, arguments)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_as_one_graph(compiler, relative_rms):
+    inputs = make_inputs(2, 70, 2, 4, 3)
+    compiled = torch.compile(lambda *args, **kwargs: 2 * gated_linear_attention(*args, **kwargs), fullgraph=True, backend=compiler)
+    expected = [2 * x for x in run(inputs, "chunked")]
+    assert_close(run(inputs, "auto", function=compiled), expected, relative_rms, 1e-13)
+
+
+def test_keeps_inputs_and_chunk_states_only():
+    kept = []
+    tensors = [x.float().requires_grad_() for x in make_inputs(2, 200, 3, 8, 5)[:4]]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        gated_linear_attention(*tensors[:3], log_decay=tensors[3])
+    storages = {x.untyped_storage().data_ptr(): x for x in kept}
+    states = [x for pointer, x in storages.items() if pointer not in {y.untyped_storage().data_ptr() for y in tensors}]
+    assert [tuple(x.shape) for x in states] == [(7, 6, 8, 5)]
+
+
+def test_flops_are_counted_on_any_device():
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            query, key, value, log_decay = torch.zeros(2, 200, 3, 8), torch.zeros(2, 200, 3, 8), torch.zeros(2, 200, 3, 5), torch.zeros(2, 200, 3)
+        with FlopCounterMode(display=False) as counter:
+            gated_linear_attention(query.requires_grad_(), key, value, log_decay=log_decay).sum().backward()
+        assert counter.get_total_flops() == 2 * 200 * 3 * (2 * 32 * 13 + 4 * 40 + 2 * 32 * (24 + 10) + 8 * 40)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(query=torch.zeros(2, 9, 3, 5)), r"query and key must be \(B, T, H, M\) .* got query \(2, 9, 3, 5\), key \(2, 9, 3, 4\), value \(2, 9, 3, 2\)"),
+    (dict(value=torch.zeros(2, 9, 1, 2)), r"query and key must be"),
+    (dict(value=torch.zeros(2, 9, 3, 0)), r"none of them empty"),
+    (dict(log_decay=torch.zeros(2, 9)), r"log_decay must be \(2, 9, 3\) for .* got \(2, 9\)"),
+    (dict(log_decay=torch.full((2, 9, 3), 0.25)), r"log_decay must be <= 0; its largest is 0.25"),
+    (dict(log_decay=torch.zeros(2, 9, 3, dtype=torch.int32)), r"log_decay must be float64, .* got torch.int32"),
+    (dict(doc_start=torch.zeros(2, 9)), r"doc_start must be int32; got torch.float32"),
+    (dict(doc_start=torch.zeros(9, dtype=torch.int32)), r"doc_start must be \(2, 9\)"),
+    (dict(doc_start=torch.arange(9, dtype=torch.int32).flip(0).expand(2, 9)), r"0 <= doc_start\[b, t\] <= t, never falling"),
+    (dict(key=torch.zeros(2, 9, 3, 4, device="meta")), r"key is on meta, value on cpu"),
+    (dict(backend="fast"), r"backend must be one of auto, reference, chunked, triton; got 'fast'"),
+    (dict(backend="triton"), r"backend 'triton' needs CUDA tensors and Triton; got tensors on cpu: use 'chunked' or 'auto'"),
+])
+def test_wrong_arguments_are_named(changes, message):
+    arguments = dict(query=torch.zeros(2, 9, 3, 4), key=torch.zeros(2, 9, 3, 4), value=torch.zeros(2, 9, 3, 2)) | changes
+    with pytest.raises(ValueError, match=message):
+        gated_linear_attention(**arguments)
+
+
+def test_needs_no_triton():
+    script = """
+import sys
+sys.modules["triton"] = None
+import torch
+from kernels.gated_linear_attention import gated_linear_attention
+x = torch.ones(1, 3, 1, 2, requires_grad=True)
+gated_linear_attention(x, x, x).sum().backward()
+assert x.grad.isfinite().all()
+try:
+    gated_linear_attention(x, x, x, backend="triton")
+except ValueError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=Path(gla.__file__).parents[1], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "'triton' needs CUDA tensors and Triton" in result.stdout
+
+
+# ---- Decoding ---------------------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("decay", [None, 0.2])
+def test_steps_equal_the_forward_pass(decay, relative_rms):
+    query, key, value, log_decay, _, grad = make_inputs(2, 90, 3, 5, 4, decay, None)
+    tensors = [x.requires_grad_() for x in (query, key, value, log_decay) if x is not None]
+    state, outs = torch.zeros(2, 3, 5, 4, dtype=torch.float64), []
+    for t in range(90):
+        out, state = gated_linear_attention_step(state, query[:, t], key[:, t], value[:, t], None if log_decay is None else log_decay[:, t])
+        outs.append(out)
+    results = [torch.stack(outs, 1), *torch.autograd.grad(torch.stack(outs, 1), tensors, grad)]
+    assert_close([x.detach() for x in results], run([*(x if x is None else x.detach() for x in (query, key, value, log_decay)), None, grad], "chunked"), relative_rms, 1e-12)
+
+
+def test_step_keeps_the_state_in_float32(relative_rms):
+    query, key, value, log_decay, _, _ = make_inputs(1, 400, 2, 4, 3, 0.01, None)
+    query, key, value = (x.bfloat16() for x in (query, key, value))
+    expected, state = gated_linear_attention_reference(query.double(), key.double(), value.double(), log_decay), torch.zeros(1, 2, 4, 3)
+    for t in range(400):
+        out, state = gated_linear_attention_step(state, query[:, t], key[:, t], value[:, t], log_decay[:, t])
+    assert out.dtype == torch.bfloat16 and state.dtype == torch.float32
+    assert relative_rms(out, expected[:, -1], floor=0.0) < 6e-3
+
+
+def test_step_names_wrong_shapes():
+    with pytest.raises(ValueError, match=r"for a state \(B, H, M, D\) = \(2, 3, 5, 4\) .* got query \(2, 3, 5\), key \(2, 3, 4\), value \(2, 3, 4\)"):
+        gated_linear_attention_step(torch.zeros(2, 3, 5, 4), torch.zeros(2, 3, 5), torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))
+
+
+# ---- Triton, interpreted ------------------------------------------------------------------------------------------------------------------------------------
+
+SMALL = dict(chunk=16, block=32, state=(4, 1), out=(4, 1), bwd=(4, 1))
+INTERPRETED = [  # B, T, H, M, D, decay, docs, keys, PROGRAMS: segments follow from it
+    (2, 40, 2, 3, 5, 0.5, 0.1, "dense", 1),
+    (1, 1, 1, 1, 1, 0.5, None, "dense", 1),
+    (1, 33, 1, 1, 2, 0.5, None, "dense", 100),
+    (1, 64, 2, 16, 16, None, 0.1, "dense", 1),
+    (1, 50, 1, 33, 17, None, None, "dense", 100),
+    (2, 130, 1, 8, 4, 0.1, 0.03, "two-hot", 8),
+    (1, 50, 1, 40, 65, 0.05, 0.02, "dense", 100),
+    (1, 20, 1, 256, 129, 0.1, None, "one-hot", 1),
+]
+
+
+@pytest.mark.parametrize("case", INTERPRETED, ids=str)
+def test_interpreted_kernels_equal_the_reference(case, interpreter, relative_rms):
+    *shape, programs = case
+    inputs = make_inputs(*shape)
+    results = interpreter(__name__, "run_interpreted", inputs, torch.float32, SMALL, programs, 1)
+    assert_close(results, run(inputs, "reference"), relative_rms, 3e-6)
+
+
+def test_interpreted_kernels_with_chunks_of_64(interpreter, relative_rms):
+    inputs = make_inputs(1, 150, 1, 4, 3)
+    assert_close(interpreter(__name__, "run_interpreted", inputs, torch.float32, SMALL | dict(chunk=64, block=64), 1, 1), run(inputs, "reference"), relative_rms, 3e-6)
+
+
+def test_interpreted_kernels_forget(interpreter, relative_rms):
+    forgotten, cut = forgetting(100)
+    assert_close(interpreter(__name__, "run_interpreted", forgotten, torch.float32, SMALL, 4, 1), run(cut, "chunked", torch.float32), relative_rms, 2e-5)
+
+
+def test_interpreted_decay_gradient_does_not_feel_far_tokens(interpreter, relative_rms):
+    inputs = far_tokens(90, 48)
+    got = interpreter(__name__, "run_interpreted", inputs, torch.float32, SMALL, 1, 1)[4]
+    assert_decay_gradient_is_local(got, run(inputs, "reference")[4], 48, relative_rms)
+
+
+def test_interpreted_half_precision(interpreter, relative_rms):
+    """float16 only: the interpreter multiplies bfloat16 as the integers that it keeps them in."""
+    inputs = rounded(make_inputs(1, 40, 2, 5, 3, 0.05), torch.float16)
+    results = interpreter(__name__, "run_interpreted", inputs, torch.float16, SMALL, 1, 1)
+    assert [x.dtype for x in results] == [torch.float16] * 4 + [torch.float32]
+    assert_close(results, run(inputs, "reference"), relative_rms, 1e-3)
+
+
+# ---- Triton, compiled ahead of time -------------------------------------------------------------------------------------------------------------------------
+
+def compile_ahead(aot, name, M, D, dtype, capability, **given):
+    """A kernel as a training step launches it: with decay, documents and contiguous inputs. given: further constants, None for an absent pointer."""
+    launch = gla.LAUNCH.get((capability // 10, gla._operand(dtype).itemsize), gla.LAUNCH[0, gla._operand(dtype).itemsize])
+    kernel, constants = getattr(gla, f"_gla_{name}_kernel"), gla._constants(M, D, dtype, launch) | (dict(REVERSE=True) if name == "state" else {})
+    constants |= {argument: value for argument, value in given.items() if argument in kernel.arg_names}
+    element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+    pointers = dict(log_decay_ptr="*fp32", ddecay_ptr="*fp32", total_ptr="*fp32", carry_ptr="*fp32", doc_start_ptr="*i32",
+                    state_ptr=element[gla._operand(dtype)], behind_ptr=element[gla._operand(dtype)])
+    signature = {argument: pointers.get(argument, element[dtype]) if argument.endswith("_ptr") else "i32" for argument in kernel.arg_names if argument not in constants}
+    widths = dict(query=M, key=M, value=D, grad=D)
+    aligned = [argument for argument in signature if argument.endswith("_ptr") or widths.get(argument[:-2], 1) % 16 == 0]
+    warps, stages = launch[name]
+    return aot(kernel, signature, constants, capability, warps, stages, aligned)
+
+
+SLOW_SHAPES = [(M, D, dtype, capability) for capability in (80, 90, 100) for M, D, dtype in (
+    (1, 8, torch.bfloat16), (64, 16, torch.bfloat16), (64, 64, torch.bfloat16), (256, 65, torch.bfloat16), (128, 128, torch.bfloat16), (64, 129, torch.bfloat16),
+    (64, 64, torch.float32), (64, 64, torch.float16))]
+
+
+@pytest.mark.parametrize("name", ["state", "out", "bwd"])
+@pytest.mark.parametrize("M, D, dtype, capability", [(64, 64, torch.bfloat16, 90), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in SLOW_SHAPES)])
+def test_kernels_compile_for_cards(name, M, D, dtype, capability, aot):
+    result = compile_ahead(aot, name, M, D, dtype, capability)
+    assert result.spills == 0 and result.has_tensor_cores
+    assert result.shared <= min(result.shared_limit, 99 * 1024)  # a consumer card's limit, too
+
+
+ONE_TOKEN = dict.fromkeys(("H", "T", "N", "SEGMENTS", "SEGMENT_CHUNKS", "decay_t", "decay_h"), 1)  # a launch makes constants of arguments that are 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["state", "out", "bwd"])
+@pytest.mark.parametrize("given", [ONE_TOKEN, ONE_TOKEN | dict(total_ptr=None, carry_ptr=None, REVERSE=False), dict(state_ptr=None),
+                                   dict.fromkeys(("log_decay_ptr", "doc_start_ptr", "ddecay_ptr", "total_ptr", "carry_ptr"))], ids=str)
+def test_kernels_compile_for_every_launch(name, given, aot):
+    if name != "state" and "state_ptr" in given:
+        pytest.skip("only the state kernel can do without")
+    assert compile_ahead(aot, name, 5, 7, torch.bfloat16, 90, **given).spills == 0
+
+
+# ---- On a GPU -------------------------------------------------------------------------------------------------------------------------------------------------
+
+GPU_SHAPES = [
+    (2, 1000, 3, 64, 64, 0.05, 0.005, "dense"),
+    (1, 777, 2, 64, 65, 0.05, None, "dense"),
+    (1, 513, 2, 128, 129, None, 0.01, "dense"),
+    (2, 200, 5, 1, 8, 0.1, None, "dense"),
+    (1, 300, 2, 256, 65, 0.02, 0.01, "two-hot"),
+    (1, 130, 4, 16, 1, 0.02, 0.01, "one-hot"),
+    (1, 1, 1, 3, 2, 0.5, None, "dense"),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 8e-3), (torch.float16, 2e-3), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
+def test_gpu_equals_the_reference(shape, dtype, tolerance, relative_rms):
+    inputs = rounded(make_inputs(*shape), dtype)
+    with poisoned_memory():
+        results = run(inputs, "triton", dtype, "cuda")
+    assert_close(results, run(inputs, "reference"), relative_rms, tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("docs", [None, 1e-4])
+def test_gpu_long_sequences_in_segments(docs, relative_rms):
+    inputs = rounded(make_inputs(1, 40_001, 3, 64, 65, 2e-3, docs), torch.bfloat16)
+    with poisoned_memory():
+        results = run(inputs, "triton", torch.bfloat16, "cuda")
+    assert_close(results, run(inputs, "chunked", torch.float64, "cuda"), relative_rms, 8e-3)
+
+
+@pytest.mark.gpu
+def test_gpu_offsets_beyond_32_bits(relative_rms):
+    """A row of 2^20 tokens and 3,072 channels has 2^31.6 elements; its last head's last tokens are compared with those of a document of their own."""
+    if torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
+        pytest.skip("needs 60 GiB of GPU memory")
+    T, H, D, last = 1 << 20, 48, 64, 4096
+    generator = torch.Generator("cuda").manual_seed(0)
+    query, key, value = (torch.randn(1, T, H, D, dtype=torch.bfloat16, device="cuda", generator=generator) for _ in range(3))
+    log_decay = torch.full((1, T, H), -0.01, device="cuda")
+    doc_start = torch.where(torch.arange(T, device="cuda") < T - last, 0, T - last).int()[None]
+    out = gated_linear_attention(query, key, value, log_decay=log_decay, doc_start=doc_start)
+    own = gated_linear_attention(*(x[:, -last:] for x in (query, key, value)), log_decay=log_decay[:, -last:])
+    assert relative_rms(out[:, -last:, -1].float(), own[:, :, -1].float(), floor=0.0) < 6e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gpu_compiled_equals_eager(dtype):
+    inputs = make_inputs(2, 300, 3, 32, 33, 0.05)
+    compiled = torch.compile(gated_linear_attention, fullgraph=True)
+    assert all(torch.equal(a, b) for a, b in zip(run(inputs, "auto", dtype, "cuda"), run(inputs, "auto", dtype, "cuda", compiled)))
+
+
+@pytest.mark.gpu
+def test_gpu_runs_repeat_bit_for_bit():
+    inputs = make_inputs(1, 5000, 2, 64, 65, 0.01)
+    assert all(torch.equal(a, b) for a, b in zip(run(inputs, "triton", torch.bfloat16, "cuda"), run(inputs, "triton", torch.bfloat16, "cuda")))
+
+
+@pytest.mark.gpu
+def test_gpu_strided_inputs_are_read_in_place(relative_rms):
+    query, key, value, log_decay, doc_start, grad = make_inputs(2, 200, 3, 16, 16)
+    fused = torch.cat([query, key, value], -1).cuda().float()
+    out = gated_linear_attention(*fused.split(16, -1), log_decay=log_decay.cuda().float(), doc_start=doc_start.cuda(), backend="triton")
+    assert relative_rms(out, run([query, key, value, log_decay, doc_start, grad], "reference")[0], floor=0.0) < 2e-5

@@ -1,0 +1,81 @@
+"""
+Forgetting attention: softmax attention whose scores lose weight with age, by a forget gate that reads the data.
+
+    s_ij = scale q_i.k_j + F_i - F_j        F_i = sum over t <= i of log f_t        f_t = sigmoid(w.x_t + d), for each head
+
+x (B, T, model_dim) is the layer's input, f and F (B, T, H) are float32; everything else is the baseline's attention, positions included. w begins at
+zero and d so that f is e^-slope with the slopes 2^(-8 h / H), h = 1 .. H. decay=per_head leaves w out: learned slopes. It is the control for every
+attention that has a decay: the gate is that of topological_attention, with the same names and initial tensors.
+
+Cost: H model_dim + H parameters a layer. FlexAttention adds the two sums to a score in float32. Elsewhere the same scores come out of one product without
+a mask of their own: as a softmax ignores what all keys of a query share, F_i is left out, q gets channels of ones and k the channels of -F_j, three of
+them in bfloat16, which together hold a float32 number.
+
+Source: Lin, Nikishin, He & Courville, Forgetting Transformer, 2025, arxiv.org/abs/2503.02130; slopes: Press et al., ALiBi, 2021, arxiv.org/abs/2108.12409
+Status: not yet measured
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import train_gpt
+from train_gpt import AttentionContext, Config
+
+@dataclass
+class Options:
+    decay: Literal["data", "per_head"] = "data"
+
+def parts_of(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (...) float32 as (..., n) of dtype whose sum is x: 1, or 3 where dtype has fewer bits. The gradient is that of the first."""
+    parts = []
+    for _ in range(1 if dtype.itemsize >= x.dtype.itemsize else 3):
+        parts.append(x.to(dtype))
+        x = x - parts[-1]
+    return torch.stack(parts, dim=-1)
+
+def attend_and_forget(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, ctx: AttentionContext, scale: float) -> Tensor:
+    """Softmax attention of q, k, v (B, T, H, D) with sums_i - sums_j (B, T, H) added to the scores; returns (B, T, H, D)."""
+    if ctx.block_mask is None:
+        k_extra = parts_of(-sums, k.dtype)
+        q_extra, n = torch.ones_like(k_extra), k_extra.shape[-1]
+        q, k, v = torch.cat((q * scale, q_extra), dim=-1), torch.cat((k, k_extra), dim=-1), F.pad(v, (0, n))  # equal widths: the fast path on a CPU
+        return train_gpt.attend(q, k, v, ctx, 1.0)[..., :-n]
+    from torch.nn.attention.flex_attention import flex_attention
+    keys = sums.transpose(1, 2).contiguous()
+    queries = keys.detach()  # its gradient is zero: all keys of a query share it
+    score_mod = lambda score, b, h, i, j: score + (queries[b, h, i] - keys[b, h, j])
+    return flex_attention(*(t.transpose(1, 2) for t in (q, k, v)), score_mod=score_mod, block_mask=ctx.block_mask, scale=scale).transpose(1, 2)
+
+class ForgettingAttention(train_gpt.CausalSelfAttention):
+    """forward(x (B, T, model_dim), ctx) -> same shape."""
+    def __init__(self, config: Config, layer: int, options: Options):
+        super().__init__(config, layer)
+        slopes = [2 ** (-8 * (head + 1) / config.heads) for head in range(config.heads)]
+        self.forget_bias = nn.Parameter(torch.tensor([-math.log(math.expm1(slope)) for slope in slopes]))
+        self.forget = train_gpt.Linear(config, layer, "gate", config.model_dim, config.heads) if options.decay == "data" else None
+
+    def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
+        q, k, v = (t.unflatten(-1, (-1, self.config.head_dim)) for t in train_gpt.project(x, self.q, self.k, self.v))
+        if self.config.qk_norm:
+            q, k = train_gpt.RMSNormalize.apply(q), train_gpt.RMSNormalize.apply(k)
+        if ctx.rotary is not None:
+            q, k = train_gpt.rotate(q, ctx.rotary), train_gpt.rotate(k, ctx.rotary)
+        if self.value_mix is not None:
+            mix = self.value_mix.type_as(v)
+            v = mix[0] * v + mix[1] * ctx.value.view_as(v)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        logits = self.forget_bias if self.forget is None else self.forget(wide) + self.forget_bias
+        sums = F.logsigmoid(logits).expand(*x.shape[:2], self.config.heads).cumsum(1)
+        y = attend_and_forget(q, k, v, sums, ctx, self.scale)
+        if self.gate is not None:
+            y = y * (2 * torch.sigmoid(self.gate(x[..., :train_gpt.GATE_CHANNELS])))[..., None]
+        return self.o(y.flatten(2))
+
+def patch(options: Options):
+    train_gpt.CausalSelfAttention = partial(ForgettingAttention, options=options)
