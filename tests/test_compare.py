@@ -6,17 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import compare
 from compare import BUDGET_SEED, SWEEP_SEED, Comparison, main
-from conftest import ROOT
 from data.shards import write_meta, write_shard
 from records.runs import read_run
 from tests.records.conftest import log_lines
 from train_gpt import TRACKS
+
+ROOT = Path(__file__).resolve().parent.parent
 
 STAND_IN = """
 import json, pathlib, shutil, sys, time
