@@ -334,13 +334,17 @@ def _block(size: int, most: int) -> int:
 
 
 def _constants(M: int, D: int, dtype: torch.dtype, launch: dict) -> dict:
-    """The kernels' constants. A stored state's rows are whole words of 16 bytes, so that D = 65 is loaded as fast as 64."""
-    return dict(M=M, D=D, D_STORED=-(-D // 8) * 8, CHUNK=launch["chunk"], BLOCK_M=_block(M, launch["block"]), BLOCK_D=_block(D, launch["block"]),
+    return dict(M=M, D=D, D_STORED=_stored(D), CHUNK=launch["chunk"], BLOCK_M=_block(M, launch["block"]), BLOCK_D=_block(D, launch["block"]),
                 OPERAND=tl.bfloat16 if dtype == torch.bfloat16 else tl.float32, PRECISION="tf32" if dtype == torch.float16 else "tf32x3")
 
 
+def _stored(D: int) -> int:
+    """Columns of a stored state: its rows are whole words of 16 bytes, whatever D is."""
+    return -(-D // 8) * 8
+
+
 def _state_shape(B: int, T: int, H: int, M: int, D: int, chunk: int) -> tuple[int, ...]:
-    return B * H, -(-T // chunk), M, -(-D // 8) * 8
+    return B * H, -(-T // chunk), M, _stored(D)
 
 
 def _strides(*tensors: Tensor, log_decay: Tensor | None, doc_start: Tensor | None) -> tuple[int, ...]:
@@ -407,7 +411,7 @@ def _triton_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lo
 # ---- Host functions: PyTorch ----------------------------------------------------------------------------------------------------------------------------
 # Chunk-major: (N, B*H, C, X), so that any run of chunks is one batch of products without a copy.
 
-GROUP = 8192   # tokens times heads that are worked on at once: what they need stays in a CPU's cache
+GROUP = 4096   # tokens times heads that are worked on at once: what they need stays in a CPU's cache
 
 
 def _cpu_chunk(T: int, M: int, D: int) -> int:
@@ -427,8 +431,11 @@ def _gather(x: Tensor, chunk: int, first: int, last: int, dtype: torch.dtype) ->
 def _scatter(chunks: Tensor, out: Tensor, first: int):
     """Chunks (n, B*H, C, X), the first of them number `first`, to their places in out (B, T, H, X)."""
     n, _, chunk, _ = chunks.shape
-    rows = out[:, first * chunk:(first + n) * chunk]
-    rows.copy_(chunks.unflatten(1, (len(out), -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :rows.shape[1]])
+    rows, chunks = out[:, first * chunk:(first + n) * chunk], chunks.unflatten(1, (len(out), -1)).permute(1, 0, 3, 2, 4)
+    if rows.shape[1] == n * chunk:
+        rows.unflatten(1, (n, chunk)).copy_(chunks)
+    else:
+        rows.copy_(chunks.flatten(1, 2)[:, :rows.shape[1]])
 
 
 class _Chunks:
@@ -610,13 +617,14 @@ def _interpreted() -> bool:
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, doc_start: Tensor | None, backend: str):
-    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("query", query), ("key", key), ("value", value)))
+    def shapes():  # text is made where it is needed: with dynamic shapes it cannot be part of a graph
+        return ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("query", query), ("key", key), ("value", value)))
     if query.ndim != 4 or value.ndim != 4 or query.shape != key.shape or key.shape[:3] != value.shape[:3] or min(*query.shape, *value.shape) < 1:
-        raise ValueError(f"query and key must be (B, T, H, M) and value (B, T, H, D), none of them empty; got {shapes}")
+        raise ValueError(f"query and key must be (B, T, H, M) and value (B, T, H, D), none of them empty; got {shapes()}")
     B, T, H, _ = value.shape
     for name, x, shape in (("log_decay", log_decay, (B, T, H)), ("doc_start", doc_start, (B, T))):
         if x is not None and x.shape != shape:
-            raise ValueError(f"{name} must be {shape} for {shapes}; got {tuple(x.shape)}")
+            raise ValueError(f"{name} must be {shape} for {shapes()}; got {tuple(x.shape)}")
     for name, x in (("query", query), ("key", key), ("value", value), ("log_decay", log_decay), ("doc_start", doc_start)):
         if x is not None and x.device != value.device:
             raise ValueError(f"{name} is on {x.device}, value on {value.device}; move them to one device")

@@ -267,6 +267,15 @@ def test_compiles_as_one_graph(compiler, relative_rms):
     assert_close(run(inputs, "auto", function=compiled), expected, relative_rms, 1e-13)
 
 
+def test_one_graph_serves_every_length(relative_rms):
+    compiled = torch.compile(gated_linear_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T in (70, 130, 200):
+        inputs = make_inputs(2, T, 2, 4, 3)
+        with torch._dynamo.config.patch(error_on_recompile=T > 70):
+            results = run(inputs, "auto", function=compiled)
+        assert_close(results, run(inputs, "chunked"), relative_rms, 1e-13)
+
+
 def test_keeps_inputs_and_chunk_states_only():
     kept = []
     tensors = [x.float().requires_grad_() for x in make_inputs(2, 200, 3, 8, 5)[:4]]
