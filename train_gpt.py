@@ -481,19 +481,26 @@ class CausalSelfAttention(nn.Module):
         self.gate = Linear(config, layer, "gate", min(GATE_CHANNELS, config.model_dim), config.heads) if config.attention_gate else None
         self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5])) if value_table(config, layer) is not None else None
         self.scale = config.attention_scale or config.head_dim ** -0.5
-    def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
+    def heads(self, x: Tensor, ctx: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, T, H, D), ready to attend."""
         q, k, v = (t.unflatten(-1, (-1, self.config.head_dim)) for t in project(x, self.q, self.k, self.v))
         if self.config.qk_norm:
             q, k = RMSNormalize.apply(q), RMSNormalize.apply(k)
         if ctx.rotary is not None:
             q, k = rotate(q, ctx.rotary), rotate(k, ctx.rotary)
-        if self.value_mix is not None:
-            mix = self.value_mix.type_as(v)
-            v = mix[0] * v + mix[1] * ctx.value.view_as(v)
-        y = attend(q, k, v, ctx, self.scale)
+        return q, k, self.mix_value(v, ctx)
+    def mix_value(self, v: Tensor, ctx: AttentionContext) -> Tensor:
+        if self.value_mix is None:
+            return v
+        mix = self.value_mix.type_as(v)
+        return mix[0] * v + mix[1] * ctx.value.view_as(v)
+    def gate_heads(self, y: Tensor, x: Tensor) -> Tensor:
+        """y (B, T, H, D), each head gated by the first channels of the layer's input x -> (B, T, H D)."""
         if self.gate is not None:
             y = y * (2 * torch.sigmoid(self.gate(x[..., :GATE_CHANNELS])))[..., None]
-        return self.o(y.flatten(2))
+        return y.flatten(2)
+    def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
+        return self.o(self.gate_heads(attend(*self.heads(x, ctx), ctx, self.scale), x))
 
 class MLP(nn.Module):
     """Feed-forward with squared ReLU."""

@@ -1,12 +1,12 @@
 """
-Everything that wants a GPU, in one command: the GPU tests, then a few steps of every track, as one JSON file and one table.
+Everything that wants a GPU, in one command: the GPU tests, the kernels' benchmarks, a few steps of every track, as one JSON file and one table.
 
     python benchmarks/gpu_suite.py                                            all of it, nine minutes at most, on all GPUs of this machine
     python benchmarks/gpu_suite.py --sections tracks --tracks short,small --steps 50 --data data/fineweb10B
     python benchmarks/gpu_suite.py --list                                     the sections
 
 benchmarks/results/<device>.json is rewritten after every run: what was measured stays, whatever happens to the rest.
-Without a GPU a reduced form runs (a tiny batch, few and narrow layers, nothing compiled): it proves that the tracks run and measures nothing.
+Without a GPU a reduced form runs (a tiny batch, few and narrow layers, nothing compiled; no kernels): it proves that the tracks run and measures nothing.
 """
 
 import argparse
@@ -135,7 +135,24 @@ def run_tracks(run: Run) -> dict:
     return dict(status=PASSED if good == len(rows) else f"incomplete: {good} of {len(rows)} tracks passed", tracks=rows)
 
 
-SECTIONS = {"tests": run_tests, "tracks": run_tracks}
+def run_kernels(run: Run) -> dict:
+    """the benchmark of every kernel, at a few sizes"""
+    if run.reduced:
+        return dict(status=SKIPPED)
+    rows = {}
+    for script in KERNEL_BENCHMARKS:
+        output = run.folder / f"{script}.json"
+        rows[script] = run.command(script, [sys.executable, f"benchmarks/{script}.py", "--quick", "--output", str(output)])
+        if output.exists():
+            found = json.loads(output.read_text())
+            rows[script] |= {name: found[name] for name in ("ceilings", "dtype", "rows")}
+        run.record(kernels=rows)
+    good = sum(row["status"] == PASSED for row in rows.values())
+    return dict(status=PASSED if good == len(rows) else f"incomplete: {good} of {len(rows)} benchmarks passed", kernels=rows)
+
+
+KERNEL_BENCHMARKS = ("topological_attention", "gated_linear_attention")
+SECTIONS = {"tests": run_tests, "kernels": run_kernels, "tracks": run_tracks}
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------------
 # One track

@@ -22,8 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def require_tests(*paths: str):
-    """Run these test files, on a GPU its own tests too. RunError if one fails: a speed of something wrong is no speed."""
-    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *paths], cwd=ROOT, capture_output=True, text=True)
+    """Run these test files, where there is a GPU those that need one. RunError if one fails: a speed of something wrong is no speed."""
+    chosen = ["-m", "gpu"] if torch.cuda.is_available() else []
+    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *chosen, *paths], cwd=ROOT, capture_output=True, text=True)
     if result.returncode:
         failed = next((line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), f"exit code {result.returncode}")
         raise RunError(f"no figures while tests fail: {failed}; mend it, or see it by pytest {' '.join(paths)}")
@@ -31,26 +32,28 @@ def require_tests(*paths: str):
 
 def in_turn(arms: dict[str, Callable], device: torch.device, seconds: float = 1.0, least: int = 5) -> dict[str, dict | str]:
     """
-    {arm: dict(median, p20, p80 in ms, n, peak_mib on a GPU)}, each call of one arm followed by one of the next. An arm that fails has its error's first line
-    instead, "out of memory" where that is it. seconds: for each arm, after a first call that is not counted; `least` calls in any case.
+    {arm: dict(median, p20, p80 in ms, n, peak_mib on a GPU)}. Arms take turns: one call each on a GPU; on a CPU calls for a tenth of a second, the first of
+    which brings back the arm's caches and is not counted unless it takes that long. An arm that fails has its error's first line instead, "out of memory"
+    where that is it. seconds: for each arm, after two calls that are not counted; `least` calls in any case.
     """
-    results, times, flush = {}, {}, torch.empty(256 << 20, dtype=torch.int8, device=device) if device.type == "cuda" else None
+    results, first, flush = {}, {}, torch.empty(256 << 20, dtype=torch.int8, device=device) if device.type == "cuda" else None
     for name, function in arms.items():
         try:
             if flush is not None:
                 torch.cuda.reset_peak_memory_stats()
             function()
-            first = timed(function, flush)
+            first[name] = timed(function, flush)
             results[name] = dict(peak_mib=torch.cuda.max_memory_allocated() >> 20) if flush is not None else {}
-            times[name] = [first]
         except Exception as error:
             memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
             results[name] = "out of memory" if memory else f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    rounds = {name: max(least, int(1000 * seconds / own[0])) for name, own in times.items()}
-    for turn in range(1, max(rounds.values(), default=0)):
-        for name in times:
-            if turn < rounds[name]:
-                times[name].append(timed(arms[name], flush))
+    together = {name: 1 if flush is not None else max(1, int(100 / ms)) for name, ms in first.items()}
+    wanted, times = {name: max(least, int(1000 * seconds / ms)) for name, ms in first.items()}, {name: [] for name in first}
+    while unfinished := [name for name in times if len(times[name]) < wanted[name]]:
+        for name in unfinished:
+            if together[name] > 1:
+                arms[name]()
+            times[name] += [timed(arms[name], flush) for _ in range(together[name])]
     for name, own in times.items():
         low, median, high = np.percentile(own, (20, 50, 80)).tolist()
         results[name] |= dict(median=median, p20=low, p80=high, n=len(own))

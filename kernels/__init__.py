@@ -1,5 +1,6 @@
-"""One operation, one file; here only their public names."""
+"""One operation, one file, or a file for each backend; here only their public names."""
 
+from kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_reference, gated_linear_attention_step
 from kernels.topological_attention import topological_attention, topological_attention_reference
 
-__all__ = ["topological_attention", "topological_attention_reference"]
+__all__ = ["gated_linear_attention", "gated_linear_attention_reference", "gated_linear_attention_step", "topological_attention", "topological_attention_reference"]

@@ -9,7 +9,7 @@ pairs inside a chunk are a dense tile, and at each of L levels the keys of a nod
 One sort of the keys is partitioned stably, level by level, as in a wavelet tree. Keys x_1 <= x_2 <= ... of a node with log-weights w have the sums
     U_r = sum over t <= r of e^{w_t + x_t - y_r} [v_t, 1]      y_r = max over t <= r of (w_t + x_t)          w_t = c_t + F_m - F_t, m the last token of the node
     V_r = sum over t >= r of e^{w_t - x_t - z_r} [v_t, 1]      z_r = max over t >= r of (w_t - x_t)
-no factor above 1, for blocks of C keys as a product with a C x C tile, between blocks as a scan of block ends. A query with r keys at or below it reads
+no factor above 1, for blocks of c = C / 4 keys as a product with a c x c tile, between blocks as a scan of block ends. A query with r keys at or below it reads
     e^{F_i - F_m - M_i} (e^{y_r - a_i} U_r + e^{z_{r+1} + a_i} V_{r+1})
 A window of W cuts the tokens into blocks of W: the lower triangle of every block, and the strictly upper triangle of its queries and the keys before it.
 
@@ -18,7 +18,7 @@ Backward: with u_i = dOut_i / Z_i, delta_i = dOut_i . out_i / Z_i, p_ij = e^{s_i
 where sgn(0) = 0. The sums over i are the same operator transposed (right queries act on left keys) on rows [u, -delta], each side of the key by itself.
 
 Work for one token of one head (counted; e bytes an element; D + 1 columns a row, products and masked pairs included):
-    forward    2 C (D + 1)(L + 1) FLOPs and C (L + 1) exponentials      backward   4 C (D + 1)(L + 1) FLOPs
+    forward    2 (C + c L)(D + 1) FLOPs and at most C + c L exponentials      backward   twice that
     bytes      forward about 4 e (D + 1)(L + 1): each level reads v, writes U and V and reads two rows of them for every second token; backward three times that
 
 Source: Moriondo, Topological Transformer (Tauformer), TechRxiv 176800983.30631144, for scores of scalars; the algorithm and its gradient are ours. Sorted partitions
@@ -50,7 +50,7 @@ CHUNK = 64                  # most tokens in a chunk, whose pairs are a dense ti
 BLOCKS = 4                  # blocks of sorted keys in a chunk's worth of them
 SCAN_BLOCK = 32             # most elements that a scan sums as a tile
 TILES = 1 << 18             # elements of tiles that are made at a time, so that they stay in the cache
-TABLE_ROWS = 1 << 15        # rows of U and V that are made at a time, unless one level of one row has more: T
+TABLE_ROWS = 1 << 16        # rows of U and V that are made at a time, unless one level of one row has more: T
 READ_TOKENS = 1 << 13       # tokens that read at a time
 PART_TOKENS = 1 << 15       # tokens of rows that go through together
 LOG2_E = math.log2(math.e)

@@ -61,21 +61,10 @@ class ForgettingAttention(train_gpt.CausalSelfAttention):
         self.forget = train_gpt.Linear(config, layer, "gate", config.model_dim, config.heads) if options.decay == "data" else None
 
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
-        q, k, v = (t.unflatten(-1, (-1, self.config.head_dim)) for t in train_gpt.project(x, self.q, self.k, self.v))
-        if self.config.qk_norm:
-            q, k = train_gpt.RMSNormalize.apply(q), train_gpt.RMSNormalize.apply(k)
-        if ctx.rotary is not None:
-            q, k = train_gpt.rotate(q, ctx.rotary), train_gpt.rotate(k, ctx.rotary)
-        if self.value_mix is not None:
-            mix = self.value_mix.type_as(v)
-            v = mix[0] * v + mix[1] * ctx.value.view_as(v)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         logits = self.forget_bias if self.forget is None else self.forget(wide) + self.forget_bias
         sums = F.logsigmoid(logits).expand(*x.shape[:2], self.config.heads).cumsum(1)
-        y = attend_and_forget(q, k, v, sums, ctx, self.scale)
-        if self.gate is not None:
-            y = y * (2 * torch.sigmoid(self.gate(x[..., :train_gpt.GATE_CHANNELS])))[..., None]
-        return self.o(y.flatten(2))
+        return self.o(self.gate_heads(attend_and_forget(*self.heads(x, ctx), sums, ctx, self.scale), x))
 
 def patch(options: Options):
     train_gpt.CausalSelfAttention = partial(ForgettingAttention, options=options)

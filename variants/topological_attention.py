@@ -219,14 +219,9 @@ class TopologicalAttention(train_gpt.CausalSelfAttention):
         if self.forget_bias is not None:
             logits = self.forget_bias if self.forget is None else self.forget(x_wide) + self.forget_bias
             log_decay = F.logsigmoid(logits).expand(*x.shape[:2], self.config.heads)
-        if self.value_mix is not None:
-            mix = self.value_mix.type_as(v)
-            v = mix[0] * v + mix[1] * ctx.value.view_as(v)
         key_bias = None if self.key_bias is None else self.key_bias(x_wide)
-        y = topological_attention(a, b, v, log_decay=log_decay, key_bias=key_bias, doc_start=ctx.doc_start, window=ctx.window)
-        if self.gate is not None:
-            y = y * (2 * torch.sigmoid(self.gate(x[..., :train_gpt.GATE_CHANNELS])))[..., None]
-        y = y.flatten(2)
+        y = topological_attention(a, b, self.mix_value(v, ctx), log_decay=log_decay, key_bias=key_bias, doc_start=ctx.doc_start, window=ctx.window)
+        y = self.gate_heads(y, x)
         if self.output_gate is not None:
             y = y * (2 * torch.sigmoid(self.output_gate(x)))
         return self.o(y)

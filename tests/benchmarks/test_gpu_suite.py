@@ -117,7 +117,7 @@ def test_a_child_that_ignores_sigterm_is_killed():
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--sections", "tests,nonsense"], "unknown section 'nonsense'; there are tests, tracks"),
+    (["--sections", "tests,nonsense"], "unknown section 'nonsense'; there are tests, kernels, tracks"),
     (["--tracks", "smal"], "unknown track 'smal'; there are cpu, small"),
     (["--minutes", "0"], "--minutes must be above 0"),
     (["--steps", "0"], "--steps at least 1"),
@@ -131,7 +131,7 @@ def test_bad_options_are_one_line(capsys, options, message):
 
 def test_list_names_the_sections(capsys):
     assert gpu_suite.main(["--list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["tests", "tracks"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["tests", "kernels", "tracks"]
 
 
 def test_unwritable_output_is_one_line(tmp_path, capsys):

@@ -1,0 +1,43 @@
+"""The kernels' benchmarks: one tiny measurement of each, and how arms take turns."""
+import argparse
+
+import pytest
+import torch
+
+from benchmarks import gated_linear_attention, topological_attention
+from benchmarks.timing import in_turn, markdown
+
+CPU, LIMITS = torch.device("cpu"), dict(flops=1e12, bytes=1e10)
+
+
+def test_topological_attention_measures_every_backend():
+    rows = topological_attention.measure(64, argparse.Namespace(heads=2, width=16, seconds=0.01), CPU, torch.float32, LIMITS)
+    backends = {f"topological, {name}" for name in (*topological_attention.BACKENDS, "auto")}
+    assert {row["arm"] for row in rows} == backends | {"softmax, PyTorch", "key only"}
+    assert all(row["median"] > 0 and row["n"] >= 5 for row in rows), [row for row in rows if "fault" in row]
+    assert topological_attention.shown(rows).count("\n") == len(rows) + 1
+
+
+def test_gated_linear_attention_measures_every_backend():
+    rows = gated_linear_attention.measure(64, 8, 8, 2, 0.01, CPU, torch.float32, LIMITS)
+    assert all(row["median"] > 0 for row in rows), [row for row in rows if "fault" in row]
+    assert gated_linear_attention.shown(rows).count("\n") == len(rows) + 1
+
+
+def test_arms_take_turns_and_a_fault_is_a_line():
+    calls = []
+    def broken():
+        raise ValueError("no such luck\nat all")
+    found = in_turn(dict(a=lambda: calls.append("a"), b=lambda: calls.append("b"), c=broken), CPU, seconds=0.001, least=7)
+    assert found["c"] == "ValueError: no such luck"
+    assert found["a"]["n"] >= 7 and found["b"]["n"] >= 7 and 0 < found["a"]["p20"] <= found["a"]["median"] <= found["a"]["p80"]
+    assert "".join(calls).startswith("aabb") and calls[4] == "a" and "b" in calls[5:]
+
+
+def test_markdown_is_a_table():
+    assert markdown([dict(a=1, b="x"), dict(a=2, b="y")]) == "| a | b |\n| --- | --- |\n| 1 | x |\n| 2 | y |"
+
+
+@pytest.mark.parametrize("backward, products", [(False, 2), (True, 7)])
+def test_softmax_attentions_bound_is_its_causal_products(backward, products):
+    assert topological_attention.bound_ms("softmax, PyTorch", 1000, 3, 64, 4, backward, LIMITS) == pytest.approx(1000 * products * 1000 ** 2 * 64 * 3 / 1e12)
