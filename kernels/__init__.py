@@ -2,5 +2,7 @@
 
 from kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_reference, gated_linear_attention_step
 from kernels.topological_attention import topological_attention, topological_attention_reference
+from kernels.topological_attention_binned import topological_attention_binned
 
-__all__ = ["gated_linear_attention", "gated_linear_attention_reference", "gated_linear_attention_step", "topological_attention", "topological_attention_reference"]
+__all__ = ["gated_linear_attention", "gated_linear_attention_reference", "gated_linear_attention_step", "topological_attention",
+           "topological_attention_binned", "topological_attention_reference"]

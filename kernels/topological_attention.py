@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.topological_attention_binned import topological_attention_binned
 from kernels.topological_attention_loglinear import compute_dtype, query_heads, topological_attention_loglinear
 
 
@@ -47,7 +48,7 @@ def topological_attention_reference(query_coord: Tensor | None, key_coord: Tenso
     return (scores.masked_fill(~allowed, -math.inf).softmax(-1) @ by_head(value)).transpose(1, 2).to(value.dtype)
 
 
-BACKENDS = dict(reference=topological_attention_reference, loglinear=topological_attention_loglinear)
+BACKENDS = dict(reference=topological_attention_reference, loglinear=topological_attention_loglinear, binned=topological_attention_binned)
 SCORES = 1 << 20            # B H T^2 below which "auto" takes the whole matrix of scores, as it does up to 128 tokens
 
 
@@ -62,10 +63,12 @@ def topological_attention(query_coord: Tensor | None, key_coord: Tensor | None, 
     key_bias c (B, T, Hkv)                              None: 0; -inf hides a key, as long as every query sees one
     doc_start (B, T) int32 or int64                     index of the first token of each token's document; None: one document
     window                                              a query sees that many tokens, itself included; None: all
-    backend                                             "reference" (whole score matrix), "loglinear" (exact, O(T log T); O(T) without coordinates), "auto"
+    backend                                             "reference" (whole score matrix), "loglinear" (exact, O(T log T); O(T) without coordinates), "auto" (one of
+                                                        these two), "binned" (O(T); coordinates interpolated between 256 points in [-8, 8], no window; other
+                                                        points: topological_attention_binned)
 
     Floating tensors may be bfloat16, float16, float32 or float64, mixed; sums run in float32, or float64 where an argument is. Gradients for the five floating
-    tensors; where a coordinate equals another the distance has derivative 0. Both backends work under torch.compile(fullgraph=True).
+    tensors; where a coordinate equals another the distance has derivative 0. All backends work under torch.compile(fullgraph=True).
 
     ValueError that names the argument for a wrong shape, dtype, device or backend, a window below 1, and on the CPU outside compiled graphs (elsewhere the
     values would have to be waited for) a doc_start that is none and a positive log_decay.
@@ -74,6 +77,8 @@ def topological_attention(query_coord: Tensor | None, key_coord: Tensor | None, 
     if backend == "auto":
         heads, T = query_heads(query_coord, value, log_decay), value.shape[1]
         backend = "reference" if T <= 128 or len(value) * heads * T * T < SCORES else "loglinear"
+    if backend == "binned" and query_coord is None:  # nothing to round: the exact scan is as fast
+        backend = "loglinear"
     return BACKENDS[backend](query_coord, key_coord, value, log_decay, key_bias, doc_start, window)
 
 

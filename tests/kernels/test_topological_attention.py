@@ -365,6 +365,17 @@ def test_flops_are_counted():
     assert counter.get_total_flops() == 3 * forward
 
 
+def test_binned_by_name(relative_rms):
+    tensors, doc_start = inputs(50, docs=0.1, decay=0.1)
+    on_bins = [(x.detach() * 4).round().clamp(-31, 31) * (16 / 255) + 8 / 255 for x in tensors[:2]]
+    out = public(*on_bins, tensors[2], log_decay=tensors[3], doc_start=doc_start, backend="binned")
+    assert relative_rms(out, reference(*on_bins, *tensors[2:], doc_start)) < 1e-10
+    key_only = [public(None, None, tensors[2], log_decay=tensors[3], doc_start=doc_start, backend=name) for name in ("binned", "loglinear")]
+    assert torch.equal(*key_only)
+    with pytest.raises(ValueError, match="window"):
+        public(*on_bins, tensors[2], window=7, backend="binned")
+
+
 def test_auto(relative_rms):
     for T in (20, 400):
         tensors, doc_start = inputs(T, docs=0.02)
