@@ -362,6 +362,7 @@ class AttentionMask:
     first_key: Tensor | None                    # (B, T) int32: max(doc_start_i, i - window + 1); None where 0 throughout: plain causal attention
     block_mask: object | None = None            # the same rule for FlexAttention
     stretches: list | None = None               # or for PyTorch's attention
+    cache: object | None = None                 # what the layer keeps of earlier tokens, where a text is continued: generate.LayerCache
 
 @dataclass
 class AttentionContext:
@@ -370,7 +371,7 @@ class AttentionContext:
     rotary: tuple[Tensor, Tensor] | None        # cosine and sine, (T, pairs that turn)
     x0: Tensor                                  # (B, T, model_dim): the embedded tokens
     value: Tensor | None                        # (B, T, model_dim): the layer's value embedding
-    doc_start, positions, window, first_key, block_mask, stretches = (property(lambda self, name=name: getattr(self.mask, name))
+    doc_start, positions, window, first_key, block_mask, stretches, cache = (property(lambda self, name=name: getattr(self.mask, name))
                                                            for name in AttentionMask.__dataclass_fields__)
 
 class Linear(nn.Module):
@@ -459,6 +460,8 @@ def mask_stretches(first_key: Tensor, window: int | None, dtype: torch.dtype) ->
 
 def attend(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext | AttentionMask, scale: float) -> Tensor:
     """Softmax attention of q, k, v (B, T, H, D) over the keys that ctx allows; returns (B, T, H, D)."""
+    if ctx.cache is not None:
+        return ctx.cache.attend(q, k, v, ctx, scale)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if ctx.block_mask is not None:
         from torch.nn.attention.flex_attention import flex_attention
@@ -638,9 +641,9 @@ class GPT(nn.Module):
                     mask.stretches = mask_stretches(first_key, window, self.dtype)
             layers.append(shared[window])
         return layers
-    def embed(self, tokens: Tensor, masks: list[AttentionMask]) -> tuple[Tensor, list[AttentionContext]]:
-        """Tokens (B, T) -> the stream (B, T, model_dim) and the layers' contexts. Nothing passes the start of a document."""
-        config, index = self.config, torch.arange(tokens.shape[1], device=tokens.device)
+    def embed(self, tokens: Tensor, masks: list[AttentionMask], start: int = 0) -> tuple[Tensor, list[AttentionContext]]:
+        """Tokens (B, T), the first of them at `start` in its row -> the stream (B, T, model_dim) and the layers' contexts. Nothing passes the start of a document."""
+        config, index = self.config, torch.arange(start, start + tokens.shape[1], device=tokens.device)
         x = self.embedding(tokens).to(self.dtype)
         inside = (index > 0) & (tokens != config.end_of_text if config.document_mask else True)
         if self.smear_gate is not None:
@@ -680,6 +683,13 @@ def build_model(config: Config, ranks: Ranks) -> GPT:
     model.initialize(config.seed)
     model.dtype, model.use_flex = ranks.dtype, ranks.device.type == "cuda" and compile_mode(config, ranks) != "off"
     return model.to(ranks.device)
+
+def trained_model(saved: dict, config: Config, ranks: Ranks) -> GPT:
+    """The model of a checkpoint's contents, as at the end of its run, to be used; its variants must be applied."""
+    model = build_model(config, ranks)
+    model.load_state_dict(saved["model"])
+    model.set_windows(1.0)
+    return model.eval()
 
 def compile_mode(config: Config, ranks: Ranks) -> str:
     """What compile = auto means. One GPU: one graph. Several: a graph a block, because a whole graph hands over its gradients only when its backward

@@ -155,10 +155,7 @@ def evaluate(checkpoint: str, data: str = "", count: int = 512, seed: int = 1, d
     ranks, right, losses = Ranks.start(config), [], []
     rows = max(1, config.micro_batch_tokens // task.sequence_length)
     with variants.applied(config.variant, config):
-        model = train_gpt.build_model(config, ranks)
-        model.load_state_dict(saved["model"])
-        model.eval()
-        model.set_windows(1.0)
+        model = train_gpt.trained_model(saved, config, ranks)
         for batch in batches(task, count, seed, "evaluate"):
             for tokens, answers in zip(*(torch.from_numpy(part).to(ranks.device).split(rows) for part in batch)):
                 for found, part in zip((right, losses), score(model, tokens, answers)):

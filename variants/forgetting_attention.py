@@ -63,7 +63,8 @@ class ForgettingAttention(train_gpt.CausalSelfAttention):
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         logits = self.forget_bias if self.forget is None else self.forget(wide) + self.forget_bias
-        sums = F.logsigmoid(logits).expand(*x.shape[:2], self.config.heads).cumsum(1)
+        log_decay = F.logsigmoid(logits).expand(*x.shape[:2], self.config.heads)
+        sums = log_decay.cumsum(1) if ctx.cache is None else ctx.cache.running_sum(log_decay)
         return self.o(self.gate_heads(attend_and_forget(*self.heads(x, ctx), sums, ctx, self.scale), x))
 
 def patch(options: Options):

@@ -47,6 +47,7 @@ from torch import Tensor, nn
 
 import train_gpt
 from kernels.topological_attention import topological_attention
+from kernels.topological_attention_cache import TopologicalCache
 from train_gpt import AttentionContext, Config, RunError
 
 OFF = dict(coordinate="rayleigh", temperature="fixed", decay="none", head_dim=0, short_conv=0, gate="none", key_bias="off")
@@ -131,12 +132,13 @@ def wide(x: Tensor) -> Tensor:
     """At least float32: a coordinate of 100 in bfloat16 would be off by a quarter, and e^-|a - b| with it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-def convolve(x: Tensor, taps: Tensor, positions: Tensor) -> Tensor:
+def convolve(x: Tensor, taps: Tensor, ctx: AttentionContext) -> Tensor:
     """Causal convolution of every channel of x (B, T, C) with taps (n, C), the last for the token itself; tokens of other documents count as zero."""
+    n, T = len(taps), x.shape[1]
+    padded = F.pad(x, (0, 0, n - 1, 0)) if ctx.cache is None else ctx.cache.with_earlier(x, n - 1)
     y = x * taps[-1]
-    for shift in range(1, len(taps)):
-        earlier = F.pad(x, (0, 0, shift, 0))[:, :x.shape[1]]
-        y = y + earlier * taps[-1 - shift] * (positions >= shift)[..., None]
+    for shift in range(1, n):
+        y = y + padded[:, n - 1 - shift:n - 1 - shift + T] * taps[-1 - shift] * (ctx.positions >= shift)[..., None]
     return y
 
 def quantize(x: Tensor, bins: int, low: float, high: float) -> Tensor:
@@ -202,7 +204,7 @@ class TopologicalAttention(train_gpt.CausalSelfAttention):
 
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         if self.taps is not None:
-            x = convolve(x, self.taps.type_as(x), ctx.positions)
+            x = convolve(x, self.taps.type_as(x), ctx)
         x_wide, a, b = wide(x), None, None
         if self.options.coordinate == "rayleigh":
             q, k, v = (t.unflatten(-1, (-1, self.config.head_dim)) for t in train_gpt.project(x, self.q, self.k, self.v))
@@ -220,7 +222,14 @@ class TopologicalAttention(train_gpt.CausalSelfAttention):
             logits = self.forget_bias if self.forget is None else self.forget(x_wide) + self.forget_bias
             log_decay = F.logsigmoid(logits).expand(*x.shape[:2], self.config.heads)
         key_bias = None if self.key_bias is None else self.key_bias(x_wide)
-        y = topological_attention(a, b, self.mix_value(v, ctx), log_decay=log_decay, key_bias=key_bias, doc_start=ctx.doc_start, window=ctx.window)
+        v = self.mix_value(v, ctx)
+        if ctx.cache is None:
+            y = topological_attention(a, b, v, log_decay=log_decay, key_bias=key_bias, doc_start=ctx.doc_start, window=ctx.window)
+        else:
+            if ctx.cache.bins and self.log_temperature is not None:
+                raise RunError("variant topological_attention: bins are equally far apart for all heads, which temperature=per_head is not; decode without bins")
+            cache = ctx.cache.part("scores", lambda: TopologicalCache(ctx.cache.bins, *BIN_RANGES.get(self.options.coordinate, (None, None))))
+            y = cache.attend(a, b, v, log_decay, key_bias, ctx.positions, ctx.first_key, ctx.window)
         y = self.gate_heads(y, x)
         if self.output_gate is not None:
             y = y * (2 * torch.sigmoid(self.output_gate(x)))
