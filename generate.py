@@ -34,7 +34,7 @@ import train_gpt
 import variants
 from data.tokenize_text import encoder, load_merges
 from kernels.topological_attention_cache import TokenBuffer, hidden_keys
-from train_gpt import AttentionMask, Config, GPT, Ranks, RunError, read_checkpoint
+from train_gpt import AttentionContext, AttentionMask, Config, GPT, Ranks, RunError, read_checkpoint
 
 TRIAL, TRIAL_ERROR = (40, 1, 1, 22), 1e-3  # tokens of the trial in steps, and how far its logits may be from the whole pass, relative to their RMS
 
@@ -56,13 +56,15 @@ class LayerCache:
             self.parts[name] = make()
         return self.parts[name]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: AttentionMask, scale: float) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext, scale: float) -> Tensor:
         """train_gpt.attend for the new tokens q, k, v (B, t, H, D), over the earlier ones too."""
         keys, values = (self.part(name, TokenBuffer) for name in ("keys", "values"))
         for buffer, new in ((keys, k), (values, v)):
             buffer.keep((ctx.window or self.context) - 1)
             buffer.append(new.transpose(1, 2))
         self.length += q.shape[1]
+        if self.length == q.shape[1] and (ctx.first_key is None or ctx.stretches is not None):  # whole rows, as in training
+            return train_gpt.attend(q, k, v, replace(ctx.mask, cache=None), scale)
         hidden = hidden_keys(ctx.first_key, self.length - keys.tokens.shape[2], q.shape[1], self.length)
         mask = None if hidden is None else ~hidden[:, None].to(q.device)
         return torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), keys.tokens, values.tokens, attn_mask=mask, scale=scale).transpose(1, 2)
@@ -115,7 +117,10 @@ class Decoder:
         if start:
             doc_start[:, 0] = torch.maximum(doc_start[:, 0], self.doc_start)
         doc_start = doc_start.cummax(1).values.int()
-        masks = [self._mask(doc_start, index, window) for window in self._windows()]
+        if not start and t <= self.context:
+            masks = [replace(mask, window=window) for mask, window in zip(model.masks(tokens), self._windows())]
+        else:
+            masks = [self._mask(doc_start, index, window) for window in self._windows()]
         joined = tokens if self.tokens is None else torch.cat((self.tokens, tokens), 1)  # an embedding reads the token before
         overlap = joined.shape[1] - t
         x, contexts = model.embed(joined, masks, start - overlap)
@@ -169,7 +174,10 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     logits = logits.float().cpu()
     if temperature == 0:
         return logits.argmax(-1)
-    logits, order = (logits / temperature).sort(-1, descending=True)
+    logits = logits / temperature
+    if not top_k and top_p == 1:
+        return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    logits, order = logits.sort(-1, descending=True)
     if top_k:
         logits, order = logits[:, :top_k], order[:, :top_k]
     probability = logits.softmax(-1)

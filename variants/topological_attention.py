@@ -187,7 +187,7 @@ class TopologicalAttention(train_gpt.CausalSelfAttention):
         self.register_buffer("rotary_columns", torch.tensor(columns, dtype=torch.int64), persistent=False)
 
     def rayleigh(self, x: Tensor, ctx: AttentionContext) -> Tensor:
-        """The coordinates (B, T, H) of queries or keys x (B, T, H, D)."""
+        """The coordinates (B, T, n) of queries and keys x (B, T, n, D)."""
         if self.config.qk_norm:
             x = train_gpt.RMSNormalize.apply(x)
         if ctx.rotary is not None:
@@ -208,7 +208,7 @@ class TopologicalAttention(train_gpt.CausalSelfAttention):
         x_wide, a, b = wide(x), None, None
         if self.options.coordinate == "rayleigh":
             q, k, v = (t.unflatten(-1, (-1, self.config.head_dim)) for t in train_gpt.project(x, self.q, self.k, self.v))
-            a, b = self.rayleigh(q, ctx), self.rayleigh(k, ctx)
+            a, b = self.rayleigh(torch.cat((q, k), 2), ctx).chunk(2, dim=2)
         else:
             v = self.v(x).unflatten(-1, (-1, self.config.head_dim))
         if self.options.coordinate == "linear":

@@ -1,0 +1,104 @@
+"""Topological attention token by token: equal to the whole rows in every mode, with what is kept as small as stated."""
+import pytest
+import torch
+
+from kernels import topological_attention, topological_attention_binned
+from kernels.topological_attention_cache import TokenBuffer, TopologicalCache, hidden_keys
+
+
+def rows(T, B=2, H=4, kv=2, D=8, decay=0.0, bias=False, docs=False, coordinates=True, seed=0):
+    """Arguments of topological_attention by name, in float32, and doc_start (B, T) or None."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)
+    tensors = dict(query_coord=draw(B, T, H) if coordinates else None, key_coord=draw(B, T, kv) if coordinates else None, value=draw(B, T, kv, D),
+                   log_decay=-decay * draw(B, T, H).abs() if decay else None, key_bias=draw(B, T, kv) if bias else None)
+    starts = torch.rand(B, T, generator=generator) < 0.1
+    return tensors, torch.where(starts, torch.arange(T), 0).cummax(1).values.int() if docs else None
+
+
+def decode(cache, tensors, doc_start, window, steps):
+    """The outputs of all tokens, given in pieces of so many."""
+    outs, end = [], 0
+    T = tensors["value"].shape[1]
+    index = torch.arange(T, dtype=torch.int32)
+    starts = torch.zeros(tensors["value"].shape[0], T, dtype=torch.int32) if doc_start is None else doc_start
+    first_key = starts if window is None else torch.maximum(starts, index - (window - 1))
+    for count in steps:
+        part = slice(end, end + count)
+        now = {name: None if x is None else x[:, part] for name, x in tensors.items()}
+        outs.append(cache.attend(*now.values(), (index - starts)[:, part], first_key[:, part], window))
+        end += count
+    assert end == T
+    return torch.cat(outs, 1)
+
+
+@pytest.mark.parametrize("coordinates", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 7, 40])
+@pytest.mark.parametrize("options", [dict(), dict(decay=0.3), dict(decay=20.0, bias=True, docs=True), dict(bias=True), dict(docs=True)], ids=str)
+def test_pieces_equal_the_whole(options, window, coordinates):
+    tensors, doc_start = rows(60, coordinates=coordinates, **options)
+    whole = topological_attention(**tensors, doc_start=doc_start, window=window)
+    for steps in ([60], [1] * 60, [20, 3, 1, 1, 35]):
+        got = decode(TopologicalCache(), tensors, doc_start, window, steps)
+        torch.testing.assert_close(got, whole, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(decay=0.3, bias=True, docs=True)], ids=str)
+def test_binned_pieces_equal_the_binned_whole(options):
+    tensors, doc_start = rows(60, **options)
+    whole = topological_attention_binned(**tensors, doc_start=doc_start, bins=32)
+    for steps in ([1] * 60, [20, 3, 1, 36]):
+        got = decode(TopologicalCache(32), tensors, doc_start, None, steps)
+        torch.testing.assert_close(got, whole, atol=2e-5, rtol=2e-5)
+
+
+def test_many_tokens_lose_no_digits():
+    """A decay of e^-1 a token moves the sum by 3,000: log-weights relative to the start would be off by 1e-4."""
+    tensors, _ = rows(3000, B=1, H=1, kv=1, decay=1.0)
+    got = decode(TopologicalCache(), tensors, None, None, [2000] + [1] * 1000)
+    exact = topological_attention(**{name: None if x is None else x.double() for name, x in tensors.items()})
+    assert (got - exact).abs().max() < 1e-5
+
+
+def test_bytes_kept():
+    tensors, _ = rows(100, B=1, H=2, kv=2, D=16)
+    exact, binned, short = TopologicalCache(), TopologicalCache(8), TopologicalCache()
+    decode(exact, tensors, None, None, [50, 50])
+    assert exact.bytes_kept == 100 * 2 * (16 + 1) * 4
+    decode(binned, tensors, None, None, [90] + [1] * 10)
+    assert binned.bytes_kept == 2 * (8 * (16 + 1) + 1) * 4
+    decode(short, tensors, None, 5, [90] + [1] * 10)
+    assert short.bytes_kept == 5 * 2 * (16 + 1) * 4
+    alone, _ = rows(100, B=1, H=2, kv=2, D=16, coordinates=False)
+    scan = TopologicalCache()
+    decode(scan, alone, None, None, [1] * 100)
+    assert scan.bytes_kept == 2 * (2 * (16 + 1) + 1) * 4
+
+
+def test_bins_refuse_a_window():
+    tensors, _ = rows(4)
+    with pytest.raises(ValueError, match="a state of 8 bins forgets nothing, and this layer sees 3 tokens back"):
+        TopologicalCache(8).attend(*tensors.values(), window=3)
+
+
+def test_append_then_read():
+    tensors, _ = rows(9, decay=0.2)
+    cache = TopologicalCache()
+    cache.append(tensors["key_coord"], tensors["value"], tensors["log_decay"])
+    got = cache.read(tensors["query_coord"][:, -1:])
+    torch.testing.assert_close(got, topological_attention(**tensors)[:, -1:], atol=1e-5, rtol=1e-5)
+
+
+def test_token_buffer_keeps_what_it_is_told():
+    buffer, everything = TokenBuffer(), torch.randn(2, 3, 500, 4)
+    for start in range(0, 500, 25):
+        buffer.keep(60)
+        buffer.append(everything[:, :, start:start + 25])
+        assert torch.equal(buffer.tokens, everything[:, :, max(0, start - 60):start + 25])
+    assert buffer.bytes_kept == 2 * 3 * 85 * 4 * 4 and buffer.data.shape[2] < 200
+
+
+def test_hidden_keys():
+    assert hidden_keys(None, 3, 1, 9) is None and hidden_keys(torch.tensor([[2]]), 3, 1, 9) is None
+    assert hidden_keys(None, 0, 2, 3).tolist() == [[[False, False, True], [False, False, False]]]
+    assert hidden_keys(torch.tensor([[5], [3]]), 4, 1, 7).tolist() == [[[True, False, False]], [[False, False, False]]]
