@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kernels.topological_attention_binned import topological_attention_binned
 from kernels.topological_attention_loglinear import compute_dtype, query_heads, topological_attention_loglinear
+from kernels.topological_attention_tiled import topological_attention_tiled
 
 
 def topological_attention_reference(query_coord: Tensor | None, key_coord: Tensor | None, value: Tensor, log_decay: Tensor | None = None,
@@ -48,8 +49,17 @@ def topological_attention_reference(query_coord: Tensor | None, key_coord: Tenso
     return (scores.masked_fill(~allowed, -math.inf).softmax(-1) @ by_head(value)).transpose(1, 2).to(value.dtype)
 
 
-BACKENDS = dict(reference=topological_attention_reference, loglinear=topological_attention_loglinear, binned=topological_attention_binned)
-SCORES = 1 << 20            # B H T^2 below which "auto" takes the whole matrix of scores, as it does up to 128 tokens
+BACKENDS = dict(reference=topological_attention_reference, tiled=topological_attention_tiled, loglinear=topological_attention_loglinear,
+                binned=topological_attention_binned)
+SCORES = 1 << 20            # on a CPU, B H T^2 below which "auto" takes the whole matrix of scores, as it does up to 128 tokens (benchmarks/results)
+TILED = 1 << 14             # on a GPU, most keys a query sees for which it takes dense tiles: by the counts in the files' docstrings, not measured yet
+
+
+def _chosen(T: int, rows: int, window: int | None, on_gpu: bool) -> str:
+    """The backend of "auto" for `rows` = B H rows of T tokens."""
+    if on_gpu:
+        return "tiled" if min(window or T, T) <= TILED else "loglinear"
+    return "reference" if T <= 128 or rows * T * T < SCORES else "loglinear"
 
 
 def topological_attention(query_coord: Tensor | None, key_coord: Tensor | None, value: Tensor, *, log_decay: Tensor | None = None, key_bias: Tensor | None = None,
@@ -63,9 +73,11 @@ def topological_attention(query_coord: Tensor | None, key_coord: Tensor | None, 
     key_bias c (B, T, Hkv)                              None: 0; -inf hides a key, as long as every query sees one
     doc_start (B, T) int32 or int64                     index of the first token of each token's document; None: one document
     window                                              a query sees that many tokens, itself included; None: all
-    backend                                             "reference" (whole score matrix), "loglinear" (exact, O(T log T); O(T) without coordinates), "auto" (one of
-                                                        these two), "binned" (O(T); coordinates interpolated between 256 points in [-8, 8], no window; other
-                                                        points: topological_attention_binned)
+    backend                                             see below
+
+    "reference" the whole matrix of scores; "tiled" dense tiles, on a GPU (elsewhere loglinear); "loglinear" O(T log T), without coordinates O(T); these are exact.
+    "auto" is one of them. "binned" O(T): coordinates interpolated between 256 points in [-8, 8], no window (other points: topological_attention_binned).
+    Without coordinates all but "reference" are the scan in O(T).
 
     Floating tensors may be bfloat16, float16, float32 or float64, mixed; sums run in float32, or float64 where an argument is. Gradients for the five floating
     tensors; where a coordinate equals another the distance has derivative 0. All backends work under torch.compile(fullgraph=True).
@@ -75,9 +87,8 @@ def topological_attention(query_coord: Tensor | None, key_coord: Tensor | None, 
     """
     _check(query_coord, key_coord, value, log_decay, key_bias, doc_start, window, backend)
     if backend == "auto":
-        heads, T = query_heads(query_coord, value, log_decay), value.shape[1]
-        backend = "reference" if T <= 128 or len(value) * heads * T * T < SCORES else "loglinear"
-    if backend == "binned" and query_coord is None:  # nothing to round: the exact scan is as fast
+        backend = _chosen(value.shape[1], len(value) * query_heads(query_coord, value, log_decay), window, value.is_cuda)
+    if query_coord is None and backend != "reference":
         backend = "loglinear"
     return BACKENDS[backend](query_coord, key_coord, value, log_decay, key_bias, doc_start, window)
 

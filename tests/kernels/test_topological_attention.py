@@ -1,4 +1,5 @@
 """Topological attention: the reference against the formula in plain loops, the loglinear backend and the key-only scan against the reference in float64."""
+import importlib
 import itertools
 import math
 
@@ -381,6 +382,13 @@ def test_auto(relative_rms):
         tensors, doc_start = inputs(T, docs=0.02)
         out = public(*tensors[:3], doc_start=doc_start)
         assert relative_rms(out, reference(*tensors, doc_start)) < 1e-12
+
+
+@pytest.mark.parametrize("T, rows, window, on_gpu, backend", [
+    (128, 64, None, False, "reference"), (256, 8, None, False, "reference"), (256, 32, None, False, "loglinear"), (4096, 1, 64, False, "loglinear"),
+    (256, 1, None, True, "tiled"), (65536, 12, 1024, True, "tiled"), (65536, 12, None, True, "loglinear")])
+def test_choice_of_auto(T, rows, window, on_gpu, backend):
+    assert importlib.import_module("kernels.topological_attention")._chosen(T, rows, window, on_gpu) == backend
 
 
 # ---- bad input
