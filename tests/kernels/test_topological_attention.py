@@ -419,7 +419,7 @@ def test_choice_of_auto(T, rows, window, on_gpu, backend):
     (dict(window=0), "window must be an integer of at least 1 or None, got 0"),
     (dict(window=2.5), "window must .* got 2.5"),
     (dict(window=True), "window must .* got True"),
-    (dict(backend="fast"), "backend must be auto, reference or loglinear.*, got 'fast'"),
+    (dict(backend="fast"), "backend must be auto, reference or tiled or loglinear or binned.*, got 'fast'"),
 ])
 def test_bad_input(changes, message):
     arguments = dict(query_coord=torch.zeros(2, 5, 4), key_coord=torch.zeros(2, 5, 2), value=torch.zeros(2, 5, 2, 4)) | changes
