@@ -27,7 +27,7 @@ case "${1:-}" in
 test)
     shift
     "$python" -m ruff check .
-    exec "$python" -m pytest "$@"
+    exec "$python" -m pytest -n auto "$@"
     ;;
 python)
     shift

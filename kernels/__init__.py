@@ -1,8 +1,9 @@
 """One operation, one file, or a file for each backend; here only their public names."""
 
 from kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_reference, gated_linear_attention_step
+from kernels.short_convolution import short_convolution
 from kernels.topological_attention import topological_attention, topological_attention_reference
 from kernels.topological_attention_binned import topological_attention_binned
 
-__all__ = ["gated_linear_attention", "gated_linear_attention_reference", "gated_linear_attention_step", "topological_attention",
+__all__ = ["gated_linear_attention", "gated_linear_attention_reference", "gated_linear_attention_step", "short_convolution", "topological_attention",
            "topological_attention_binned", "topological_attention_reference"]

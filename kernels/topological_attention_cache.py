@@ -13,7 +13,6 @@ Source: Moriondo, Topological Transformer (Tauformer), TechRxiv 176800983.306311
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.topological_attention import topological_attention

@@ -11,7 +11,7 @@ One sort of the keys is partitioned stably, level by level, as in a wavelet tree
     V_r = sum over t >= r of e^{w_t - x_t - z_r} [v_t, 1]      z_r = max over t >= r of (w_t - x_t)
 no factor above 1, for blocks of c = C / 4 keys as a product with a c x c tile, between blocks as a scan of block ends. A query with r keys at or below it reads
     e^{F_i - F_m - M_i} (e^{y_r - a_i} U_r + e^{z_{r+1} + a_i} V_{r+1})
-A window of W cuts the tokens into blocks of W: the lower triangle of every block, and the strictly upper triangle of its queries and the keys before it.
+On a GPU the same sums by topological_attention_loglinear_triton.py. A window of W cuts the tokens into blocks of W: the lower triangle of every block, and the strictly upper triangle of its queries and the keys before it.
 
 Backward: with u_i = dOut_i / Z_i, delta_i = dOut_i . out_i / Z_i, p_ij = e^{s_ij - M_i} and E_ij = p_ij (u_i . v_j - delta_i)
     dv_j = sum_i p_ij u_i      da_i = -sum_j sgn(a_i - b_j) E_ij      db_j = sum_i sgn(a_i - b_j) E_ij      dc_j = sum_i E_ij      dg_t = -sum over j >= t of dc_j
@@ -616,12 +616,19 @@ def _simplified(doc_start: Tensor | None) -> Tensor | None:
     return None if doc_start is None or doc_start.device.type == "cpu" and not doc_start.any() else doc_start
 
 
+def _passes(*tensors: Tensor | None):
+    """The forward and the backward pass for query, key, value, log_decay and key_bias."""
+    from kernels import topological_attention_loglinear_triton as on_gpu  # it imports this file
+    return (on_gpu.loglinear_forward, on_gpu.loglinear_backward) if tensors[0] is not None and on_gpu.serves(*tensors) else (_forward, _backward)
+
+
 @torch.library.custom_op("knotgpt::topological_attention", mutates_args=())
 def _loglinear(query: Optional[Tensor], key: Optional[Tensor], value: Tensor, log_decay: Optional[Tensor], key_bias: Optional[Tensor],
                doc_start: Optional[Tensor], window: Optional[int]) -> tuple[Tensor, Tensor, Tensor]:
     """(out, M, Z): out (B, T, H, D) and Z (B, H, T) in the compute dtype, M (B, H, T) float64 the shift of each row's exponents."""
     with torch.autocast(value.device.type, enabled=False):
-        return _forward(query, key, value, log_decay, key_bias, doc_start, window, query_heads(query, value, log_decay))
+        forward, _ = _passes(query, key, value, log_decay, key_bias)
+        return forward(query, key, value, log_decay, key_bias, doc_start, window, query_heads(query, value, log_decay))
 
 
 @_loglinear.register_fake
@@ -636,7 +643,8 @@ def _loglinear_backward(grad_out: Tensor, query: Optional[Tensor], key: Optional
                         key_bias: Optional[Tensor], doc_start: Optional[Tensor], window: Optional[int], out: Tensor, row_max: Tensor,
                         normalizer: Tensor) -> list[Tensor]:
     with torch.autocast(value.device.type, enabled=False):
-        return _backward(grad_out, query, key, value, log_decay, key_bias, doc_start, window, out, row_max, normalizer)
+        _, backward = _passes(query, key, value, log_decay, key_bias)
+        return backward(grad_out, query, key, value, log_decay, key_bias, doc_start, window, out, row_max, normalizer)
 
 
 @_loglinear_backward.register_fake

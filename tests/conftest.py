@@ -1,4 +1,4 @@
-"""Puts the repository root on the path, and skips what needs a GPU where there is none."""
+"""Puts the repository root on the path, gives every process one thread, and skips what needs a GPU where there is none."""
 import os
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models run several times as fast; tests share the cores between processes
 
 
 def pytest_collection_modifyitems(items):

@@ -20,17 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(vocab_size=61, layers=3, model_dim=32, heads=2, head_dim=16, mlp_hidden=64, sequence_length=64, attention_scale=0.25)
 SHORT = dict(window_pattern="SL", window_short=(9,))
 ALONE = train_gpt.Ranks(0, 1, torch.device("cpu"), torch.float32)
-CACHED = ["baseline", "forgetting_attention", "forgetting_attention:decay=per_head", "topological_attention", "topological_attention:preset=fast",
+CACHED = ["baseline", "forgetting_attention:short_conv=3", "forgetting_attention:decay=per_head", "topological_attention", "topological_attention:preset=fast",
           "topological_attention:preset=key_only", "topological_attention:coordinate=linear,temperature=per_head,decay=per_head,key_bias=on,gate=output",
           "topological_attention:preset=fast,quantize_bins=32", "topological_attention:preset=fast,layers=0-1+forgetting_attention:layers=2", "parallel_residual", "swiglu_mlp"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def shaken(model):

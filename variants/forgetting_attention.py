@@ -4,14 +4,16 @@ Forgetting attention: softmax attention whose scores lose weight with age, by a 
     s_ij = scale q_i.k_j + F_i - F_j        F_i = sum over t <= i of log f_t        f_t = sigmoid(w.x_t + d), for each head
 
 x (B, T, model_dim) is the layer's input, f and F (B, T, H) are float32; everything else is the baseline's attention, positions included. w begins at
-zero and d so that f is e^-slope with the slopes 2^(-8 h / H), h = 1 .. H. decay=per_head leaves w out: learned slopes. It is the control for every
-attention that has a decay: the gate is that of topological_attention, with the same names and initial tensors.
+zero and d so that f is e^-slope with the slopes 2^(-8 h / H), h = 1 .. H. decay=per_head leaves w out: learned slopes. short_conv: taps of a causal
+convolution of each channel on the attention's input, starting as the identity. It is the control for every attention that has a decay: gate and
+convolution are those of topological_attention, with the same names and initial tensors.
 
-Cost: H model_dim + H parameters a layer. FlexAttention adds the two sums to a score in float32. Elsewhere the same scores come out of one product without
+Cost: H model_dim + H parameters a layer, and with the convolution n model_dim. FlexAttention adds the two sums to a score in float32. Elsewhere the same scores come out of one product without
 a mask of their own: as a softmax ignores what all keys of a query share, F_i is left out, q gets channels of ones and k the channels of -F_j, three of
 them in bfloat16, which together hold a float32 number.
 
-Source: Lin, Nikishin, He & Courville, Forgetting Transformer, 2025, arxiv.org/abs/2503.02130; slopes: Press et al., ALiBi, 2021, arxiv.org/abs/2108.12409
+Source: Lin, Nikishin, He & Courville, Forgetting Transformer, 2025, arxiv.org/abs/2503.02130; slopes: Press et al., ALiBi, 2021, arxiv.org/abs/2108.12409;
+convolution: Fu et al., H3, 2022, arxiv.org/abs/2212.14052
 Status: not yet measured
 """
 
@@ -25,11 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import train_gpt
+from kernels.short_convolution import short_convolution
 from train_gpt import AttentionContext, Config
 
 @dataclass
 class Options:
     decay: Literal["data", "per_head"] = "data"
+    short_conv: Literal[0, 3, 4] = 0
 
 def parts_of(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x (...) float32 as (..., n) of dtype whose sum is x: 1, or 3 where dtype has fewer bits. The gradient is that of the first."""
@@ -59,8 +63,14 @@ class ForgettingAttention(train_gpt.CausalSelfAttention):
         slopes = [2 ** (-8 * (head + 1) / config.heads) for head in range(config.heads)]
         self.forget_bias = nn.Parameter(torch.tensor([-math.log(math.expm1(slope)) for slope in slopes]))
         self.forget = train_gpt.Linear(config, layer, "gate", config.model_dim, config.heads) if options.decay == "data" else None
+        self.taps = None
+        if options.short_conv:
+            self.taps = nn.Parameter(F.pad(torch.ones(1, config.model_dim), (0, 0, options.short_conv - 1, 0)))
+            self.taps.optimizer = "adam"
 
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
+        if self.taps is not None:
+            x = short_convolution(x, self.taps.type_as(x), ctx.positions, None if ctx.cache is None else ctx.cache.with_earlier(x, len(self.taps) - 1))
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         logits = self.forget_bias if self.forget is None else self.forget(wide) + self.forget_bias
         log_decay = F.logsigmoid(logits).expand(*x.shape[:2], self.config.heads)

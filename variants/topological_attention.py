@@ -46,6 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import train_gpt
+from kernels.short_convolution import short_convolution
 from kernels.topological_attention import topological_attention
 from kernels.topological_attention_cache import TopologicalCache
 from train_gpt import AttentionContext, Config, RunError
@@ -132,15 +133,6 @@ def wide(x: Tensor) -> Tensor:
     """At least float32: a coordinate of 100 in bfloat16 would be off by a quarter, and e^-|a - b| with it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-def convolve(x: Tensor, taps: Tensor, ctx: AttentionContext) -> Tensor:
-    """Causal convolution of every channel of x (B, T, C) with taps (n, C), the last for the token itself; tokens of other documents count as zero."""
-    n, T = len(taps), x.shape[1]
-    padded = F.pad(x, (0, 0, n - 1, 0)) if ctx.cache is None else ctx.cache.with_earlier(x, n - 1)
-    y = x * taps[-1]
-    for shift in range(1, n):
-        y = y + padded[:, n - 1 - shift:n - 1 - shift + T] * taps[-1 - shift] * (ctx.positions >= shift)[..., None]
-    return y
-
 def quantize(x: Tensor, bins: int, low: float, high: float) -> Tensor:
     """x rounded to the nearest of `bins` equally spaced values from low to high; the gradient is that of x."""
     step = (high - low) / (bins - 1)
@@ -168,7 +160,7 @@ class TopologicalAttention(train_gpt.CausalSelfAttention):
         self.output_gate = train_gpt.Linear(config, layer, "fc", n, heads * head_dim) if options.gate == "output" else None
         self.taps = None
         if options.short_conv:
-            self.taps = nn.Parameter(torch.cat((torch.zeros(options.short_conv - 1, n), torch.ones(1, n))))
+            self.taps = nn.Parameter(F.pad(torch.ones(1, n), (0, 0, options.short_conv - 1, 0)))
             self.taps.optimizer = "adam"
 
     def _init_rayleigh(self, config: Config, head_dim: int, domain: np.ndarray | None):
@@ -204,7 +196,7 @@ class TopologicalAttention(train_gpt.CausalSelfAttention):
 
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         if self.taps is not None:
-            x = convolve(x, self.taps.type_as(x), ctx)
+            x = short_convolution(x, self.taps.type_as(x), ctx.positions, None if ctx.cache is None else ctx.cache.with_earlier(x, len(self.taps) - 1))
         x_wide, a, b = wide(x), None, None
         if self.options.coordinate == "rayleigh":
             q, k, v = (t.unflatten(-1, (-1, self.config.head_dim)) for t in train_gpt.project(x, self.q, self.k, self.v))

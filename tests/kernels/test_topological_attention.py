@@ -15,14 +15,6 @@ NAMES = ("query_coord", "key_coord", "value", "log_decay", "key_bias")
 FLOATS = (torch.float32, torch.float64)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Many levels, several tables and several parts at lengths that a test can afford."""
