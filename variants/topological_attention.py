@@ -6,11 +6,12 @@ Topological (scalar-key) attention: a score is minus the distance of two scalars
 a, b, F, c (B, T, H) float32: coordinates of queries and keys, running sum of the log-decay, bias of the keys; t a temperature for each head; v and y
 (B, T, H, D). Values, value embedding, sparse output gate and output projection are the baseline's. The options, each a choice of its own:
 
-    coordinate     rayleigh: E / (E + 1) with E = x'Lx / (x'x + 1e-6), of the normalised and rotated q and k of a head, in [0, 1); linear: a learned vector for
+    coordinate     rayleigh: E / (E + tau) with E = x'Lx / (x'x + 1e-6), of the normalised and rotated q and k of a head, in [0, 1); linear: a learned vector for
                    each head, times x; none: no distance term, which makes the attention a weighted mean of the past
     laplacian      L (D, D): chain (-1 between neighbouring channels, degrees on the diagonal); learned (a positive weight, by softplus, between any two
                    channels, starting near the chain); domain:FILE, an .npz file with the arrays laplacian (D, D) and provenance, a JSON object that says what
                    it was made from. The checkpoint keeps a copy of L, but to build the model the file must be there
+    tau            fixed: 1; file: the file's array tau, a typical E of the vectors that L was made from (data/manifold.py)
     temperature    fixed: t = 1; per_head: learned, starting there
     decay          none: F = 0; per_head: a learned slope a head; data: a forget gate, F_i = sum over t <= i of log sigmoid(w.x_t + d) with w starting at zero.
                    Both start from the slopes 2^(-8 h / H), h = 1 .. H
@@ -61,6 +62,7 @@ class Options:
     preset: Literal["faithful", "key_only", "fast"] = "faithful"
     coordinate: Literal["preset", "rayleigh", "linear", "none"] = "preset"
     laplacian: str = "chain"
+    tau: str = "fixed"
     temperature: Literal["preset", "fixed", "per_head"] = "preset"
     decay: Literal["preset", "none", "per_head", "data"] = "preset"
     heads: int = 0
@@ -77,6 +79,8 @@ class Options:
             (o.heads < 0 or o.head_dim < 0, f"heads={o.heads},head_dim={o.head_dim}: give positive numbers, or 0 for the preset's"),
             (o.laplacian not in ("chain", "learned") and not o.laplacian.startswith("domain:"), f"laplacian={o.laplacian} is none of chain, learned and domain:FILE"),
             (o.laplacian != "chain" and o.coordinate != "rayleigh", f"there is no laplacian {where}; leave it out or give coordinate=rayleigh"),
+            (o.tau not in ("fixed", "file"), f"tau={o.tau} is none of fixed and file"),
+            (o.tau == "file" and not o.laplacian.startswith("domain:"), "tau=file is read with the Laplacian; give laplacian=domain:FILE too"),
             (o.quantize_bins < 0 or o.quantize_bins == 1, f"quantize_bins={o.quantize_bins}: give at least 2 bins, or 0 for none"),
             (o.coordinate == "none" and o.temperature != "fixed", f"there is no temperature {where}, which has no distance term; leave it out"),
             (o.coordinate == "none" and o.quantize_bins, f"there is nothing to quantize {where}; leave quantize_bins out")]
@@ -112,6 +116,14 @@ def read_laplacian(path: str) -> np.ndarray:
     if eigenvalues[0] < -1e-5 * eigenvalues[-1] or eigenvalues[-1] <= 0:
         raise ValueError(f"laplacian=domain:{path} has eigenvalues from {eigenvalues[0]:.3g} on, a Laplacian's are 0 and above, not all 0; make it again")
     return laplacian
+
+def read_tau(path: str) -> float:
+    """The array tau of a readable file. ValueError if it has none above 0."""
+    with np.load(path) as file:
+        tau = float(file["tau"]) if "tau" in file and file["tau"].shape == () else 0.0
+    if not 0 < tau < math.inf:
+        raise ValueError(f"laplacian=domain:{path} holds no tau above 0; make it by data/manifold.py or leave tau=file out")
+    return tau
 
 def shape_of_heads(config: Config, layer: int, options: Options) -> tuple[int, int]:
     """(heads, head_dim) of a layer. RunError for what does not fit the model."""
@@ -228,5 +240,9 @@ class TopologicalAttention(train_gpt.CausalSelfAttention):
         return self.o(y)
 
 def patch(options: Options):
-    domain = read_laplacian(options.laplacian.removeprefix("domain:")) if options.laplacian.startswith("domain:") else None
+    domain, path = None, options.laplacian.removeprefix("domain:")
+    if path != options.laplacian:
+        domain = read_laplacian(path)
+        if options.tau == "file":  # E / (E + tau), as E is linear in L
+            domain = domain / read_tau(path)
     train_gpt.CausalSelfAttention = partial(TopologicalAttention, options=options.resolved(), domain=domain)

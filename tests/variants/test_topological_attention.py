@@ -146,7 +146,7 @@ def test_without_document_mask_norm_and_rotation(arguments):
 
 def test_presets():
     fields = lambda **given: {name: value for name, value in vars(variant.Options(**given).resolved()).items() if name != "preset"}
-    off = dict(coordinate="rayleigh", laplacian="chain", temperature="fixed", decay="none", heads=0, head_dim=0, short_conv=0, gate="none", key_bias="off", quantize_bins=0)
+    off = dict(coordinate="rayleigh", laplacian="chain", tau="fixed", temperature="fixed", decay="none", heads=0, head_dim=0, short_conv=0, gate="none", key_bias="off", quantize_bins=0)
     fast = off | dict(coordinate="linear", decay="data", head_dim=8, short_conv=4)
     assert fields() == fields(preset="faithful") == off and fields(preset="fast") == fast
     assert fields(preset="key_only") == fast | dict(coordinate="none", key_bias="on")
@@ -320,6 +320,17 @@ def test_a_checkpoint_keeps_its_laplacian(tmp_path):
 def test_stored_laplacians_that_do_not_fit(tmp_path, laplacian, provenance, message):
     options = store(tmp_path / "a.npz", laplacian, provenance)
     assert error_of(options) == options + message
+
+def test_tau_of_the_file(tmp_path):
+    """lambda = E / (E + tau): the Laplacian is divided by tau."""
+    np.savez(tmp_path / "a.npz", laplacian=ring(16), provenance='{"source": "a test"}', tau=np.float64(2.5))
+    options = f"laplacian=domain:{tmp_path / 'a.npz'}"
+    plain, own = (build(text).blocks[0].attention.laplacian for text in (options, options + ",tau=file"))
+    torch.testing.assert_close(own * 2.5, plain)
+    assert error_of("tau=2") == "tau=2 is none of fixed and file"
+    assert error_of("tau=file") == "tau=file is read with the Laplacian; give laplacian=domain:FILE too"
+    options = store(tmp_path / "b.npz", ring(16))
+    assert error_of(options + ",tau=file") == options + " holds no tau above 0; make it by data/manifold.py or leave tau=file out"
 
 def test_files_that_are_no_laplacian(tmp_path):
     (tmp_path / "text.npz").write_text("text")

@@ -1,0 +1,145 @@
+"""Pictures: that every kind of file gives one, labels that do not overlap, tokens counted in another corpus, faults."""
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+import visualize
+from data.manifold import Graph, Manifold, from_chain, from_corpus, from_random
+from data.shards import write_meta, write_shard
+
+SCRIPT = Path(visualize.__file__)
+
+
+def folder_of(path: Path, tokens: np.ndarray, vocabulary: int = 257) -> str:
+    path.mkdir()
+    for i, part in enumerate(np.array_split(tokens, 2)):
+        write_shard(path / f"a_train_{i:06d}.bin", part)
+    write_shard(path / "a_val_000000.bin", tokens[:100])
+    write_meta(path, vocab_size=vocabulary, tokenizer="bytes")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, str]:
+    """One file of each source, and the corpus of the first."""
+    folder, rng = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
+    text = np.clip(np.cumsum(rng.integers(-2, 3, 20_000)) % 30 + rng.integers(0, 3, 20_000), 0, 31) + 33  # printable, $ among them
+    corpus = folder_of(folder / "corpus", text)
+    from_corpus(corpus, features=8, graph=Graph(topk=4)).save(folder / "corpus.npz")
+    from_random(str(folder / "corpus.npz")).save(folder / "random.npz")
+    from_chain(5).save(folder / "chain.npz")
+    from_chain(2).save(folder / "two.npz")
+    keys = np.random.default_rng(1).standard_normal((50, 8)).astype(np.float32)
+    source = dict(source="checkpoint", data="corpus", tau=dict(mode="median", percentile=50.0))
+    Manifold(from_corpus(corpus, features=8).laplacian, source, keys, np.ones(50, np.int64)).save(folder / "checkpoint.npz")
+    return {path.stem: str(path) for path in folder.glob("*.npz")} | dict(folder=corpus)
+
+
+def run(*arguments) -> int:
+    return visualize.main([str(part) for part in arguments])
+
+
+@pytest.mark.parametrize("source", ["corpus", "random", "chain", "checkpoint"])
+def test_every_source_has_a_picture(files, tmp_path, capsys, source):
+    path = tmp_path / "a.png"
+    assert run("manifold", files[source], "-o", path) == 0
+    assert capsys.readouterr().out == f"{path}\n"
+    image = matplotlib.image.imread(path)[..., :3]
+    assert image.shape == (910, 1690, 3)
+    for part in (image[:, :900], image[:440, 1150:], image[470:, 1150:]):  # graph or matrix, spectrum, histogram
+        assert 0.002 < (part.min(-1) < 0.9).mean() < 0.7
+    assert run("manifold", files[source], "-o", tmp_path / "b.png") == 0 and (tmp_path / "b.png").read_bytes() == path.read_bytes()
+
+
+def drawn(files, monkeypatch, source: str, *arguments) -> dict:
+    """What the picture of a file shows: texts and data of its panels."""
+    from matplotlib.figure import Figure
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **others: figures.append(figure))
+    options = visualize.argparse.Namespace(source=files[source], data="", output=Path(files["folder"]) / "a.png")
+    vars(options).update(dict(arguments))
+    visualize.run_manifold(options)
+    return {panel.get_title().split(":")[0]: panel for panel in figures[0].axes}
+
+
+def test_what_the_panels_show(files, monkeypatch):
+    panels, stored = drawn(files, monkeypatch, "corpus"), np.load(files["corpus"])
+    laplacian, tau = stored["laplacian"], float(stored["tau"])
+    graph, spectrum, histogram = panels["graph"], panels["spectrum"], panels["lambda over the tokens of corpus"]
+    edges = np.count_nonzero(np.triu(laplacian, 1))
+    assert graph.get_title() == f"graph: 8 nodes, {edges} edges of weight {-laplacian[laplacian < 0].max():.2f} to {-laplacian.min():.2f}"
+    assert len(graph.collections[0].get_segments()) == edges
+    place = np.asarray(graph.collections[1].get_offsets())  # v of L v = m D v, for one m in each column
+    for v in place.T:
+        m = v @ laplacian @ v / (v @ (np.diag(laplacian) * v))
+        np.testing.assert_allclose(laplacian @ v, m * np.diag(laplacian) * v, atol=1e-10)
+    own, chain = spectrum.lines
+    np.testing.assert_allclose(own.get_ydata(), np.linalg.eigvalsh(laplacian), atol=1e-12)
+    np.testing.assert_allclose(chain.get_ydata(), 2 - 2 * np.cos(np.pi * np.arange(8) / 8), atol=1e-12)
+    x = stored["vectors"].astype(float)
+    energies = ((x @ laplacian) * x).sum(1) / (x * x).sum(1)
+    for patches, scale in zip((histogram.patches[:visualize.BINS], histogram.patches[visualize.BINS:]), (1.0, tau), strict=True):
+        expected = np.histogram(energies / (energies + scale), visualize.BINS, (0, 1), weights=stored["counts"] / stored["counts"].sum())[0]
+        np.testing.assert_allclose([bar.get_height() for bar in patches], expected, atol=1e-12)
+
+
+def test_tokens_of_another_corpus(files, tmp_path, monkeypatch):
+    tokens = np.load(files["corpus"])["tokens"]
+    other = folder_of(tmp_path / "other", np.array([tokens[2]] * 30 + [tokens[5]] * 10 + [5] * 7))
+    counts = visualize.occurrences(visualize.read_manifold(files["corpus"]), other)
+    assert counts[2] == 30 and counts[5] == 10 and counts.sum() == 40
+    panels = drawn(files, monkeypatch, "random", ("data", other))  # the control knows the tokens too
+    heights = sorted({round(bar.get_height(), 6) for bar in panels["lambda over the tokens of other"].patches})
+    assert heights in ([0, 0.25, 0.75], [0, 1.0])
+
+
+def test_labels_do_not_overlap():
+    rng = np.random.default_rng(0)
+    place, labels = rng.standard_normal((60, 2)), ["x" * n for n in rng.integers(1, 15, 60)]
+    placed = visualize.placed_labels(place, labels, np.arange(60))
+    points = (place - place.min(0)) / np.ptp(place, axis=0) * visualize.PANEL
+    boxes = []
+    for i, text, offset in placed:
+        assert text == labels[i]
+        corner = points[i] + offset
+        end = corner + np.sign(offset) * (0.62 * visualize.FONT * len(text), visualize.FONT)
+        boxes.append((np.minimum(corner, end), np.maximum(corner, end)))
+    overlaps = [(a, b) for a in range(len(boxes)) for b in range(a) if (boxes[a][0] <= boxes[b][1]).all() and (boxes[b][0] <= boxes[a][1]).all()]
+    assert not overlaps and 20 < len(placed) < 60 and placed[0][0] == 0
+    assert visualize.placed_labels(place, [], np.arange(60)) == []
+
+
+def test_faults(files, tmp_path, capsys):
+    whole = Path(files["chain"]).read_bytes()
+    (tmp_path / "half.npz").write_bytes(whole[:len(whole) // 2])
+    np.savez(tmp_path / "bare.npz", laplacian=np.eye(4), provenance='{"source": "elsewhere"}')
+    words = folder_of(tmp_path / "words", np.arange(1000), 5000)
+    strange = folder_of(tmp_path / "strange", np.full(500, 200))
+    outside = folder_of(tmp_path / "outside", np.full(500, 300))
+    for command, expected in {
+        (tmp_path / "half.npz",): f"{tmp_path / 'half.npz'} cannot be read (BadZipFile)",
+        (tmp_path / "none.npz",): f"{tmp_path / 'none.npz'} cannot be read (FileNotFoundError)",
+        (tmp_path / "bare.npz",): f"{tmp_path / 'bare.npz'} was not made by data/manifold.py, or is damaged (KeyError); make it again",
+        (files["two"],): f"{files['two']} has 2 nodes, and the third eigenvector needs 3",
+        (files["checkpoint"], "--data", words): "--data counts tokens, and the vectors of this file are not those of tokens; leave it out",
+        (files["chain"], "--data", words): "--data counts tokens, and the vectors of this file are not those of tokens; leave it out",
+        (files["random"], "--data", words): f"the vectors are those of a vocabulary of 257 tokens, {words} has 5000; give shards of the same tokenizer",
+        (files["corpus"], "--data", strange): f"none of the file's 32 tokens occurs in {strange}",
+        (files["corpus"], "--data", outside): f"token 300 in {outside} is outside the vocabulary of 257",
+        (files["corpus"], "--data", tmp_path / "nothing"): f"no train shards (*train*.bin) in {tmp_path / 'nothing'}",
+    }.items():
+        assert run("manifold", *command, "-o", tmp_path / "a.png") == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"visualize.py: error: {expected}") and error.count("\n") == 1
+    assert run("manifold", files["chain"], "-o", tmp_path / "nowhere" / "a.png") == 1 and "cannot write" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_command_line(files, tmp_path):
+    done = subprocess.run([sys.executable, SCRIPT, "manifold", files["chain"], "-o", tmp_path / "a.png"], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", f"{tmp_path / 'a.png'}\n") and matplotlib.image.imread(io.BytesIO((tmp_path / "a.png").read_bytes())).size
