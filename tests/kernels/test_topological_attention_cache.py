@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from kernels import topological_attention, topological_attention_binned
+from kernels import topological_attention_cache as module
 from kernels.topological_attention_cache import TokenBuffer, TopologicalCache, hidden_keys
 
 
@@ -41,6 +42,43 @@ def test_pieces_equal_the_whole(options, window, coordinates):
     for steps in ([60], [1] * 60, [20, 3, 1, 1, 35]):
         got = decode(TopologicalCache(), tensors, doc_start, window, steps)
         torch.testing.assert_close(got, whole, atol=2e-5, rtol=2e-5)
+
+
+@pytest.fixture
+def short_runs(monkeypatch):
+    """Several sorted runs in rows that a test can afford."""
+    monkeypatch.setattr(module, "RUN", 16)
+    monkeypatch.setattr(module, "BLOCK", 4)
+
+
+@pytest.mark.parametrize("B, docs", [(1, False), (1, True), (2, True)])
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("options", [dict(), dict(kv=4), dict(decay=0.3), dict(decay=20.0, bias=True), dict(decay=0.01, bias=True, H=2)], ids=str)
+def test_sorted_runs_equal_the_whole(short_runs, options, window, B, docs):
+    tensors, doc_start = rows(240, B=B, **options)
+    if docs:
+        starts = torch.zeros(B, 240, dtype=torch.bool)
+        starts[0, 130] = starts[-1, 200] = True
+        doc_start = torch.where(starts, torch.arange(240), 0).cummax(1).values.int()
+    whole = topological_attention(**tensors, doc_start=doc_start, window=window)
+    for steps in ([120, 3, 1, 1, 115], [1] * 240):
+        cache = TopologicalCache()
+        got = decode(cache, tensors, doc_start, window, steps)
+        torch.testing.assert_close(got, whole, atol=2e-5, rtol=2e-5)
+    assert bool(cache.runs) == (window is None and B == 1)  # one row: a new document begins with nothing
+    if cache.runs and not docs:
+        assert [run.key.shape[-1] for run in cache.runs] == [128, 64, 16] and cache.key.tokens.shape[2] == 32
+        assert all((run.key.diff() >= 0).all() for run in cache.runs)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e4])
+def test_runs_of_equal_and_of_far_coordinates(short_runs, scale):
+    tensors, _ = rows(100, B=1)
+    tensors |= {name: tensors[name] * scale for name in ("query_coord", "key_coord")}
+    whole = topological_attention(**{name: None if x is None else x.double() for name, x in tensors.items()})
+    cache = TopologicalCache()
+    torch.testing.assert_close(decode(cache, tensors, None, None, [1] * 100).double(), whole, atol=5e-4 if scale else 2e-6, rtol=0)
+    assert cache.runs
 
 
 @pytest.mark.parametrize("options", [dict(), dict(decay=0.3, bias=True, docs=True)], ids=str)
