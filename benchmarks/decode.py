@@ -6,7 +6,7 @@ One token after another: softmax attention with its cache of keys and values bes
 
 For every prompt length: prefill (the whole prompt), time to the first token (prefill and sampling), time a token after it with everything before it kept,
 bytes kept, and, up to 2,048 tokens, time a token without a cache, the whole context run anew. Weights are random, as they do not change a time; all layers see
-everything. Arms take turns. Time a token is a median; prefill is one call. This is the protocol of the Tauformer's author (TechRxiv 176800983.30631144), whose
+everything. Arms take turns. Time a token is a median; prefill is one call. At the end the fixed-size states of the shortest and the longest prompt take turns. This is the protocol of the Tauformer's author (TechRxiv 176800983.30631144), whose
 figures, CPU and Rust, are 1.17 to 1.80 times less time a token with a cache from 128 to 2,048 tokens, 0.70 to 0.77 times without, and a cache 49 % smaller.
 One table, and benchmarks/results/decode-<device>.json; the tests of decoding run first, and no figure is printed if one fails.
 """
@@ -41,8 +41,8 @@ ARMS = {  # name: (variant, bins)
 }
 
 
-def measure(T: int, given: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[dict]:
-    """A row of results for every arm with a prompt of T tokens."""
+def measure(T: int, given: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple[list[dict], dict]:
+    """A row of results for every arm with a prompt of T tokens, and {arm: a function that decodes a token} of those with bins."""
     prompt = torch.randint(256, (1, T), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     rows, steps, wholes = {}, {}, {}
     for arm, (variant, bins) in ARMS.items():
@@ -63,7 +63,7 @@ def measure(T: int, given: argparse.Namespace, device: torch.device, dtype: torc
     for name, arms in (("token", steps), ("whole", wholes)):
         for arm, found in in_turn(arms, device, given.seconds).items():
             rows[arm][name] = found
-    return list(rows.values())
+    return list(rows.values()), {arm: step for arm, step in steps.items() if ARMS[arm][1]}
 
 
 def shown(rows: list[dict]) -> str:
@@ -89,14 +89,22 @@ def main() -> int:
     try:
         require_tests(*TESTS)
         results = describe(device) | dict(layers=given.layers, heads=given.heads, width=given.width, dtype=str(dtype).removeprefix("torch."), rows=[])
+        fixed = {}
         for T in given.lengths:
-            results["rows"] += measure(T, given, device, dtype)
+            rows, steps = measure(T, given, device, dtype)
+            results["rows"] += rows
+            fixed |= {f"{arm}, after {T:,} tokens": step for arm, step in steps.items() if T in (min(given.lengths), max(given.lengths))}
             path = save("decode", results, given.output)
             print(f"{T:,} tokens: done", flush=True)
+        results["fixed_state"] = in_turn(fixed, device, given.seconds)
+        save("decode", results, given.output)
     except RunError as error:
         print(f"decode.py: error: {error}", file=sys.stderr)
         return 1
-    print(f"\n{shown(results['rows'])}\n\n{path}")
+    print(f"\n{shown(results['rows'])}\n")
+    for arm, found in results["fixed_state"].items():
+        print(f"{arm}: {found['median']:.3g} ms a token ({found['p20']:.3g} to {found['p80']:.3g}, n {found['n']})")
+    print(path)
     return 0
 
 

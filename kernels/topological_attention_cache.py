@@ -8,7 +8,7 @@ softmax attention keeps 2 D. A token reads all of them: D + 1 multiply-adds each
 left out; log-weights are stored relative to a recent F, so that they do not lose digits in a long text.
 Long rows: all but the last RUN to 2 RUN tokens lie in runs of RUN, 2 RUN, 4 RUN, .. tokens sorted by b, two of equal size becoming one, as in a binary counter.
 Each run has the sums of [v, 1] over all its blocks of BLOCK tokens below each block's end, weighted as seen from there, and over all blocks above each block's
-start. A query reads in each run the block that its coordinate falls into and one sum on either side: O(D (BLOCK + log T)) instead of O(D T), exactly, for
+start. A query reads in each run the block that its coordinate falls into and one sum on either side, BLOCK + 2 rows instead of all, exactly, for
 (D + 1) / BLOCK numbers more a token on either side; a token is moved log2(T / RUN) times. Where something in a run is hidden (a window, documents of several rows)
 the runs are undone.
 With bins: coordinates on so many points, M (D + 1) numbers a head and a cost a token that do not depend on how much came before. Without
@@ -225,7 +225,7 @@ class TopologicalCache:
         (B, t, H, D) for the last t tokens. first_key (B, t) int32: the first key that each sees, counted from the row's first token; None: all.
         Without coordinates heads (None: as many as there are weights) and first_key's t, else 1, tell the queries.
         """
-        if first_key is not None:
+        if first_key is not None and (self.runs or self.value.end - self.value.begin >= 2 * RUN):
             self._forget(first_key)
         value = self.value.tokens
         kv_heads, n = value.shape[1], value.shape[2]

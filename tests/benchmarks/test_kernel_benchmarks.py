@@ -4,7 +4,7 @@ import argparse
 import pytest
 import torch
 
-from benchmarks import gated_linear_attention, topological_attention
+from benchmarks import decode, gated_linear_attention, topological_attention
 from benchmarks.timing import in_turn, markdown
 
 CPU, LIMITS = torch.device("cpu"), dict(flops=1e12, bytes=1e10)
@@ -22,6 +22,15 @@ def test_gated_linear_attention_measures_every_backend():
     rows = gated_linear_attention.measure(64, 8, 8, 2, 0.01, CPU, torch.float32, LIMITS)
     assert all(row["median"] > 0 for row in rows), [row for row in rows if "fault" in row]
     assert gated_linear_attention.shown(rows).count("\n") == len(rows) + 1
+
+
+def test_decode_measures_every_arm():
+    rows, fixed = decode.measure(20, argparse.Namespace(layers=1, heads=2, width=16, seconds=0.01), CPU, torch.float32)
+    assert [row["arm"] for row in rows] == list(decode.ARMS) and all(row["token"]["median"] > 0 and row["prefill_ms"] > 0 for row in rows)
+    assert sorted(fixed) == sorted(arm for arm, (_, bins) in decode.ARMS.items() if bins)
+    kept = {row["arm"]: row["bytes_kept"] for row in rows}
+    assert kept["softmax"] == 20 * 2 * 2 * 16 * 4 and kept["topological, faithful"] == 20 * 2 * (16 + 1) * 4
+    assert decode.shown(rows).count("\n") == len(rows) + 1
 
 
 def test_arms_take_turns_and_a_fault_is_a_line():
