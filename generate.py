@@ -32,7 +32,7 @@ from torch import Tensor
 
 import train_gpt
 import variants
-from data.tokenize_text import encoder, load_merges
+from data.shards import encoder, load_merges
 from kernels.topological_attention_cache import TokenBuffer, hidden_keys
 from train_gpt import AttentionContext, AttentionMask, Config, GPT, Ranks, RunError, read_checkpoint
 

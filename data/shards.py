@@ -15,7 +15,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -189,3 +189,29 @@ def gpt2_merges() -> dict[bytes, int]:
     except Exception as error:  # of the network, in whatever library it came up
         raise RunError(f"tiktoken cannot get GPT-2's merges ({type(error).__name__}); connect once, or give data/tokenize_text.py a "
                        "--tokenizer FILE.tiktoken") from None
+
+
+def load_merges(tokenizer: str) -> dict[bytes, int] | None:
+    """{token: id} of a tokenizer, None for bytes. RunError if there is no such tokenizer or its ids do not fit in 16 bits."""
+    merges = None if tokenizer == "bytes" else gpt2_merges() if tokenizer == "gpt2" else read_merges(Path(tokenizer))
+    if merges and len(merges) + 1 > 2 ** 16:
+        raise RunError(f"{tokenizer} has {len(merges)} tokens besides the end of text, and shards hold at most 65535; give a smaller vocabulary")
+    return merges
+
+
+def encoder(merges: dict[bytes, int] | None) -> Callable[[list], list]:
+    """A function from a list of texts (bytes without merges, str with) to a list of their tokens, without the end of text."""
+    if not merges:
+        return lambda texts: [encode_bytes(text) for text in texts]
+    import tiktoken
+    from tiktoken_ext.openai_public import r50k_pat_str
+    encoding = tiktoken.Encoding("merges", pat_str=r50k_pat_str, mergeable_ranks=merges, special_tokens={"<|endoftext|>": len(merges)})
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        try:
+            return encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of tiktoken's Rust code, which derives from BaseException
+                raise
+            raise RunError("tiktoken's pattern overflows on a document, as it does on a run of about a million blanks; shorten such runs") from None
+    return encode

@@ -21,7 +21,6 @@ for a fault.
 import argparse
 import hashlib
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -32,7 +31,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.shards import SHARD_TOKENS, RunError, encode_bytes, gpt2_merges, read_merges, write_folder
+from data.shards import SHARD_TOKENS, RunError, encoder, load_merges, write_folder
 
 EXTENSIONS = (".txt", ".md", ".jsonl", ".parquet")
 
@@ -178,32 +177,6 @@ def split_documents(texts: Iterator[bytes], val_fraction: float, whole_character
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------------
 # Tokens
-
-
-def load_merges(tokenizer: str) -> dict[bytes, int] | None:
-    """{token: id} of a tokenizer, None for bytes. RunError if there is no such tokenizer or its ids do not fit in 16 bits."""
-    merges = None if tokenizer == "bytes" else gpt2_merges() if tokenizer == "gpt2" else read_merges(Path(tokenizer))
-    if merges and len(merges) + 1 > 2 ** 16:
-        raise RunError(f"{tokenizer} has {len(merges)} tokens besides the end of text, and shards hold at most 65535; give a smaller vocabulary")
-    return merges
-
-
-def encoder(merges: dict[bytes, int] | None) -> Callable[[list], list]:
-    """A function from a list of texts (bytes without merges, str with) to a list of their tokens, without the end of text."""
-    if not merges:
-        return lambda texts: [encode_bytes(text) for text in texts]
-    import tiktoken
-    from tiktoken_ext.openai_public import r50k_pat_str
-    encoding = tiktoken.Encoding("merges", pat_str=r50k_pat_str, mergeable_ranks=merges, special_tokens={"<|endoftext|>": len(merges)})
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        try:
-            return encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
-        except BaseException as error:
-            if type(error).__name__ != "PanicException":  # of tiktoken's Rust code, which derives from BaseException
-                raise
-            raise RunError("tiktoken's pattern overflows on a document, as it does on a run of about a million blanks; shorten such runs") from None
-    return encode
 
 
 def pieces(text: str, size: int = 1 << 18) -> Iterator[str]:
