@@ -84,4 +84,4 @@ def test_a_wrong_python_is_one_line(checkout):
 
 
 def test_test_runs_linter_and_tests(checkout):
-    assert call(checkout, "test", "-k", "loader")[1] == ["-m ruff check .", "-m pytest -k loader"]
+    assert call(checkout, "test", "-k", "loader")[1] == ["-m ruff check .", "-m pytest -n auto -k loader"]
