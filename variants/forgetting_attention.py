@@ -14,7 +14,7 @@ them in bfloat16, which together hold a float32 number.
 
 Source: Lin, Nikishin, He & Courville, Forgetting Transformer, 2025, arxiv.org/abs/2503.02130; slopes: Press et al., ALiBi, 2021, arxiv.org/abs/2108.12409;
 convolution: Fu et al., H3, 2022, arxiv.org/abs/2212.14052
-Status: not yet measured
+Status: cpu track cut to 1M bytes, two seeds, no verdict yet: +0.01 and +0.10 nats
 """
 
 import math

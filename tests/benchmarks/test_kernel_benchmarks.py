@@ -12,7 +12,7 @@ CPU, LIMITS = torch.device("cpu"), dict(flops=1e12, bytes=1e10)
 
 def test_topological_attention_measures_every_backend():
     rows = topological_attention.measure(64, argparse.Namespace(heads=2, width=16, seconds=0.01), CPU, torch.float32, LIMITS)
-    backends = {f"topological, {name}" for name in (*topological_attention.BACKENDS, "auto")}
+    backends = {f"topological, {name}" for name in (*topological_attention.BACKENDS, "auto") if name != "tiled"}
     assert {row["arm"] for row in rows} == backends | {"softmax, PyTorch", "key only"}
     assert all(row["median"] > 0 and row["n"] >= 5 for row in rows), [row for row in rows if "fault" in row]
     assert topological_attention.shown(rows).count("\n") == len(rows) + 1
