@@ -132,10 +132,9 @@ class Decoder:
 
     def _windows(self) -> Iterator[int | None]:
         """The window of each layer, no longer than the context, but for a state of fixed size, which forgets nothing."""
-        config, unlimited = self.model.config, None if self.caches[0].bins else self.context
-        for layer in range(config.layers):
-            window = self.model.windows[layer == config.layers - 1 or config.window_pattern[layer % len(config.window_pattern)] == "L"]
-            yield min(window, self.context) if window else unlimited
+        for layer, cache in enumerate(self.caches):
+            window = self.model.window(layer)
+            yield min(window, self.context) if window else None if cache.bins else self.context
 
     def _mask(self, doc_start: Tensor, index: Tensor, window: int | None) -> AttentionMask:
         first_key = doc_start if window is None else torch.maximum(doc_start, index - (window - 1))

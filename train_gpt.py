@@ -372,7 +372,7 @@ class AttentionContext:
     x0: Tensor                                  # (B, T, model_dim): the embedded tokens
     value: Tensor | None                        # (B, T, model_dim): the layer's value embedding
     doc_start, positions, window, first_key, block_mask, stretches, cache = (property(lambda self, name=name: getattr(self.mask, name))
-                                                           for name in AttentionMask.__dataclass_fields__)
+                                                                  for name in AttentionMask.__dataclass_fields__)
 
 class Linear(nn.Module):
     """y = x W'; W (n_out, n_in) is float32 and cast to x's dtype. role: q k v o fc proj gate head; a replacement of the head's must offer .weight."""
@@ -623,6 +623,9 @@ class GPT(nn.Module):
         """Choose the windows of this part of the run, progress in [0, 1]."""
         stage = min(int(progress * len(self.config.window_long)), len(self.config.window_long) - 1)
         self.windows = (self.config.window_short[stage], self.config.window_long[stage])
+    def window(self, layer: int) -> int:
+        """The layer's window in this part of the run, in tokens; 0: unlimited."""
+        return self.windows[layer == self.config.layers - 1 or self.config.window_pattern[layer % len(self.config.window_pattern)] == "L"]
     def masks(self, tokens: Tensor) -> list[AttentionMask]:
         """One AttentionMask a layer, for tokens (B, T)."""
         config, T, shared, layers = self.config, tokens.shape[1], {}, []
@@ -630,8 +633,7 @@ class GPT(nn.Module):
         starts = torch.where(tokens == config.end_of_text, index, 0) if config.document_mask else torch.zeros_like(tokens)
         doc_start = starts.cummax(1).values.int()
         for layer in range(config.layers):
-            window = self.windows[layer == config.layers - 1 or config.window_pattern[layer % len(config.window_pattern)] == "L"]
-            window = window if 0 < window < T else None
+            window = self.window(layer) if 0 < self.window(layer) < T else None
             if window not in shared:
                 first_key = torch.maximum(doc_start, index - (window - 1)) if window else doc_start if config.document_mask else None
                 shared[window] = mask = AttentionMask(doc_start, index - doc_start, window, first_key)

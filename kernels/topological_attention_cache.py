@@ -81,7 +81,7 @@ class SortedRun(NamedTuple):
     value: Tensor                   # (B, Hkv, s, D)
     place: Tensor                   # (B, Hkv, s) int32: places in the row
     weight: Tensor | None           # (B, W, s) float32: log-weights relative to TopologicalCache.total
-    potentials: Tensor              # (2, B, W, blocks + 1) float64: the largest weight + key up to a block's end, with -inf first; weight - key from its start, with -inf last
+    potentials: Tensor              # (2, B, W, blocks + 1) float64: the largest weight + key up to a block's end, with LOWEST first; weight - key from its start, with LOWEST last
     sums: Tensor                    # (2, B, W, blocks + 1, D + 1) float32: of e^{weight +- key - potential} [v, 1], zeros first and last
 
     @classmethod
@@ -125,11 +125,6 @@ class SortedRun(NamedTuple):
         sums = self.sums.gather(3, index[..., None].expand(-1, -1, -1, -1, D + 1)).view(2, B, kv_heads, Q, D + 1)
         sides = (potentials - torch.stack((query, -query)).double()).float()
         return torch.cat((scores, sides.movedim(0, -1)), -1), torch.cat((rows, sums.movedim(0, -2)), -2)
-
-    @property
-    def first(self) -> int:
-        """The earliest token's place in its row."""
-        return int(self.place[0, 0].min())
 
     @property
     def bytes_kept(self) -> int:
@@ -197,7 +192,7 @@ class TopologicalCache:
     def _forget(self, first_key: Tensor):
         """What no row sees from now on, where a run would hide it from some; first_key (B, t) of the new tokens."""
         least, tail = int(first_key.min()), self.length - self.key.tokens.shape[2] if self.key.data is not None else 0
-        if self.runs and (first_key > self.runs[0].first).any():
+        if self.runs and (first_key > tail - sum(run.key.shape[-1] for run in self.runs)).any():
             if least < tail:
                 return self._undo()
             self.runs = []

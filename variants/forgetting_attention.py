@@ -8,9 +8,9 @@ zero and d so that f is e^-slope with the slopes 2^(-8 h / H), h = 1 .. H. decay
 convolution of each channel on the attention's input, starting as the identity. It is the control for every attention that has a decay: gate and
 convolution are those of topological_attention, with the same names and initial tensors.
 
-Cost: H model_dim + H parameters a layer, and with the convolution n model_dim. FlexAttention adds the two sums to a score in float32. Elsewhere the same scores come out of one product without
-a mask of their own: as a softmax ignores what all keys of a query share, F_i is left out, q gets channels of ones and k the channels of -F_j, three of
-them in bfloat16, which together hold a float32 number.
+Cost: H model_dim + H parameters a layer, and with the convolution of n taps n model_dim. FlexAttention adds the two sums to a score in float32. Elsewhere
+the same scores come out of one product without a mask of their own: as a softmax ignores what all keys of a query share, F_i is left out, q gets channels of
+ones and k the channels of -F_j, three of them in bfloat16, which together hold a float32 number.
 
 Source: Lin, Nikishin, He & Courville, Forgetting Transformer, 2025, arxiv.org/abs/2503.02130; slopes: Press et al., ALiBi, 2021, arxiv.org/abs/2108.12409;
 convolution: Fu et al., H3, 2022, arxiv.org/abs/2212.14052
