@@ -98,6 +98,7 @@ class Config:
     run_id: str = ""                    # name of this run's files (empty: a new UUID)
     save: bool = True                   # write a checkpoint at the end, on a signal and every checkpoint_seconds
     checkpoint_seconds: float = 600.0   # time between checkpoints
+    keep_every: int = 0                 # steps between checkpoints that are kept, from step 0 on, as RUN_ID-step000100.pt (0: none)
     @property
     def end_of_text(self) -> int:
         """The token that begins every document: the last of the vocabulary, in bytes (256) as in GPT-2's (50256)."""
@@ -107,8 +108,8 @@ class Config:
         """Rows of the embedding and the head: a multiple of 128 for matrix units, of 8 where the vocabulary is small."""
         return -(-self.vocab_size // (unit := 128 if self.vocab_size > 4096 else 8)) * unit
 
-RESUME_FIELDS = {"resume", "data", "log_dir", "save", "checkpoint_seconds", "val_every", "device"}  # may differ from the checkpoint's
-LEAST = dict(sequence_length=2, batch_tokens=1, micro_batch_tokens=1, steps=0, tokens=1, time_budget=0, layers=1, model_dim=1, heads=1, head_dim=1, mlp_hidden=1, loss_chunk=1)
+RESUME_FIELDS = {"resume", "data", "log_dir", "save", "checkpoint_seconds", "keep_every", "val_every", "device"}  # may differ from the checkpoint's
+LEAST = dict(keep_every=0, sequence_length=2, batch_tokens=1, micro_batch_tokens=1, steps=0, tokens=1, time_budget=0, layers=1, model_dim=1, heads=1, head_dim=1, mlp_hidden=1, loss_chunk=1)
 CHOICES = dict(rope=("half", "full", "none"), device=("auto", "cpu", "cuda"), dtype=("auto", "float32", "bfloat16"), compile=("auto", "model", "blocks", "off"))
 
 FINEWEB = dict(data="data/fineweb10B", val_tokens=10_485_760, sequence_length=2048, batch_tokens=524_288, micro_batch_tokens=65_536, align_documents=True,
@@ -910,6 +911,8 @@ class RunLog:
         if console:
             print(("\r\033[K" if self.open_line else "") + text, flush=True)
             self.open_line = False
+    def kept(self, step: int) -> Path:
+        return self.checkpoint.with_stem(f"{self.checkpoint.stem}-step{step:06d}")
     def due(self) -> bool:
         """Whether it is time to show progress: every second on a terminal, every ten seconds elsewhere."""
         return time.perf_counter() - self.shown >= (1 if self.terminal else 10)
@@ -1041,6 +1044,9 @@ class Trainer:
             if config.val_every and self.step % config.val_every == 0:
                 with self._clock_stopped():
                     self._validate_and_log()
+            if config.keep_every and self.step % config.keep_every == 0:
+                with self._clock_stopped():
+                    self._save(log.kept(self.step))
             rows, self.loader_state = self.loader.next_batch()
             self.loss = self.train_step(rows.to(ranks.device, non_blocking=True), self.progress)
             self.step += 1
@@ -1051,13 +1057,13 @@ class Trainer:
             action = ranks.agree(2 if self.stop_signal else int(ranks.rank == 0 and time.perf_counter() - saved_at > config.checkpoint_seconds))
             if action:
                 with self._clock_stopped():
-                    self._save(must=action == 2)
+                    self._save(log.checkpoint, must=action == 2)
                 if action == 2:
                     return self._stopped()
                 saved_at = time.perf_counter()
         with self._clock_stopped():
             self._validate_and_log()
-            self._save(must=True)
+            self._save(log.checkpoint, must=True)
             return self._finished()
     def _on_signal(self, number, _frame):
         self.stop_signal = number
@@ -1102,13 +1108,13 @@ class Trainer:
             raise RunError(f"the validation loss is {loss} at step {self.step}; lower the learning rates or look at the variant's arithmetic")
         log.save_facts(curve=log.facts["curve"] + [dict(step=self.step, tokens=self.step * self.config.batch_tokens, train_ms=1000 * self._elapsed(), val_loss=loss,
                                                         val_bits_per_byte=bits, train_loss=self.loss.item() if self.loss is not None else None)])
-    def _save(self, must: bool):
-        """Write the checkpoint, if the run wants any. Collective."""
+    def _save(self, path: Path, must: bool = False):
+        """Write a checkpoint, if the run wants any. Collective."""
         if not self.config.save:
             return
         state = dict(format="knotgpt-1", config=dataclasses.asdict(self.config), **self.state_dict())
         try:
-            self.log.main and write_atomically(self.log.checkpoint, lambda file: torch.save(state, file))
+            self.log.main and write_atomically(path, lambda file: torch.save(state, file))
         except RunError as error:  # a run is worth more than one of its checkpoints, and the one before is still whole
             if must:
                 raise

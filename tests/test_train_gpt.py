@@ -559,6 +559,15 @@ def test_resume_is_bit_identical(corpus, tmp_path, monkeypatch, capsys, stop):
     assert [int(n) for n in re.findall(r"^step:(\d+)/8 train_time", text, re.M)] == list(range(1, 9)) and f"resumed from {tmp_path}/parts/run.pt at step {stop}" in text
 
 
+def test_kept_checkpoints(corpus, tmp_path):
+    assert main(arguments(corpus, tmp_path, keep_every=3)) == 0
+    assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["run-step000000.pt", "run-step000003.pt", "run-step000006.pt", "run.pt"]
+    whole = train_gpt.read_checkpoint(str(tmp_path / "run.pt"))
+    assert main(["--resume", str(tmp_path / "run-step000003.pt"), "--keep_every", "0"]) == 0
+    again = train_gpt.read_checkpoint(str(tmp_path / "run.pt"))
+    assert whole["step"] == again["step"] == 8 and all(torch.equal(whole["model"][name], again["model"][name]) for name in whole["model"])
+
+
 def test_resume_keeps_its_settings(corpus, tmp_path):
     assert main(arguments(corpus, tmp_path)) == 0
     with pytest.raises(RunError, match="--lr_matrix 0.5 differs from the checkpoint's 0.03: a resumed run keeps its settings"):
