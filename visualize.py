@@ -2,27 +2,41 @@
 Pictures of what a part of a model is made of, or has learnt.
 
     python visualize.py manifold FILE.npz -o FILE.png [--data DIR]
+    python visualize.py splanifold CHECKPOINT.pt... -o FILE.png|.gif|.mp4 [--layer N...] [--groups 4] [--tokens 1024] [--data DIR] [--size 2.4]
 
 manifold: a file of data/manifold.py. The graph, laid out by the second and third eigenvector (of L v = m D v, D the degrees: those of L alone are little
 but the most loosely tied nodes), a node with the token of its largest entry; a random matrix is shown as a matrix. The spectrum, beside that of a chain of
 as many nodes. How lambda = E / (E + tau) is distributed over the vectors in the file, each as often as its token occurs there, or in the training shards
 of DIR, for the file's tau and for tau = 1.
+splanifold: what the splanifolds of a model's feed-forwards (variants/splanifold_mlp.py) make of validation tokens, a row of panels a layer, a panel a group. The
+n outputs of a group are projected on the two principal axes of its control points P_i and P_i + E_i e_k, over all checkpoints: axes and limits stay, so
+that frames can be compared; a group of one output is drawn over t. Line: the spine, from t = 0 to 1; dots on spokes: nodes and control points; cloud: the
+tokens, coloured by t. One checkpoint gives a PNG, several, in the order of their steps, an animation (MP4 needs ffmpeg). Checkpoints of a run on its way:
+train_gpt.py --keep_every.
 Exit code 1 and one line for a fault. Later parts are functions of their own in COMMANDS.
 """
 
 import argparse
+import os
 import sys
 import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
+import train_gpt
+import variants
 from data.manifold import Manifold, read_manifold
-from train_gpt import Config, RunError, adopt_vocabulary, checked, find_shards, open_shard, write_atomically
+from kernels.splanifold import splanifold
+from train_gpt import Config, Ranks, RunError, adopt_vocabulary, checked, find_shards, open_shard, read_checkpoint, validation_batches, write_atomically
+from variants.splanifold_mlp import SplanifoldMLP
 from variants.topological_attention import chain_laplacian
 
 OWN, MUTED = "#d55e00", "#7d838c"  # told apart by the colour-blind
 BINS = 60
+SPINE, FRAMES_A_SECOND = 65, 8
 FONT, PANEL = 7.5, np.array([440, 370])  # points: of labels, of the graph's nodes
 
 
@@ -139,7 +153,171 @@ def add_manifold(parser: argparse.ArgumentParser):
     parser.add_argument("--data", default="", metavar="DIR", help="folder of shards whose tokens are counted (default: those that the file is from)")
 
 
-COMMANDS = dict(manifold=(run_manifold, add_manifold, "a domain Laplacian"))  # what it does, its own options, its help
+@dataclass
+class Group:
+    """One group of a layer at one step: nodes (S, n), control points (S, K, n), spine (points, n), tokens (M, n) and their t (M,)."""
+    nodes: np.ndarray
+    controls: np.ndarray
+    spine: np.ndarray
+    tokens: np.ndarray
+    t: np.ndarray
+
+
+@torch.no_grad()
+def groups_of(mlp: SplanifoldMLP, x: torch.Tensor, count: int) -> list[Group]:
+    """The first `count` groups of a feed-forward whose input is x (M, model_dim)."""
+    controls, r = mlp.controls(torch.float32), mlp.coordinates(x)
+    count, K = min(count, mlp.groups), r.shape[-1]
+    controls, r = type(controls)(*(part[:count] for part in controls)), r[:, :count]
+    line = torch.linspace(0, 1, SPINE)[:, None, None].expand(SPINE, count, K)
+    outputs = lambda r: splanifold(r.contiguous(), controls, **mlp.settings, mix="concat").unflatten(-1, (count, -1))
+    tokens, spine, points = outputs(r), outputs(line), controls.points[:, :, None] + controls.bases.mT
+    return [Group(controls.points[g].numpy(), points[g].numpy(), spine[:, g].numpy(), tokens[:, g].numpy(), r[:, g].mean(-1).numpy()) for g in range(count)]
+
+
+def splanifolds_of(path: str, layers: list[int], groups: int, tokens: int, data: str, first: dict | None) -> tuple[dict, list[list[Group]]]:
+    """(checkpoint's contents without its tensors, groups of every layer asked for, all layers where none is). first: contents of the run's first checkpoint."""
+    saved = read_checkpoint(path)
+    config = replace(Config(**saved["config"]), compile="off", device="cpu", dtype="float32")
+    config = replace(config, data=data or config.data, val_tokens=max(tokens, config.sequence_length))
+    if first and first["config"] | dict(run_id="", data="") != saved["config"] | dict(run_id="", data=""):
+        raise RunError(f"{path} is of another run than the checkpoints before it; give those of one run")
+    with variants.applied(config.variant, config):
+        model = train_gpt.trained_model(saved, config, Ranks.start(config))
+    chosen = {layer: block.mlp for layer, block in enumerate(model.blocks) if isinstance(block.mlp, SplanifoldMLP) and (not layers or layer in layers)}
+    if missing := sorted(set(layers) - chosen.keys()) or not chosen:
+        raise RunError(f"{path} has no splanifolds" + (f" in layer {missing[0]}" if layers else "") + "; give checkpoints of --variant splanifold_mlp and layers that have it")
+    inputs = {}
+    for layer, mlp in chosen.items():
+        mlp.register_forward_pre_hook(lambda _, arguments, layer=layer: inputs.update({layer: arguments[0].flatten(0, 1)[:tokens]}))
+    batch = torch.from_numpy(validation_batches(config)[0])
+    with torch.no_grad():
+        model.run_blocks(*model.embed(batch[:, :-1], model.masks(batch[:, :-1])))
+    kept = {name: saved[name] for name in ("config", "step", "curve")} | dict(layers=list(chosen))
+    return kept, [groups_of(mlp, inputs[layer], groups) for layer, mlp in chosen.items()]
+
+
+def projection(history: list[Group]):
+    """outputs (.., n) -> (.., 2): on the principal axes of a group's control points at all its steps. None where n = 1."""
+    points = np.concatenate([part.reshape(-1, part.shape[-1]) for group in history for part in (group.nodes, group.controls)])
+    if points.shape[-1] == 1:
+        return None
+    centre = points.mean(0)
+    axes = np.linalg.svd(points - centre, full_matrices=False)[2][:2]
+    axes = axes * np.sign(axes[np.arange(2), np.abs(axes).argmax(1)])[:, None]  # an axis has no sign of its own
+    return lambda x: (x - centre) @ axes.T
+
+
+def drawn_group(group: Group, project) -> dict[str, np.ndarray]:
+    """The lines and dots of a panel, each (.., 2)."""
+    if project is None:
+        over = lambda t, y: np.stack((t, y[..., 0]), -1)
+        at = np.linspace(0, 1, len(group.nodes))
+        return dict(spine=over(np.linspace(0, 1, SPINE), group.spine), nodes=over(at, group.nodes), tokens=over(group.t, group.tokens),
+                    controls=over(np.broadcast_to(at[:, None], group.controls.shape[:2]), group.controls))
+    return {name: project(getattr(group, name)) for name in ("spine", "nodes", "tokens", "controls")}
+
+
+def draw_splanifolds(file, kind: str, heads: list[dict], frames: list[list[list[Group]]], size: float):
+    """A PNG of the only frame, or an animation of all. frames: step -> layer -> groups."""
+    from matplotlib.animation import FFMpegWriter, PillowWriter
+    from matplotlib.collections import LineCollection
+    from matplotlib.figure import Figure
+    from tqdm import tqdm
+    layers, columns = heads[0]["layers"], max(len(groups) for groups in frames[0])
+    figure = Figure(figsize=(size * columns + 0.3, size * len(layers) + 0.6), dpi=100, layout="constrained")
+    panels, artists = figure.subplots(len(layers), columns, squeeze=False), {}
+    for row, groups in enumerate(frames[0]):
+        for column in range(columns):
+            panel = panels[row, column]
+            panel.set(xticks=[], yticks=[])
+            panel.spines[:].set_color("#d0d3d8")
+            if column >= len(groups):
+                panel.set_axis_off()
+                continue
+            project = projection([frame[row][column] for frame in frames])
+            history = [drawn_group(frame[row][column], project) for frame in frames]
+            every = np.concatenate([np.concatenate([part.reshape(-1, 2) for part in drawn.values()]) for drawn in history])
+            low, high = np.quantile(every, (0.002, 0.998), axis=0)  # a far token must not make the rest a dot
+            margin = 0.08 * np.maximum(high - low, 1e-6)
+            panel.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
+            cloud = panel.scatter([], [], s=5, c=[], cmap="viridis", vmin=0, vmax=1, alpha=0.55, linewidths=0)
+            spokes = panel.add_collection(LineCollection([], colors=MUTED, linewidths=0.6, alpha=0.6))
+            ends = panel.scatter([], [], s=4, color=MUTED, linewidths=0, zorder=3)
+            spine, = panel.plot([], [], color=OWN, linewidth=1.6, zorder=4)
+            nodes = panel.scatter([], [], s=22, color=OWN, edgecolors="white", linewidths=0.8, zorder=5)
+            artists[row, column] = (history, cloud, spokes, ends, spine, nodes)
+            if column == 0:
+                panel.set_ylabel(f"layer {layers[row]}", fontsize=FONT + 1)
+            if row == 0:
+                panel.set_title(f"group {column}", fontsize=FONT + 1)
+
+    def show(step: int):
+        loss = heads[step]["curve"][-1]["val_loss"] if heads[step]["curve"] else None
+        figure.suptitle(f"step {heads[step]['step']:,}" + (f", validation loss {loss:.3f}" if loss else ""), fontsize=FONT + 2)
+        for (row, column), (history, cloud, spokes, ends, spine, nodes) in artists.items():
+            drawn = history[step]
+            cloud.set_offsets(drawn["tokens"])
+            cloud.set_array(frames[step][row][column].t)
+            spokes.set_segments(np.stack((np.broadcast_to(drawn["nodes"][:, None], drawn["controls"].shape), drawn["controls"]), 2).reshape(-1, 2, 2))
+            ends.set_offsets(drawn["controls"].reshape(-1, 2))
+            spine.set_data(*drawn["spine"].T)
+            nodes.set_offsets(drawn["nodes"])
+
+    if kind == ".png":
+        show(0)
+        figure.savefig(file, format="png")
+        return
+    writer = (PillowWriter if kind == ".gif" else FFMpegWriter)(fps=FRAMES_A_SECOND)
+    with writer.saving(figure, file, dpi=100):
+        for step in tqdm([*range(len(frames)), *[len(frames) - 1] * FRAMES_A_SECOND], desc="frames", disable=None):  # the last one stays for a second
+            show(step)
+            writer.grab_frame()
+
+
+def run_splanifold(options: argparse.Namespace):
+    from matplotlib.animation import FFMpegWriter
+    from tqdm import tqdm
+    kind, number = options.output.suffix.lower(), len(options.checkpoints)
+    faults = [
+        (kind not in (".png", ".gif", ".mp4"), f"{options.output} must end in .png, .gif or .mp4"),
+        (kind == ".png" and number > 1, f"a PNG shows one checkpoint, got {number}; give one, or an output that ends in .gif or .mp4"),
+        (kind != ".png" and number < 2, f"an animation needs at least 2 checkpoints, got {number}; keep some with train_gpt.py --keep_every"),
+        (kind == ".mp4" and not FFMpegWriter.isAvailable(), "MP4 needs ffmpeg, which is not installed; install it or give an output that ends in .gif"),
+        (min(options.groups, options.tokens) < 1 or not options.size > 0, "--groups, --tokens and --size must be positive")]
+    if message := next((message for fault, message in faults if fault), None):
+        raise RunError(message)
+    heads, frames = [], []
+    for path in tqdm(options.checkpoints, desc="checkpoints", disable=None if number > 1 else True):
+        head, groups = splanifolds_of(path, options.layer, options.groups, options.tokens, options.data, heads[0] if heads else None)
+        heads.append(head)
+        frames.append(groups)
+    order = sorted(range(number), key=lambda i: heads[i]["step"])
+    heads, frames = ([parts[i] for i in order] for parts in (heads, frames))
+    if kind == ".png":
+        write_atomically(options.output, lambda file: draw_splanifolds(file, kind, heads, frames, options.size))
+        return
+    temporary = options.output.with_name(f".{os.getpid()}{options.output.name}")  # the writers of animations want a path, not a file
+    try:
+        draw_splanifolds(temporary, kind, heads, frames, options.size)
+        os.replace(temporary, options.output)
+    except OSError as error:
+        raise RunError(f"cannot write {options.output}: {error.strerror}; free some space or choose another folder") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def add_splanifold(parser: argparse.ArgumentParser):
+    parser.add_argument("checkpoints", metavar="CHECKPOINT.pt", nargs="+", help="one for a PNG, several of one run for an animation")
+    parser.add_argument("--layer", type=int, nargs="+", default=[], metavar="N", help="layers to draw, from 0 on (default: all)")
+    parser.add_argument("--groups", type=int, default=4, help="splanifolds of a layer to draw, from the first on (default: 4)")
+    parser.add_argument("--tokens", type=int, default=1024, help="validation tokens in the cloud (default: 1024)")
+    parser.add_argument("--data", default="", metavar="DIR", help="folder of shards (default: that of the run)")
+    parser.add_argument("--size", type=float, default=2.4, help="inches a panel, of 100 pixels each (default: 2.4)")
+
+
+COMMANDS = dict(manifold=(run_manifold, add_manifold, "a domain Laplacian"),  # what it does, its own options, its help
+                splanifold=(run_splanifold, add_splanifold, "the splanifolds of a model's layers, at one step or through a run"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -149,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, (run, add_options, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text)
         add_options(command)
-        command.add_argument("-o", "--output", metavar="FILE.png", type=Path, required=True)
+        command.add_argument("-o", "--output", metavar="FILE", type=Path, required=True)
         command.set_defaults(run=run)
     options = parser.parse_args(argv)
     try:

@@ -7,7 +7,9 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
 
+import train_gpt
 import visualize
 from data.manifold import Graph, Manifold, from_chain, from_corpus, from_random
 from data.shards import write_meta, write_shard
@@ -143,3 +145,77 @@ def test_faults(files, tmp_path, capsys):
 def test_command_line(files, tmp_path):
     done = subprocess.run([sys.executable, SCRIPT, "manifold", files["chain"], "-o", tmp_path / "a.png"], capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", f"{tmp_path / 'a.png'}\n") and matplotlib.image.imread(io.BytesIO((tmp_path / "a.png").read_bytes())).size
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> list[str]:
+    """Those at steps 0, 1 and 2 of a run of three layers, the first one without splanifolds."""
+    folder = tmp_path_factory.mktemp("splanifold")
+    data = folder_of(folder / "corpus", np.random.default_rng(0).integers(0, 256, 4000))
+    model = "--layers 3 --model_dim 16 --heads 2 --head_dim 8 --mlp_hidden 32 --window_pattern L --sequence_length 64 --batch_tokens 128 --val_tokens 64 --val_every 1"
+    arguments = f"--data {data} {model} --steps 2 --keep_every 1 --log_dir {folder} --run_id a --variant splanifold_mlp:preset=dense32,dims=4,nodes=3,layers=1-2"
+    assert train_gpt.main(arguments.split()) == 0
+    return [str(folder / f"a{suffix}.pt") for suffix in ("-step000000", "-step000001", "")]
+
+
+def frames_of(path) -> list[np.ndarray]:
+    from PIL import Image, ImageSequence
+    with Image.open(path) as image:
+        return [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
+
+
+def test_splanifolds_as_png(checkpoints, tmp_path, capsys):
+    path = tmp_path / "a.png"
+    assert run("splanifold", checkpoints[2], "-o", path, "--groups", 3, "--size", 1.5) == 0
+    assert capsys.readouterr().out.endswith(f"{path}\n")
+    image = matplotlib.image.imread(path)[..., :3]
+    assert image.shape == (360, 480, 3) and 0.01 < (image.min(-1) < 0.9).mean() < 0.7
+
+
+def test_splanifolds_through_a_run(checkpoints, tmp_path):
+    path = tmp_path / "a.gif"
+    assert run("splanifold", *reversed(checkpoints), "-o", path, "--groups", 2, "--layer", 2, "--size", 1.5) == 0  # in the order of steps, however given
+    frames = frames_of(path)
+    assert len(frames) >= 3 and not list(tmp_path.glob(".*"))  # equal frames at the end may be one
+    assert (frames[0] != frames[1]).any() and (frames[1] != frames[2]).any()
+
+
+def test_what_a_panel_of_splanifolds_shows(checkpoints):
+    head, layers = visualize.splanifolds_of(checkpoints[2], [], 2, 50, "", None)
+    assert head["layers"] == [1, 2] and head["step"] == 2 and [len(groups) for groups in layers] == [2, 2]
+    group = layers[0][1]
+    mlp = train_gpt.read_checkpoint(checkpoints[2])["model"]
+    nodes, bases = mlp["blocks.1.mlp.points"][1].numpy(), 8 * mlp["blocks.1.mlp.bases"][1].numpy()
+    assert np.allclose(group.nodes, nodes) and np.allclose(group.controls[2, 3], nodes[2] + bases[2, :, 3], atol=1e-6)
+    assert group.tokens.shape == (50, 4) and group.t.shape == (50,) and np.allclose(group.spine[[0, 32, 64]], nodes, atol=1e-5)  # the spine passes the nodes
+    project = visualize.projection([group, layers[1][0]])
+    points = np.concatenate([part.reshape(-1, 4) for g in (group, layers[1][0]) for part in (g.nodes, g.controls)])
+    shown = project(points)
+    assert abs(np.cov(shown.T)[0, 1]) < 1e-6 * shown.var() and shown[:, 0].var() > shown[:, 1].var() >= np.sort(np.linalg.eigvalsh(np.cov(points.T)))[-2] * 0.8
+
+
+def test_groups_of_one_output_are_drawn_over_t():
+    one = lambda *shape: np.zeros((*shape, 1)) + 0.5
+    drawn = visualize.drawn_group(visualize.Group(one(2), one(2, 3), one(visualize.SPINE), one(7), np.linspace(0.2, 0.8, 7)), None)
+    assert np.allclose(drawn["tokens"], np.stack((np.linspace(0.2, 0.8, 7), np.full(7, 0.5)), 1)) and np.allclose(drawn["nodes"], [[0, 0.5], [1, 0.5]])
+    assert drawn["controls"].shape == (2, 3, 2)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["-o", "a.jpg"], "a.jpg must end in .png, .gif or .mp4"), (["-o", "a.gif"], "an animation needs at least 2 checkpoints, got 1"),
+    (["-o", "a.png", "--layer", "0"], "has no splanifolds in layer 0"), (["-o", "a.png", "--groups", "0"], "--groups, --tokens and --size must be positive"),
+    (["-o", "no/such/folder/a.png"], "cannot write")])
+def test_faults_of_splanifolds(checkpoints, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert run("splanifold", checkpoints[0], *arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_checkpoints_of_two_runs(checkpoints, files, tmp_path, capsys):
+    saved = torch.load(checkpoints[1])
+    torch.save(saved | dict(config=saved["config"] | dict(seed=2)), tmp_path / "b.pt")
+    assert run("splanifold", checkpoints[0], tmp_path / "b.pt", "-o", tmp_path / "a.gif") == 1
+    assert "b.pt is of another run than the checkpoints before it" in capsys.readouterr().err
+    assert run("splanifold", *checkpoints[:2], "-o", tmp_path / "a.png") == 1
+    assert "a PNG shows one checkpoint, got 2" in capsys.readouterr().err

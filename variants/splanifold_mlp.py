@@ -1,0 +1,149 @@
+"""
+Splanifold feed-forward: groups of spline manifolds, each a map of K squashed control coordinates, in place of two matrices and an activation.
+
+    z = gain (W_in x) - centre     r = squash(z) (.., G, K)     y = W_out concat_g Phi_g(r_g)   or   sum_g Phi_g(r_g)     Phi: kernels/splanifold.py
+
+x and y (B, T, model_dim). Phi_g maps K coordinates to n numbers: model_dim where groups are summed, else K with an output projection and model_dim / G without.
+The options:
+
+    in_proj      on: W_in (G K, model_dim); off: the groups share out the channels of x themselves, G K = model_dim
+    out_proj     on: W_out (model_dim, G K), of a sum (model_dim, model_dim)
+    dims         K; groups: G, 0: as many as bring the layer to `budget` times the parameters of the feed-forward it replaces, or model_dim / K without in_proj
+    nodes        S: S - 1 cubic segments. Parameters grow with S, FLOPs need not
+    mix          concat or sum over the groups
+    squash       sigmoid: r = sigmoid(z); mean: only t is squashed, r = t + (z - mean z) / 5 with t = sigmoid(sqrt(K) mean z); none: r = (1 + 2 z / 5) / 2
+    expansion, delta_max (0: no warp), eps   Phi's
+    tangents     absolute: as in the paper; relative: sigma (P' - P) and sigma (E' - E) with a learned sigma, as in the author's code
+
+Presets supply what is left at "preset" or 0. paper: one splanifold of all channels, no projections, 3/4 of the parameters of a feed-forward four times as wide.
+lowdim2 and lowdim3: K = 2 and 3 between two projections. sum4: K = 4, an input projection, summed. dense32: K = 32 between two projections. small: lowdim2 with
+1/5 of the parameters. exodus18m: K = 32, no projections, concatenated: for the track of that name, where 128 layers of 4 x 32 x (2 + 6 x 32) numbers make 3.18M.
+With S = 2 equal parameters are equal FLOPs, but for the points, gains and centres.
+
+The stored controls are those of features of about unit size: E, E' and P' are multiplied by 8, 32 and 8 K. Muon takes them as matrices (n, K), G S of each
+kind, with the rate divided by sqrt(G) where groups are summed; Adam takes P, gain, centre and sigma. Without W_out the controls begin at zero, with it only
+W_out does: either way the block begins as the identity.
+
+Source: Adams, K-Splanifolds, 2026, doi 10.5281/zenodo.18673034, github.com/curvedinf/k-splanifolds, and the same author's 18M-parameter model of 128 layers,
+whose block is not published: exodus18m is our reading; forms with projections, groups and initial sizes: ours
+Status: not measured yet
+"""
+
+import math
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+import train_gpt
+from kernels.splanifold import SplanifoldControls, splanifold
+from train_gpt import Config, RunError
+
+PROJECTED = dict(in_proj="on", out_proj="on", mix="concat")
+PRESETS = dict(paper=dict(in_proj="off", out_proj="off", mix="sum", groups=1), lowdim2=PROJECTED | dict(dims=2), lowdim3=PROJECTED | dict(dims=3),
+               sum4=dict(in_proj="on", out_proj="off", mix="sum", dims=4), dense32=PROJECTED | dict(dims=32), small=PROJECTED | dict(dims=2, budget=0.2),
+               exodus18m=dict(in_proj="off", out_proj="off", mix="concat", dims=32))
+SQUASH = dict(sigmoid=torch.sigmoid,
+              mean=lambda z: (z - (mean := z.mean(-1, keepdim=True))) / 5 + torch.sigmoid(mean * z.shape[-1] ** 0.5),
+              none=lambda z: 0.5 + z / 5)
+
+@dataclass
+class Options:
+    preset: Literal["lowdim2", "lowdim3", "sum4", "dense32", "small", "paper", "exodus18m"] = "lowdim2"
+    in_proj: Literal["preset", "on", "off"] = "preset"
+    out_proj: Literal["preset", "on", "off"] = "preset"
+    mix: Literal["preset", "concat", "sum"] = "preset"
+    groups: int = 0
+    dims: int = 0
+    nodes: int = 2
+    budget: float = 0.0
+    squash: Literal["sigmoid", "mean", "none"] = "sigmoid"
+    expansion: float = 0.0
+    delta_max: float = 0.0
+    eps: float = 1e-3
+    tangents: Literal["absolute", "relative"] = "absolute"
+
+    def __post_init__(self):
+        o = self.resolved()
+        faults = [
+            (o.groups < 0 or o.dims < 0, f"groups={o.groups},dims={o.dims}: give positive numbers, or 0 for the preset's"),
+            (o.nodes < 2, f"nodes={o.nodes}: a curve has at least 2"),
+            (o.budget < 0 or not math.isfinite(o.budget), f"budget={o.budget}: give a share above 0 of the parameters of the feed-forward, or 0 for the preset's"),
+                (not o.expansion >= 0 or not o.delta_max >= 0, f"expansion={o.expansion},delta_max={o.delta_max}: neither may be negative"),
+            (not o.eps > 0, f"eps={o.eps}: give a number above 0, which keeps the tangents' weights finite")]
+        if message := next((message for fault, message in faults if fault), None):
+            raise ValueError(message)
+
+    def resolved(self) -> "Options":
+        """A copy with the preset's values for what is left to it."""
+        result = copy(self)
+        for name, value in (dict(budget=1.0) | PRESETS[self.preset]).items():
+            if getattr(self, name) in ("preset", 0):
+                setattr(result, name, value)
+        return result
+
+def shape_of_groups(config: Config, options: Options) -> tuple[int, int, int]:
+    """(groups, coordinates of each, outputs of each). RunError for what does not fit the model."""
+    width, S, inside, outside = config.model_dim, options.nodes, options.in_proj == "on", options.out_proj == "on"
+    K = options.dims or width // (options.groups or 1)
+    outputs = lambda G: width if options.mix == "sum" else K if outside else width // G
+    faults = [
+        (not inside and (options.groups or width // K) * K != width, f"without in_proj groups x dims must be model_dim = {width}, got groups={options.groups},dims={K}"),
+        (options.groups and options.mix == "concat" and not outside and width % options.groups,
+         f"groups={options.groups} do not divide model_dim = {width} outputs; choose another number, mix=sum or out_proj=on")]
+    if message := next((message for fault, message in faults if fault), None):
+        raise RunError(f"variant splanifold_mlp: {message}")
+    if options.groups or not inside:
+        groups = options.groups or width // K
+        return groups, K, outputs(groups)
+    budget = options.budget * 2 * width * config.mlp_hidden
+    size = lambda G: (width + 2) * G * K + G * outputs(G) * S * (1 + 3 * K) + outside * width * (width if options.mix == "sum" else G * K)
+    choices = [G for G in range(1, 2 + int(budget / (width * K))) if options.mix == "sum" or outside or width % G == 0]
+    groups = min(choices, key=lambda G: abs(size(G) - budget))
+    return groups, K, outputs(groups)
+
+class SplanifoldMLP(nn.Module):
+    """forward(x (B, T, model_dim), normalised) -> same shape. options: resolved."""
+    def __init__(self, config: Config, layer: int, options: Options):
+        super().__init__()
+        (self.groups, K, n), S, width = shape_of_groups(config, options), options.nodes, config.model_dim
+        self.options, channels = options, self.groups * K
+        self.fc = train_gpt.Linear(config, layer, "fc", width, channels) if options.in_proj == "on" else None
+        self.proj = train_gpt.Linear(config, layer, "proj", n if options.mix == "sum" else self.groups * n, width) if options.out_proj == "on" else None
+        self.gain = nn.Parameter(torch.full((channels,), 1.0 if self.fc is None else 2.0))  # z begins at unit variance
+        self.centre = nn.Parameter(torch.zeros(channels))
+        self.points = nn.Parameter(torch.zeros(self.groups, S, n))
+        self.bases, self.point_tangents, self.base_tangents = (nn.Parameter(torch.empty(self.groups, S, n, K)) for _ in range(3))
+        self.scales = dict(bases=8.0, point_tangents=8.0 * K, base_tangents=32.0)
+        summed = self.groups if options.mix == "sum" else 1
+        for name in self.scales:
+            matrices = getattr(self, name)
+            matrices.optimizer, matrices.lr_mul = "muon", summed ** -0.5
+            matrices.init_std = 0.0 if self.proj is None and config.zero_init_projections else 0.5 * (K * summed) ** -0.5
+        self.points.optimizer, self.points.lr_mul = "adam", 1 / summed
+        self.sigma = nn.Parameter(torch.ones(())) if options.tangents == "relative" else None
+        self.settings = dict(expansion=options.expansion, delta_max=options.delta_max or math.inf, eps=options.eps)
+
+    def controls(self, dtype: torch.dtype) -> SplanifoldControls:
+        bases, point_tangents, base_tangents = (scale * getattr(self, name) for name, scale in self.scales.items())
+        if self.sigma is not None:
+            point_tangents = self.sigma * (point_tangents - self.points[..., None])
+            base_tangents = self.sigma * (base_tangents - bases)
+        return SplanifoldControls(*(x.to(dtype) for x in (self.points, bases, point_tangents, base_tangents)))
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        """r (B T, G, K)."""
+        z = x if self.fc is None else self.fc(x)
+        z = z * self.gain.type_as(x) - self.centre.type_as(x)
+        return SQUASH[self.options.squash](z.view(-1, self.groups, z.shape[-1] // self.groups))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = splanifold(self.coordinates(x), self.controls(x.dtype), **self.settings, mix=self.options.mix)
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.proj is None else self.proj(y)
+
+def patch(options: Options):
+    train_gpt.MLP = partial(SplanifoldMLP, options=options.resolved())
