@@ -35,7 +35,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
-from kernels.topological_attention_loglinear import LOWEST, _running, _starts, _sums_after, compute_dtype, query_heads
+from kernels.segmented_scan import running, starts_of, sums_after
+from kernels.topological_attention_loglinear import LOWEST, compute_dtype, query_heads
 
 RANGE = (-8.0, 8.0)         # of coordinates of about unit variance
 NARROW = 40.0               # widest range in which plain query features do: e^-40, and e^-80 where gated linear attention forgets, are nothing in float32
@@ -84,14 +85,14 @@ def _fold_bias(log_decay: Tensor | None, key_bias: Tensor, doc_start: Tensor | N
     """(B, T, H) each: the log-decay with mu_{t-1} - mu_t in it, never above 0, and e^{c_t - mu_t}; float64."""
     bias = key_bias.double().clamp_min(LOWEST)
     with torch.no_grad():
-        starts = None if doc_start is None else _starts(doc_start)[:, None]
+        starts = None if doc_start is None else starts_of(doc_start)[:, None]
         scales, decay = bias.transpose(1, 2), torch.zeros_like(bias)
         if log_decay is None:
-            scales = _running(torch.maximum, scales, starts)
+            scales = running(torch.maximum, scales, starts)
         else:
             decay = log_decay.double()
-            total = _running(torch.add, decay.transpose(1, 2), starts)
-            scales = total + _running(torch.maximum, scales - total, starts)
+            total = running(torch.add, decay.transpose(1, 2), starts)
+            scales = total + running(torch.maximum, scales - total, starts)
         scales = scales.transpose(1, 2)
         decay = (decay + F.pad(scales[:, :-1] - scales[:, 1:], (0, 0, 1, 0))).clamp_max(0)
     return decay if log_decay is None else decay + (log_decay - log_decay.detach()), (bias - scales).exp()
@@ -105,12 +106,12 @@ def _row_shift(query: Tensor, places: Tensor, weights: Tensor, log_decay: Tensor
     shape = (*query.shape, len(centres))
     logs = torch.full(shape, -math.inf, dtype=torch.float64, device=query.device)
     logs = logs.scatter_reduce(-1, places, weights.log().double(), "amax").movedim(1, -1)  # (B, H, M, T)
-    starts = None if doc_start is None else _starts(doc_start)[:, None, None]
+    starts = None if doc_start is None else starts_of(doc_start)[:, None, None]
     if log_decay is None:
-        logs = _running(torch.maximum, logs, starts)
+        logs = running(torch.maximum, logs, starts)
     else:
-        total = _running(torch.add, log_decay.clamp_min(-2 * LIVE).transpose(1, 2)[:, :, None], starts)  # what is hidden by a bias of -inf would drown the rest
-        logs = total + _running(torch.maximum, logs - total, starts)
+        total = running(torch.add, log_decay.clamp_min(-2 * LIVE).transpose(1, 2)[:, :, None], starts)  # what is hidden by a bias of -inf would drown the rest
+        logs = total + running(torch.maximum, logs - total, starts)
     scores = logs.movedim(-1, 1) - (query[..., None] - centres).abs()
     return scores.masked_fill(logs.movedim(-1, 1) < -LIVE, -math.inf).amax(-1).to(query.dtype)
 
@@ -204,7 +205,7 @@ def topological_attention_binned_state(key_coord: Tensor, value: Tensor, log_dec
     by_row = lambda x: x.repeat_interleave(heads // x.shape[2], 2).transpose(1, 2).flatten(0, 1)  # (B*H, T, ...)
     exponent = torch.zeros(B * heads, T, dtype=torch.float64, device=value.device)
     if log_decay is not None:
-        exponent = exponent + _sums_after(by_row(log_decay).double())
+        exponent = exponent + sums_after(by_row(log_decay).double())
     if key_bias is not None:
         exponent = exponent + by_row(key_bias).double().clamp_min(LOWEST)
     if doc_start is not None:

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from kernels.topological_attention import topological_attention
 from kernels.topological_attention_binned import BinnedState, topological_attention_binned, topological_attention_binned_state, topological_attention_binned_step
-from kernels.topological_attention_loglinear import LOG2_E, LOWEST, _scan
+from kernels.segmented_scan import segmented_scan
+from kernels.topological_attention_loglinear import LOG2_E, LOWEST
 
 RUN, BLOCK = 8192, 64  # fewest tokens of a run and of its blocks: measured on two CPU cores, where 8,192 tokens are read as fast as a run
 REBASE = 64.0  # how far F may move from what log-weights are relative to: float32 keeps 4e-6 of a weight there
@@ -103,7 +104,7 @@ class SortedRun(NamedTuple):
             rows = F.pad(by_weight(value.flip(2) if backward else value).float(), (0, 1), value=1.0).unflatten(2, (-1, BLOCK))
             blocks = (factors[..., None, :] @ rows).squeeze(-2)
             flat = highest.flatten(0, 1)
-            total = _scan(flat * LOG2_E, blocks.flatten(0, 1), torch.zeros_like(flat, dtype=torch.int64)).view_as(blocks)
+            total = segmented_scan(flat * LOG2_E, blocks.flatten(0, 1), torch.zeros_like(flat, dtype=torch.int64)).view_as(blocks)
             highest, total = F.pad(highest, (1, 0), value=LOWEST), F.pad(total, (0, 0, 1, 0))
             potentials.append(highest.flip(-1) if backward else highest)
             sums.append(total.flip(2) if backward else total)

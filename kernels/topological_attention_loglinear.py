@@ -34,6 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels.segmented_scan import TILES, running, segmented_scan, starts_of, sums_after
+
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
@@ -48,8 +50,6 @@ def query_heads(query: Tensor | None, value: Tensor, log_decay: Tensor | None) -
 
 CHUNK = 64                  # most tokens in a chunk, whose pairs are a dense tile
 BLOCKS = 4                  # blocks of sorted keys in a chunk's worth of them
-SCAN_BLOCK = 32             # most elements that a scan sums as a tile
-TILES = 1 << 18             # elements of tiles that are made at a time, so that they stay in the cache
 TABLE_ROWS = 1 << 16        # rows of U and V that are made at a time, unless one level of one row has more: T
 READ_TOKENS = 1 << 13       # tokens that read at a time
 PART_TOKENS = 1 << 15       # tokens of rows that go through together
@@ -101,37 +101,8 @@ def _sum_given(*terms: Tensor | None) -> Tensor | None:
     return sum(given[1:], given[0]) if given else None
 
 
-def _sums_after(x: Tensor) -> Tensor:
-    """The sum of what follows each element of the last dimension."""
-    return F.pad(x[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
-
-
 def _masked(allowed: Tensor) -> Tensor:
     return torch.zeros(allowed.shape, dtype=torch.float64, device=allowed.device).masked_fill_(~allowed, -math.inf)
-
-
-def _running(combine, x: Tensor, starts: Tensor | None, backward: bool = False) -> Tensor:
-    """
-    Running combination (torch.add or torch.maximum) of the last dimension of x, float64, anew where starts is true; backward: from each position to the end.
-
-    In documents by doubling, so that a result has not even the rounding of another document in it.
-    """
-    if starts is None:
-        scan = torch.cumsum if combine is torch.add else lambda x, dim: x.cummax(dim).values
-        return scan(x.flip(-1), -1).flip(-1) if backward else scan(x, -1)
-    if backward:
-        return _running(combine, x.flip(-1), F.pad(starts[..., 1:], (0, 1), value=True).flip(-1)).flip(-1)
-    index, distance = torch.arange(x.shape[-1], device=x.device), 1
-    since = index - torch.where(starts, index, 0).cummax(-1).values
-    while distance < x.shape[-1]:
-        earlier = x.roll(distance, -1).masked_fill_(since < distance, 0 if combine is torch.add else -math.inf)
-        x, distance = combine(x, earlier), 2 * distance
-    return x
-
-
-def _starts(doc: Tensor | None) -> Tensor | None:
-    """Where a number differs from the one before it in the last dimension."""
-    return None if doc is None else F.pad(doc[..., 1:] != doc[..., :-1], (1, 0), value=True)
 
 
 def _level_biases(triangle: _Triangle, size: int, transposed: bool, row_max: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -145,7 +116,7 @@ def _level_biases(triangle: _Triangle, size: int, transposed: bool, row_max: Ten
     if triangle.log_decay is not None:
         left, right = _halves(triangle.log_decay, size)
         query_terms.append(right.cumsum(-1))
-        key_terms.append(_sums_after(left))
+        key_terms.append(sums_after(left))
     if triangle.query_doc is not None:
         query_doc, key_doc = half(triangle.query_doc, query_side), half(triangle.key_doc, 1 - query_side)
         crossing = query_doc[..., :1] if triangle.lower else 1
@@ -195,35 +166,6 @@ def _levels(triangle: _Triangle, transposed: bool, strict: bool, chunk: int) -> 
         ranks = torch.cat((left_ranks[..., :size], ranks[..., size:] - left_ranks[..., size:]), -1)
 
 
-def _scan(potential: Tensor, rows: Tensor, first: Tensor) -> Tensor:
-    """
-    out_r = sum over first_r <= t <= r of e^{y_t - y_r} rows_t, for a potential y that rises wherever first allows. potential, first (R, n), rows (R, n, E).
-
-    first_r is the start of the segment that holds r. Blocks of at most SCAN_BLOCK, 2^k of them, then a scan of their ends.
-    """
-    R, n, columns = rows.shape
-    halvings = ((n - 1) // SCAN_BLOCK).bit_length()
-    if not halvings:
-        out, index = torch.empty_like(rows, memory_format=torch.contiguous_format), torch.arange(n, device=rows.device)
-        step = max(1, TILES // n ** 2)
-        for lo in range(0, R, step):
-            y = potential[lo:lo + step]
-            exponent = (y[:, None, :] - y[:, :, None]).masked_fill_((index > index[:, None]) | (index < first[lo:lo + step, :, None]), -math.inf)
-            torch.bmm(exponent.to(rows.dtype).exp2_(), rows[lo:lo + step], out=out[lo:lo + step])
-        return out
-    block, blocks = -(-n >> halvings), 1 << halvings
-    padding, start = block * blocks - n, torch.arange(0, block * blocks, block, device=rows.device)[:, None]
-    if padding:  # each a segment of its own
-        potential, rows = F.pad(potential, (0, padding)), F.pad(rows, (0, 0, 0, padding))
-        first = torch.cat((first, torch.arange(n, n + padding, device=rows.device).expand(R, -1)), 1)
-    y, first = potential.reshape(R, blocks, block), first.reshape(R, blocks, block)
-    out = _scan(y.flatten(0, 1), rows.reshape(R * blocks, block, columns), (first - start).clamp_(min=0).flatten(0, 1)).view(R, blocks, block, columns)
-    ends = _scan(y[..., -1], out[:, :, -1], first[..., -1] // block)
-    carried = (y[:, :-1, -1:] - y[:, 1:]).masked_fill_(first[:, 1:] >= start[1:], -math.inf).to(rows.dtype).exp2_()
-    out[:, 1:].addcmul_(carried[..., None], ends[:, :-1, None])
-    return out.view(R, n + padding, columns)[:, :n]
-
-
 def _tiles(x: Tensor, weight: Tensor | None, up: Tensor, down: Tensor) -> Tensor:
     """Blocks of c sorted coordinates, with log-weights and potentials (blocks, c) float64 -> (blocks, 2, c, c): the factors of U and of V."""
     c = x.shape[-1]
@@ -249,8 +191,8 @@ def _table(rows: Tensor, group: _Group, block: int, buffer: Tensor) -> tuple[Ten
         up, down = x, -x
     else:
         by_node = lambda potential: [row.view(-1, size) for row, size in zip(potential, group.sizes)]
-        up = torch.cat([_running(torch.maximum, row, None).flatten() for row in by_node(group.weight + x)]).clamp_(min=LOWEST)
-        down = torch.cat([_running(torch.maximum, row, None, backward=True).flatten() for row in by_node(group.weight - x)]).clamp_(min=LOWEST)
+        up = torch.cat([running(torch.maximum, row, None).flatten() for row in by_node(group.weight + x)]).clamp_(min=LOWEST)
+        down = torch.cat([running(torch.maximum, row, None, backward=True).flatten() for row in by_node(group.weight - x)]).clamp_(min=LOWEST)
     thin = (group.order, group.coordinates, group.weight, up, down)
     order, coordinates, weight, up, down = (None if x is None else x.reshape(blocks, block) for x in thin)
     table, step = buffer[:sums + 2 * blocks + 1], max(1, TILES // block ** 2)
@@ -264,7 +206,7 @@ def _table(rows: Tensor, group: _Group, block: int, buffer: Tensor) -> tuple[Ten
     first = (index - index % node_blocks).repeat(2, 1)  # the first block of each block's node, from either end
     ends = torch.cat((up[:, -1].view(count, -1), down[:, 0].view(count, -1).flip(1)))
     end_sums = torch.cat((local[:, block - 1].view(count, S // block, -1), local[:, block].view(count, S // block, -1).flip(1)))
-    after_up, after_down = _scan(ends, end_sums, first).chunk(2)
+    after_up, after_down = segmented_scan(ends, end_sums, first).chunk(2)
     table[sums:sums + blocks] = after_up.flatten(0, 1)
     table[sums + blocks:-1] = after_down.flip(1).flatten(0, 1)
     table[-1] = 0
@@ -358,7 +300,7 @@ def _chunk_costs(triangle: _Triangle, chunk: int) -> Iterator[tuple[slice, Tenso
     """The pairs inside chunks, some chunks at a time: minus their scores (chunks, C, C), float64."""
     by_chunk = lambda x: None if x is None else x.view(-1, chunk)
     query, key = (by_chunk(x).double() * LOG2_E for x in (triangle.query, triangle.key))
-    total = None if triangle.log_decay is None else _running(torch.add, by_chunk(triangle.log_decay), _starts(by_chunk(triangle.query_doc)))
+    total = None if triangle.log_decay is None else running(torch.add, by_chunk(triangle.log_decay), starts_of(by_chunk(triangle.query_doc)))
     query_bias, key_bias = (_sum_given(by_chunk(bias), decay) for bias, decay in
                             ((triangle.query_bias, total), (triangle.key_bias, None if total is None else -total)))
     query_doc, key_doc = by_chunk(triangle.query_doc), by_chunk(triangle.key_doc)
@@ -429,12 +371,12 @@ def _running_sums(potential: Tensor, rows: Tensor, doc: Tensor | None, backward:
     potential (R, n), doc (R, n) or None, rows (R, n, E).
     """
     turn = lambda x: x.flip(1) if backward else x
-    potential, rows, starts = turn(potential), turn(rows), _starts(None if doc is None else turn(doc))
+    potential, rows, starts = turn(potential), turn(rows), starts_of(None if doc is None else turn(doc))
     first = torch.zeros_like(potential, dtype=torch.int64)
     if starts is not None:
         first = torch.where(starts, torch.arange(rows.shape[1], device=rows.device), 0).cummax(-1).values
-    highest = _running(torch.maximum, potential, starts).clamp(min=LOWEST)
-    sums = _scan(highest, rows * (potential - highest).to(rows.dtype).exp2_()[..., None], first)
+    highest = running(torch.maximum, potential, starts).clamp(min=LOWEST)
+    sums = segmented_scan(highest, rows * (potential - highest).to(rows.dtype).exp2_()[..., None], first)
     if not own:
         sums, highest = F.pad(sums[:, :-1], (0, 0, 1, 0)), F.pad(highest[:, :-1], (1, 0), value=LOWEST)
     return turn(sums), turn(highest)
@@ -442,7 +384,7 @@ def _running_sums(potential: Tensor, rows: Tensor, doc: Tensor | None, backward:
 
 def _scan_potentials(triangle: _Triangle, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Of queries and keys (R, n) without coordinates: s_ij is their sum; and the documents of a lower triangle."""
-    total = None if triangle.log_decay is None else _running(torch.add, triangle.log_decay, _starts(triangle.query_doc))
+    total = None if triangle.log_decay is None else running(torch.add, triangle.log_decay, starts_of(triangle.query_doc))
     query = _sum_given(like.new_zeros(like.shape[:2], dtype=torch.float64), triangle.query_bias, total)
     key = _sum_given(like.new_zeros(like.shape[:2], dtype=torch.float64), triangle.key_bias, None if total is None else -total)
     if triangle.query_doc is None or triangle.lower:
@@ -536,7 +478,7 @@ def _triangles(query, key, log_decay, key_bias, doc, width: int, rows: Tensor) -
         query_doc, key_doc = torch.ones(R, blocks - 1, length, dtype=torch.int64, device=rows.device), inside.long().expand(R, blocks - 1, -1)
         if doc is not None:
             query_doc, key_doc = torch.where(doc[:, 1:] == doc[:, 1:, :1], 1, 2), ((doc[:, :-1] == doc[:, 1:, :1]) & inside).long()
-        query_bias, decay_after = (None, None) if log_decay is None else (log_decay.cumsum(-1), _sums_after(log_decay))
+        query_bias, decay_after = (None, None) if log_decay is None else (log_decay.cumsum(-1), sums_after(log_decay))
         triangle = _Triangle(False, pick(query, later), pick(key, earlier), None, pick(query_bias, later),
                              _sum_given(pick(key_bias, earlier), pick(decay_after, earlier)), flat(query_doc).contiguous(), flat(key_doc).contiguous())
         result.append((triangle, later, earlier))
@@ -605,7 +547,7 @@ def _backward(grad_out, query, key, value, log_decay, key_bias, doc_start, windo
             index = torch.arange(T, device=out.device)
             first = torch.zeros_like(index).expand(batches, T) if doc_start is None else doc_start[part.batches]
             starts_here = first == index
-            after = _running(torch.add, by_row(column_sums.double()), None if doc_start is None else starts_here[:, None], backward=True)
+            after = running(torch.add, by_row(column_sums.double()), None if doc_start is None else starts_here[:, None], backward=True)
             grad_decay[part.batches, :, part.heads] = -after.masked_fill_(starts_here[:, None], 0).transpose(1, 2).to(dtype)
     pairs = ((grad_query, query), (grad_key, key), (grad_value, value), (grad_decay, log_decay), (grad_bias, key_bias))
     return [gradient.to(x.dtype) for gradient, x in pairs if x is not None]

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.topological_attention_loglinear import _running
+from kernels.segmented_scan import running
 
 try:
     import triton
@@ -736,7 +736,7 @@ def loglinear_backward(grad_out: Tensor, query: Tensor | None, key: Tensor | Non
     gradients[2] = value, dvalue.unflatten(2, (kv_heads, group)).sum(3) if group > 1 else dvalue
     if log_decay is not None:
         starts = None if doc_start is None else (doc_start == torch.arange(T, device=out.device))[:, None]
-        after = -_running(torch.add, dbias.double(), starts, backward=True)
+        after = -running(torch.add, dbias.double(), starts, backward=True)
         after = after.index_fill_(-1, torch.zeros(1, dtype=torch.int64, device=out.device), 0) if starts is None else after.masked_fill_(starts, 0)
         gradients[3] = log_decay, after.transpose(1, 2)
     return [gradient.to(x.dtype, memory_format=torch.contiguous_format) for x, gradient in gradients if x is not None]

@@ -40,7 +40,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.topological_attention_loglinear import _running, _starts, compute_dtype, topological_attention_loglinear
+from kernels.segmented_scan import running, starts_of
+from kernels.topological_attention_loglinear import compute_dtype, topological_attention_loglinear
 
 try:
     import triton
@@ -426,7 +427,7 @@ class Operands(NamedTuple):
 
 
 def _document_starts(doc_start: Optional[Tensor]) -> Optional[Tensor]:
-    return None if doc_start is None else _starts(doc_start)[:, None]
+    return None if doc_start is None else starts_of(doc_start)[:, None]
 
 
 def _operands(query_coord: Tensor, key_coord: Tensor, value: Tensor, log_decay: Optional[Tensor], key_bias: Optional[Tensor], doc_start: Optional[Tensor],
@@ -438,7 +439,7 @@ def _operands(query_coord: Tensor, key_coord: Tensor, value: Tensor, log_decay: 
         first = begin.expand(B, T) if first is None else torch.maximum(first, begin)
     decay = None
     if log_decay is not None:
-        decay = _running(torch.add, log_decay.transpose(1, 2).to(torch.float64, memory_format=torch.contiguous_format), _document_starts(doc_start))
+        decay = running(torch.add, log_decay.transpose(1, 2).to(torch.float64, memory_format=torch.contiguous_format), _document_starts(doc_start))
     return Operands(query_coord.float().contiguous(), key_coord.float().contiguous(), value if value.stride(-1) == 1 else value.contiguous(),
                     None if key_bias is None else key_bias.float().contiguous(), decay, None if first is None else first.contiguous())
 
@@ -554,7 +555,7 @@ def _tiled_backward(query_coord: Tensor, key_coord: Tensor, value: Tensor, log_d
         o, out, lse, grad, tiles_for(BACKWARD_TILES, capability, value.dtype, value.shape[3]), rows_of_a_thread(capability))
     gradients = [(d_query.transpose(1, 2), query_coord), (d_key, key_coord), (d_value, value)]
     if log_decay is not None:  # dg_t = sum over j >= t of dF_j
-        d_decay = _running(torch.add, d_row - d_weight, _document_starts(doc_start), backward=True)
+        d_decay = running(torch.add, d_row - d_weight, _document_starts(doc_start), backward=True)
         gradients.append((d_decay.transpose(1, 2), log_decay))
     if key_bias is not None:
         gradients.append((d_weight.unflatten(1, (key_coord.shape[2], -1)).sum(2).transpose(1, 2), key_bias))
