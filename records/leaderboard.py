@@ -24,7 +24,7 @@ from pathlib import Path
 
 RECORDS = Path(__file__).resolve().parent
 sys.path = [str(RECORDS.parent)] + [path for path in sys.path if Path(path).resolve() != RECORDS]  # so that nobody takes statistics.py for Python's own
-from records.report import FORMAT as COMPARISON, equals, escaped, interval, markdown_table, number, p_value, plain, sentence, summarize
+from records.report import FORMAT as COMPARISON, MACHINE, equals, escaped, interval, markdown_table, number, p_value, plain, sentence, summarize
 from records.runs import Run, read_folder, read_run
 from records.statistics import ALPHA, one_sample, summary, welch
 from train_gpt import TRACKS, RunError, make_config, write_atomically
@@ -98,10 +98,9 @@ def statistics_of(chosen: dict, arms: list[dict]) -> dict:
             if run.track != chosen["track"]:
                 raise RunError(f"{run.path}: a run of track {run.track}, not {chosen['track']}; name its own with --track")
     results = summarize(chosen["settings"], arms)
-    for name in ("device", "world_size"):
-        if name in results["environment_differs"]:
-            values = ", ".join(map(str, results["environment_differs"][name]))
-            raise RunError(f"{chosen['name']}: {name} is not one in all runs ({values}), so their times cannot be compared; run all of them on one machine")
+    found = {name: ", ".join(map(str, results["environment_differs"].get(name, [results["environment"][name]]))) for name in MACHINE}
+    for name in results["environment_differs"].keys() & MACHINE if chosen["kind"] == "record" else ():
+        raise RunError(f"{chosen['name']}: {name} is not one in all runs ({found[name]}), so their times cannot be compared; run all of them on one machine")
     environment, target = results["environment"], chosen["rules"]["target"]
     rows = []
     for row, folder in zip(results["arms"], folder_names(arms)):
@@ -109,7 +108,7 @@ def statistics_of(chosen: dict, arms: list[dict]) -> dict:
         rows.append(dict(name=row["name"], folder=folder, variant=row["variant"], options=row["options"], parameters=row["parameters"],
                          seeds=[run["seed"] for run in row["runs"]], losses=losses, train_seconds=seconds, loss=summary(losses), time=summary(seconds),
                          p_target=one_sample(losses, target) if target else None, vs_baseline=row["vs_baseline"]))
-    return chosen | dict(hardware=f"{environment['world_size']} x {environment['device']}", val_sha256=environment["val_sha256"],
+    return chosen | dict(hardware=f"{found['world_size']} x {found['device']}", val_sha256=environment["val_sha256"],
                          versions={name: environment[name] for name in ("python", "torch", "cuda", "triton")}, arms=rows)
 
 

@@ -19,6 +19,7 @@ from train_gpt import RESUME_FIELDS, RunError, write_atomically
 FORMAT = "knotgpt-comparison-1"
 TEMPLATE = Path(__file__).with_name("report_template.html")
 ENVIRONMENT = ("device", "world_size", "dtype", "compile", "torch", "cuda", "triton", "python", "platform", "git_commit", "git_dirty", "peak_flops", "val_sha256")
+MACHINE = ("device", "world_size")  # where these differ, times cannot be compared
 OWN_FIELDS = RESUME_FIELDS | {"seed", "run_id"}  # of a configuration: what may differ between the runs of one arm
 COLORS = ("#7d838c", "#d55e00", "#0a84d0", "#0a9e73", "#c264a0", "#b8860b", "#7a5fd0", "#2aa7b8")  # told apart by the colour-blind, on light and on dark
 LATE = 0.2  # pictures are scaled to the losses after this part of the longest run: those before would squeeze the rest
@@ -161,13 +162,14 @@ def changed(runs: list[Run], baseline: list[Run]) -> tuple[dict, list[str]]:
 
 
 def versus(runs: list[Run], baseline: list[Run]) -> dict | None:
-    """Welch's test of an arm's final losses, and of its times of a step, against the baseline's; None where a side has no finished run."""
+    """Welch's test of an arm's final losses and, if all ran on one machine, of its times of a step, against the baseline's; None where a side has no finished run."""
     runs, baseline = [run for run in runs if run.finished], [run for run in baseline if run.finished]
     if not runs or not baseline:
         return None
     partners = {run.seed: run.val_loss for run in baseline}
     pairs = [(run.val_loss, partners[run.seed]) for run in runs if run.seed is not None and run.seed in partners]
-    times = [[run.ms_per_step for run in side if run.ms_per_step is not None] for side in (runs, baseline)]
+    alike = all(len(different(run.facts.get(name) for run in runs + baseline)) == 1 for name in MACHINE)
+    times = [[run.ms_per_step for run in side if alike and run.ms_per_step is not None] for side in (runs, baseline)]
     loss = welch([run.val_loss for run in runs], [run.val_loss for run in baseline])
     loss["paired"] = paired(*map(list, zip(*pairs))) | {"n": len(pairs)} if pairs else None
     return dict(loss=loss, time=welch(*times) if all(times) else dict.fromkeys(("difference", "low", "high", "p_less", "p_greater", "p")))

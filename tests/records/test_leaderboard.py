@@ -205,6 +205,14 @@ def test_runs_that_are_not_alike(root, write_arm, write_log, add):
         assert message in refused(add(source, "No"), root, before)
 
 
+def test_a_negative_result_on_two_machines_says_nothing_of_time(root, write_arm, add, run):
+    write_arm("a/baseline")
+    assert add(write_arm("a/slow", loss=0.1, ms_per_step=120.0, variant=["slow"], device="H200"), "Two", "--negative")[0] == 0
+    text = (record(root, "Two", "negative") / "README.md").read_text()
+    assert "slow is worse than baseline" in text and "Time:" not in text and "1 x x86_64, 2 threads, H200" in text
+    assert run("check")[0] == 0
+
+
 def test_folders_that_will_not_do(root, tmp_path, write_arm, write_log, add):
     before = contents(root)
     assert "no such folder" in refused(add(tmp_path / "none", "No"), root, before)
