@@ -10,6 +10,14 @@ r (M, G, K): G splanifolds side by side. A splanifold of S nodes has S - 1 segme
 segment and tau = t (S - 1) - j the place in it. Neighbouring segments share a node and its tangents: the map is C1 in t. Outside [0, 1] the first and the
 last cubic go on.
 
+Two nodes meet a token, so that a token of a splanifold is six matrices times delta: h E, h E' with s and h P' with alpha, and no more than four where alpha h
+is one of the h's combinations (_Chunk). With R matrices, R = 4 or 6, e bytes a number, G N outputs (or their sum, N), for one token (counted):
+    forward    2 R G K N FLOPs       e (G K + outputs) bytes, once for all tokens the controls
+    backward   4 R G K N             e (2 G K + outputs), and the controls and their gradients
+    kept for the backward pass: r and the controls
+
+The PyTorch forms are here; the fused kernels are splanifold_triton.py.
+
 Source: Adams, K-Splanifolds, 2026, doi 10.5281/zenodo.18673034, github.com/curvedinf/k-splanifolds; segments that share nodes: ours.
 """
 
@@ -17,8 +25,11 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from kernels.splanifold_triton import INTERPRETED, splanifold_triton, triton
 
 
 class SplanifoldControls(NamedTuple):
@@ -35,7 +46,7 @@ def splanifold_reference(r: Tensor, controls: SplanifoldControls, expansion: flo
 
     Arguments and result as splanifold's. Runs in the widest dtype among the arguments, float32 at least.
     """
-    dtype = torch.promote_types(torch.promote_types(r.dtype, controls.points.dtype), torch.float32)
+    dtype = _compute_dtype(r, controls)
     points, bases, point_tangents, base_tangents = (x.to(dtype) for x in controls)
     (M, G, K), S = r.shape, points.shape[1]
     u = (1 + 2 * expansion) * r.to(dtype) - expansion
@@ -44,7 +55,7 @@ def splanifold_reference(r: Tensor, controls: SplanifoldControls, expansion: flo
     delta = u - t
     warped = delta * torch.rsqrt(1 + delta.square().sum(-1, keepdim=True) / delta_max ** 2)
     w = (total * u + eps ** 2 / K) / (total.square() + eps ** 2)
-    segment = (t.detach() * (S - 1)).floor().clamp(0, S - 2)
+    segment = (t.detach() * (S - 1)).floor().clamp(0, S - 2).nan_to_num(0.0)  # a NaN's result is NaN, as tau is
     tau = t * (S - 1) - segment
     row, group, node = torch.arange(M, device=r.device)[:, None], torch.arange(G, device=r.device), segment[..., 0].long()  # together they index as (M, G)
     curve = lambda first, second, first_tangent, second_tangent: ((2 * tau ** 3 - 3 * tau ** 2 + 1) * first + (3 * tau ** 2 - 2 * tau ** 3) * second
@@ -57,107 +68,107 @@ def splanifold_reference(r: Tensor, controls: SplanifoldControls, expansion: flo
 
 
 # ---- Host functions: PyTorch ----------------------------------------------------------------------------------------------------------------------------
-# Tokens last: a chunk's features are (G, rows, m), so that scalars of a token and group multiply contiguous numbers whatever K is.
+# A chunk of m tokens is a tensor (G, rows, m). In memory its tokens come last, so that scalars of a token multiply neighbours whatever K is, or first, as in
+# r, which saves turning r over.
 
-CHUNK = 1 << 19     # numbers in a chunk's features, with the gradients of as many: what they need stays in a CPU's cache
-BUCKETED = 16       # least K for which several segments are worked on one after another, with their own tokens; below, every token meets every node
+CHUNK = 1 << 21     # most numbers in a chunk's features: larger ones miss the cache, smaller ones cost calls
+WIDE = 16           # least K for which tokens come first in memory (where the groups are summed), and for which segments are worked on one after another,
+                    # each with its own tokens and two nodes; below it every token meets every node, mostly with weight 0
+NARROW = 4          # most K for which the last deviation, minus the sum of the others, is left out: no matrix for K = 1, K - 1 of its K columns above
 
 
 class _Chunk:
     """
-    What the controls of G groups are multiplied by, for m tokens: features (G, rows, m), h_c delta~ and h_c for the 2 S Hermite weights h_c of the nodes, zero
-    for nodes that are not the token's segment's; and, where alpha h is not one of their combinations, alpha h_c delta for the nodes' tangents.
+    What the controls of G groups and S nodes are multiplied by: features (G, rows, m). With b = (1, the values' weights h of the nodes but the first, the
+    tangents' weights of all), which is 0 for nodes off the token's segment: rows b_c delta~, then alpha h delta for every node's tangent, then b.
+    Where S = 2, no warp bends delta and alpha Sigma = Sigma^2 / (Sigma^2 + eps^2) rounds to 1 for every token, alpha h10 is (h00 - 2 h10) / K and alpha h11 is
+    (h11 - h10) / K to the last place: the second part is not needed ("four" matrices are left), as the first part's matrices can have the tangents added.
     """
-    def __init__(self, r: Tensor, nodes: int, segments: int, segment: int | None, expansion: float, bend: float, eps: float, dtype: torch.dtype, rows_first: bool):
-        """r (m, G, K). nodes: all, or the two of the one segment. bend: 1 / delta_max."""
-        (m, G, K), self.segments, self.bend, self.nodes, self.stretch = r.shape, segments, bend, nodes, 1 + 2 * expansion
-        delta = torch.empty(m, G * K, dtype=dtype, device=r.device).t() if rows_first else torch.empty(G * K, m, dtype=dtype, device=r.device)
-        delta = delta.copy_(r.reshape(m, G * K).t()).unflatten(0, (G, K))
-        t = delta.mean(1)
-        self.delta = self.warped = delta.sub_(t[:, None])
-        if expansion:
-            delta.mul_(self.stretch)
-            t.mul_(self.stretch).sub_(expansion)
-        self.total = K * t
-        if bend:
-            self.warp = torch.linalg.vector_norm(delta, dim=1).mul_(bend).square_().add_(1).rsqrt_()
-            self.warped = delta * self.warp[:, None]
-        if segment is None:
-            self.segment = (t * segments).floor_().clamp_(0, segments - 1)
+    def __init__(self, r: Tensor, S: int, segments: int, segment: int | None, expansion: float, bend: float, eps: float, dtype: torch.dtype, tokens_first: bool):
+        """r (m, G, K). segment: the tokens', None if they differ. bend: 1 / delta_max."""
+        (m, G, K), self.S, self.segments, self.bend, self.stretch = r.shape, S, segments, bend, 1 + 2 * expansion
+        if tokens_first:
+            r = r.to(dtype).permute(1, 2, 0)
         else:
-            self.segment = segment
-        self.tau = (t * segments).sub_(self.segment)
-        squared = self.total.square()
-        inverse = squared + eps ** 2
-        # four: alpha Sigma = Sigma^2 / (Sigma^2 + eps^2) rounds to 1, alpha h10 = (h00 - 2 h10) / K and alpha h11 = (h11 - h10) / K
-        self.four = segments == 1 and not bend and torch.equal(squared, inverse)
+            r = torch.empty(G * K, m, dtype=dtype, device=r.device).copy_(r.reshape(m, G * K).t()).view(G, K, m)
+        mean = r.mean(1)
+        t = self.stretch * mean - expansion
+        total = K * t
+        square = total.square()
+        inverse = square + eps ** 2
+        self.four = segments == 1 and not bend and torch.equal(square, inverse)
         self.inverse = inverse.reciprocal_()
-        self.alpha = self.total * self.inverse
-        self.h = self.by_node(*self.weights())
+        self.alpha = total * self.inverse
+        if segment is None:
+            self.node = (t * segments).floor_().clamp_(0, segments - 1).nan_to_num_(0.0)
+        self.tau = (t * segments).sub_(self.node if segment is None else segment)
 
-    def weights(self) -> tuple[Tensor, ...]:
-        """h00, h01, h10, h11, each (G, m)."""
+        width = _width(K)
+        rows = _rows(S, width, self.four)
+        stride = (rows, 1, G * _stride(G, rows)) if tokens_first else (rows * m, m, 1)
+        self.features = torch.empty_strided((G, rows, m), stride, dtype=dtype, device=r.device)
+        curve, tangents, spine = _parts(self.features, S, width, self.four)
+        self.delta = torch.sub(r, mean[:, None], out=curve[:, 0] if width == K and not bend else None)
+        if expansion:
+            self.delta.mul_(self.stretch)
+        kept = self.delta[:, :width]
+        if bend:
+            self.warp = torch.linalg.vector_norm(self.delta, dim=1).mul_(bend).square_().add_(1).rsqrt_()
+            torch.mul(kept, self.warp[:, None], out=curve[:, 0])
+        elif width < K:
+            curve[:, 0] = kept
+        self.basis = self.by_node(self.hermite())
+        self.basis[:, 0] = 1
+        for c in range(1, 2 * S):
+            torch.mul(curve[:, 0], self.basis[:, c, None], out=curve[:, c])
+        for c in range(tangents.shape[1]):
+            torch.mul(kept, (self.alpha * self.basis[:, S + c])[:, None], out=tangents[:, c])
+        spine.copy_(self.basis)
+
+    def hermite(self) -> Tensor:
+        """h00, h01, h10, h11: (G, 4, m)"""
         tau = self.tau
         rest = 1 - tau
         square, rest_square = tau.square(), rest.square()
-        return rest_square * (2 * tau).add_(1), square * (3 - 2 * tau), tau * rest_square, -square * rest
+        return torch.stack([rest_square * (1 + 2 * tau), square * (3 - 2 * tau), tau * rest_square, -square * rest], 1)
 
-    def slopes(self) -> tuple[Tensor, ...]:
+    def slopes(self) -> Tensor:
         """Their derivatives by tau."""
         tau = self.tau
-        first = 6 * tau * (tau - 1)
-        return first, -first, (3 * tau - 1) * (tau - 1), (3 * tau - 2) * tau
+        last = 6 * tau * (1 - tau)
+        return torch.stack([-last, last, (3 * tau - 1) * (tau - 1), (3 * tau - 2) * tau], 1)
 
-    def by_node(self, *ends: Tensor) -> Tensor:
-        """(G, 2 nodes, m): a value's weight for every node, then a tangent's."""
-        if self.nodes == 2:
-            return torch.stack(ends, 1)
-        G, m = self.tau.shape
-        table, node = self.tau.new_zeros(G, 2, self.nodes, m), self.segment[:, None].long()
-        for place, (first, second) in enumerate((ends[:2], ends[2:])):
-            table[:, place].scatter_(1, node, first[:, None]).scatter_(1, node + 1, second[:, None])
+    def by_node(self, ends: Tensor) -> Tensor:
+        """From weights of a segment's ends (G, 4, m) to weights of all nodes (G, 2 S, m), the values' first."""
+        if self.S == 2:
+            return ends
+        G, _, m = ends.shape
+        table, node = ends.new_zeros(G, 2, self.S, m), self.node[:, None].long()
+        for i in (0, 1):
+            table[:, i].scatter_(1, node, ends[:, 2 * i, None]).scatter_(1, node + 1, ends[:, 2 * i + 1, None])
         return table.flatten(1, 2)
 
-    def parts(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of (G, rows, x): (G, 2 nodes, K + 1, x) and, for alpha's part, (G, nodes, K, x), without nodes where there is none."""
-        K, first = self.delta.shape[1], 2 * self.nodes * (self.delta.shape[1] + 1)
-        return features[:, :first].unflatten(1, (2 * self.nodes, K + 1)), features[:, first:].unflatten(1, (-1, K))
-
-    def rows(self) -> int:
-        K = self.delta.shape[1]
-        return 2 * self.nodes * (K + 1) + (0 if self.four else self.nodes * K)
-
-    def features(self, room: Tensor) -> Tensor:
-        """In the memory of room, tokens last or first as delta."""
-        (G, K, m), rows = self.delta.shape, self.rows()
-        room = room[:G * rows * m]
-        features = room.view(m, G, rows).permute(1, 2, 0) if self.delta.stride(1) == 1 and m > 1 else room.view(G, rows, m)
-        curve, tangents = self.parts(features)
-        torch.mul(self.warped[:, None], self.h[:, :, None], out=curve[:, :, :K])
-        curve[:, :, K] = self.h
-        if not self.four:
-            torch.mul(self.delta[:, None], (self.alpha[:, None] * self.h[:, self.nodes:])[:, :, None], out=tangents)
-        return features
-
     def backward(self, dfeatures: Tensor) -> Tensor:
-        """dr (G, K, m) from the features' gradient."""
-        G, K, m = self.delta.shape
-        curve, tangents = self.parts(dfeatures)
-        h, slopes = self.h, self.by_node(*self.slopes())
-        dwarped, dtau = _combined(h, curve[:, :, :K]), _combined(slopes, curve)
-        dtau = _inner(dtau[:, :K], self.warped) + dtau[:, K]
-        ddelta = dwarped
+        """dr (G, K, m) from the features' gradient, which is overwritten."""
+        S, K, basis, slopes = self.S, self.delta.shape[1], self.basis, self.by_node(self.slopes())
+        width = _width(K)
+        kept, warped = self.delta[:, :width], self.features[:, :width]
+        dcurve, dtangents, dspine = _parts(dfeatures, S, width, self.four)
+        ddelta = _combined(basis[:, 1:], dcurve[:, 1:], dcurve[:, 0])
+        dtau = _inner(_combined(slopes[:, 1:], dcurve[:, 1:]), warped) + (slopes[:, 1:] * dspine[:, 1:]).sum(1)
         if self.bend:
-            ddelta = dwarped * self.warp[:, None]
-            ddelta.addcmul_(self.delta, (_inner(dwarped, self.delta) * self.warp ** 3 * -self.bend ** 2)[:, None])
-        dtotal = 0.0
+            dwarp = _inner(ddelta.clone(), kept)
+            ddelta.mul_(self.warp[:, None])
+        dtotal = dtau * (self.segments / K)
         if not self.four:
-            by_alpha = _combined(h[:, self.nodes:], tangents)
-            dtau.addcmul_(self.alpha, _inner(_combined(slopes[:, self.nodes:], tangents), self.delta))
-            dtotal = _inner(by_alpha, self.delta) * (self.inverse - 2 * self.alpha.square())
+            by_alpha = _combined(basis[:, S:], dtangents)
+            dtotal.addcmul_(self.alpha * (self.segments / K), _inner(_combined(slopes[:, S:], dtangents), kept))
             ddelta.addcmul_(by_alpha, self.alpha[:, None])
-        dtotal = dtotal + (dtau * self.segments - ddelta.sum(1)) / K
-        ddelta.add_(dtotal[:, None])
+            dtotal.addcmul_(_inner(by_alpha, kept), self.inverse - 2 * self.alpha.square())
+        ddelta = ddelta if width == K else F.pad(ddelta, (0, 0, 0, 1))
+        if self.bend:
+            ddelta.addcmul_(self.delta, (dwarp * self.warp ** 3 * -self.bend ** 2)[:, None])
+        ddelta.add_(dtotal.sub_(ddelta.mean(1))[:, None])
         return ddelta.mul_(self.stretch) if self.stretch != 1 else ddelta
 
 
@@ -165,121 +176,175 @@ def _compute_dtype(r: Tensor, controls: SplanifoldControls) -> torch.dtype:
     return torch.promote_types(torch.promote_types(r.dtype, controls.points.dtype), torch.float32)
 
 
-def _combined(weights: Tensor, x: Tensor) -> Tensor:
-    """sum_c weights (G, c, m) x (G, c, rows, m)"""
-    result = x[:, 0] * weights[:, 0, None]
+def _width(K: int) -> int:
+    """Deviations that meet matrices."""
+    return K - 1 if K <= NARROW else K
+
+
+def _rows(S: int, width: int, four: bool) -> int:
+    return (2 if four else 3) * S * width + 2 * S
+
+
+def _stride(G: int, rows: int) -> int:
+    """Numbers from a token to the next where tokens come first: vectors that begin at multiples of 64 bytes are quicker to write."""
+    return -(-rows // 16) * 16 if G == 1 else rows
+
+
+def _parts(x: Tensor, S: int, width: int, four: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of (G, rows, x): (G, 2 S, width, x); for alpha's part (G, S, width, x), with `four` (G, 0, width, x); (G, 2 S, x) for the spine."""
+    matrices = x[:, :-2 * S].unflatten(1, ((2 if four else 3) * S, width))
+    return matrices[:, :2 * S], matrices[:, 2 * S:], x[:, -2 * S:]
+
+
+def _combined(weights: Tensor, x: Tensor, first: Tensor | None = None) -> Tensor:
+    """first + sum_c weights (G, c, m) x (G, c, K, m)"""
+    weights = weights[:, :, None]
+    result = x[:, 0] * weights[:, 0] if first is None else torch.addcmul(first, x[:, 0], weights[:, 0])
     for c in range(1, x.shape[1]):
-        result.addcmul_(x[:, c], weights[:, c, None])
+        result.addcmul_(x[:, c], weights[:, c])
     return result
 
 
 def _inner(x: Tensor, y: Tensor) -> Tensor:
-    """sum_k x y, (G, K, m) to (G, m)"""
-    return (x * y).sum(1)
+    """sum_k x y, (G, K, m) to (G, m), in x's memory."""
+    return x.mul_(y).sum(1)
 
 
-def _stack(controls: SplanifoldControls, four: bool, dtype: torch.dtype) -> Tensor:
-    """The matrices that features are multiplied by, (G, rows, n)."""
-    points, bases, point_tangents, base_tangents = (x.to(dtype) for x in controls)
-    K = bases.shape[-1]
+def _stack(controls: SplanifoldControls, four: bool, mix: str, dtype: torch.dtype) -> Tensor:
+    """What features are multiplied by, (G, rows, n); an output's numbers are neighbours in memory."""
+    (G, S, n, K), device = controls.bases.shape, controls.bases.device
+    bases, tangents, base_tangents = (x.to(dtype) if _width(K) == K else x[..., :-1].to(dtype) - x[..., -1:] for x in controls[1:])
+    shape, order = ((n, G), (1, 2, 0)) if mix == "sum" else ((G, n), (0, 2, 1))
+    stack = torch.empty(*shape, _rows(S, _width(K), four), dtype=dtype, device=device).permute(order)
+    curve, matrices, spine = _parts(stack, S, _width(K), four)
+    curve, matrices = curve.mT, matrices.mT
+    curve[:, :S], curve[:, S:], spine[:, :S], spine[:, S:] = bases, base_tangents, controls.points, controls.point_tangents.mean(-1, dtype=dtype)
     if four:
-        first, last = (point_tangents / K).unbind(1)
-        bases, base_tangents = torch.stack([bases[:, 0] + first, bases[:, 1]], 1), base_tangents + torch.stack([-2 * first - last, last], 1)
-    curve = torch.cat([torch.cat([bases, points[..., None]], -1), torch.cat([base_tangents, point_tangents.mean(-1, keepdim=True)], -1)], 1)
-    rows = lambda x: x.transpose(-1, -2).flatten(1, 2)
-    return rows(curve) if four else torch.cat([rows(curve), rows(point_tangents)], 1)
-
-
-def _unstack(dstack: Tensor, four: bool, S: int, K: int) -> tuple[Tensor, ...]:
-    """The controls' gradients from the stack's."""
-    curve = dstack[:, :2 * S * (K + 1)].unflatten(1, (2 * S, K + 1)).transpose(-1, -2)
-    values, tangents = curve[:, :S], curve[:, S:]
-    dbases, dbase_tangents, dpoint_tangents = values[..., :K], tangents[..., :K], tangents[..., K:] / K
-    if four:
-        (first, _), (first_tangent, last_tangent) = (dbases / K).unbind(1), (dbase_tangents / K).unbind(1)
-        dpoint_tangents = dpoint_tangents + torch.stack([first - 2 * first_tangent, last_tangent - first_tangent], 1)
+        first, last = (tangents / K).unbind(1)
+        curve[:, 0] += first
+        curve[:, 2] -= 2 * first + last
+        curve[:, 3] += last
     else:
-        dpoint_tangents = dpoint_tangents + dstack[:, 2 * S * (K + 1):].unflatten(1, (S, K)).transpose(-1, -2)
-    return values[..., K], dbases, dpoint_tangents, dbase_tangents
+        matrices.copy_(tangents)
+    for values in (curve, spine):
+        values[:, 1:S] -= values[:, :1]
+    return stack
 
 
-def _walk(r: Tensor, S: int, expansion: float, bend: float, eps: float, dtype: torch.dtype, rows_first: bool):
-    """Chunk by chunk: (groups, nodes, their tokens, _Chunk, room for features). A chunk has all groups and nodes, or one group's tokens of one segment."""
+def _unstack(dstack: Tensor, four: bool, S: int, K: int) -> list[Tensor]:
+    """The controls' gradients from the stack's, which is overwritten."""
+    curve, tangents, spine = _parts(dstack, S, _width(K), four)
+    curve, tangents = curve.mT, tangents.mT
+    for values in (curve, spine):
+        values[:, 0] -= values[:, 1:S].sum(1)
+    if four:
+        tangents = torch.stack([curve[:, 0] - 2 * curve[:, 2], curve[:, 3] - curve[:, 2]], 1) / K
+    matrices = curve[:, :S], tangents, curve[:, S:]
+    dbases, dtangents, dbase_tangents = matrices if _width(K) == K else (torch.cat([x, -x.sum(-1, keepdim=True)], -1) for x in matrices)
+    return [spine[:, :S], dbases, dtangents + spine[:, S:, :, None] / K, dbase_tangents]
+
+
+def _by_segment(S: int, K: int) -> bool:
+    """Whether each segment's tokens are worked on by themselves, group by group."""
+    return S > 2 and K >= WIDE
+
+
+def _walk(r: Tensor, S: int, expansion: float, bend: float, eps: float, mix: str, dtype: torch.dtype):
+    """Chunk by chunk: (groups, nodes, tokens, _Chunk). A chunk has all groups and nodes and a slice of the tokens, or one group, one segment's nodes and tokens."""
     M, G, K = r.shape
     pieces = [(slice(0, G), slice(0, S), None, M)]
-    if S > 2 and K >= BUCKETED:
-        segments = (((1 + 2 * expansion) * r.to(dtype).mean(-1) - expansion) * (S - 1)).floor_().clamp_(0, S - 2)
+    if _by_segment(S, K):
+        segments = (((1 + 2 * expansion) * r.to(dtype).mean(-1) - expansion) * (S - 1)).floor_().clamp_(0, S - 2).nan_to_num_(0.0)
         own = [(g, j, (segments[:, g] == j).nonzero()[:, 0]) for g in range(G) for j in range(S - 1)]
         pieces = [(slice(g, g + 1), slice(j, j + 2), tokens, len(tokens)) for g, j, tokens in own if len(tokens)]
     for groups, nodes, tokens, count in pieces:
-        width = nodes.stop - nodes.start
-        most = (groups.stop - groups.start) * width * (3 * K + 2)
-        size = -(-count // -(-count * most // CHUNK))
-        room = torch.empty(size * most, dtype=dtype, device=r.device)
+        own_groups, own_nodes, segment = groups.stop - groups.start, nodes.stop - nodes.start, None if tokens is None else nodes.start
+        size = -(-count // -(-count * own_groups * _rows(own_nodes, _width(K), False) // CHUNK))
+        tokens_first = K >= WIDE and (own_groups == 1 or mix == "sum")
         for first in range(0, count, size):
             index = slice(first, first + size) if tokens is None else tokens[first:first + size]
-            segment = None if tokens is None else nodes.start
-            yield groups, nodes, index, _Chunk(r[index, groups], width, S - 1, segment, expansion, bend, eps, dtype, rows_first), room
+            yield groups, nodes, index, _Chunk(r[index, groups], own_nodes, S - 1, segment, expansion, bend, eps, dtype, tokens_first)
+
+
+class _Stacks:
+    """Each piece's stack, and its gradient."""
+    def __init__(self, controls: SplanifoldControls, mix: str, dtype: torch.dtype):
+        self.controls, self.mix, self.dtype, self.stacks, self.gradients = controls, mix, dtype, {}, {}
+
+    def __call__(self, groups: slice, nodes: slice, four: bool) -> Tensor:
+        key = groups.start, groups.stop, nodes.start, nodes.stop, four
+        if key not in self.stacks:
+            self.stacks[key] = _stack(SplanifoldControls(*(x[groups, nodes] for x in self.controls)), four, self.mix, self.dtype)
+        return self.stacks[key]
+
+    def gradient(self, groups: slice, nodes: slice, four: bool) -> Tensor:
+        key = groups.start, groups.stop, nodes.start, nodes.stop, four
+        if key not in self.gradients:
+            self.gradients[key] = torch.zeros_like(self(groups, nodes, four))
+        return self.gradients[key]
+
+    def control_gradients(self) -> list[Tensor]:
+        totals = [torch.zeros(x.shape, dtype=self.dtype, device=x.device) for x in self.controls]
+        for (first_group, last_group, first_node, last_node, four), gradient in self.gradients.items():
+            for total, x in zip(totals, _unstack(gradient, four, last_node - first_node, self.controls.bases.shape[-1])):
+                total[first_group:last_group, first_node:last_node] += x
+        return [total.to(x.dtype) for total, x in zip(totals, self.controls)]
+
+
+def _put(x: Tensor, index: slice | Tensor, groups: slice, rows: Tensor):
+    """rows (m, groups times X) to their places in x (M, G, X). A slice has all groups: two dimensions, which PyTorch turns over by blocks."""
+    if isinstance(index, slice):
+        x.flatten(1)[index].copy_(rows)
+    else:
+        x[index, groups] = rows.unflatten(1, (-1, x.shape[2])).to(x.dtype)
 
 
 def _chunked_forward(r: Tensor, controls: SplanifoldControls, expansion: float, bend: float, eps: float, mix: str) -> Tensor:
     dtype = _compute_dtype(r, controls)
-    (M, G, K), (_, S, n), stacks = r.shape, controls.points.shape, {}
-    out = torch.zeros(M, n if mix == "sum" else G * n, dtype=dtype, device=r.device)
-    for groups, nodes, index, chunk, room in _walk(r, S, expansion, bend, eps, dtype, _rows_first(G, K, mix)):
-        key = groups.start, nodes.start, chunk.four
-        if key not in stacks:
-            stacks[key] = _stack(SplanifoldControls(*(x[groups, nodes] for x in controls)), chunk.four, dtype)
-        stack, features = stacks[key], chunk.features(room)
-        if mix == "sum":
-            if isinstance(index, slice):
-                torch.mm(features.flatten(0, 1).t(), stack.flatten(0, 1), out=out[index])
-                continue
-            result = features.flatten(0, 1).t() @ stack.flatten(0, 1)
+    M, (G, S, n), stacks = len(r), controls.points.shape, _Stacks(controls, mix, dtype)
+    empty = torch.zeros if _by_segment(S, r.shape[2]) else torch.empty
+    out = empty(M, n if mix == "sum" else G * n, dtype=dtype, device=r.device)
+    for groups, nodes, index, chunk in _walk(r, S, expansion, bend, eps, mix, dtype):
+        stack, features = stacks(groups, nodes, chunk.four), chunk.features
+        if mix == "concat":
+            _put(out.view(M, G, n), index, groups, (stack.mT @ features).flatten(0, 1).t())
+        elif isinstance(index, slice):
+            torch.mm(features.flatten(0, 1).t(), stack.flatten(0, 1), out=out[index])
         else:
-            result = (stack.transpose(1, 2) @ features).flatten(0, 1).t()
-        if isinstance(index, slice):
-            out[index] = result
-        elif mix == "sum":
-            out.index_add_(0, index, result)
-        else:
-            out.view(M, G, n)[index, groups] = result[:, None]
+            out.index_add_(0, index, features.flatten(0, 1).t() @ stack.flatten(0, 1))
     return out.to(r.dtype)
 
 
-def _rows_first(G, K, mix):
-    return FIRST if FIRST is not None else (mix == "sum" or G == 1) and K >= 32
-FIRST = None
-
-
-def _chunked_backward(grad: Tensor, r: Tensor, controls: SplanifoldControls, expansion: float, bend: float, eps: float, mix: str) -> tuple[Tensor, ...]:
+def _chunked_backward(grad: Tensor, r: Tensor, controls: SplanifoldControls, expansion: float, bend: float, eps: float, mix: str, r_grad: bool,
+                      control_grads: bool) -> list[Tensor]:
     dtype = _compute_dtype(r, controls)
-    (M, G, K), (_, S, n), stacks, dstacks = r.shape, controls.points.shape, {}, {}
-    dr = torch.empty(M, G, K, dtype=r.dtype, device=r.device)
-    for groups, nodes, index, chunk, room in _walk(r, S, expansion, bend, eps, dtype, _rows_first(G, K, mix)):
-        key = groups.start, groups.stop, nodes.start, nodes.stop, chunk.four
-        if key not in stacks:
-            stacks[key] = _stack(SplanifoldControls(*(x[groups, nodes] for x in controls)), chunk.four, dtype)
-            dstacks[key] = torch.zeros_like(stacks[key])
-        stack, dstack, features = stacks[key], dstacks[key], chunk.features(room)
+    M, (G, S, n), stacks = len(r), controls.points.shape, _Stacks(controls, mix, dtype)
+    dr, *dcontrols = _empty_gradients(r, *controls, r_grad, control_grads)
+    for groups, nodes, index, chunk in _walk(r, S, expansion, bend, eps, mix, dtype):
+        stack, features = stacks(groups, nodes, chunk.four), chunk.features
+        dstack = stacks.gradient(groups, nodes, chunk.four) if control_grads else None
         if mix == "sum":
             g = grad[index].to(dtype)
-            dstack.flatten(0, 1).addmm_(features.flatten(0, 1), g)
-            torch.mm(stack.flatten(0, 1), g.t(), out=features.flatten(0, 1))
+            if control_grads:
+                dstack.flatten(0, 1).addmm_(features.flatten(0, 1), g)
         else:
-            g = grad.view(M, G, n)[index, groups].to(dtype).permute(1, 2, 0).contiguous()
-            dstack.baddbmm_(features, g.transpose(1, 2))
-            torch.bmm(stack, g, out=features)
-        dchunk = chunk.backward(features).flatten(0, 1).t()
-        if isinstance(index, slice):
-            dr.view(M, G * K)[index].copy_(dchunk)
-        else:
-            dr[index, groups] = dchunk[:, None].to(r.dtype)
-    dcontrols = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in controls]
-    for (first_group, last_group, first_node, last_node, four), dstack in dstacks.items():
-        for total, x in zip(dcontrols, _unstack(dstack, four, last_node - first_node, K)):
-            total[first_group:last_group, first_node:last_node] += x
-    return dr, *(total.to(x.dtype) for total, x in zip(dcontrols, controls))
+            g = grad.view(M, G, n)[index, groups].to(dtype).flatten(1).t().contiguous().unflatten(0, (-1, n))
+            if control_grads:
+                dstack.mT.baddbmm_(g, features.mT)
+        if r_grad:
+            dfeatures = torch.empty_strided(features.shape, features.stride(), dtype=dtype, device=r.device)
+            if mix == "sum":
+                torch.mm(stack.flatten(0, 1), g.t(), out=dfeatures.flatten(0, 1))
+            else:
+                torch.bmm(stack, g, out=dfeatures)
+            _put(dr, index, groups, chunk.backward(dfeatures).flatten(0, 1).t())
+    return [dr, *(stacks.control_gradients() if control_grads else dcontrols)]
+
+
+def _empty_gradients(r: Tensor, points: Tensor, bases: Tensor, point_tangents: Tensor, base_tangents: Tensor, r_grad: bool, control_grads: bool) -> list[Tensor]:
+    """Room for the gradients, contiguous; none for those that are not asked for."""
+    wanted = ((r, r_grad), *((x, control_grads) for x in (points, bases, point_tangents, base_tangents)))
+    return [torch.empty(x.shape if own else 0, dtype=x.dtype, device=x.device) for x, own in wanted]
 
 
 # ---- Registration ---------------------------------------------------------------------------------------------------------------------------------------
@@ -292,77 +357,125 @@ def _forward_op(r: Tensor, points: Tensor, bases: Tensor, point_tangents: Tensor
 
 @_forward_op.register_fake
 def _(r, points, bases, point_tangents, base_tangents, expansion, bend, eps, mix):
-    return r.new_empty(len(r), points.shape[-1] * (1 if mix == "sum" else len(points)))
+    return r.new_empty(r.shape[0], points.shape[-1] * (1 if mix == "sum" else len(points)))
 
 
 @torch.library.custom_op("knotgpt::splanifold_backward", mutates_args=())
 def _backward_op(grad: Tensor, r: Tensor, points: Tensor, bases: Tensor, point_tangents: Tensor, base_tangents: Tensor, expansion: float, bend: float,
-                 eps: float, mix: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _chunked_backward(grad, r, SplanifoldControls(points, bases, point_tangents, base_tangents), expansion, bend, eps, mix)
+                 eps: float, mix: str, r_grad: bool, control_grads: bool) -> list[Tensor]:
+    return _chunked_backward(grad, r, SplanifoldControls(points, bases, point_tangents, base_tangents), expansion, bend, eps, mix, r_grad, control_grads)
 
 
 @_backward_op.register_fake
-def _(grad, r, points, bases, point_tangents, base_tangents, *_):
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (r, points, bases, point_tangents, base_tangents))
+def _(grad, r, points, bases, point_tangents, base_tangents, expansion, bend, eps, mix, r_grad, control_grads):
+    return _empty_gradients(r, points, bases, point_tangents, base_tangents, r_grad, control_grads)
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.expansion, ctx.bend, ctx.eps, ctx.mix = inputs
+    *tensors, expansion, bend, eps, mix = inputs
+    ctx.options = expansion, bend, eps, mix
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad):
-    return *_backward_op(grad, *ctx.saved_tensors, ctx.expansion, ctx.bend, ctx.eps, ctx.mix), None, None, None, None
+    wanted = ctx.needs_input_grad[:5]
+    gradients = _backward_op(grad, *ctx.saved_tensors, *ctx.options, wanted[0], any(wanted[1:]))
+    return *(x if own else None for x, own in zip(gradients, wanted)), None, None, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.knotgpt.splanifold)
-def _forward_flops(r, points, *_, out_shape=None, **__) -> int:
-    return 12 * math.prod(r) * points[-1]
+def _forward_flops(r, points, bases, point_tangents, base_tangents, expansion, bend, *_, out_shape=None, **__) -> int:
+    """Of the products. From K = WIDE on tokens meet two nodes; without a warp all of them are taken to need four matrices, which is likely for K >= 32."""
+    (M, G, K), (_, S, n) = r, points
+    return 2 * M * G * n * _rows(2 if K >= WIDE else S, _width(K), S == 2 and not bend and K >= WIDE)
 
 
 @register_flop_formula(torch.ops.knotgpt.splanifold_backward)
-def _backward_flops(grad, r, points, *_, out_shape=None, **__) -> int:
-    return 24 * math.prod(r) * points[-1]
+def _backward_flops(grad, *arguments, out_shape=None, **__) -> int:
+    return sum(arguments[-2:]) * _forward_flops(*arguments)
 
 
 # ---- Public function ------------------------------------------------------------------------------------------------------------------------------------
 
 def splanifold_chunked(r: Tensor, controls: SplanifoldControls, expansion: float = 0.0, delta_max: float = math.inf, eps: float = 1e-3, mix: str = "sum") -> Tensor:
-    """PyTorch, in chunks of tokens: never the features or the products of all tokens; keeps r and the controls for the backward pass. As splanifold."""
+    """In PyTorch, chunk by chunk: features of all tokens are never in memory, and only r and the controls are kept for the backward pass."""
     return _forward_op(r, *controls, float(expansion), 1 / delta_max, float(eps), mix)
 
 
-BACKENDS = dict(reference=splanifold_reference, chunked=splanifold_chunked)
+BACKENDS = dict(reference=splanifold_reference, chunked=splanifold_chunked, triton=splanifold_triton)
 MIXES = ("sum", "concat")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+TINY = 64  # M G up to which "auto" takes the reference on a CPU: it calls fewer operations
+
+
+def _chosen(r: Tensor, controls: SplanifoldControls) -> str:
+    """The backend of "auto"."""
+    if r.is_cuda and triton is not None and torch.float64 not in (r.dtype, controls.points.dtype):
+        return "triton"
+    return "reference" if not r.is_cuda and r.shape[0] * r.shape[1] <= TINY else "chunked"
 
 
 def splanifold(r: Tensor, controls: SplanifoldControls, *, expansion: float = 0.0, delta_max: float = math.inf, eps: float = 1e-3, mix: str = "sum",
                backend: str = "auto") -> Tensor:
     """
-    Phi of every token: the groups' sum, or the groups side by side.
+    Phi for every token, of G splanifolds that are added or stand side by side.
 
-    r (..., G, K)          control coordinates, meant for [0, 1]
-    controls               SplanifoldControls of G groups, S >= 2 nodes, K coordinates, n outputs
-    expansion              E >= 0: coordinates beyond [0, 1] by E on both sides
-    delta_max              > 0: the length that the deviation cannot pass; math.inf: no warp
-    eps                    >= 1e-15: smooths the tangents' weights about Sigma = 0
-    mix                    "sum" (..., n) or "concat" (..., G n)
-    backend                "reference": the formula in eager PyTorch; "chunked": PyTorch, features of a chunk of tokens at a time; "triton": fused, CUDA;
-                           "auto": triton for CUDA tensors (not float64), else chunked
+    r (..., G, K)    control coordinates, meant for [0, 1]; outside, the first and the last cubic go on
+    controls         SplanifoldControls, points (G, S, n), the others (G, S, n, K), S >= 2; zeros give zeros
+    expansion        E >= 0: u = (1 + 2E) r - E, so that [0, 1] reaches E beyond both ends of the curve
+    delta_max        > 0: the length that deviations from the diagonal stay below; math.inf: no warp
+    eps              >= 1e-15: smooths the tangents' weights w around Sigma = 0
+    mix              "sum": (..., n); "concat": (..., G n), the first splanifold's n first
+    backend          "reference": eager PyTorch, forms every node's products; "chunked": PyTorch, a chunk of tokens at a time; "triton": fused, for CUDA;
+                     "auto": triton on CUDA (chunked for float64), else chunked, or the reference for a few tokens
 
-    Returns r's dtype. Tensors may be bfloat16, float16, float32 or float64; sums run in float32, or float64 where an argument is. Gradients for r and every
-    control, once. ValueError that names the argument for a wrong shape, dtype, device or option.
+    Returns r's dtype. Tensors may be bfloat16, float16, float32 or float64, the controls all of one. "reference" and "chunked" compute in float32, or in
+    float64 where an argument has it; "chunked" keeps r and the controls for the backward pass and nothing else. Gradients for r and all controls, once.
+    All backends work under torch.compile(fullgraph=True). ValueError that names the argument for a wrong type, shape, dtype, device or option.
     """
     _check(r, controls, expansion, delta_max, eps, mix, backend)
-    if backend == "auto":
-        backend = "triton" if r.is_cuda and "triton" in BACKENDS and r.dtype != torch.float64 else "chunked"
-    out = BACKENDS[backend](r.flatten(0, -3) if r.dim() != 3 else r, SplanifoldControls(*controls), expansion, delta_max, eps, mix)
+    tokens, controls = r if r.dim() == 3 else r.flatten(0, -3), SplanifoldControls(*controls)
+    out = BACKENDS[_chosen(tokens, controls) if backend == "auto" else backend](tokens, controls, expansion, delta_max, eps, mix)
     return out if r.dim() == 3 else out.unflatten(0, r.shape[:-2])
 
 
 def _check(r, controls, expansion, delta_max, eps, mix, backend):
-    pass
+    if not isinstance(r, Tensor) or r.dim() < 3 or min(r.shape) < 1:
+        raise ValueError(f"r must be a tensor (..., G, K) of at least three dimensions, none of them empty; got {_describe(r)}")
+    if not isinstance(controls, (tuple, list)) or len(controls) != 4 or not all(isinstance(x, Tensor) for x in controls):
+        raise ValueError(f"controls must be a SplanifoldControls of four tensors; got {_describe(controls)}")
+    (G, K), points = r.shape[-2:], controls[0]
+    if points.dim() != 3 or points.shape[0] != G or points.shape[1] < 2 or points.shape[2] < 1:
+        raise ValueError(f"controls.points must be (G, S, n) with G = {G} as in r and S >= 2 nodes; got {_describe(points)}")
+    for name, x in zip(SplanifoldControls._fields, controls):
+        shape = points.shape if name == "points" else (*points.shape, K)
+        if x.shape != shape:
+            raise ValueError(f"controls.{name} must be (G, S, n, K) = {tuple(shape)} beside controls.points and r's K; got {_describe(x)}")
+        if x.device != r.device:
+            raise ValueError(f"controls.{name} must be on r's device {r.device}; got {x.device}")
+        if x.dtype != points.dtype:
+            raise ValueError(f"controls.{name} must be {points.dtype} as controls.points is; got {x.dtype}")
+    for name, x in (("r", r), ("controls", points)):
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name} must be bfloat16, float16, float32 or float64; got {x.dtype}")
+    if not 0 <= expansion < math.inf:
+        raise ValueError(f"expansion must be at least 0 and finite; got {expansion}")
+    if not delta_max > 0:
+        raise ValueError(f"delta_max must be above 0, math.inf for no warp; got {delta_max}")
+    if not 1e-15 <= eps < math.inf:
+        raise ValueError(f"eps must be at least 1e-15, whose square float32 can hold, and finite; got {eps}")
+    if mix not in MIXES:
+        raise ValueError(f"mix must be {' or '.join(MIXES)}; got {mix!r}")
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend must be auto, {', '.join(BACKENDS)}; got {backend!r}")
+    if backend == "triton" and (triton is None or not (r.is_cuda or INTERPRETED)):
+        raise ValueError(f"backend 'triton' needs CUDA tensors and Triton; got tensors on {r.device}: use 'chunked' or 'auto'")
+    if backend == "triton" and torch.float64 in (r.dtype, points.dtype):
+        raise ValueError("backend 'triton' has no float64; use 'chunked' or 'reference'")
+
+
+def _describe(x) -> str:
+    return str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__

@@ -153,7 +153,7 @@ def checkpoints(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("splanifold")
     data = folder_of(folder / "corpus", np.random.default_rng(0).integers(0, 256, 4000))
     model = "--layers 3 --model_dim 16 --heads 2 --head_dim 8 --mlp_hidden 32 --window_pattern L --sequence_length 64 --batch_tokens 128 --val_tokens 64 --val_every 1"
-    arguments = f"--data {data} {model} --steps 2 --keep_every 1 --log_dir {folder} --run_id a --variant splanifold_mlp:preset=dense32,dims=4,nodes=3,layers=1-2"
+    arguments = f"--data {data} {model} --steps 2 --keep_every 1 --log_dir {folder} --run_id a --variant splanifold_mlp:preset=dense16,dims=4,nodes=3,layers=1-2"
     assert train_gpt.main(arguments.split()) == 0
     return [str(folder / f"a{suffix}.pt") for suffix in ("-step000000", "-step000001", "")]
 

@@ -4,7 +4,7 @@ import argparse
 import pytest
 import torch
 
-from benchmarks import decode, gated_linear_attention, topological_attention
+from benchmarks import decode, gated_linear_attention, splanifold, topological_attention
 from benchmarks.timing import in_turn, markdown
 
 CPU, LIMITS = torch.device("cpu"), dict(flops=1e12, bytes=1e10)
@@ -22,6 +22,20 @@ def test_gated_linear_attention_measures_every_backend():
     rows = gated_linear_attention.measure(64, 8, 8, 2, 0.01, CPU, torch.float32, LIMITS)
     assert all(row["median"] > 0 for row in rows), [row for row in rows if "fault" in row]
     assert gated_linear_attention.shown(rows).count("\n") == len(rows) + 1
+
+
+@pytest.mark.parametrize("shape", [splanifold.Shape(64, 1, 16, 8), splanifold.Shape(64, 4, 3, 2, mix="concat"), splanifold.Shape(64, 4, 3, 8),
+                                   splanifold.Shape(64, 1, 16, 8, S=3)], ids=str)
+def test_splanifold_measures_every_arm(shape):
+    rows = splanifold.measure("tiny", shape, 0.01, False, CPU, torch.float32, LIMITS)
+    assert all(row["median"] > 0 for row in rows), [row for row in rows if "fault" in row]
+    assert {row["arm"] for row in rows} == {"chunked", "reference", splanifold.MLP} | ({"feature"} if shape.S == 2 else set())
+    assert splanifold.shown(rows).count("\n") == len(rows) + 1
+
+
+def test_splanifold_times_nothing_that_is_wrong():
+    wrong = lambda r, controls, mix: 1.001 * splanifold.reference(r, controls, mix)
+    assert splanifold.fault(wrong, splanifold.Shape(64, 1, 16, 8), CPU, torch.float32).startswith("wrong: relative RMS errors 1.0e-03")
 
 
 def test_decode_measures_every_arm():

@@ -8,7 +8,9 @@ import torch
 import train_gpt, variants
 from kernels.splanifold import SplanifoldControls, splanifold_reference
 
-PRESETS = ("lowdim2", "lowdim3", "sum4", "dense32", "small", "paper", "exodus18m")
+PRESETS = ("lowdim2", "lowdim3", "dense16", "small", "paper", "exodus18m")
+SUM4 = "mix=sum,out_proj=off,dims=4,nodes=2"
+EQUAL = ("preset=lowdim2", "preset=lowdim3", "preset=dense16", SUM4)
 
 def config_of(**given) -> train_gpt.Config:
     small = dict(vocab_size=257, layers=2, model_dim=32, heads=2, head_dim=16, mlp_hidden=96, zero_init_projections=False)
@@ -44,9 +46,9 @@ def squash_mean(z):
     return (z - mean) / 5 + sigmoid(mean * math.sqrt(z.shape[-1]))
 
 @pytest.mark.parametrize("spec, squash, settings", [
-    ("preset=lowdim2", sigmoid, {}), ("preset=sum4", sigmoid, {}), ("preset=paper", sigmoid, {}), ("preset=exodus18m,dims=8", sigmoid, {}),
-    ("preset=dense32,dims=8,squash=mean", squash_mean, {}), ("preset=lowdim3,squash=none", lambda z: 0.5 + 0.2 * z, {}), ("preset=sum4,out_proj=on", sigmoid, {}),
-    ("preset=lowdim2,nodes=4,expansion=0.3,delta_max=0.2,eps=0.05", sigmoid, dict(expansion=0.3, delta_max=0.2, eps=0.05))])
+    ("preset=lowdim2", squash_mean, {}), ("preset=lowdim2,squash=sigmoid", sigmoid, {}), (SUM4 + ",squash=sigmoid", sigmoid, {}), ("preset=paper", sigmoid, {}),
+    ("preset=exodus18m,dims=8", sigmoid, {}), ("preset=dense16,dims=8", sigmoid, {}), ("preset=lowdim3,squash=none", lambda z: 0.5 + 0.2 * z, {}),
+    ("preset=small,mix=sum", squash_mean, {}), ("preset=lowdim2,squash=sigmoid,nodes=4,expansion=0.3,delta_max=0.2,eps=0.05", sigmoid, dict(expansion=0.3, delta_max=0.2, eps=0.05))])
 def test_formula(spec, squash, settings):
     mlp = awake(build_mlp(f"splanifold_mlp:{spec}", config_of()).double())
     x = torch.randn(2, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -54,12 +56,12 @@ def test_formula(spec, squash, settings):
     K = mlp.bases.shape[-1]
     z = (z * mlp.gain - mlp.centre).view(10, -1, K)
     controls = SplanifoldControls(mlp.points, 8 * mlp.bases, 8 * K * mlp.point_tangents, 32 * mlp.base_tangents)
-    expected = splanifold_reference(squash(z), controls, mix="sum" if "sum4" in spec or "paper" in spec else "concat", **settings).view(2, 5, -1)
+    expected = splanifold_reference(squash(z), controls, mix="sum" if "sum" in spec or "paper" in spec else "concat", **settings).view(2, 5, -1)
     expected = expected if mlp.proj is None else expected @ mlp.proj.weight.T
     assert expected.std() > 1e-2 and torch.allclose(mlp(x), expected, rtol=1e-10, atol=1e-12)
 
 def test_relative_tangents():
-    mlp = awake(build_mlp("splanifold_mlp:preset=dense32,dims=8,tangents=relative", config_of()))
+    mlp = awake(build_mlp("splanifold_mlp:preset=dense16,dims=8,tangents=relative", config_of()))
     with torch.no_grad():
         mlp.sigma.fill_(0.7)
         controls = mlp.controls(torch.float32)
@@ -67,20 +69,19 @@ def test_relative_tangents():
     assert torch.allclose(controls.base_tangents, 0.7 * (32 * mlp.base_tangents - 8 * mlp.bases)) and mlp.sigma.ndim == 0
 
 @pytest.mark.parametrize("track", ["cpu", "small", "benchmark"])
-@pytest.mark.parametrize("preset", ["lowdim2", "lowdim3", "sum4", "dense32"])
-def test_as_many_parameters_as_the_mlp_it_replaces(track, preset):
+@pytest.mark.parametrize("spec", EQUAL)
+def test_as_many_parameters_as_the_mlp_it_replaces(track, spec):
     config = train_gpt.make_config(dict(track=track, vocab_size=257, layers=1))
-    original, replaced = parameters_of(f"splanifold_mlp:preset={preset}", config)
-    assert replaced == pytest.approx(original, rel=0.02)
+    original, replaced = parameters_of(f"splanifold_mlp:{spec}", config)
+    assert replaced == pytest.approx(original, rel=0.06 if "dense16" in spec else 0.02)  # a group of dense16 is a ninth of the layer of track cpu
 
-@pytest.mark.parametrize("preset", ["lowdim2", "lowdim3", "sum4", "dense32"])
-def test_as_many_flops_as_the_mlp_it_replaces(preset):
+@pytest.mark.parametrize("preset, share", [("lowdim2", 0.97), ("lowdim3", 0.97), ("dense16", 0.70), ("small", 0.19), ("paper", 0.50)])
+def test_flops_beside_those_of_the_mlp_it_replaces(preset, share):
     config = train_gpt.make_config(dict(track="cpu", vocab_size=257))
     original = train_gpt.flops_per_token(config)
     with variants.applied((f"splanifold_mlp:preset={preset}",), config):
         replaced = train_gpt.flops_per_token(config)
-    mlps = config.layers * 6 * 2 * config.model_dim * config.mlp_hidden
-    assert replaced - original == pytest.approx(0, abs=0.08 * mlps)  # the points, 7 % of the numbers of sum4, make no product
+    assert 1 + (replaced - original) / (config.layers * 6 * 2 * config.model_dim * config.mlp_hidden) == pytest.approx(share, abs=0.02)
 
 def test_sizes_of_the_other_presets():
     config = train_gpt.make_config(dict(track="cpu", vocab_size=257))
@@ -90,12 +91,12 @@ def test_sizes_of_the_other_presets():
     assert parameters_of("splanifold_mlp:preset=paper", config)[1] == 128 * (2 + 6 * 128) + 2 * 128
     exodus = train_gpt.make_config(dict(track="exodus18m", vocab_size=50257))
     assert parameters_of("splanifold_mlp:preset=exodus18m", exodus)[1] == 4 * 32 * (2 + 6 * 32) + 2 * 128  # 3.18M controls in 128 layers
-    assert build_mlp("splanifold_mlp:nodes=3", config_of()).bases.shape[1] == 3
+    assert [build_mlp(f"splanifold_mlp:{spec}", config_of()).bases.shape[1] for spec in ("preset=paper", "preset=lowdim2", "preset=dense16", "nodes=7")] == [2, 3, 5, 7]
 
 def test_groups_given():
     mlp = build_mlp("splanifold_mlp:groups=5,dims=4", config_of())
-    assert mlp.fc.weight.shape == (20, 32) and mlp.proj.weight.shape == (32, 20) and mlp.bases.shape == (5, 2, 4, 4)
-    assert build_mlp("splanifold_mlp:groups=8,out_proj=off,dims=4", config_of()).bases.shape == (8, 2, 4, 4)
+    assert mlp.fc.weight.shape == (20, 32) and mlp.proj.weight.shape == (32, 20) and mlp.bases.shape == (5, 3, 4, 4)
+    assert build_mlp("splanifold_mlp:groups=8,out_proj=off,dims=4,nodes=2", config_of()).bases.shape == (8, 2, 4, 4)
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_begins_as_the_identity(preset):
@@ -108,10 +109,10 @@ def test_begins_as_the_identity(preset):
     output = mlp.proj.weight if mlp.proj is not None else mlp.bases
     assert output.grad.abs().max() > 1e-3
 
-@pytest.mark.parametrize("preset", ["sum4", "lowdim2"])
-def test_optimizers(preset):
-    mlp = build_mlp(f"splanifold_mlp:preset={preset}", config_of())
-    summed = mlp.groups if preset == "sum4" else 1
+@pytest.mark.parametrize("spec", [SUM4, "preset=lowdim2"])
+def test_optimizers(spec):
+    mlp = build_mlp(f"splanifold_mlp:{spec}", config_of())
+    summed = mlp.groups if spec == SUM4 else 1
     matrices = (mlp.bases, mlp.point_tangents, mlp.base_tangents)
     assert all(p.optimizer == "muon" and p.lr_mul == pytest.approx(summed ** -0.5) and p.ndim == 4 for p in matrices)
     assert mlp.points.optimizer == "adam" and mlp.points.lr_mul == pytest.approx(1 / summed)
