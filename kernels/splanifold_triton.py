@@ -30,6 +30,7 @@ Bytes for one token at e bytes a value, N = n for a sum, else G n; what other ti
 
 Source: Adams, K-Splanifolds, 2026, doi 10.5281/zenodo.18673034; the forms are ours.
 Status: never run on a GPU; the kernels are tested in Triton's interpreter and compiled ahead of time, and their launch table is a choice, not a measurement.
+At the tested shapes no kernel spills on sm_90, but that of dr where 5. meets a warp or S > 2.
 """
 
 import math
@@ -764,7 +765,8 @@ def _tiles(name: str, layout: Layout, capability: int, dtype: torch.dtype) -> Ti
     """The launch of fwd, bwd_r or bwd_controls on a card of that compute capability (90 for 9.0)."""
     launch = LAUNCH.get((capability // 10, dtype.itemsize), LAUNCH[0, dtype.itemsize])
     name += "_groups" if name == "fwd" and layout.J > 1 else ""
-    return launch.get(name + "_narrow", launch[name]) if layout.PACKED or not _four(layout) else launch[name]
+    tiles = launch.get(name + "_narrow", launch[name]) if layout.PACKED or not _four(layout) else launch[name]
+    return tiles._replace(tokens=tiles.tokens // 2) if layout.PACKED and not _four(layout) else tiles
 
 
 def _capability(r: Tensor) -> int:
