@@ -14,8 +14,7 @@ ones and k the channels of -F_j, three of them in bfloat16, which together hold 
 
 Source: Lin, Nikishin, He & Courville, Forgetting Transformer, 2025, arxiv.org/abs/2503.02130; slopes: Press et al., ALiBi, 2021, arxiv.org/abs/2108.12409;
 convolution: Fu et al., H3, 2022, arxiv.org/abs/2212.14052
-Status: cpu track cut to 1M bytes, 3 seeds: not distinguishable, +0.038 nats (0.900, 0.985, 0.902 beside 0.892, 0.888, 0.895: a spread ten times the
-baseline's, unexplained); records/negative/2026-11-22_TopologicalAttentionOptions
+Status: cpu track cut to 1M bytes, 3 seeds: not distinguishable, +0.038 nats, one seed 0.08 above the others; variants/README.md
 """
 
 import math
