@@ -27,7 +27,7 @@ W_out does: either way the block begins as the identity.
 
 Source: Adams, K-Splanifolds, 2026, doi 10.5281/zenodo.18673034, github.com/curvedinf/k-splanifolds, and the same author's 18M-parameter model of 128 layers,
 whose block is not published: exodus18m is our reading; forms with projections, groups and initial sizes: ours
-Status: cpu track cut to 1M bytes, one seed, no verdict: behind, 0.953 to 0.979 against 0.889; 29 forms at 250k bytes in variants/README.md
+Status: cpu track cut to 1M bytes, one seed, no verdict: behind, 0.953 to 0.979 against 0.889; 27 forms at 250k bytes in variants/README.md
 """
 
 import math
