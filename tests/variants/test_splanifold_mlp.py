@@ -109,18 +109,18 @@ def test_begins_as_the_identity(preset):
     output = mlp.proj.weight if mlp.proj is not None else mlp.bases
     assert output.grad.abs().max() > 1e-3
 
-@pytest.mark.parametrize("spec", [SUM4, "preset=lowdim2"])
-def test_optimizers(spec):
+@pytest.mark.parametrize("spec, rate", [(SUM4, 1), ("preset=lowdim2", 1), ("preset=dense16", 0.25), ("preset=lowdim2,rate=0.5", 0.5)])
+def test_optimizers(spec, rate):
     mlp = build_mlp(f"splanifold_mlp:{spec}", config_of())
     summed = mlp.groups if spec == SUM4 else 1
     matrices = (mlp.bases, mlp.point_tangents, mlp.base_tangents)
-    assert all(p.optimizer == "muon" and p.lr_mul == pytest.approx(summed ** -0.5) and p.ndim == 4 for p in matrices)
+    assert all(p.optimizer == "muon" and p.lr_mul == pytest.approx(rate * summed ** -0.5) and p.ndim == 4 for p in matrices)
     assert mlp.points.optimizer == "adam" and mlp.points.lr_mul == pytest.approx(1 / summed)
     assert not torch.equal(mlp.bases, mlp.point_tangents) and mlp.bases.std() > 0.01
 
 @pytest.mark.parametrize("spec, message", [
     ("nodes=1", "nodes=1: a curve has at least 2"), ("groups=-1", "groups=-1,dims=2: give positive numbers"), ("eps=0", "eps=0.0: give a number above 0"),
-    ("budget=-1", "budget=-1.0: give a share"), ("expansion=-1", "expansion=-1.0,delta_max=0.0: neither may be negative"),
+    ("rate=-1", "rate=-1.0: give a factor"), ("budget=-1", "budget=-1.0: give a share"), ("expansion=-1", "expansion=-1.0,delta_max=0.0: neither may be negative"),
     ("preset=paper,dims=5", "without in_proj groups x dims must be model_dim = 32, got groups=1,dims=5"),
     ("groups=5,dims=4,out_proj=off", "groups=5 do not divide model_dim = 32 outputs")])
 def test_faults(spec, message):
