@@ -99,8 +99,9 @@ def statistics_of(chosen: dict, arms: list[dict]) -> dict:
                 raise RunError(f"{run.path}: a run of track {run.track}, not {chosen['track']}; name its own with --track")
     results = summarize(chosen["settings"], arms)
     found = {name: ", ".join(map(str, results["environment_differs"].get(name, [results["environment"][name]]))) for name in MACHINE}
-    for name in results["environment_differs"].keys() & MACHINE if chosen["kind"] == "record" else ():
-        raise RunError(f"{chosen['name']}: {name} is not one in all runs ({found[name]}), so their times cannot be compared; run all of them on one machine")
+    for name in MACHINE:
+        if chosen["kind"] == "record" and name in results["environment_differs"]:
+            raise RunError(f"{chosen['name']}: {name} is not one in all runs ({found[name]}), so their times cannot be compared; run all of them on one machine")
     environment, target = results["environment"], chosen["rules"]["target"]
     rows = []
     for row, folder in zip(results["arms"], folder_names(arms)):

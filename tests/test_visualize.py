@@ -219,3 +219,11 @@ def test_checkpoints_of_two_runs(checkpoints, files, tmp_path, capsys):
     assert "b.pt is of another run than the checkpoints before it" in capsys.readouterr().err
     assert run("splanifold", *checkpoints[:2], "-o", tmp_path / "a.png") == 1
     assert "a PNG shows one checkpoint, got 2" in capsys.readouterr().err
+
+
+def test_a_model_without_splanifolds(tmp_path, capsys):
+    data = folder_of(tmp_path / "corpus", np.random.default_rng(0).integers(0, 256, 2000))
+    model = "--layers 1 --model_dim 16 --heads 2 --head_dim 8 --mlp_hidden 32 --value_embeddings 0 --sequence_length 64 --batch_tokens 64 --val_tokens 64 --val_every 0"
+    assert train_gpt.main(f"--data {data} {model} --steps 1 --log_dir {tmp_path} --run_id a".split()) == 0
+    assert run("splanifold", tmp_path / "a.pt", "-o", tmp_path / "a.png") == 1
+    assert "a.pt has no splanifolds; give checkpoints of --variant splanifold_mlp" in capsys.readouterr().err
