@@ -389,8 +389,8 @@ class Linear(nn.Module):
 PLAIN_LINEAR = Linear
 
 def project(x: Tensor, *linears: nn.Module) -> list[Tensor]:
-    """Every layer's output for one input. Plain layers make one product together: small ones run at 1.7 times the rate on a CPU."""
-    if all(type(linear) is PLAIN_LINEAR for linear in linears):
+    """Every layer's output for one input. On a GPU plain layers make one larger product; on a CPU that gains nothing, and a single token pays for the joining."""
+    if x.is_cuda and all(type(linear) is PLAIN_LINEAR for linear in linears):
         weights = [linear.weight for linear in linears]
         return list(F.linear(x, torch.cat(weights).type_as(x)).split([len(w) for w in weights], dim=-1))
     return [linear(x) for linear in linears]

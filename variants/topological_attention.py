@@ -6,7 +6,7 @@ Topological (scalar-key) attention: a score is minus the distance of two scalars
 a, b, F, c (B, T, H) float32: coordinates of queries and keys, running sum of the log-decay, bias of the keys; t a temperature for each head; v and y
 (B, T, H, D). Values, value embedding, sparse output gate and output projection are the baseline's. The options, each a choice of its own:
 
-    coordinate     rayleigh: E / (E + tau) with E = x'Lx / (x'x + 1e-6), of the normalised and rotated q and k of a head, in [0, 1); linear: a learned vector for
+    coordinate     rayleigh: E / (E + tau) with E = x'Lx / (x'x + 1e-6), of the rotated q and k of a head, in [0, 1); linear: a learned vector for
                    each head, times x; none: no distance term, which makes the attention a weighted mean of the past
     laplacian      L (D, D): chain (-1 between neighbouring channels, degrees on the diagonal); learned (a positive weight, by softplus, between any two
                    channels, starting near the chain); domain:FILE, an .npz file with the arrays laplacian (D, D) and provenance, a JSON object that says what
@@ -188,14 +188,12 @@ class TopologicalAttention(train_gpt.CausalSelfAttention):
         # a narrower head turns as large a part of its pairs, from the same longest to the same shortest wavelength
         n, pairs = (width // (2 if config.rope == "full" else 4) for width in (config.head_dim, min(head_dim, config.head_dim)))
         columns = [round(i * (n - 1) / max(pairs - 1, 1)) for i in range(pairs)]
-        self.register_buffer("rotary_columns", torch.tensor(columns, dtype=torch.int64), persistent=False)
+        self.register_buffer("rotary_columns", None if columns == list(range(n)) else torch.tensor(columns, dtype=torch.int64), persistent=False)
 
     def rayleigh(self, x: Tensor, ctx: AttentionContext) -> Tensor:
-        """The coordinates (B, T, n) of queries and keys x (B, T, n, D)."""
-        if self.config.qk_norm:
-            x = train_gpt.RMSNormalize.apply(x)
+        """The coordinates (B, T, n) of queries and keys x (B, T, n, D); their length, and so QK-norm, makes no difference to a quotient."""
         if ctx.rotary is not None:
-            x = train_gpt.rotate(x, tuple(table[:, self.rotary_columns] for table in ctx.rotary))
+            x = train_gpt.rotate(x, ctx.rotary if self.rotary_columns is None else tuple(table[:, self.rotary_columns] for table in ctx.rotary))
         x, n = wide(x), x.shape[-1]
         if self.options.laplacian == "learned":
             links = x.new_zeros(n * n).scatter(0, self.edges, F.softplus(self.edge_logits).type_as(x)).view(n, n)
@@ -203,8 +201,8 @@ class TopologicalAttention(train_gpt.CausalSelfAttention):
             laplacian = torch.diag(links.sum(0)) - links
         else:
             laplacian = self.laplacian.type_as(x)
-        energy = ((x @ laplacian) * x).sum(-1).clamp_min(0) / (x.square().sum(-1) + 1e-6)
-        return energy / (energy + 1)
+        energy = ((x @ laplacian) * x).sum(-1)
+        return energy / (energy + x.square().sum(-1) + 1e-6)
 
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         if self.taps is not None:
