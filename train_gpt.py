@@ -337,18 +337,17 @@ class Adam(ShardedOptimizer):
 def build_optimizers(model: nn.Module, config: Config, ranks: Ranks) -> list[ShardedOptimizer]:
     """
     Muon for the matrices of blocks, Adam for the rest. A parameter's own attributes override this: .optimizer ("muon", "adam", "adam_embed",
-    "adam_head"), .lr_mul, .wd_mul. Muon takes a parameter of three dimensions as a batch of matrices.
+    "adam_head"), .lr_mul, .wd_mul (Muon's 1, Adam's 0). Muon takes a parameter of three dimensions as a batch of matrices.
     """
     rates, groups = dict(muon=config.lr_matrix, adam=config.lr_scalar, adam_embed=config.lr_embed, adam_head=config.lr_head), {}
     for name, p in model.named_parameters():
         kind = getattr(p, "optimizer", "muon" if p.ndim >= 2 and name.startswith("blocks.") else "adam")
         if kind not in rates or kind == "muon" and p.ndim < 2:
             raise RunError(f"parameter {name} of shape {tuple(p.shape)} asks for optimizer {kind!r}; there are {', '.join(rates)}, and muon takes matrices only")
-        groups.setdefault((kind, getattr(p, "lr_mul", 1.0), getattr(p, "wd_mul", 1.0), p.shape[-2:] if kind == "muon" else None), []).append(p)
+        groups.setdefault((kind, getattr(p, "lr_mul", 1.0), getattr(p, "wd_mul", float(kind == "muon")), p.shape[-2:] if kind == "muon" else None), []).append(p)
     matrices, numbers = [], []
     for (kind, lr_mul, wd_mul, _), parameters in groups.items():
-        decay = config.weight_decay * wd_mul if kind == "muon" else 0.0
-        (matrices if kind == "muon" else numbers).append(Bucket(parameters, kind == "muon", rates[kind] * lr_mul, decay, ranks))
+        (matrices if kind == "muon" else numbers).append(Bucket(parameters, kind == "muon", rates[kind] * lr_mul, config.weight_decay * wd_mul, ranks))
     compiled = (lambda f: torch.compile(f, dynamic=False)) if ranks.device.type == "cuda" and compile_mode(config, ranks) != "off" else (lambda f: f)
     return [Muon(matrices, config, compiled), Adam(numbers, config, compiled)]
 
