@@ -98,6 +98,7 @@ class Config:
     run_id: str = ""                    # name of this run's files (empty: a new UUID)
     save: bool = True                   # write a checkpoint at the end, on a signal and every checkpoint_seconds
     checkpoint_seconds: float = 600.0   # time between checkpoints
+    stream_statistics: bool = False     # at every validation, what each branch adds to the stream, in the run's JSON: visualize.py stream draws it
     keep_every: int = 0                 # steps between checkpoints that are kept, from step 0 on, as RUN_ID-step000100.pt (0: none)
     @property
     def end_of_text(self) -> int:
@@ -108,7 +109,7 @@ class Config:
         """Rows of the embedding and the head: a multiple of 128 for matrix units, of 8 where the vocabulary is small."""
         return -(-self.vocab_size // (unit := 128 if self.vocab_size > 4096 else 8)) * unit
 
-RESUME_FIELDS = {"resume", "data", "log_dir", "save", "checkpoint_seconds", "keep_every", "val_every", "device"}  # may differ from the checkpoint's
+RESUME_FIELDS = {"resume", "data", "log_dir", "save", "checkpoint_seconds", "keep_every", "stream_statistics", "val_every", "device"}  # may differ from the checkpoint's
 LEAST = dict(keep_every=0, sequence_length=2, batch_tokens=1, micro_batch_tokens=1, steps=0, tokens=1, time_budget=0, layers=1, model_dim=1, heads=1, head_dim=1, mlp_hidden=1, loss_chunk=1)
 CHOICES = dict(rope=("half", "full", "none"), device=("auto", "cpu", "cuda"), dtype=("auto", "float32", "bfloat16"), compile=("auto", "model", "blocks", "off"))
 
@@ -711,6 +712,35 @@ def compile_model(model: GPT, mode: str):
     for part in [*model.blocks, model.head] if mode == "blocks" else []:
         part.compile(dynamic=False, fullgraph=True)
 
+@torch.no_grad()
+def stream_statistics(model: GPT, tokens: Tensor) -> list[dict]:
+    """
+    What each residual of the model makes of the stream x and its branch's output y on tokens (B, T), in the order of depth; norms are a token's, over its channels. Numbers
+    without a name of their own are means: shares of |y|^2 along and across x, cosines of x with y and with the new stream z, kurtosis of a token's channels.
+    """
+    rows = []
+    def look(name, module, inputs, z):
+        x, y, z = (t.float() for t in (*inputs, z))
+        dot, norms = lambda a, b: (a * b).sum(-1), [t.norm(dim=-1).clamp_min(1e-30) for t in (x, y, z)]
+        x_norm, y_norm, z_norm = norms
+        centred = x - x.mean(-1, keepdim=True)
+        cosine, quantiles = dot(x, y) / (x_norm * y_norm), torch.quantile(x_norm.flatten(), torch.tensor([0.01, 0.5, 0.99], device=x.device)).tolist()
+        gates = {key: dict(mean=p.mean().item(), std=p.std(correction=0).item(), negative=(p < 0).float().mean().item()) for key, p in module.named_parameters()}
+        means = dict(x_norm=x_norm, z_norm=z_norm, rho_par=cosine.square(), rho_ortho=(1 - cosine.square()) * (y_norm > 1e-30), cos_x_y=cosine, cos_x_out=dot(x, z) / (x_norm * z_norm),
+                     y_over_x=y_norm / x_norm, relative_step=(z - x).norm(dim=-1) / x_norm,
+                     kurtosis=centred.pow(4).mean(-1) / centred.square().mean(-1).square().clamp_min(1e-30))
+        rows.append(dict(branch=name) | {key: value.mean().item() for key, value in means.items()} | dict(zip(("x_norm_p1", "x_norm_p50", "x_norm_p99"), quantiles))
+                    | dict(x_max=x.abs().max().item(), parameters=gates))
+    hooks = [module.register_forward_hook(lambda module, inputs, z, name=name: look(name, module, inputs, z))
+             for name, module in model.named_modules() if name.endswith("_residual")]
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            model(tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return rows
+
 def flops_per_token(config: Config) -> float:
     """Training FLOPs of one token, forward and backward, as PyTorch counts them on a row without data; scores that are computed and masked count too."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -1105,8 +1135,10 @@ class Trainer:
         log.write(f"val_bits_per_byte:{bits:.4f}" if bits else "val_bits_per_byte: unknown, no .tiktoken file beside the shards", console=self.progress == 1)
         if not math.isfinite(loss):
             raise RunError(f"the validation loss is {loss} at step {self.step}; lower the learning rates or look at the variant's arithmetic")
+        tokens = torch.from_numpy(self.val_batches[0][:, :-1]).to(self.ranks.device)
+        statistics = dict(stream=stream_statistics(self.model, tokens)) if self.config.stream_statistics else {}
         log.save_facts(curve=log.facts["curve"] + [dict(step=self.step, tokens=self.step * self.config.batch_tokens, train_ms=1000 * self._elapsed(), val_loss=loss,
-                                                        val_bits_per_byte=bits, train_loss=self.loss.item() if self.loss is not None else None)])
+                                                        val_bits_per_byte=bits, train_loss=self.loss.item() if self.loss is not None else None, **statistics)])
     def _save(self, path: Path, must: bool = False):
         """Write a checkpoint, if the run wants any. Collective."""
         if not self.config.save:

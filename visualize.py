@@ -2,6 +2,7 @@
 Pictures of what a part of a model is made of, or has learnt.
 
     python visualize.py manifold FILE.npz -o FILE.png [--data DIR]
+    python visualize.py stream RUN.json... -o FILE.png
     python visualize.py splanifold CHECKPOINT.pt... -o FILE.png|.gif|.mp4 [--layer N...] [--groups 4] [--tokens 1024] [--data DIR] [--size 2.4]
 
 manifold: a file of data/manifold.py. The graph, laid out by the second and third eigenvector (of L v = m D v, D the degrees: those of L alone are little
@@ -13,10 +14,13 @@ n outputs of a group are projected on the two principal axes of its control poin
 that frames can be compared; a group of one output is drawn over t. Line: the spine, from t = 0 to 1; dots on spokes: nodes and control points; cloud: the
 tokens, coloured by t. One checkpoint gives a PNG, several, in the order of their steps, an animation (MP4 needs ffmpeg). Checkpoints of a run on its way:
 train_gpt.py --keep_every.
+stream: what the branches add to the stream, over depth, from the JSON of runs with --stream_statistics: norm with the slope of its logarithm over the branches,
+share of a branch's output along the stream, relative step, kurtosis. One run: a line a validation; several: the last of each.
 Exit code 1 and one line for a fault. Later parts are functions of their own in COMMANDS.
 """
 
 import argparse
+import json
 import os
 import sys
 import warnings
@@ -316,7 +320,66 @@ def add_splanifold(parser: argparse.ArgumentParser):
     parser.add_argument("--size", type=float, default=2.4, help="inches a panel, of 100 pixels each (default: 2.4)")
 
 
+STREAM_PANELS = dict(x_norm="norm of the stream", rho_par="share of |y|² along the stream", relative_step="relative step |z - x| / |x|", kurtosis="kurtosis of the channels")
+
+
+def stream_history(path: Path) -> tuple[str, list[dict]]:
+    """(a name, the points of a run's curve that have stream statistics). RunError if there are none."""
+    try:
+        facts = json.loads(path.read_text())
+        points = [point for point in facts["curve"] if point.get("stream")]
+        name = f"{' + '.join(facts['config']['variant']) or 'baseline'}, seed {facts['seed']}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} is no run's JSON ({type(error).__name__}); give the one beside its log") from None
+    if not points:
+        raise RunError(f"{path} has no stream statistics; train with --stream_statistics")
+    return name, points
+
+
+def norm_slope(rows: list[dict]) -> float:
+    """Least-squares slope of the logarithm of the stream's mean norm over the branches."""
+    norms = [row["x_norm"] for row in rows] + [rows[-1]["z_norm"]]
+    return float(np.polyfit(range(len(norms)), np.log(np.maximum(norms, 1e-30)), 1)[0])
+
+
+def draw_stream(file, histories: list[tuple[str, list[dict]]]):
+    """The PNG: lines over depth, coloured by step for one run and by run for several."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    if len(histories) == 1:
+        title, points = histories[0]
+        lines = [(f"step {point['step']:,}", point["stream"]) for point in points]
+        colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(lines)))
+    else:
+        title, lines = "after the last step", [(name, points[-1]["stream"]) for name, points in histories]
+        colours = matplotlib.colormaps["tab10"](np.arange(len(lines)) % 10)
+    figure = Figure(figsize=(11, 7), dpi=110, layout="constrained")
+    panels = figure.subplots(2, 2).flat
+    for panel, (key, label) in zip(panels, STREAM_PANELS.items()):
+        for (name, rows), colour in zip(lines, colours):
+            values = [row[key] for row in rows] + ([rows[-1]["z_norm"]] if key == "x_norm" else [])
+            panel.plot(values, color=colour, marker="o", markersize=3, linewidth=1.2, label=f"{name}, slope {norm_slope(rows):+.3f}" if key == "x_norm" else None)
+        panel.set(title=label, xlabel="branch: attention and feed-forward of every layer in turn")
+        if key == "x_norm":
+            panel.set_yscale("log")
+            panel.legend(frameon=False, fontsize=FONT)
+    figure.suptitle(title, fontsize=FONT + 3)
+    figure.savefig(file, format="png")
+
+
+def run_stream(options: argparse.Namespace):
+    if options.output.suffix.lower() != ".png":
+        raise RunError(f"{options.output} must end in .png")
+    histories = [stream_history(path) for path in options.runs]
+    write_atomically(options.output, lambda file: draw_stream(file, histories))
+
+
+def add_stream(parser: argparse.ArgumentParser):
+    parser.add_argument("runs", metavar="RUN.json", type=Path, nargs="+", help="one for its course, several to compare their ends")
+
+
 COMMANDS = dict(manifold=(run_manifold, add_manifold, "a domain Laplacian"),  # what it does, its own options, its help
+                stream=(run_stream, add_stream, "norms and directions over depth, of runs with --stream_statistics"),
                 splanifold=(run_splanifold, add_splanifold, "the splanifolds of a model's layers, at one step or through a run"))
 
 

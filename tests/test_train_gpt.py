@@ -399,6 +399,50 @@ def test_parameters_choose_their_optimizer():
         train_gpt.build_optimizers(model, config, ALONE)
 
 
+def test_weight_decay_is_of_matrices_unless_asked_for():
+    model, config = tiny_model()
+    model.blocks[0].stream_mix.wd_mul = 0.5
+    muon, adam = train_gpt.build_optimizers(model, config, ALONE)
+    assert {bucket.weight_decay for bucket in muon.buckets} == {config.weight_decay}
+    decays = {bucket.weight_decay: bucket.parameters for bucket in adam.buckets}
+    assert set(decays) == {0.0, 0.5 * config.weight_decay} and [p is model.blocks[0].stream_mix for p in decays[0.5 * config.weight_decay]] == [True]
+
+
+def test_stream_statistics():
+    model, _ = tiny_model()
+    wake(model)
+    tokens, seen = torch.randint(257, (2, 32), generator=torch.Generator().manual_seed(4), dtype=torch.int32), {}
+    keep = lambda name: lambda module, inputs, z: seen.update({name: [t.double() for t in (*inputs, z)]})
+    hooks = [getattr(block, f"{kind}_residual").register_forward_hook(keep(f"blocks.{layer}.{kind}_residual"))
+             for layer, block in enumerate(model.blocks) for kind in ("attention", "mlp")]
+    rows = train_gpt.stream_statistics(model, tokens)
+    for hook in hooks:
+        hook.remove()
+    assert [row["branch"] for row in rows] == list(seen) and len(rows) == 8
+    for row in rows:
+        x, y, z = seen[row["branch"]]
+        along = (x * y).sum(-1, keepdim=True) / (x * x).sum(-1, keepdim=True) * x
+        share = lambda part, y=y: ((part * part).sum(-1) / (y * y).sum(-1)).mean().item()
+        deviation = x - x.mean(-1, keepdim=True)
+        expected = dict(x_norm=x.norm(dim=-1).mean().item(), z_norm=z.norm(dim=-1).mean().item(), rho_par=share(along), rho_ortho=share(y - along),
+                        x_norm_p50=x.norm(dim=-1).quantile(0.5).item(), x_max=x.abs().max().item(), relative_step=(y.norm(dim=-1) / x.norm(dim=-1)).mean().item(),
+                        cos_x_out=torch.cosine_similarity(x, z, dim=-1).mean().item(), kurtosis=((deviation ** 4).mean(-1) / x.var(-1, correction=0) ** 2).mean().item())
+        assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-4)
+    assert not any(module._forward_hooks for module in model.modules())
+    sleeping = train_gpt.stream_statistics(tiny_model()[0], tokens)  # branches of zeros
+    assert all(row["rho_par"] == row["rho_ortho"] == row["cos_x_y"] == row["relative_step"] == 0 for row in sleeping)
+
+
+@pytest.mark.parametrize("compiled", ["off", pytest.param("blocks", marks=pytest.mark.slow)])
+def test_stream_statistics_leave_a_run_as_it_is(corpus, tmp_path, compiled):
+    curves = []
+    for wanted in (False, True):
+        assert main(arguments(corpus, tmp_path / str(wanted), stream_statistics=wanted, compile=compiled)) == 0
+        curves.append(json.loads((tmp_path / str(wanted) / "run.json").read_text())["curve"])
+    assert [point["val_loss"] for point in curves[1]] == [point["val_loss"] for point in curves[0]]
+    assert [len(point["stream"]) for point in curves[1]] == [8, 8, 8] and not any("stream" in point for point in curves[0])
+
+
 def test_weight_decay_is_cautious():
     data, gradient = torch.tensor([[[1.0, -1.0]]]), torch.tensor([[[1.0, 1.0]]])
     state = torch.zeros(1, 1, 2), torch.zeros(1, 1, 1)

@@ -227,3 +227,33 @@ def test_a_model_without_splanifolds(tmp_path, capsys):
     assert train_gpt.main(f"--data {data} {model} --steps 1 --log_dir {tmp_path} --run_id a".split()) == 0
     assert run("splanifold", tmp_path / "a.pt", "-o", tmp_path / "a.png") == 1
     assert "a.pt has no splanifolds; give checkpoints of --variant splanifold_mlp" in capsys.readouterr().err
+
+
+def run_file(path: Path, variant: tuple, growth: float, steps=(0, 10)) -> Path:
+    names = [f"blocks.{layer}.{branch}_residual" for layer in range(3) for branch in ("attention", "mlp")]
+    row = lambda depth, step: dict(branch=names[depth], x_norm=10 * np.exp(growth * depth), z_norm=10 * np.exp(growth * (depth + 1)), rho_par=0.1 + 0.01 * step, relative_step=0.2, kurtosis=3.0)
+    curve = [dict(step=step, val_loss=2.0, stream=[row(depth, step) for depth in range(6)]) for step in steps]
+    path.write_text(visualize.json.dumps(dict(config=dict(variant=variant), seed=1, curve=curve)))
+    return path
+
+
+def test_stream(tmp_path, capsys):
+    plain, variant = run_file(tmp_path / "a.json", (), 0.125), run_file(tmp_path / "b.json", ("orthogonal_residual",), 0.0625)
+    name, points = visualize.stream_history(variant)
+    assert name == "orthogonal_residual, seed 1" and [visualize.norm_slope(point["stream"]) for point in points] == pytest.approx([0.0625] * 2)
+    for number, paths in enumerate(([plain], [plain, variant])):
+        assert run("stream", *paths, "-o", tmp_path / f"{number}.png") == 0
+        image = matplotlib.image.imread(tmp_path / f"{number}.png")[..., :3]
+        assert image.shape == (770, 1210, 3) and 0.005 < (image.min(-1) < 0.9).mean() < 0.3
+    assert (tmp_path / "0.png").read_bytes() != (tmp_path / "1.png").read_bytes()
+
+
+@pytest.mark.parametrize("text,output,message", [
+    ("{", "a.png", "is no run's JSON (JSONDecodeError)"), ("[]", "a.png", "is no run's JSON (TypeError)"), ('{"config": {"variant": []}, "seed": 1, "curve": [{"step": 0}]}', "a.png",
+     "has no stream statistics; train with --stream_statistics"), ("{}", "a.gif", "must end in .png")])
+def test_stream_faults(tmp_path, capsys, text, output, message):
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    assert run("stream", path, "-o", tmp_path / output) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / output).exists()
