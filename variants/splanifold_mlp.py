@@ -48,7 +48,7 @@ PLAIN = dict(nodes=2, squash="sigmoid", budget=1.0, rate=1.0)
 BARE = PLAIN | dict(in_proj="off", out_proj="off")
 PROJECTED = PLAIN | dict(in_proj="on", out_proj="on", mix="concat")
 LOWDIM = PROJECTED | dict(nodes=3, squash="mean")
-PRESETS = dict(paper=BARE | dict(mix="sum", groups=1), lowdim2=LOWDIM | dict(dims=2), lowdim3=LOWDIM | dict(dims=3), small=LOWDIM | dict(dims=2, budget=0.2),
+PRESETS = dict(paper=BARE | dict(mix="sum", groups=1), lowdim2=LOWDIM | dict(dims=2), lowdim3=LOWDIM | dict(dims=3), small=LOWDIM | dict(dims=2, budget=0.2, rate=0.25),
                dense16=PROJECTED | dict(dims=16, nodes=5, rate=0.25), exodus18m=BARE | dict(mix="concat", dims=32))
 SQUASH = dict(sigmoid=torch.sigmoid,
               mean=lambda z: (z - (mean := z.mean(-1, keepdim=True))) / 5 + torch.sigmoid(mean * z.shape[-1] ** 0.5),
@@ -56,7 +56,7 @@ SQUASH = dict(sigmoid=torch.sigmoid,
 
 @dataclass
 class Options:
-    preset: Literal["lowdim2", "lowdim3", "dense16", "small", "paper", "exodus18m"] = "lowdim2"
+    preset: Literal["dense16", "lowdim2", "lowdim3", "small", "paper", "exodus18m"] = "dense16"
     in_proj: Literal["preset", "on", "off"] = "preset"
     out_proj: Literal["preset", "on", "off"] = "preset"
     mix: Literal["preset", "concat", "sum"] = "preset"

@@ -9,7 +9,7 @@ import train_gpt, variants
 from kernels.splanifold import SplanifoldControls, splanifold_reference
 
 PRESETS = ("lowdim2", "lowdim3", "dense16", "small", "paper", "exodus18m")
-SUM4 = "mix=sum,out_proj=off,dims=4,nodes=2"
+SUM4 = "preset=lowdim2,mix=sum,out_proj=off,dims=4,nodes=2"
 EQUAL = ("preset=lowdim2", "preset=lowdim3", "preset=dense16", SUM4)
 
 def config_of(**given) -> train_gpt.Config:
@@ -94,7 +94,7 @@ def test_sizes_of_the_other_presets():
     assert [build_mlp(f"splanifold_mlp:{spec}", config_of()).bases.shape[1] for spec in ("preset=paper", "preset=lowdim2", "preset=dense16", "nodes=7")] == [2, 3, 5, 7]
 
 def test_groups_given():
-    mlp = build_mlp("splanifold_mlp:groups=5,dims=4", config_of())
+    mlp = build_mlp("splanifold_mlp:preset=lowdim2,groups=5,dims=4", config_of())
     assert mlp.fc.weight.shape == (20, 32) and mlp.proj.weight.shape == (32, 20) and mlp.bases.shape == (5, 3, 4, 4)
     assert build_mlp("splanifold_mlp:groups=8,out_proj=off,dims=4,nodes=2", config_of()).bases.shape == (8, 2, 4, 4)
 
@@ -109,7 +109,7 @@ def test_begins_as_the_identity(preset):
     output = mlp.proj.weight if mlp.proj is not None else mlp.bases
     assert output.grad.abs().max() > 1e-3
 
-@pytest.mark.parametrize("spec, rate", [(SUM4, 1), ("preset=lowdim2", 1), ("preset=dense16", 0.25), ("preset=lowdim2,rate=0.5", 0.5)])
+@pytest.mark.parametrize("spec, rate", [(SUM4, 1), ("preset=lowdim2", 1), ("preset=dense16", 0.25), ("preset=small", 0.25), ("preset=lowdim2,rate=0.5", 0.5)])
 def test_optimizers(spec, rate):
     mlp = build_mlp(f"splanifold_mlp:{spec}", config_of())
     summed = mlp.groups if spec == SUM4 else 1
@@ -119,7 +119,7 @@ def test_optimizers(spec, rate):
     assert not torch.equal(mlp.bases, mlp.point_tangents) and mlp.bases.std() > 0.01
 
 @pytest.mark.parametrize("spec, message", [
-    ("nodes=1", "nodes=1: a curve has at least 2"), ("groups=-1", "groups=-1,dims=2: give positive numbers"), ("eps=0", "eps=0.0: give a number above 0"),
+    ("nodes=1", "nodes=1: a curve has at least 2"), ("groups=-1", "groups=-1,dims=16: give positive numbers"), ("eps=0", "eps=0.0: give a number above 0"),
     ("rate=-1", "rate=-1.0: give a factor"), ("budget=-1", "budget=-1.0: give a share"), ("expansion=-1", "expansion=-1.0,delta_max=0.0: neither may be negative"),
     ("preset=paper,dims=5", "without in_proj groups x dims must be model_dim = 32, got groups=1,dims=5"),
     ("groups=5,dims=4,out_proj=off", "groups=5 do not divide model_dim = 32 outputs")])
