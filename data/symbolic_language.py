@@ -1,0 +1,947 @@
+"""
+A symbolic chain-of-thought language for very small models: problems, traces that a checker can execute, and answers.
+
+    python data/symbolic_language.py make -o DIR [--families add,mul,mod,chain,order,set,div,contra] [--rendering symbolic|english|lean_like|answer_only|shuffled_trace]
+                                     [--count 100000] [--val_count 2000] [--test_count 1000] [--digits 8] [--depth 8] [--digit_order most|least]
+                                     [--sequence_length 512] [--loss_on all] [--seed 1]
+    python data/symbolic_language.py show [--count 1] [the task's options, as above]                       a few examples of every family as text
+    python data/symbolic_language.py check FILE [--rendering symbolic] [--digit_order most]                a program on every line; a verdict on every line
+    python data/symbolic_language.py evaluate --checkpoint FILE... [--data DIR] [--count 1000] [--seed 1] [--device auto]
+
+    program := stmt* '{' stmt* '}' 'qed' '.'
+    stmt    := 'hyp' id ':' (type | prop) '.' | 'assume' id ':' prop '.' | 'let' id ':=' term '.' | 'show' prop '.'
+             | 'step' (prop | term) '~>' (prop | term) ['for' id 'in' term] '.' 'by' ('deduce' | 'contra' | 'calc' | 'subst') '.'
+    type    := 'Nat' | 'Prop' | type '->' type
+    prop    := 'forall' id ':' type ',' prop | 'exists' id ':' type ',' prop | prop '/\\' prop | prop '=>' prop | 'not' prop | term rel term | id [term] | '(' prop ')'
+    rel     := '>' | '=' | '<>' | 'divides' | 'in' | 'notin'
+    term    := id | digit+ | '{' id ':' type 'st' prop '}' | '{' term (',' term)* '}' | 'card' term | 'prod' id ':' term ',' term | term ('+' | '*' | 'mod') term
+
+The problem stands before the block; the block holds the trace and ends in `show`. Binding from loose to tight: => (to the right), /\\, not, rel, mod, +, *.
+Identifiers: h0..h63 name facts, p0..p63 are propositions (or, with a term, predicates), a..z are numbers and individuals, S0..S7 sets. A number is its digits,
+the most significant first unless digit_order says least. Tokens are separated by blanks. Negation in the notation this is modelled on is a combining tilde
+(U+0303) on a blank; it is read as `not` under every Unicode normalisation, also where that has put it on a letter. Only one example of that notation is
+public: grammar, rules and corpus are a reconstruction.
+
+Families, with the knob that sets the difficulty: add, mul, mod, div (digits, for mul 5/12 of them), chain, contra (deductions, with up to as many distractors,
+16 at most), order (transitive steps), set (elements). Difficulties are drawn evenly from 1 to the knob; the length sets x1.5 and x2 lie beyond it.
+A problem goes to test (1/8), validation (1/16) or training by the hash of its normalised form, in which neither the names and the order of facts nor the order of
+summands, factors and elements count; so no problem is in two of them, whatever the seed. The problems of a test set are all different. Problems depend on the
+families, digits, depth and seed alone: all renderings hold the same ones, and share one vocabulary of 320 ids, so that models have equal sizes.
+
+Shards: rows of --sequence_length tokens, filled with whole documents and then with pads; train with --align_documents. The end of text, the last id, begins every
+document and ends the one before; there is no id for unknown words. The tests are lines of JSON in symbolic_test.jsonl. --loss_on has one value: the trainer
+takes its loss over all tokens of a row, and shards cannot say which ones count.
+
+evaluate decodes greedily what follows a problem and the opening of its block. exact: what is shown is the answer, token for token. valid: the program can be read and every
+step of its trace, at least one, is true (calc: by integer arithmetic) or follows (deduce, contra, subst); a true step that leads nowhere is valid. joint: both.
+identical: the solution is the corpus's own. With 95 % Wilson intervals, beside the levels of always giving the most frequent answer of that family and set, and of choosing
+at random among the possible answers. The trace of shuffled_trace is checked in any order; answer_only has none. tokens: prompt and completion together.
+Losses of such runs compare with no other corpus's. Exit code 1 and one line for a fault, or for a program that check rejects.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import random
+import re
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import reduce
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt
+import variants
+from data.shards import SHARD_TOKENS, RunError, write_folder
+from generate import Decoder, config_of, decodes_from_cache, sample
+from train_gpt import Ranks, find_shards, read_checkpoint, write_atomically
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------------
+# Words
+
+LABELS, PROPOSITIONS, SETS = (tuple(f"{pool}{i}" for i in range(count)) for pool, count in (("h", 64), ("p", 64), ("S", 8)))
+VARIABLES, DIGITS = tuple("abcdefghijklmnopqrstuvwxyz"), tuple("0123456789")
+NAMES, PREDICATES = frozenset(LABELS + PROPOSITIONS + SETS + VARIABLES), frozenset(PROPOSITIONS)
+POWER = {"=>": 1, "/\\": 2, ">": 4, "=": 4, "<>": 4, "divides": 4, "in": 4, "notin": 4, "mod": 6, "+": 7, "*": 8}  # how tightly operators bind
+PREFIX = dict(forall=1, exists=1, prod=5, card=9, apply=10) | {"not": 3}
+BINDERS = ("forall", "exists", "prod", "st")
+RULES = ("deduce", "contra", "calc", "subst")
+KEYWORDS = (*"qed . { } hyp : assume let := step ~> for by show Nat Prop -> forall exists , ( ) not st card prod".split(), *RULES, *POWER)
+
+SYMBOLIC = dict(hyp="hyp # : # .", assume="assume # : # .", let="let # := # .", step="step # ~> # . by # .", show="show # .", open="{", close="} qed .")
+TEMPLATES = dict(  # of statements; # stands for a part
+    symbolic=SYMBOLIC, answer_only=SYMBOLIC, shuffled_trace=SYMBOLIC,
+    english=dict(hyp="we know by # that # .", assume="suppose by # that # .", let="let # be # .", step="from # we get # by # .", show="therefore # .",
+                 open="proof :", close="this completes the proof ."),
+    lean_like=dict(hyp="axiom # : # ;", assume="intro ( # : # ) ;", let="def # := # ;", step="calc # _ = # := by # ;", show="show # ;",
+                   open="theorem := by", close="done ;"))
+PHRASES = dict(  # inside statements, where they differ from the symbols
+    english={"=>": "implies", "/\\": "and", "not": "not", ">": "is greater than", "=": "equals", "<>": "differs from", "in": "is in", "notin": "is not in", "+": "plus",
+             "*": "times", "mod": "modulo", "{": "the set of", "}": "in all", "deduce": "deduction", "contra": "contradiction", "calc": "calculation", "subst": "substitution"},
+    lean_like={"=>": "→", "/\\": "∧", "not": "¬", "<>": "≠", "in": "∈", "notin": "∉", "divides": "∣", "mod": "%", "forall": "∀", "exists": "∃", "st": "|",
+               "deduce": "apply", "contra": "absurd", "calc": "norm_num", "subst": "unfold"})
+PAD = "<pad>"
+VOCABULARY = tuple(dict.fromkeys([PAD, *DIGITS, *KEYWORDS, *LABELS, *PROPOSITIONS, *VARIABLES, *SETS, *(
+    word for table in (*TEMPLATES.values(), *PHRASES.values()) for text in table.values() for word in text.split() if word != "#")]))
+VOCAB_SIZE = -(-(len(VOCABULARY) + 1) // 64) * 64  # the last id is the end of text
+IDS = {word: number for number, word in enumerate(VOCABULARY)}
+
+
+def split_words(text: str) -> list[str]:
+    """The tokens of a text. ValueError for one outside the vocabulary."""
+    words = unicodedata.normalize("NFC", re.sub("[\u0303\u02dc]", " not ", unicodedata.normalize("NFD", text))).split()
+    if unknown := next((word for word in words if word not in IDS), None):
+        raise ValueError(f"{unknown!r} is no word of the language")
+    return words
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------------
+# Syntax: numbers are int, names str, everything else (operator, part, ...); a statement (keyword, ...); a program (problem, block)
+
+
+def is_prop(node) -> bool:
+    return node in PREDICATES if isinstance(node, str) else not isinstance(node, int) and (POWER.get(node[0], 9) <= 4 or node[0] in ("not", "forall", "exists", "apply"))
+
+
+class Parser:
+    """Reads a symbolic program. ValueError where it is none."""
+
+    def __init__(self, words: list[str], digit_order: str = "most"):
+        self.words, self.place, self.digit_order = words, 0, digit_order
+
+    @property
+    def next(self) -> str:
+        return self.words[self.place] if self.place < len(self.words) else "the end"
+
+    def take(self, *expected: str) -> str:
+        word = self.next
+        if expected and word not in expected:
+            raise ValueError(f"word {self.place + 1} is {word}, expected {' or '.join(expected)}")
+        self.place += 1
+        return word
+
+    def program(self) -> tuple:
+        problem, block = self.statements("{"), self.statements("}")
+        self.take("qed"), self.take(".")
+        if self.place < len(self.words):
+            raise ValueError(f"{self.next} follows qed .")
+        return problem, block
+
+    def statements(self, end: str) -> tuple:
+        found = []
+        while self.next != end:
+            found.append(self.statement())
+        self.take(end)
+        return tuple(found)
+
+    def statement(self) -> tuple:
+        keyword = self.take("hyp", "assume", "let", "step", "show")
+        if keyword == "step":
+            parts = [self.expression(0), self.take("~>") and self.expression(0), None]
+            if self.next == "for":
+                parts[2] = self.take() and self.name(), self.take("in") and self.term(4)
+            self.take("."), self.take("by")
+            parts.append(self.take(*RULES))
+        elif keyword == "show":
+            parts = [self.prop(0)]
+        else:
+            parts = [self.name(NAMES if keyword != "let" else NAMES - PREDICATES)]
+            self.take(":=" if keyword == "let" else ":")
+            parts.append(self.term(4) if keyword == "let" else self.type() if keyword == "hyp" and self.next in ("Nat", "Prop") else self.prop(0))
+        self.take(".")
+        return keyword, *parts
+
+    def name(self, names: frozenset = NAMES - PREDICATES) -> str:
+        if self.next not in names:
+            raise ValueError(f"word {self.place + 1} is {self.next}, expected a name")
+        return self.take()
+
+    def type(self):
+        kind = self.take("Nat", "Prop")
+        return ("->", kind, self.take() and self.type()) if self.next == "->" else kind
+
+    def prop(self, power: int):
+        return self.of_sort(self.expression(power), True)
+
+    def term(self, power: int):
+        return self.of_sort(self.expression(power), False)
+
+    def of_sort(self, node, prop: bool):
+        if is_prop(node) != prop:
+            raise ValueError(f"a {'term' if prop else 'proposition'} ends at word {self.place}, expected a {'proposition' if prop else 'term'}")
+        return node
+
+    def expression(self, power: int):
+        """Everything that operators tighter than `power` bind."""
+        left = self.prefix()
+        while POWER.get(operator := self.next, 0) > power:
+            self.of_sort(left, POWER[operator] < 4)
+            right = self.take() and self.expression(POWER[operator] - (operator == "=>"))
+            left = operator, left, self.of_sort(right, POWER[operator] < 4)
+        return left
+
+    def prefix(self):
+        if self.next in DIGITS:
+            digits = []
+            while self.next in DIGITS:
+                digits.append(self.take())
+            return int("".join(digits if self.digit_order == "most" else reversed(digits)))
+        if self.next in NAMES:
+            name = self.take()
+            return ("apply", name, self.of_sort(self.prefix(), False)) if name in PREDICATES and (self.next in DIGITS or self.next in NAMES or self.next == "{") else name
+        word = self.take("(", "{", "not", "card", "forall", "exists", "prod")
+        if word == "(":
+            inner = self.prop(0)
+            self.take(")")
+            return inner
+        if word in ("not", "card"):
+            return word, self.prop(2) if word == "not" else self.term(8)
+        if word == "{":
+            if self.next in NAMES and self.words[self.place + 1:self.place + 2] == [":"]:
+                node = "st", self.name(), self.take(":") and self.type(), self.take("st") and self.prop(0)
+            else:
+                node = "set", self.term(4)
+                while self.next == ",":
+                    node = *node, self.take() and self.term(4)
+            self.take("}")
+            return node
+        if word == "prod":
+            return word, self.name(), self.take(":") and self.term(4), self.take(",") and self.term(4)
+        return word, self.name(), self.take(":") and self.type(), self.take(",") and self.prop(0)
+
+
+def written(node, digit_order: str = "most", power: int = 0) -> list[str]:
+    """The words of an expression where operators up to `power` would tear it apart. ValueError for a term that would need parentheses: it has none."""
+    def part(inner, power=0):
+        return written(inner, digit_order, power)
+    if isinstance(node, int):
+        return list(str(node) if digit_order == "most" else reversed(str(node)))
+    if isinstance(node, str):
+        return [node]
+    operator, *parts = node
+    own = POWER.get(operator) or PREFIX.get(operator, 11)
+    if operator == "->":
+        return [parts[0], "->", *part(parts[1])]
+    if operator in POWER:
+        words = [*part(parts[0], own - (own not in (1, 4))), operator, *part(parts[1], own - (own == 1))]
+    elif operator == "set":
+        words = ["{", *(word for number, element in enumerate(parts) for word in [","] * (number > 0) + part(element, 4)), "}"]
+    elif operator == "st":
+        words = ["{", parts[0], ":", *part(parts[1]), "st", *part(parts[2]), "}"]
+    elif operator == "apply":
+        words = [parts[0], *part(parts[1], 10)]
+    elif operator in ("not", "card"):
+        words = [operator, *part(parts[0], own - 1)]
+    else:
+        words = [operator, parts[0], ":", *part(parts[1], 4 * (operator == "prod")), ",", *part(parts[2], 4 * (operator == "prod"))]
+    if own > power:
+        return words
+    if not is_prop(node):
+        raise ValueError(f"{' '.join(words)} would need parentheses, and terms have none")
+    return ["(", *words, ")"]
+
+
+def rendered(program: tuple, rendering: str, digit_order: str = "most") -> tuple[list[str], list[str]]:
+    """The words of a program: (the problem and the opening of its block, the rest)."""
+    templates, phrases = TEMPLATES[rendering], PHRASES.get(rendering, {})
+
+    def said(keyword: str, *parts) -> Iterator[str]:
+        if keyword == "step":
+            before, after, binding, rule = parts
+            parts = before, [*written(after, digit_order), *(["for", binding[0], "in", *written(binding[1], digit_order)] if binding else [])], rule
+        slots = iter(part if isinstance(part, list) else written(part, digit_order) for part in parts)
+        for word in templates[keyword].split():
+            yield from (phrases.get(inner, inner) for inner in next(slots)) if word == "#" else [word]
+    prompt, solution = ([word for statement in statements for text in said(*statement) for word in text.split()] for statements in program)
+    return prompt + templates["open"].split(), solution + templates["close"].split()
+
+
+def symbolic_words(words: list[str], rendering: str) -> list[str]:
+    """A program in any rendering as symbolic words. ValueError where a statement fits no template."""
+    templates, symbols = TEMPLATES[rendering], {phrase: symbol for symbol, phrase in PHRASES.get(rendering, {}).items()}
+    if templates is SYMBOLIC:
+        return words
+    phrase = re.compile(r"(?<!\S)(?:" + "|".join(map(re.escape, sorted(symbols, key=len, reverse=True))) + r")(?!\S)")
+    statements = {keyword: re.compile(re.escape(template).replace(r"\#", "([^.;]+?)") + "(?: |$)") for keyword, template in templates.items()}
+    text, place, found = " ".join(words), 0, []
+    while place < len(text):
+        keyword, match = next(((keyword, match) for keyword, statement in statements.items() if (match := statement.match(text, place))), (None, None))
+        if not match:
+            raise ValueError(f"no statement begins with {' '.join(text[place:].split()[:4])}")
+        slots = iter(match.groups())
+        found += [phrase.sub(lambda m: symbols[m[0]], next(slots)) if word == "#" else word for word in SYMBOLIC[keyword].split()]
+        place = match.end()
+    return " ".join(found).split()
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------------
+# The checker
+
+
+def binds(node) -> bool:
+    """Whether an expression has a variable of its own somewhere."""
+    return isinstance(node, tuple) and (node[0] in BINDERS or any(map(binds, node[1:])))
+
+
+def replaced(node, names: dict):
+    """An expression with names replaced by expressions, but for parts that have variables of their own."""
+    if isinstance(node, str):
+        return names.get(node, node)
+    return node if isinstance(node, int) or node[0] in BINDERS else (node[0], *(replaced(part, names) for part in node[1:]))
+
+
+class Proof:
+    """What is known at a point of a program. A fault is a ValueError."""
+
+    def __init__(self):
+        self.known, self.lets, self.values, self.assumed = set(), {}, {}, []  # assumed: (proposition, what was known before it)
+
+    def value(self, term) -> int | frozenset:
+        if isinstance(term, int):
+            return term
+        if isinstance(term, str):
+            if term not in self.lets:
+                raise ValueError(f"{term} has no value")
+            if term not in self.values:
+                self.values[term] = self.value(self.lets[term])
+            return self.values[term]
+        operator, *parts = term
+        if operator == "set":
+            return frozenset(self.number(part) for part in parts)
+        if operator in ("card", "prod"):
+            values = self.value(parts[-1] if operator == "card" else parts[1])
+            if isinstance(values, int) or binds(parts[-1]):
+                raise ValueError(f"{text_of(term)} cannot be calculated")
+            return len(values) if operator == "card" else reduce(self.product, (self.number(replaced(parts[2], {parts[0]: value})) for value in values), 1)
+        if operator not in ("+", "*", "mod"):
+            raise ValueError(f"{text_of(term)} cannot be calculated")
+        a, b = map(self.number, parts)
+        if operator == "mod" and not b:
+            raise ValueError("modulo 0")
+        return a + b if operator == "+" else self.product(a, b) if operator == "*" else a % b
+
+    def product(self, a: int, b: int) -> int:
+        if a.bit_length() + b.bit_length() > 10_000:  # programs may come from anywhere
+            raise ValueError("a product is too long")
+        return a * b
+
+    def number(self, term) -> int:
+        if not isinstance(value := self.value(term), int):
+            raise ValueError(f"{text_of(term)} is not a number")
+        return value
+
+    def true(self, prop) -> bool:
+        """By calculation. ValueError for what that cannot decide."""
+        operator, *parts = prop if isinstance(prop, tuple) else (None,)
+        if operator in ("not", "/\\", "=>"):
+            values = [self.true(part) for part in parts]
+            return not values[0] if operator == "not" else all(values) if operator == "/\\" else values[1] or not values[0]
+        if operator in ("=", "<>"):
+            return (self.value(parts[0]) == self.value(parts[1])) == (operator == "=")
+        if operator in ("in", "notin"):
+            if isinstance(values := self.value(parts[1]), int):
+                raise ValueError(f"{text_of(parts[1])} is not a set")
+            return (self.number(parts[0]) in values) == (operator == "in")
+        if operator in (">", "divides"):
+            a, b = map(self.number, parts)
+            return a > b if operator == ">" else b % a == 0 if a else b == 0
+        raise ValueError(f"{text_of(prop)} cannot be calculated")
+
+    def holds(self, prop) -> bool:
+        try:
+            return prop in self.known or self.true(prop)
+        except ValueError:
+            return False
+
+    def state(self, keyword: str, name: str, meaning):
+        """hyp, assume or let."""
+        if keyword == "let":
+            if name in self.lets or repr(name) in repr(self.known):  # what stands for anything in a fact must not be given a value
+                raise ValueError(f"{name} already means something")
+            self.lets[name] = meaning
+            return
+        if keyword == "assume":
+            self.assumed.append((meaning, set(self.known)))
+        if is_prop(meaning):
+            self.known.add(meaning)
+
+    def step(self, before, after, binding, rule: str):
+        if is_prop(before) != is_prop(after):
+            raise ValueError("a step leads from a term to a term or from a proposition to a proposition")
+        if rule == "calc" and not is_prop(before):
+            if (got := self.value(before)) != self.value(after):
+                raise ValueError(f"{text_of(before)} is {got if isinstance(got, int) else sorted(got)}, not {text_of(after)}")
+        elif rule == "calc":
+            for prop in (before, after):
+                if not self.true(prop):
+                    raise ValueError(f"{text_of(prop)} is false")
+        elif rule == "subst":
+            if binding and self.lets.get(binding[0]) != binding[1]:
+                raise ValueError(f"{binding[0]} is not defined as {text_of(binding[1])}")
+            names = dict([binding]) if binding else self.lets
+            if replaced(before, names) != replaced(after, names):
+                raise ValueError(f"{text_of(after)} is not {text_of(before)} with names replaced")
+        if rule in ("deduce", "contra") or is_prop(before):
+            if not self.holds(before):
+                raise ValueError(f"{text_of(before)} is not known")
+            if rule == "deduce" and not self.follows(before, after, binding):
+                raise ValueError(f"no fact leads from {text_of(before)} to {text_of(after)}")
+            if rule == "contra":
+                if not self.assumed:
+                    raise ValueError("nothing was assumed")
+                if ("not", before) != after or not self.holds(after):
+                    raise ValueError(f"{text_of(before)} and {text_of(after)} do not clash")
+                after, self.known = self.assumed.pop()
+                after = "not", after
+            self.known.add(after)
+
+    def follows(self, before, after, binding) -> bool:
+        if binding:
+            facts = (fact[3] for fact in self.known if fact[0] == "forall" and fact[1] == binding[0] and not binds(fact[3]))
+            return ("=>", before, after) in (replaced(fact, dict([binding])) for fact in facts)
+        transitive = before[0] == after[0] == ">" and before[1] == after[1] and (">", before[2], after[2]) in self.known
+        return transitive or ("=>", before, after) in self.known or before[0] == "/\\" and after in before[1:]
+
+
+def text_of(node) -> str:
+    return " ".join(written(node))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    valid: bool  # the trace has a step and all its steps hold
+    shown: bool  # what is shown holds
+    fault: str = ""
+
+
+def run_block(proof: Proof, lines: list[tuple[int, tuple]], ordered: bool):
+    """The (number, statement) of a block's lines before the last. ValueError for the first that does not hold."""
+    if not ordered:  # until nothing more follows
+        lines = sorted(lines, key=lambda line: (line[1][0] == "step") + (line[1][-1] == "contra"))
+    while lines:
+        waiting = []
+        for number, (keyword, *parts) in lines:
+            try:
+                if keyword in ("hyp", "show"):
+                    raise ValueError(f"{keyword} stands in the trace")
+                proof.step(*parts) if keyword == "step" else proof.state(keyword, *parts)
+            except ValueError as error:
+                waiting.append((number, (keyword, *parts)))
+                if ordered or len(waiting) == len(lines):
+                    raise ValueError(f"line {number} of the block: {error}") from None
+        lines = waiting
+
+
+def check(program: tuple, ordered: bool = True) -> Verdict:
+    """Executes a program. ordered: a step may use what stands before it only."""
+    (problem, block), proof = program, Proof()
+    try:
+        for keyword, *parts in problem:
+            if keyword in ("step", "show"):
+                raise ValueError(f"{keyword} stands before the block")
+            proof.state(keyword, *parts)
+        if not block or block[-1][0] != "show":
+            raise ValueError("the block does not end in show")
+        run_block(proof, list(enumerate(block[:-1], 1)), ordered)
+        if proof.assumed:
+            raise ValueError(f"{text_of(proof.assumed[-1][0])} is still assumed")
+        if all(statement[0] != "step" for statement in block):
+            raise ValueError("there is no step")
+        shown = proof.holds(block[-1][1])
+    except (ValueError, RecursionError) as error:
+        return Verdict(False, False, str(error))
+    return Verdict(True, shown, "" if shown else f"{text_of(block[-1][1])} does not follow")
+
+
+def normalised(problem: tuple) -> str:
+    """A problem in which neither the names and the order of facts nor the order of summands, factors and elements count."""
+    def plain(node):
+        if not isinstance(node, tuple) or node[0] not in ("+", "*", "set"):
+            return node if not isinstance(node, tuple) else (node[0], *map(plain, node[1:]))
+        parts = list(node[1:])
+        while node[0] != "set" and isinstance(parts[0], tuple) and parts[0][0] == node[0]:
+            parts[:1] = parts[0][1:]
+        return (node[0], *sorted(map(plain, parts), key=repr))
+    return "\n".join(sorted(repr((keyword, plain(meaning), name * (keyword == "let"))) for keyword, name, meaning in problem))
+
+
+def split_of(problem: tuple) -> str:
+    """train, val or test, by the hash of the normalised problem."""
+    share = hashlib.sha256(normalised(problem).encode()).digest()[0]
+    return "test" if share < 32 else "val" if share < 48 else "train"
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------------
+# Families: a function of random numbers and a difficulty -> (problem, trace, what is shown, number of possible answers)
+
+
+def step(before, after, rule: str = "calc") -> tuple:
+    return "step", before, after, None, rule
+
+
+def plus(*terms):
+    return reduce(lambda a, b: ("+", a, b), terms)
+
+
+def number(rng: random.Random, digits: int) -> int:
+    return rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10 ** digits)
+
+
+def operands(rng: random.Random, digits: int, count: int = 2) -> list[int]:
+    """Numbers in any order, one of them with so many digits and the others with at most as many."""
+    numbers = [number(rng, digits), *(number(rng, rng.randint(1, digits)) for _ in range(count - 1))]
+    rng.shuffle(numbers)
+    return numbers
+
+
+def lowest_first(value: int) -> list[int]:
+    return [int(digit) for digit in reversed(str(value))]
+
+
+def make_add(rng: random.Random, d: int) -> tuple:
+    a, b = operands(rng, d)
+    trace, carry, columns = [], 0, [lowest_first(n) + [0] * d for n in (a, b)]
+    for i in range(d):
+        total = columns[0][i] + columns[1][i] + carry
+        trace.append(step(plus(columns[0][i], columns[1][i], carry), total))
+        carry = total // 10
+    return [("let", "x", ("+", a, b))], trace, ("=", "x", a + b), 2 * 10 ** d - 1
+
+
+def make_mul(rng: random.Random, d: int) -> tuple:
+    """Every step multiplies two digits and adds what stands in that column so far, and the carry."""
+    a, b = operands(rng, d)
+    first, second, trace = lowest_first(a), lowest_first(b), []
+    columns = [0] * (len(first) + len(second))
+    for j, lower in enumerate(second):
+        carry = 0
+        for i, upper in enumerate(first):
+            total = upper * lower + columns[i + j] + carry
+            trace.append(step(plus(("*", upper, lower), columns[i + j], carry), total))
+            carry, columns[i + j] = divmod(total, 10)
+        columns[j + len(first)] = carry
+    return [("let", "x", ("*", a, b))], trace, ("=", "x", a * b), 10 ** len(columns)
+
+
+def make_mod(rng: random.Random, d: int) -> tuple:
+    """Operands are reduced digit by digit, then combined one by one, the result reduced each time."""
+    m, operator, numbers, trace, rests = rng.randint(2, 9), rng.choice("+*"), operands(rng, d, 2 + d // 4), [], []
+    for n in numbers:
+        rest = 0
+        for digit in reversed(lowest_first(n)):
+            trace.append(step(("mod", 10 * rest + digit, m), (10 * rest + digit) % m))
+            rest = (10 * rest + digit) % m
+        rests.append(rest)
+    rest = rests[0]
+    for other in rests[1:]:
+        total = rest + other if operator == "+" else rest * other
+        trace += [step((operator, rest, other), total), step(("mod", total, m), total % m)]
+        rest = total % m
+    return [("let", "x", ("mod", reduce(lambda a, b: (operator, a, b), numbers), m))], trace, ("=", "x", rest), m
+
+
+def make_div(rng: random.Random, d: int) -> tuple:
+    """Long division, the quotient multiplied back with the rest as first carry, the witness."""
+    divides, m, n = rng.random() < 0.5, 0, 0
+    while not m or (n % m == 0) != divides:
+        m, n = rng.randint(2, 9), number(rng, d)
+    trace, rest = [], 0
+    for digit in reversed(lowest_first(n)):
+        value = 10 * rest + digit
+        trace.append(step(value, ("+", ("*", m, value // m), value % m)))
+        rest = value % m
+    carry = rest
+    for digit in lowest_first(n // m):
+        trace.append(step(("+", ("*", digit, m), carry), digit * m + carry))
+        carry = (digit * m + carry) // 10
+    trace.append(step("y", ("+", ("*", "x", n // m), rest)))
+    shown = ("divides", "x", "y")
+    return [("let", "x", m), ("let", "y", n)], trace, shown if divides else ("not", shown), 2
+
+
+def facts_of(rng: random.Random, facts: list) -> list:
+    """Facts as statements, in random order and under random names."""
+    rng.shuffle(facts)
+    return [("hyp", label, fact) for label, fact in zip(rng.sample(LABELS, len(facts)), facts)]
+
+
+def with_distractors(rng: random.Random, d: int, edges: Callable) -> tuple[list, list, int]:
+    """(d + 1 propositions, distracting implications, propositions in all). edges: propositions and others -> the implications that change no answer."""
+    count = rng.randint(0, min(16, d, 62 - d))
+    names = rng.sample(PROPOSITIONS, d + 1 + (count + 1) // 2)
+    path, others = names[:d + 1], names[d + 1:]
+    distractors = rng.sample([("=>", a, b) for a, b in edges(path, others) if a != b], count) if count else []
+    return path, distractors, len({*path, *(name for edge in distractors for name in edge[1:])})
+
+
+def make_chain(rng: random.Random, d: int) -> tuple:
+    path, distractors, count = with_distractors(rng, d, lambda path, others: [(a, b) for a in others for b in path + others])
+    edges = list(zip(path, path[1:]))
+    return facts_of(rng, [path[0], *(("=>", a, b) for a, b in edges), *distractors]), [step(a, b, "deduce") for a, b in edges], path[-1], count
+
+
+def make_order(rng: random.Random, d: int) -> tuple:
+    names = rng.sample(VARIABLES, d + 2)
+    trace = [step((">", names[0], a), (">", names[0], b), "deduce") for a, b in zip(names[1:], names[2:])]
+    return facts_of(rng, [(">", a, b) for a, b in zip(names, names[1:])]), trace, (">", names[0], names[-1]), len(names) * (len(names) - 1)
+
+
+def make_set(rng: random.Random, d: int) -> tuple:
+    name, elements = rng.choice(SETS), rng.sample(range(100), d)
+    x = rng.choice(elements) if rng.random() < 0.5 else rng.choice([n for n in range(100) if n not in elements])
+    trace = [step(name, ("set", *elements), "subst")]
+    for element in elements[:elements.index(x) + 1] if x in elements else elements:
+        trace.append(step(("in", element, name), ("=" if element == x else "<>", "x", element)))
+    return [("let", name, ("set", *elements)), ("let", "x", x)], trace, ("in" if x in elements else "notin", "x", name), 2
+
+
+def make_contra(rng: random.Random, d: int) -> tuple:
+    path, distractors, count = with_distractors(rng, d, lambda path, others: [(a, b) for a in path + others for b in others])
+    edges = list(zip(path, path[1:]))
+    problem = facts_of(rng, [("not", path[-1]), *(("=>", a, b) for a, b in edges), *distractors])
+    label = rng.choice(sorted(set(LABELS) - {name for _, name, _ in problem}))
+    return problem, [("assume", label, path[0]), *(step(a, b, "deduce") for a, b in edges), step(path[-1], ("not", path[-1]), "contra")], ("not", path[0]), count
+
+
+FAMILIES = dict(add=make_add, mul=make_mul, mod=make_mod, chain=make_chain, order=make_order, set=make_set, div=make_div, contra=make_contra)
+MOST = dict(chain=31, contra=31, order=12, set=49)  # depths whose length set of twice as many still has names
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a corpus holds. RunError for settings that contradict each other."""
+    families: tuple[str, ...] = tuple(FAMILIES)
+    rendering: str = "symbolic"
+    digits: int = 8
+    depth: int = 8
+    digit_order: str = "most"
+    sequence_length: int = 512
+
+    def __post_init__(self):
+        object.__setattr__(self, "families", tuple(self.families))
+        unknown = next((family for family in self.families if family not in FAMILIES), None)
+        narrow = next((family for family in self.families if self.depth > MOST.get(family, self.depth)), "")
+        faults = [
+            (unknown is not None or not self.families or len(set(self.families)) < len(self.families),
+             f"--families takes some of {','.join(FAMILIES)}, each once; got {','.join(self.families)!r}"),
+            (self.rendering not in TEMPLATES, f"--rendering must be one of {', '.join(TEMPLATES)}; got {self.rendering!r}"),
+            (self.digit_order not in ("most", "least"), f"--digit_order must be most or least; got {self.digit_order!r}"),
+            (self.digits < 1 or self.depth < 1, f"--digits and --depth must be at least 1, got {self.digits} and {self.depth}"),
+            (narrow, f"--depth {self.depth} leaves too few names for {narrow} at twice that; it goes up to {MOST.get(narrow)}"),
+            (self.sequence_length < 2, f"--sequence_length must be at least 2, got {self.sequence_length}")]
+        if message := next((message for fault, message in faults if fault), None):
+            raise RunError(message)
+
+    def most(self, family: str) -> int:
+        """The highest difficulty of training."""
+        return -(-5 * self.digits // 12) if family == "mul" else self.digits if family in ("add", "mod", "div") else self.depth
+
+
+@dataclass(frozen=True)
+class Problem:
+    family: str
+    difficulty: int
+    program: tuple  # (problem, block)
+    choices: int    # possible answers
+
+    def text(self, task: Task) -> tuple[list[str], list[str]]:
+        """Its words in the task's rendering: (the prompt, the solution)."""
+        problem, block = self.program
+        if task.rendering == "answer_only":
+            block = block[-1:]
+        elif task.rendering == "shuffled_trace":
+            trace = list(block[:-1])
+            random.Random(normalised(problem)).shuffle(trace)
+            block = (*trace, block[-1])
+        return rendered((problem, block), task.rendering, task.digit_order)
+
+
+def drawn(family: str, rng: random.Random, difficulty: int) -> Problem:
+    problem, trace, shown, choices = FAMILIES[family](rng, difficulty)
+    return Problem(family, difficulty, (tuple(problem), (*trace, ("show", shown))), choices)
+
+
+def problems(task: Task, split: str, count: int, seed: int) -> Iterator[Problem]:
+    """`count` problems of training or validation. RunError if a family has none in that split."""
+    rng = random.Random(f"{split} {seed}")
+    for _ in range(count):
+        family = rng.choice(task.families)
+        for _ in range(10_000):
+            problem = drawn(family, rng, rng.randint(1, task.most(family)))
+            if split_of(problem.program[0]) == split:
+                break
+        else:
+            raise RunError(f"{family} has no {split} problems at this size; raise --digits or --depth")
+        yield problem
+
+
+def held_out(task: Task, count: int, seed: int) -> Iterator[tuple[str, Problem]]:
+    """(test, x1.5 or x2, problem): `count` different problems of every family for each. RunError if there are not so many."""
+    for family in task.families:
+        for part, factor in (("test", None), ("x1.5", 1.5), ("x2", 2)):
+            rng, most, seen, tries = random.Random(f"{family} {part} {seed}"), task.most(family), set(), 0
+            while len(seen) < count:
+                problem = drawn(family, rng, math.ceil(factor * most) if factor else rng.randint(1, most))
+                name, tries = normalised(problem.program[0]), tries + 1
+                if name not in seen and (factor or split_of(problem.program[0]) == "test"):
+                    seen.add(name)
+                    yield part, problem
+                if tries > 1000 + 100 * count:
+                    raise RunError(f"no more than {len(seen)} different problems of {family} were found for its set {part}; raise --digits or --depth, or lower --test_count")
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------------
+# Shards
+
+TESTS = "symbolic_test.jsonl"  # beside them
+
+
+def packed(task: Task, split: str, found: Iterable[Problem]) -> Iterator[tuple]:
+    """(split, tokens, bytes of text, True) as ShardWriter.add takes it: rows of whole documents, then pads. RunError for a document longer than a row."""
+    held, size, room = None, 0, task.sequence_length
+    for problem in found:
+        prompt, solution = problem.text(task)
+        tokens = [IDS[word] for word in prompt + solution]
+        length = len(tokens) + 1
+        if length > task.sequence_length:
+            raise RunError(f"a document of {problem.family} has {length} tokens and a row {task.sequence_length}: raise --sequence_length, or lower --digits or --depth")
+        if held is not None:
+            if length > room:
+                held, room = held + [IDS[PAD]] * room, task.sequence_length
+            yield split, held, size, True
+        held, size, room = tokens, len(" ".join(prompt + solution).encode()), room - length
+    yield split, held + [IDS[PAD]] * room, size, True
+
+
+def make(folder: Path, task: Task, count: int, val_count: int, test_count: int, seed: int) -> dict:
+    """Write the shards and the tests; returns the meta data. RunError for a count below 1, a task without enough problems, or a folder that cannot be written."""
+    for name, number in (("count", count), ("val_count", val_count), ("test_count", test_count)):
+        if number < 1:
+            raise RunError(f"--{name} must be at least 1, got {number}")
+
+    def documents():
+        (folder / TESTS).unlink(missing_ok=True)
+        tests = []
+        for part, problem in held_out(task, test_count, seed):
+            prompt, solution = map(" ".join, problem.text(task))
+            tests.append(dict(part=part, family=problem.family, difficulty=problem.difficulty, choices=problem.choices, prompt=prompt, solution=solution))
+        for split, number in (("train", count), ("val", val_count)):
+            yield from packed(task, split, problems(task, split, number, seed))
+        write_atomically(folder / TESTS, lambda file: file.writelines(json.dumps(test, ensure_ascii=False).encode() + b"\n" for test in tests))
+    return write_folder(folder, "symbolic", documents(), end_of_text=VOCAB_SIZE - 1, shard_tokens=max(1, SHARD_TOKENS // task.sequence_length) * task.sequence_length,
+                        tokenizer="symbolic_language", source="data/symbolic_language.py", symbolic_language=asdict(task) | dict(families=list(task.families)), seed=seed, loss_on="all",
+                        vocabulary=hashlib.sha256("\n".join(VOCABULARY).encode()).hexdigest())
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % interval of a share."""
+    share, wide = right / count, z * z / count
+    middle, half = (share + wide / 2) / (1 + wide), z * math.sqrt(share * (1 - share) / count + wide / (4 * count)) / (1 + wide)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def complete(decoder: Callable[[int], Decoder], prompts: list[list[int]], limits: list[int], end: list[int], stops: set[int], rows: int = 64) -> list[list[int]]:
+    """
+    What greedy decoding adds to each prompt, until it ends as `end` does, a token of `stops` comes (left out) or its limit is reached.
+    decoder: context -> a fresh Decoder. Prompts of equal length are decoded together, at most `rows` at a time.
+    """
+    by_length, found = {}, [[] for _ in prompts]
+    for i, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(i)
+    for length, same in sorted(by_length.items()):
+        for batch in (same[start:start + rows] for start in range(0, len(same), rows)):
+            most, open_rows = max(limits[i] for i in batch), set(batch)
+            for chosen in sample(decoder(length + most), torch.tensor([prompts[i] for i in batch], dtype=torch.int32), most, temperature=0.0):
+                for i, token in zip(batch, chosen.tolist()):
+                    if i in open_rows and token not in stops:
+                        found[i].append(token)
+                    if token in stops or len(found[i]) == limits[i] or found[i][-len(end):] == end:
+                        open_rows.discard(i)
+                if not open_rows:
+                    break
+    return found
+
+
+def answer_of(words: list[str], rendering: str) -> str | None:
+    """The words after the last show, None without one."""
+    answers = re.findall(r"(?:^| )" + re.escape(TEMPLATES[rendering]["show"]).replace(r"\#", "([^.;]+?)"), " ".join(words))
+    return answers[-1] if answers else None
+
+
+def marked(task: Task, test: dict, completion: list[str]) -> dict:
+    """A test with its marks: exact, valid (None without traces), joint, identical, tokens."""
+    prompt, solution = test["prompt"].split(), test["solution"].split()
+    exact, valid = answer_of(completion, task.rendering) == answer_of(solution, task.rendering), None
+    if task.rendering != "answer_only":
+        try:
+            program = Parser(symbolic_words(prompt + completion, task.rendering), task.digit_order).program()
+            valid = check(program, ordered=task.rendering != "shuffled_trace").valid
+        except (ValueError, RecursionError):
+            valid = False
+    return test | dict(exact=exact, valid=valid, joint=None if valid is None else exact and valid, identical=completion == solution, tokens=len(prompt) + len(completion))
+
+
+def summary(tests: list[dict], task: Task) -> dict:
+    """Shares with their intervals, (share, low, high), of marked tests, mean tokens, and the two levels of chance."""
+    n, answers = len(tests), Counter((test["family"], answer_of(test["solution"].split(), task.rendering)) for test in tests)
+    most = sum(max(count for (family, _), count in answers.items() if family == name) for name in {family for family, _ in answers})
+    right = {mark: None if tests[0][mark] is None else sum(test[mark] for test in tests) for mark in ("exact", "valid", "joint", "identical")}
+    shares = {mark: None if count is None else (count / n, *wilson(count, n)) for mark, count in right.items()}
+    return shares | dict(tokens=sum(test["tokens"] for test in tests) / n, majority=most / n, random=sum(1 / test["choices"] for test in tests) / n, count=n)
+
+
+def tables(tests: list[dict], task: Task) -> dict[tuple[str, str], dict]:
+    """{(family or all, set or its part by difficulty): summary} of marked tests."""
+    groups = {}
+    for test in sorted(tests, key=lambda test: (test["part"], test["difficulty"])):
+        most, step = task.most(test["family"]), -(-task.most(test["family"]) // 4)
+        low = (test["difficulty"] - 1) // step * step + 1
+        high = min(low + step - 1, most)
+        for family in ("all", test["family"]):
+            groups.setdefault((family, test["part"]), []).append(test)
+        if test["part"] == "test" and most > 1:
+            groups.setdefault((test["family"], f"test {low}-{high}" if low < high else f"test {low}"), []).append(test)
+    order = ["all", *task.families]
+    return {key: summary(groups[key], task) for key in sorted(groups, key=lambda key: (order.index(key[0]), key[1][0]))}
+
+
+def read_tests(folder: Path, count: int, seed: int) -> tuple[Task, list[dict]]:
+    """(task, tests) of a data folder: `count` of every family and set, or all. RunError if it holds none or another version's."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        task, vocabulary = Task(**meta["symbolic_language"]), meta["vocabulary"]
+        tests = [json.loads(line) for line in (folder / TESTS).read_text().splitlines()]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RunError(f"{folder} does not hold a task of the symbolic language; give --data a folder that data/symbolic_language.py made") from None
+    if vocabulary != hashlib.sha256("\n".join(VOCABULARY).encode()).hexdigest():
+        raise RunError(f"{folder} was made with another vocabulary; make it again, or use the version that made it")
+    if count < 1:
+        raise RunError(f"--count must be at least 1, got {count}")
+    groups = {}
+    for test in random.Random(seed).sample(tests, len(tests)):
+        groups.setdefault((test["family"], test["part"]), []).append(test)
+    return task, [test for group in groups.values() for test in group[:count]]
+
+
+def solve(decoder: Callable[[int], Decoder], task: Task, tests: list[dict]) -> list[dict]:
+    """The tests, marked. A completion may be half as long again as the solution, and 16 tokens."""
+    prompts = [[VOCAB_SIZE - 1, *(IDS[word] for word in test["prompt"].split())] for test in tests]
+    limits = [len(test["solution"].split()) * 3 // 2 + 16 for test in tests]
+    stops = {IDS[PAD], *range(len(VOCABULARY), VOCAB_SIZE)}
+    completions = complete(decoder, prompts, limits, [IDS[word] for word in TEMPLATES[task.rendering]["close"].split()], stops)
+    return [marked(task, test, [VOCABULARY[token] for token in tokens]) for test, tokens in zip(tests, completions)]
+
+
+def evaluate(checkpoint: str, data: str = "", count: int = 1000, seed: int = 1, device: str = "auto") -> dict[tuple[str, str], dict]:
+    """
+    tables() of a checkpoint's model, on `count` tests of every family and set, drawn by the seed. data: folder with the tests (default: the checkpoint's).
+    RunError if the checkpoint or the tests cannot be read or do not fit.
+    """
+    saved = read_checkpoint(checkpoint)
+    config = config_of(saved, checkpoint)
+    config = replace(config, compile="off", device=device, data=data or config.data)
+    task, tests = read_tests(find_shards(config, "train")[0].parent, count, seed)
+    if config.vocab_size != VOCAB_SIZE:
+        raise RunError(f"{checkpoint} was trained on {config.vocab_size} token ids, and the symbolic language has {VOCAB_SIZE}; give a checkpoint of a run on {config.data}")
+    ranks = Ranks.start(config)
+    with variants.applied(config.variant, config):
+        model = train_gpt.trained_model(saved, config, ranks)
+        cached = decodes_from_cache(model)
+        return tables(solve(lambda context: Decoder(model, context, cached=cached), task, tests), task)
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def task_of(options: argparse.Namespace) -> Task:
+    return Task(tuple(options.families.split(",")), options.rendering, options.digits, options.depth, options.digit_order, options.sequence_length)
+
+
+def run_make(options: argparse.Namespace) -> int:
+    task = task_of(options)
+    meta = make(options.output, task, options.count, options.val_count, options.test_count, options.seed)
+    T, tokens = task.sequence_length, meta["train"]["tokens"]
+    print(f"{options.output}: {options.count:,} training and {options.val_count:,} validation problems, {tokens / options.count:.1f} tokens a training problem with pads, "
+          f"{options.test_count:,} tests of each family and set\n"
+          f"train with --data {options.output} --sequence_length {T} --align_documents --batch_tokens {max(1, 8192 // T) * T}")
+    return 0
+
+
+def run_show(options: argparse.Namespace) -> int:
+    task = task_of(options)
+    for family in task.families:
+        for problem in problems(replace(task, families=(family,)), "train", options.count, options.seed):
+            print(" ".join(word for words in problem.text(task) for word in words))
+    return 0
+
+
+def run_check(options: argparse.Namespace) -> int:
+    try:
+        lines = options.file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"cannot read {options.file} ({type(error).__name__}); give a text file in UTF-8 with a program on every line") from None
+    rejected = 0
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                verdict = check(Parser(symbolic_words(split_words(line), options.rendering), options.digit_order).program(), options.rendering != "shuffled_trace")
+            except (ValueError, RecursionError) as error:
+                verdict = Verdict(False, False, str(error))
+            rejected += not verdict.shown
+            print(f"{options.file}:{number}: {'valid' if verdict.shown else verdict.fault}")
+    return int(rejected > 0)
+
+
+def run_evaluate(options: argparse.Namespace) -> int:
+    for checkpoint in options.checkpoint:
+        for (family, part), row in evaluate(checkpoint, options.data, options.count, options.seed, options.device).items():
+            shares = ", ".join(f"{mark} {row[mark][0]:.4f} [{row[mark][1]:.4f}, {row[mark][2]:.4f}]" if row[mark] else f"{mark} -" for mark in ("exact", "valid", "joint", "identical"))
+            print(f"{checkpoint}: {family} {part}: {shares}; majority {row['majority']:.4f}, random {row['random']:.4f}; {row['tokens']:.1f} tokens, {row['count']:,} problems", flush=True)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line. Returns the exit code: 0, 1 for a fault (one line on stderr) or a rejected program, 130 when interrupted."""
+    parser = argparse.ArgumentParser(prog="symbolic_language.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    making, showing = commands.add_parser("make", help="write shards and tests"), commands.add_parser("show", help="print examples")
+    checking, evaluating = commands.add_parser("check", help="check programs"), commands.add_parser("evaluate", help="marks of a checkpoint")
+    for command, run in ((making, run_make), (showing, run_show), (checking, run_check), (evaluating, run_evaluate)):
+        command.set_defaults(run=run)
+        if command is not evaluating:
+            command.add_argument("--rendering", choices=[name for name in TEMPLATES if command is not checking or name != "answer_only"], default="symbolic", help="how problems are written")
+            command.add_argument("--digit_order", choices=("most", "least"), default="most", help="which digit of a number comes first")
+        if command is not checking:
+            command.add_argument("--seed", type=int, default=1, help="of the random numbers")
+    for command in (making, showing):
+        command.add_argument("--families", default=",".join(FAMILIES), help="which, separated by commas")
+        for name, text in dict(digits="most digits of a number in training", depth="most deductions, steps or elements in training", sequence_length="tokens of a row").items():
+            command.add_argument(f"--{name}", type=int, default=Task.__dataclass_fields__[name].default, help=text)
+    making.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
+    for name, default, text in (("count", 100_000, "training problems"), ("val_count", 2000, "validation problems"), ("test_count", 1000, "tests of each family and set")):
+        making.add_argument(f"--{name}", type=int, default=default, help=text)
+    making.add_argument("--loss_on", choices=("all",), default="all", help="tokens that the loss is taken over")
+    showing.add_argument("--count", type=int, default=1, help="examples of every family")
+    checking.add_argument("file", type=Path, metavar="FILE", help="programs, one on every line")
+    evaluating.add_argument("--checkpoint", nargs="+", required=True, metavar="FILE", help="checkpoints of the trainer")
+    evaluating.add_argument("--data", default="", help="folder with the tests (default: the checkpoint's)")
+    evaluating.add_argument("--count", type=int, default=1000, help="tests of every family and set")
+    evaluating.add_argument("--device", choices=train_gpt.CHOICES["device"], default="auto")
+    options = parser.parse_args(argv)
+    try:
+        return options.run(options)
+    except RunError as error:
+        print(f"symbolic_language.py: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("symbolic_language.py: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
