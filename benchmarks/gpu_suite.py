@@ -151,7 +151,7 @@ def run_kernels(run: Run) -> dict:
     return dict(status=PASSED if good == len(rows) else f"incomplete: {good} of {len(rows)} benchmarks passed", kernels=rows)
 
 
-KERNEL_BENCHMARKS = ("topological_attention", "gated_linear_attention", "splanifold")
+KERNEL_BENCHMARKS = ("topological_attention", "gated_linear_attention", "splanifold", "residual_norm")
 SECTIONS = {"tests": run_tests, "kernels": run_kernels, "tracks": run_tracks}
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------------

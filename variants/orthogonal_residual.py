@@ -17,12 +17,13 @@ float32. alpha = beta = 1 is x + y, bit for bit. The options:
     eps_mode      clamp: max(<x, x>, eps); add: <x, x> + eps
     guard_kappa   of published and l2: |S| is at least so much |y|, a deviation from the source without which a branch that begins at zero gives NaN; 0: none
     gate_lr_mul, gate_wd_mul   of the gates' learning rate, and of --weight_decay for their distance from where they begin (0: none)
+    kernel        on: the attention's residual and the feed-forward's norm are one operation, kernels/residual_norm.py, for split, layerscale and orthogonal forms,
+                  with gates=fixed the plain residual too; off: the formula. No GPU has decided between them yet
 
 With scalar gates and a norm at every reader of the stream, beta only rescales a token's step and alpha is LayerScale: the null hypothesis. Where a
 sublayer reads the normalised stream, as here, the stream and what the sublayer read have one direction, so there is no choice of reference.
 
-Cost: 2 numbers, or 2 model_dim, a branch; the stream and y are read once more forward and twice backward, which a kernel can fuse with the next norm
-(kernels/residual_norm.py).
+Cost: 2 numbers, or 2 model_dim, a branch; the stream and y are read once more forward and twice backward, which the kernel saves on a GPU.
 
 Source: lof310/projects, orthogonal-parallel residual; Oh et al., Revisiting Residual Connections (ORU), 2025, arxiv.org/abs/2505.11881; angle and scaled form also in
 BootsofLagrangian/ortho-residual; Touvron et al., LayerScale, 2021, arxiv.org/abs/2103.17239; De & Smith, SkipInit, 2020, arxiv.org/abs/2002.10444
@@ -38,7 +39,8 @@ import torch
 from torch import Tensor, nn
 
 import train_gpt
-from train_gpt import Config
+from kernels.residual_norm import residual_norm
+from train_gpt import Block, Config, Norm, RunError
 
 FORMS = dict(split=("alpha", "beta"), layerscale=("alpha",), orthogonal=(), orthogonal_scaled=("alpha",), angle=("angle",), stream_scale=("scale",),
              published=("alpha", "beta"), l2=("alpha", "beta"))  # what is learned, where gates are not fixed
@@ -59,6 +61,7 @@ class Options:
     guard_kappa: float = 1e-2
     gate_lr_mul: float = 1.0
     gate_wd_mul: float = 0.0
+    kernel: Literal["off", "on"] = "off"
 
     def __post_init__(self):
         faults = [
@@ -68,7 +71,8 @@ class Options:
             (not 0 <= self.guard_kappa <= 1, f"guard_kappa={self.guard_kappa}: give a share of |y| from 0 to 1"),
             (not (self.gate_lr_mul > 0 and self.gate_wd_mul >= 0), f"gate_lr_mul={self.gate_lr_mul},gate_wd_mul={self.gate_wd_mul}: give a factor above 0 and one of at least 0"),
             (self.gates == "fixed" and (self.alpha_std or self.beta_std or self.init == "published"), "gates=fixed are two numbers, not drawn; give alpha= and beta="),
-            (self.form in ("orthogonal", "stream_scale") and self.gates == "channel", f"form={self.form} has no gates for channels; leave gates= out")]
+            (self.form in ("orthogonal", "stream_scale") and self.gates == "channel", f"form={self.form} has no gates for channels; leave gates= out"),
+            (self.kernel == "on" and self.form in ("stream_scale", "published", "l2"), f"form={self.form} is not what the kernel computes; leave kernel= out")]
         if message := next((message for fault, message in faults if fault), None):
             raise ValueError(message)
 
@@ -153,5 +157,21 @@ class OrthogonalResidual(nn.Module):
             return along_output(x, branch_output, alpha, beta, self.options)
         return OrthogonalMix.apply(x, branch_output, alpha, beta, self.options.eps, self.options.eps_mode == "add")
 
+class FusedBlock(Block):
+    """A block whose attention joins the stream in one operation with the feed-forward's norm."""
+    def __init__(self, config: Config, layer: int):
+        super().__init__(config, layer)
+        if type(self.mlp_norm) is not Norm:
+            raise RunError("variant orthogonal_residual: kernel=on computes the trainer's own norm, which another variant replaces; leave one of them out")
+
+    def forward(self, x: Tensor, ctx: train_gpt.AttentionContext) -> Tensor:
+        x, residual = self.mix_stream(x, ctx), self.attention_residual
+        plain = residual.form == "plain" or residual.options.gates == "fixed" and residual.form in ("split", "layerscale") and residual.begin == dict(alpha=1, beta=1)
+        alpha, beta = (None, None) if plain else residual.gates(x)
+        x, normed = residual_norm(x, self.attention(self.attention_norm(x), ctx), alpha, beta, eps=residual.options.eps, eps_mode=residual.options.eps_mode)
+        return self.mlp_residual(x, self.mlp(normed))
+
 def patch(options: Options):
     train_gpt.Residual = partial(OrthogonalResidual, options=options)
+    if options.kernel == "on":
+        train_gpt.Block = FusedBlock

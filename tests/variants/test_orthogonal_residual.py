@@ -174,8 +174,30 @@ def test_twenty_steps_of_the_identity_are_those_of_the_baseline():
     assert baseline[-1] != baseline[0] and losses("orthogonal_residual:gates=fixed") == baseline
     assert losses("orthogonal_residual") != baseline
 
+@pytest.mark.parametrize("options", ["form=split", "form=split,gates=channel,init=published", "form=layerscale", "form=orthogonal,eps_mode=add", "form=angle", "gates=fixed", "sites=mlp"])
+def test_the_kernel_computes_the_same(options):
+    """Attention's residual and the feed-forward's norm as one operation, here by its reference: loss and every gradient."""
+    results = {}
+    for kernel in ("off", "on"):
+        model, tokens = build(f"orthogonal_residual:{options},kernel={kernel}"), torch.randint(257, (2, 33), generator=torch.Generator().manual_seed(2))
+        assert (type(model.blocks[0]).__name__ == "FusedBlock") == (kernel == "on")
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.05 * torch.randn(p.shape, generator=generator))
+        model.set_windows(1.0)
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        results[kernel] = loss.detach(), [p.grad for p in model.parameters()]
+    torch.testing.assert_close(results["on"], results["off"], rtol=1e-4, atol=1e-6)
+
+def test_the_kernel_wants_the_trainer_s_norm(monkeypatch):
+    monkeypatch.setattr(train_gpt, "Norm", type("Other", (train_gpt.Norm,), {}))
+    with pytest.raises(train_gpt.RunError, match="kernel=on computes the trainer's own norm"):
+        build("orthogonal_residual:kernel=on")
+
 @pytest.mark.parametrize("options,message", [
-    ("eps=0", "eps=0.0: give a number above 0"), ("alpha=nan", "give finite numbers"), ("alpha_std=-1", "a standard deviation is 0 or above"),
+    ("form=l2,kernel=on", "form=l2 is not what the kernel computes"), ("eps=0", "eps=0.0: give a number above 0"), ("alpha=nan", "give finite numbers"), ("alpha_std=-1", "a standard deviation is 0 or above"),
     ("guard_kappa=2", "give a share of |y| from 0 to 1"), ("gate_lr_mul=0", "give a factor above 0"), ("gates=fixed,init=published", "gates=fixed are two numbers"),
     ("form=orthogonal,gates=channel", "form=orthogonal has no gates for channels"), ("form=stream_scale,gates=channel", "form=stream_scale has no gates for channels")])
 def test_faults(options, message):
