@@ -8,7 +8,7 @@ import torch
 import train_gpt, variants
 from kernels.splanifold import SplanifoldControls, splanifold_reference
 
-PRESETS = ("lowdim2", "lowdim3", "dense16", "small", "paper", "exodus18m")
+PRESETS = ("lowdim2", "lowdim3", "dense16", "small", "fast", "paper", "exodus18m")
 SUM4 = "preset=lowdim2,mix=sum,out_proj=off,dims=4,nodes=2"
 EQUAL = ("preset=lowdim2", "preset=lowdim3", "preset=dense16", SUM4)
 
