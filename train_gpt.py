@@ -386,15 +386,6 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.type_as(x))
 
-PLAIN_LINEAR = Linear
-
-def project(x: Tensor, *linears: nn.Module) -> list[Tensor]:
-    """Every layer's output for one input. On a GPU plain layers make one larger product; on a CPU that gains nothing, and a single token pays for the joining."""
-    if x.is_cuda and all(type(linear) is PLAIN_LINEAR for linear in linears):
-        weights = [linear.weight for linear in linears]
-        return list(F.linear(x, torch.cat(weights).type_as(x)).split([len(w) for w in weights], dim=-1))
-    return [linear(x) for linear in linears]
-
 class RMSNormalize(torch.autograd.Function):
     """x / sqrt(mean(x^2) + 1e-6) over the last dimension. Half the passes over memory of PyTorch's own where nothing is compiled."""
     @staticmethod
@@ -487,7 +478,7 @@ class CausalSelfAttention(nn.Module):
         self.scale = config.attention_scale or config.head_dim ** -0.5
     def heads(self, x: Tensor, ctx: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, T, H, D), ready to attend."""
-        q, k, v = (t.unflatten(-1, (-1, self.config.head_dim)) for t in project(x, self.q, self.k, self.v))
+        q, k, v = (linear(x).unflatten(-1, (-1, self.config.head_dim)) for linear in (self.q, self.k, self.v))
         if self.config.qk_norm:
             q, k = RMSNormalize.apply(q), RMSNormalize.apply(k)
         if ctx.rotary is not None:

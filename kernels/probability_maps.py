@@ -13,10 +13,10 @@ Maps from n scores to a point of the simplex, for gates, routers and mixing weig
 
 softmax, max_shift_rational, min_shift_linear, sparsemax and entmax15 do not change when all scores are shifted. With scaled = True scores are divided by the
 map's slope at equal scores (at zero, where a shift matters) relative to softmax's, k and 1/2, so that rational and squareplus start as softmax does;
-stablemax and taylor do anyhow. The slopes of the last three depend on n: they stay as they are.
+stablemax and taylor do anyhow. The slopes of min_shift_linear, sparsemax and entmax15 depend on n: they stay as they are.
 
-Cost: max or sum and one division a row, a few operations a score; all sums in float32 or wider. Plain PyTorch, which a compiler fuses: rows are short, and
-on a GPU exponentials are hidden behind the reading of the scores.
+Cost: max or sum and one division a row, a few operations a score; all sums in float32 or wider. Plain PyTorch, its own reference; speed: benchmarks/probability_maps.py (not measured
+on a GPU).
 
 Source: StableMax: Prieto et al., Grokking at the Edge of Numerical Stability, 2025, arxiv.org/abs/2501.04697; squareplus: Barron, 2021, arxiv.org/abs/2112.11687; Taylor softmax:
 de Brebisson & Vincent, 2015, arxiv.org/abs/1511.05042; sparsemax: Martins & Astudillo, 2016, arxiv.org/abs/1602.02068; entmax: Peters et al., 2019,

@@ -199,14 +199,6 @@ def test_normalisation_activation_and_rotation():
     assert torch.equal(turned[..., [2, 3, 6, 7]], x[..., [2, 3, 6, 7]])
 
 
-@pytest.mark.gpu
-def test_projecting_together_equals_projecting_apart():
-    model, _ = tiny_model()
-    attention, x = model.blocks[0].attention.cuda(), torch.randn(2, 5, 32, device="cuda")
-    for together, linear in zip(train_gpt.project(x, attention.q, attention.k, attention.v), (attention.q, attention.k, attention.v)):
-        torch.testing.assert_close(together, linear(x))
-
-
 # ---- attention and its masks
 
 def reference_attention(q, k, v, first_key, scale):

@@ -5,7 +5,7 @@ y = W_proj (act(W_gate x) * W_fc x), no biases; x and y (B, T, model_dim), W_gat
 act is SiLU, GELU (GEGLU) or squared ReLU. Replaces y = W_proj relu(W_fc x)^2.
 
 Cost: three matrices in place of two. With hidden = 2/3 mlp_hidden, rounded to a multiple of 8, parameters and FLOPs are the same to that
-rounding. The two products of the input run as one.
+rounding.
 
 Source: Shazeer, GLU Variants Improve Transformer, 2020, arxiv.org/abs/2002.05202
 Status: cpu track, 6 seeds: not distinguishable, -0.009 nats (sd of a run 0.010), time +6 % (p = 0.48); records/negative/2026-11-22_SwigluAndParallelResidual
@@ -41,8 +41,7 @@ class GatedMLP(nn.Module):
         self.activation = ACTIVATIONS[options.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, x = train_gpt.project(x, self.gate, self.fc)
-        return self.proj(self.activation(gate) * x)
+        return self.proj(self.activation(self.gate(x)) * self.fc(x))
 
 def patch(options: Options):
     train_gpt.MLP = partial(GatedMLP, options=options)

@@ -201,7 +201,7 @@ class TopologicalAttention(train_gpt.CausalSelfAttention):
             laplacian = torch.diag(links.sum(0)) - links
         else:
             laplacian = self.laplacian.type_as(x)
-        energy = ((x @ laplacian) * x).sum(-1)
+        energy = ((x @ laplacian) * x).sum(-1).clamp_min(0)
         return energy / (energy + x.square().sum(-1) + 1e-6)
 
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
@@ -209,7 +209,7 @@ class TopologicalAttention(train_gpt.CausalSelfAttention):
             x = short_convolution(x, self.taps.type_as(x), ctx.positions, None if ctx.cache is None else ctx.cache.with_earlier(x, len(self.taps) - 1))
         x_wide, a, b = wide(x), None, None
         if self.options.coordinate == "rayleigh":
-            q, k, v = (t.unflatten(-1, (-1, self.config.head_dim)) for t in train_gpt.project(x, self.q, self.k, self.v))
+            q, k, v = (linear(x).unflatten(-1, (-1, self.config.head_dim)) for linear in (self.q, self.k, self.v))
             a, b = self.rayleigh(torch.cat((q, k), 2), ctx).chunk(2, dim=2)
         else:
             v = self.v(x).unflatten(-1, (-1, self.config.head_dim))
