@@ -164,7 +164,7 @@ def test_apply_and_undo(write):
     assert variants.apply((), CONFIG) == {}
 
 def test_order_does_not_matter_and_patches_meet_the_original(write):
-    write("wrapping", "original = train_gpt.project; train_gpt.project = lambda x, *linears: original(x, *linears)")
+    write("wrapping", "original = train_gpt.attend; train_gpt.attend = lambda *arguments, **options: original(*arguments, **options)")
     write("deriving", "train_gpt.MLP = type('Derived', (train_gpt.MLP,), {})")
     for specs in (("deriving:layers=0", "swiglu_mlp:layers=1", "wrapping"), ("wrapping", "swiglu_mlp:layers=1", "deriving:layers=0")):
         with variants.applied(specs, CONFIG):
@@ -198,7 +198,7 @@ def test_layers_of_a_linear(write):
         model = train_gpt.GPT(CONFIG)
     marked = {name for name, module in model.named_modules() if type(module).__name__ == "Marked"}
     assert len(marked) == 14 and all(name.startswith(("blocks.6.", "blocks.7.")) for name in marked)  # q k v o gate fc proj
-    assert type(model.head.projection) is train_gpt.Linear is train_gpt.PLAIN_LINEAR
+    assert type(model.head.projection) is train_gpt.Linear
     with variants.applied(("marked_linear",), CONFIG):
         assert type(train_gpt.GPT(CONFIG).head.projection).__name__ == "Marked"
 
