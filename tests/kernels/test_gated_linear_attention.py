@@ -5,7 +5,6 @@ one, on a GPU. Gradients are always those of query, key, value and log_decay for
 import importlib
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_reference, gated_linear_attention_step
+from tests.kernels.poison import poisoned_memory
 
 gla = importlib.import_module("kernels.gated_linear_attention")  # the package hands on the function under the module's name
 
@@ -54,17 +54,6 @@ def run(inputs, backend, dtype=torch.float64, device="cpu", function=gated_linea
     decay = tensors[3] if log_decay is not None else None
     out = function(*tensors[:3], log_decay=decay, doc_start=None if doc_start is None else doc_start.to(device), backend=backend)
     return [x.detach().cpu() for x in (out, *torch.autograd.grad(out, tensors, grad.to(device, dtype)))]
-
-
-@contextmanager
-def poisoned_memory():
-    """New tensors begin as NaN: what a kernel leaves unwritten is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        assert torch.empty(8).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def run_interpreted(inputs, dtype, launch, programs, segment_chunks):

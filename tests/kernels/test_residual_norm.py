@@ -3,7 +3,6 @@ residual_norm against its equations; its Triton kernels in the interpreter, comp
 x, y and the gains that are there, for random gradients of z and h.
 """
 import importlib
-from contextlib import contextmanager
 from itertools import product
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.residual_norm import residual_norm, residual_norm_reference
+from tests.kernels.poison import poisoned_memory
 
 rn = importlib.import_module("kernels.residual_norm")  # the package hands on the function under the module's name
 GAINS = ("alpha", "beta", "weight", "stream_scale")
@@ -48,17 +48,6 @@ def run(inputs, backend, dtype=torch.float64, device="cpu", function=residual_no
     z, h = function(**tensors, backend=backend, **options)
     gradients = torch.autograd.grad([z, h], list(tensors.values()), [gz, gh])
     return {name: x.detach().cpu() for name, x in dict(z=z, h=h, **{"d" + name: d for name, d in zip(tensors, gradients)}).items()}
-
-
-@contextmanager
-def poisoned_memory():
-    """New tensors begin as NaN: what a kernel leaves unwritten is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        assert torch.empty(8).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def run_interpreted(inputs, dtype=torch.float32, **options):

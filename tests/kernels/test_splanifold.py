@@ -7,7 +7,6 @@ import math
 import random
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.splanifold import SplanifoldControls, splanifold, splanifold_reference
+from tests.kernels.poison import poisoned_memory
 
 module = importlib.import_module("kernels.splanifold")  # the package hands on the function under the module's name
 
@@ -43,17 +43,6 @@ def assert_close(results, expected, relative_rms, tolerance):
     """Gradients that are zero by the equations, as those of directions for K = 1, may be as large as the tolerance."""
     errors = {name: relative_rms(x, y, floor=tolerance) for name, x, y in zip(NAMES, results, expected, strict=True)}
     assert max(errors.values()) < tolerance, errors
-
-
-@contextmanager
-def poisoned_memory():
-    """New tensors begin as NaN: what is left unwritten is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        assert torch.empty(8).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 # ---- Reference ------------------------------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.splanifold import SplanifoldControls, splanifold_reference
 from kernels.splanifold_triton import Tiles, splanifold_triton
-from tests.kernels.test_gated_linear_attention import poisoned_memory
+from tests.kernels.poison import poisoned_memory
 
 module = importlib.import_module("kernels.splanifold_triton")
 NAMES = ("out", "r", "points", "bases", "point_tangents", "base_tangents")

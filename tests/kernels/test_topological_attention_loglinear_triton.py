@@ -14,7 +14,7 @@ import torch
 from kernels import topological_attention_loglinear as host
 from kernels import topological_attention_loglinear_triton as module
 from kernels import topological_attention_reference as reference
-from tests.kernels.test_gated_linear_attention import poisoned_memory
+from tests.kernels.poison import poisoned_memory
 from tests.kernels.test_topological_attention import NAMES, exactly, inputs, run
 
 SMALL = dict(chunk=32, tile=16, block=16, carry=16, carry_warps=4)  # several levels at lengths that the interpreter can afford

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kernels import topological_attention_reference as reference
 from kernels.topological_attention_loglinear import topological_attention_loglinear
 from kernels.topological_attention_tiled import Tiles, topological_attention_tiled
-from tests.kernels.test_gated_linear_attention import poisoned_memory
+from tests.kernels.poison import poisoned_memory
 from tests.kernels.test_topological_attention import NAMES, exactly, inputs, run
 
 module = importlib.import_module("kernels.topological_attention_tiled")
