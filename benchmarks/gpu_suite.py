@@ -204,11 +204,11 @@ def step_spread(log: str) -> dict:
     return dict(host_ms_p10=low, host_ms_median=median, host_ms_p90=high)
 
 
-def synthetic_shards(folder: Path, shard_tokens: int = 8 * 524_288) -> Path:
-    """Two training shards and a smaller validation shard of random GPT-2 tokens, in documents of 400 tokens (median). Returns the folder."""
+def synthetic_shards(folder: Path, shard_tokens: int = 8 * 524_288, val_tokens: int = 2 * 524_288) -> Path:
+    """Two training shards and a validation shard of random GPT-2 tokens, in documents of 400 tokens (median). Returns the folder."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
-    for name, count in (("train_000000", shard_tokens), ("train_000001", shard_tokens), ("val_000000", shard_tokens // 4)):
+    for name, count in (("train_000000", shard_tokens), ("train_000001", shard_tokens), ("val_000000", val_tokens)):
         tokens = random.integers(0, 50256, count)
         starts = np.cumsum(random.lognormal(6, 1, count // 100).astype(np.int64) + 2)
         tokens[0] = tokens[starts[starts < count]] = 50256
