@@ -293,13 +293,17 @@ POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462), (4
                  (3.8916678022926607, -2.772484153217685, 0.5060648178503393), (3.285753657755655, -2.3681294933425376, 0.46449024233002837),
                  (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
 
+def symmetric_product(x: Tensor, a: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    """alpha x x' + beta a of every matrix x (n, rows, columns)."""
+    return x @ x.mT if a is None else torch.baddbmm(a, x, x.mT, beta=beta, alpha=alpha)
+
 def orthogonalize(matrices: Tensor) -> Tensor:
     """(n, rows, columns) -> about U V' of each matrix' U S V' (singular values within about 0.3 of 1), in the input's dtype."""
     x = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in POLAR_EXPRESS:
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = symmetric_product(x)
+        x = torch.baddbmm(x, symmetric_product(gram, gram, alpha=c, beta=b), x, beta=a)
     return x.mT if matrices.shape[-2] > matrices.shape[-1] else x
 
 class Muon(ShardedOptimizer):

@@ -1,11 +1,12 @@
 """
-Everything that wants a GPU, in one command: the GPU tests, the kernels' benchmarks, a few steps of every track, as one JSON file and one table.
+Everything that wants a GPU, in one command: the GPU tests, the kernels' benchmarks, a few steps of the main tracks, a profile of one, as a JSON file and tables.
 
     python benchmarks/gpu_suite.py                                            all of it, nine minutes at most, on all GPUs of this machine
     python benchmarks/gpu_suite.py --sections tracks --tracks short,small --steps 50 --data data/fineweb10B
     python benchmarks/gpu_suite.py --list                                     the sections
 
-benchmarks/results/<device>.json is rewritten after every run: what was measured stays, whatever happens to the rest.
+benchmarks/results/<device>.json and .md are rewritten after every run: what was measured stays, whatever happens to the rest. A section that comes before others
+leaves them their parts of the time (SHARES).
 Without a GPU a reduced form runs (a tiny batch, few and narrow layers, nothing compiled; no kernels): it proves that the tracks run and measures nothing.
 """
 
@@ -14,6 +15,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
+from benchmarks.timing import markdown
 from data.shards import write_shard
 from train_gpt import TRACKS, Config, Ranks, RunError, command_output, environment, write_atomically
 
@@ -54,9 +58,10 @@ class Run:
         return self.deadline - time.monotonic()
 
     def record(self, **facts):
-        """Add facts to the present section's result and write the file."""
+        """Add facts to the present section's result and write the files."""
         self.results["sections"].setdefault(self.section, {}).update(facts)
         write_atomically(self.output, lambda file: file.write(json.dumps(self.results, indent=1).encode() + b"\n"))
+        write_atomically(self.output.with_suffix(".md"), lambda file: file.write(report(self.results).encode()))
 
     def command(self, name: str, arguments: list[str], fine: tuple[int, ...] = (0,)) -> dict:
         """Run a command in the repository's root, for the time left at most. Returns status ("passed": the exit code is fine), exit code, seconds."""
@@ -109,10 +114,11 @@ def fault(output: str, exit_code: int) -> str:
 
 def run_tests(run: Run) -> dict:
     """every test marked gpu"""
-    report = run.folder / "tests.xml"
-    result = run.command("tests", [sys.executable, "-m", "pytest", "-m", "gpu", "tests", f"--junitxml={report}"], fine=(0, 5))  # 5: found none
-    if report.exists():
-        cases = ElementTree.parse(report).findall(".//testcase")
+    file = run.folder / "tests.xml"
+    together = [] if run.reduced or not find_spec("xdist") else ["-n", str(min(8, os.cpu_count() or 1))]  # most of a test's time is compilation
+    result = run.command("tests", [sys.executable, "-m", "pytest", "-m", "gpu", "tests", *together, f"--junitxml={file}"], fine=(0, 5))  # 5: found none
+    if file.exists():
+        cases = ElementTree.parse(file).findall(".//testcase")
         failed = [f"{case.get('classname')}::{case.get('name')}" for case in cases if case.find("failure") is not None or
                   case.find("error") is not None]
         result |= dict(tests=len(cases), skipped=sum(case.find("skipped") is not None for case in cases), failed=failed)
@@ -145,14 +151,29 @@ def run_kernels(run: Run) -> dict:
         rows[script] = run.command(script, [sys.executable, f"benchmarks/{script}.py", "--quick", "--output", str(output)])
         if output.exists():
             found = json.loads(output.read_text())
-            rows[script] |= {name: found[name] for name in ("ceilings", "dtype", "rows")}
+            rows[script] |= {name: found[name] for name in ("ceilings", "dtype", "rows", "triton_is_fastest") if name in found}
+            if not run.reduced:  # where variants/fused_kernels.py looks
+                shutil.copy(output, run.output.parent / f"{script}-{slug(found['device'])}.json")
         run.record(kernels=rows)
     good = sum(row["status"] == PASSED for row in rows.values())
     return dict(status=PASSED if good == len(rows) else f"incomplete: {good} of {len(rows)} benchmarks passed", kernels=rows)
 
 
-KERNEL_BENCHMARKS = ("topological_attention", "gated_linear_attention", "splanifold", "residual_norm")
-SECTIONS = {"tests": run_tests, "kernels": run_kernels, "tracks": run_tracks}
+def run_profile(run: Run) -> dict:
+    """one step of track benchmark by kind of work, on one GPU; on a CPU of track cpu, reduced"""
+    output, track = run.folder / "profile.json", "cpu" if run.reduced else "benchmark"
+    data = run.data or next(run.folder.glob("shards"), None) or synthetic_shards(run.folder / "shards")
+    options = [text for name, value in track_overrides(track, run).items() if name != "steps" for text in (f"--{name}", str(value))]
+    result = run.command("profile", [sys.executable, "benchmarks/train_step.py", "--output", str(output), "profile", "--steps", "3", "--track", track, "--data", str(data), *options])
+    return result | ({name: value for name, value in json.loads(output.read_text()).items() if name in PROFILE_FACTS} if output.exists() else {})
+
+
+KERNEL_BENCHMARKS = ("relu_squared_feed_forward", "softcapped_cross_entropy", "symmetric_product", "norm_rotary", "residual_norm", "topological_attention",
+                     "gated_linear_attention", "splanifold")
+SECTIONS = {"tests": run_tests, "kernels": run_kernels, "tracks": run_tracks, "profile": run_profile}
+SHARES = {"tests": 0.35, "kernels": 0.35, "tracks": 0.25, "profile": 0.05}  # of the time, for a section that others follow
+MAIN_TRACKS = ("small", "long", "benchmark", "short")  # few layers first: they compile soonest
+PROFILE_FACTS = ("track", "ceilings", "wall", "profiled_wall", "kinds", "flops", "operators", "compile", "dtype", "batch_tokens", "table")
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------------
 # One track
@@ -231,19 +252,37 @@ COLUMNS = (("ms/step", "ms_per_step", "{:.1f}"), ("host median", "host_ms_median
 
 
 def tracks_table(rows: dict) -> str:
-    """The tracks' results as aligned text; "-" where there is no number."""
-    lines = [("track", *(title for title, _, _ in COLUMNS), "status")]
-    for track, row in rows.items():
-        lines.append((track, *(form.format(row[name]) if name in row else "-" for _, name, form in COLUMNS), row["status"]))
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), status])
-                     for first, *cells, status in lines)
+    """The tracks' results as Markdown; "-" where there is no number."""
+    return markdown([{"track": track, **{title: form.format(row[name]) if name in row else "-" for title, name, form in COLUMNS}, "status": row["status"]} for track, row in rows.items()])
+
+
+def kernel_table(rows: list[dict]) -> str:
+    """A benchmark's rows as Markdown, whatever their columns are; "-" where there is none."""
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in ("p20", "p80")]
+    return markdown([{name: f"{row[name]:.4g}" if isinstance(row.get(name), float) else row.get(name, "-") for name in names} for row in rows])
+
+
+def report(results: dict) -> str:
+    """The results as Markdown."""
+    sections = results["sections"]
+    parts = [f"# {results.get('device', 'unknown device')}\n\nPyTorch {results.get('torch')}, Triton {results.get('triton')}, commit {str(results.get('git_commit'))[:10]}, {results.get('date')}; "
+             f"data: {results.get('data')}." + " Reduced run on a CPU: its times say nothing about a GPU." * bool(results.get("reduced"))]
+    parts += ["\n".join(f"- {name}: {section.get('status', 'running')}, {section.get('seconds', 0):.0f} s" for name, section in sections.items())]
+    if rows := sections.get("tracks", {}).get("tracks"):
+        parts += [f"## Tracks\n\n{tracks_table(rows)}"]
+    parts += [f"## {script}\n\nMedians in ms.\n\n{kernel_table(found['rows'])}" for script, found in sections.get("kernels", {}).get("kernels", {}).items() if found.get("rows")]
+    if table := sections.get("profile", {}).get("table"):
+        parts += [f"## One step of track {sections['profile']['track']}\n\n{table}"]
+    return "\n\n".join(parts) + "\n"
 
 
 def run_sections(run: Run, names: list[str]):
     """Run the sections one after another, whatever becomes of each. KeyboardInterrupt passes, once all is recorded."""
+    end_of_all = run.deadline
     for index, run.section in enumerate(names):
         start = time.monotonic()
+        to_come = sum(SHARES.get(name, 0) for name in names[index:])
+        run.deadline = start + (end_of_all - start) * (SHARES[run.section] / to_come if run.section in SHARES else 1)
         if run.left() <= 0:
             run.record(status=LATE)
             continue
@@ -264,8 +303,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0], allow_abbrev=False)
     names = lambda text: list(dict.fromkeys(text.split(",")))
     parser.add_argument("--sections", type=names, default=list(SECTIONS), help=f"in this order, of {','.join(SECTIONS)}")
-    parser.add_argument("--tracks", type=names, default=sorted(TRACKS, key=lambda track: TRACKS[track].get("layers", 4)),
-                        help=f"in this order, of {','.join(TRACKS)} (few layers first: they compile soonest)")
+    parser.add_argument("--tracks", type=names, default=list(MAIN_TRACKS), help=f"in this order, of {','.join(TRACKS)} ({','.join(MAIN_TRACKS)})")
     parser.add_argument("--minutes", type=float, default=9, help="time for the whole (9); what runs then is ended within 10 s, on several GPUs 40 s")
     parser.add_argument("--steps", type=int, help="timed steps of each track (20; reduced: 2)")
     parser.add_argument("--data", type=Path, help="folder of GPT-2 shards (synthetic ones)")

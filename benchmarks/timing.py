@@ -83,8 +83,22 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict:
 
 
 def describe(device: torch.device) -> dict:
-    """Machine, versions and commit as the trainer records them, and the time."""
-    return environment(Ranks(0, 1, device, torch.float32)) | dict(date=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    """Machine, versions and commit as the trainer records them, a GPU's compute capability, and the time."""
+    return environment(Ranks(0, 1, device, torch.float32)) | dict(date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                                                                  capability=torch.cuda.get_device_capability() if device.type == "cuda" else None)
+
+
+def triton_is_fastest(rows: list[dict], size: tuple[str, ...], least: tuple[str, ...] = ("copy",)) -> bool:
+    """
+    Whether the arm "triton" took less time than every other arm but those of `least`, which do less, forward and backward at every size: what variants/fused_kernels.py
+    turns a kernel on by. size: the names in a row that make the size. An arm that failed counts as infinitely slow.
+    """
+    times = {}
+    for row in rows:
+        if row["what"] != "forward" and row["arm"] not in least:
+            arms = times.setdefault(tuple(str(row[name]) for name in size), dict(triton=float("inf")))
+            arms[row["arm"]] = min(arms.get(row["arm"], float("inf")), row.get("median", float("inf")))
+    return bool(times) and all(len(arms) > 1 and all(arms["triton"] < ms for arm, ms in arms.items() if arm != "triton") for arms in times.values())
 
 
 def save(name: str, results: dict, output: Path | None = None) -> Path:

@@ -164,8 +164,8 @@ def main(argv: list[str] | None = None) -> int:
         if given.mode == "profile":
             found = profiled(rest, given.steps)
             limits = ceilings(device, torch.bfloat16 if found["dtype"] == "bfloat16" else torch.float32)
-            results |= dict(ceilings=limits, **found)
-            print(profile_table(found, limits))
+            results |= dict(ceilings=limits, **found, table=profile_table(found, limits))
+            print(results["table"])
         elif given.mode == "against":
             if not (given.checkout / "train_gpt.py").exists():
                 raise RunError(f"there is no train_gpt.py in {given.checkout}; give a checkout of this trainer")

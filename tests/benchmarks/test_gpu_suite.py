@@ -84,7 +84,7 @@ def test_file_is_whole_while_a_section_runs(suite, tmp_path):
 
     suite(dict(first=fine, look=look))
     assert status_of(seen[0]) == dict(first="passed", look="running") and seen[0]["sections"]["look"]["half"] == "way"
-    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.md"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -117,7 +117,7 @@ def test_a_child_that_ignores_sigterm_is_killed():
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--sections", "tests,nonsense"], "unknown section 'nonsense'; there are tests, kernels, tracks"),
+    (["--sections", "tests,nonsense"], "unknown section 'nonsense'; there are tests, kernels, tracks, profile"),
     (["--tracks", "smal"], "unknown track 'smal'; there are cpu, small"),
     (["--minutes", "0"], "--minutes must be above 0"),
     (["--steps", "0"], "--steps at least 1"),
@@ -131,7 +131,7 @@ def test_bad_options_are_one_line(capsys, options, message):
 
 def test_list_names_the_sections(capsys):
     assert gpu_suite.main(["--list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["tests", "kernels", "tracks"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["tests", "kernels", "tracks", "profile"]
 
 
 def test_unwritable_output_is_one_line(tmp_path, capsys):
@@ -232,10 +232,36 @@ def test_tracks_section_keeps_what_was_measured(run, monkeypatch):
 
 def test_table_marks_what_is_missing():
     row = dict(status="passed", ms_per_step=123.45, tokens_per_second=4_000_000.0, mfu=0.512, peak_memory_mib=40_000, warmup_seconds=61.2)
-    header, short, medium = gpu_suite.tracks_table(dict(short=row, medium=dict(status="not run: out of time"))).splitlines()
-    assert header.split()[:2] == ["track", "ms/step"] and header.endswith("status")
-    assert all(text in short for text in ("123.5", "4,000,000", "51.2%", "40,000", "61.2")) and short.endswith("passed")
-    assert medium.split() == ["medium", *"-" * 8, *"not run: out of time".split()]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in gpu_suite.tracks_table(dict(short=row, medium=dict(status="not run: out of time"))).splitlines()]
+    assert cells[0][:2] == ["track", "ms/step"] and cells[0][-1] == "status"
+    assert {"123.5", "4,000,000", "51.2%", "40,000", "61.2"} < set(cells[2]) and cells[2][-1] == "passed"
+    assert cells[3] == ["medium", *"-" * 8, "not run: out of time"]
+
+
+def test_report(run):
+    rows = [dict(N=8, arm="triton", what="forward", median=0.12345, p20=0.1, n=5), dict(N=8, arm="other", what="forward", fault="wrong")]
+    run.results |= dict(device="A Card", torch="2", triton="3", git_commit="0123456789ab", date="today", data="synthetic")
+    run.section = "kernels"
+    run.record(status="passed", seconds=1.0, kernels=dict(some_op=dict(status="passed", rows=rows)))
+    run.section = "profile"
+    run.record(status="passed", track="benchmark", table="| kind |")
+    text = run.output.with_suffix(".md").read_text()
+    assert text.startswith("# A Card\n") and "commit 0123456789," in text and "- kernels: passed, 1 s" in text
+    assert "| 8 | triton | forward | 0.1235 | 5 | - |" in text and "| 8 | other | forward | - | - | wrong |" in text
+    assert "## One step of track benchmark\n\n| kind |" in text
+
+
+def test_shares_of_the_time(run, monkeypatch):
+    seen = {}
+    look = lambda run: seen.update({run.section: run.left()}) or {}
+    monkeypatch.setattr(gpu_suite, "SECTIONS", dict(tests=look, kernels=look, made_up=look, tracks=look))
+    gpu_suite.run_sections(run, ["tests", "kernels", "made_up", "tracks"])
+    assert {name: round(seconds) for name, seconds in seen.items()} == dict(tests=round(60 * 0.35 / 0.95), kernels=round(60 * 0.35 / 0.6), made_up=60, tracks=60)
+
+
+def test_what_is_named_exists():
+    assert set(gpu_suite.SHARES) == set(gpu_suite.SECTIONS) and sum(gpu_suite.SHARES.values()) == pytest.approx(1)
+    assert set(gpu_suite.MAIN_TRACKS) <= set(TRACKS) and all((gpu_suite.ROOT / f"benchmarks/{name}.py").exists() for name in gpu_suite.KERNEL_BENCHMARKS)
 
 
 @cpu_only
@@ -256,5 +282,5 @@ def test_cpu_results_have_a_name_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_suite, "SECTIONS", dict(a=fine))
     monkeypatch.setattr(gpu_suite, "__file__", str(tmp_path / "gpu_suite.py"))
     assert gpu_suite.main(["--sections", "a"]) == 0
-    [path] = (tmp_path / "results").iterdir()
-    assert path.name.startswith("cpu-") and path.suffix == ".json"
+    [path] = (tmp_path / "results").glob("*.json")
+    assert path.name.startswith("cpu-") and path.with_suffix(".md").exists()

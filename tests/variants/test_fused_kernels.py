@@ -1,0 +1,104 @@
+"""fused_kernels: the same losses as the baseline's, where the kernels' references run, and on a GPU; when auto turns a kernel on."""
+
+import json
+
+import pytest
+import torch
+
+import train_gpt, variants
+from benchmarks.timing import triton_is_fastest
+
+ALL = "fused_kernels"
+ALONE = train_gpt.Ranks(0, 1, torch.device("cpu"), torch.float32)
+SMALL = dict(vocab_size=257, layers=4, model_dim=32, heads=2, head_dim=16, mlp_hidden=64, sequence_length=32, batch_tokens=128)
+
+def losses_of(specs: tuple, ranks=ALONE, steps: int = 5, mode: str = "off", **given) -> list[float]:
+    """The losses of some training steps on rows of random bytes, float32 numbers as the trainer rounds them."""
+    config = train_gpt.make_config(SMALL | given)
+    rows = torch.randint(256, (steps, config.batch_tokens // config.sequence_length, config.sequence_length + 1), generator=torch.Generator().manual_seed(1)).to(ranks.device)
+    rows[:, :, 0] = 256
+    with variants.applied(specs, config):
+        model = train_gpt.build_model(config, ranks)
+        optimizers, losses = train_gpt.build_optimizers(model, config, ranks), []
+        model.set_windows(0.0)
+        train_gpt.compile_model(model, mode)
+        for step in range(steps):
+            loss = model(rows[step % 3, :, :-1].contiguous(), rows[step % 3, :, 1:].contiguous())
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step(1.0, step / steps)
+            losses.append(loss.item())
+    return losses
+
+@pytest.mark.parametrize("kernel", ["feed_forward", "cross_entropy", "muon", "rotary"])
+def test_the_same_losses(kernel):
+    spec = ",".join(f"{name}={'on' if name == kernel else 'off'}" for name in ("feed_forward", "cross_entropy", "muon", "rotary"))
+    baseline = losses_of((), steps=10)  # few: differences of rounding grow as training goes on
+    assert baseline[-1] < 0.9 * baseline[0]
+    assert losses_of((f"{ALL}:{spec}",), steps=10) == pytest.approx(baseline, rel=1e-4)
+
+def test_every_kernel_is_called(monkeypatch):
+    module, called = variants.load(ALL), []
+    for name in ("relu_squared_feed_forward", "softcapped_cross_entropy", "norm_rotary", "symmetric_product"):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, name=name, function=function, **options: called.append(name) or function(*given, **options))
+    losses_of((ALL,), steps=1)
+    assert {name: called.count(name) for name in set(called)} == dict(relu_squared_feed_forward=4, softcapped_cross_entropy=1, norm_rotary=8, symmetric_product=2 * 5 * len(MUON_BUCKETS))
+
+MUON_BUCKETS = ((32, 32), (64, 32), (32, 64))  # q k v o; fc; proj
+
+@pytest.mark.parametrize("given", [dict(qk_norm=False), dict(rope="none"), dict(logit_softcap=0.0)])
+def test_without_the_parts_it_fuses(given):
+    assert losses_of((ALL,), steps=5, **given) == pytest.approx(losses_of((), steps=5, **given), rel=1e-4)
+
+def test_replaced_linear_layers_are_left_alone(monkeypatch):
+    class Doubled(train_gpt.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+    monkeypatch.setattr(train_gpt, "Linear", Doubled)
+    assert losses_of((ALL,), steps=5) == pytest.approx(losses_of((), steps=5), rel=1e-4)
+
+def test_collisions():
+    config = train_gpt.make_config(SMALL)
+    with pytest.raises(train_gpt.RunError, match="MLP.forward and MLP, one a part of the other; leave one out"):
+        variants.apply((ALL, "swiglu_mlp"), config)
+    with variants.applied((f"{ALL}:feed_forward=off", "swiglu_mlp"), config) as changed:
+        assert changed["swiglu_mlp"] == ["MLP"]
+
+def test_auto_needs_a_measured_win(monkeypatch, tmp_path):
+    module = variants.load(ALL)
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    auto = dict(feed_forward="auto", cross_entropy="auto", muon="auto", rotary="auto")
+    write = lambda name, **facts: (tmp_path / f"{name}.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="no kernel is on: .* has no win on this device"):
+        module.Options(**auto)
+    write("norm_rotary-nvidia-a100", capability=[8, 0], triton_is_fastest=True)
+    write("norm_rotary-nvidia-h100", capability=[9, 0], triton_is_fastest=False)
+    write("symmetric_product-nvidia-h100", capability=[9, 0], triton_is_fastest=True)
+    options = module.Options(**auto)
+    assert [options.feed_forward, options.cross_entropy, options.muon, options.rotary] == ["off", "off", "on", "off"]
+
+def test_fp8_without_its_kernel():
+    with pytest.raises(train_gpt.RunError, match="fp8=on is of the cross-entropy's kernel"):
+        variants.apply((f"{ALL}:cross_entropy=off,fp8=on",), train_gpt.make_config(SMALL))
+
+def test_what_is_fastest():
+    rows = [dict(N=n, arm=arm, what=what, median=ms) for n in (1, 2) for arm, what, ms in (
+        ("triton", "forward", 5.0), ("triton", "forward + backward", 3.0), ("reference", "forward + backward", 4.0), ("copy", "forward + backward", 1.0))]
+    assert triton_is_fastest(rows, ("N",))
+    assert not triton_is_fastest(rows + [dict(N=2, arm="compiled", what="forward + backward", median=2.9)], ("N",))
+    assert not triton_is_fastest(rows + [dict(N=3, arm="triton", what="check", fault="wrong"), dict(N=3, arm="reference", what="forward + backward", median=9.0)], ("N",))
+    assert not triton_is_fastest([row for row in rows if row["arm"] == "triton"], ("N",)) and not triton_is_fastest([], ("N",))
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["off", "model", "blocks"])
+def test_the_same_losses_on_a_gpu(mode):
+    ranks = train_gpt.Ranks(0, 1, torch.device("cuda"), torch.bfloat16)
+    given = dict(model_dim=256, heads=2, head_dim=128, mlp_hidden=1024, sequence_length=256, batch_tokens=4096, steps=10)
+    torch._dynamo.reset()
+    baseline = losses_of((), ranks, mode=mode, **given)
+    torch._dynamo.reset()
+    assert losses_of((ALL,), ranks, mode=mode, **given) == pytest.approx(baseline, rel=2e-2)

@@ -1,0 +1,90 @@
+"""
+The baseline's own arithmetic in fused Triton kernels, each where it was measured to be faster: the same model, the same loss to rounding.
+
+    feed_forward    relu(x W_fc')^2 W_proj' with the squared ReLU in the first product, and its derivative in a product of the backward pass
+    cross_entropy   the head's loss and its gradients from the logits of some tokens at a time; fp8=on: its products in float8 (Hopper or newer)
+    muon            half of each symmetric product of the orthogonalisation
+    rotary          QK-norm and rotary positions in one pass over q and k
+
+Each option is on, off or auto: on where benchmarks/results/ holds a measurement on a GPU of this compute capability in which the kernel takes less time than every
+other arm, forward and backward, at every size measured. On a CPU, on takes the kernels' plain references: it shows that nothing else changes. A variant that replaces
+the same part is refused as a collision (turn the option off); a feed-forward or head whose linear layers are replaced is left alone.
+
+Cost: no parameter; FLOPs as the baseline's, but muon's products, of which it takes 56 to 63 % at 384 channels or more. Memory: the feed-forward keeps its hidden
+activations once where the baseline's keeps them twice.
+
+Source: kernels/relu_squared_feed_forward.py, softcapped_cross_entropy.py, symmetric_product.py and norm_rotary.py, which name theirs
+Status: never run on a GPU, so auto turns nothing on yet
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import train_gpt
+from kernels.norm_rotary import norm_rotary
+from kernels.relu_squared_feed_forward import relu_squared_feed_forward
+from kernels.softcapped_cross_entropy import softcapped_cross_entropy
+from kernels.symmetric_product import symmetric_product
+from train_gpt import MLP, AttentionContext, CausalSelfAttention, LanguageModelHead, Linear
+
+Choice = Literal["auto", "on", "off"]
+KERNELS = dict(feed_forward="relu_squared_feed_forward", cross_entropy="softcapped_cross_entropy", muon="symmetric_product", rotary="norm_rotary")
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks/results"
+
+@dataclass
+class Options:
+    feed_forward: Choice = "on"
+    cross_entropy: Choice = "on"
+    muon: Choice = "on"
+    rotary: Choice = "on"
+    fp8: bool = False
+
+    def __post_init__(self):
+        for name, kernel in KERNELS.items():
+            if getattr(self, name) == "auto":
+                setattr(self, name, "on" if torch.cuda.is_available() and measured_win(kernel, list(torch.cuda.get_device_capability())) else "off")
+        if all(getattr(self, name) == "off" for name in KERNELS):
+            raise ValueError("no kernel is on: benchmarks/results/ has no win on this device; measure with benchmarks/gpu_suite.py, or turn one on")
+        if self.fp8 and self.cross_entropy == "off":
+            raise ValueError("fp8=on is of the cross-entropy's kernel, which is off; turn it on, or leave fp8= out")
+
+def measured_win(kernel: str, capability: list[int]) -> bool:
+    """Whether a result file of this kernel's benchmark, on a GPU of this compute capability, says that it was the fastest at every size."""
+    files = [json.loads(file.read_text()) for file in RESULTS.glob(f"{kernel}-*.json")]
+    return any(found.get("capability") == capability and found.get("triton_is_fastest") for found in files)
+
+def feed_forward(self, x: Tensor) -> Tensor:
+    if type(self.fc) is not Linear or type(self.proj) is not Linear:
+        return plain_feed_forward(self, x)
+    return relu_squared_feed_forward(x, self.fc.weight.type_as(x), self.proj.weight.type_as(x))
+
+def heads(self, x: Tensor, ctx: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+    if not self.config.qk_norm or ctx.rotary is None:
+        return plain_heads(self, x, ctx)
+    q, k, v = (linear(x).unflatten(-1, (-1, self.config.head_dim)) for linear in (self.q, self.k, self.v))
+    return norm_rotary(q, *ctx.rotary), norm_rotary(k, *ctx.rotary), self.mix_value(v, ctx)
+
+def cross_entropy(fp8: bool):
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None or not torch.is_grad_enabled() or type(self.projection) is not Linear:
+            return plain_cross_entropy(self, x, targets)
+        x, targets = x.flatten(0, 1), targets.flatten().long()
+        return softcapped_cross_entropy(x, self.projection.weight, targets, self.softcap, self.chunk, fp8=fp8 and x.is_cuda) / len(targets)
+    return forward
+
+plain_feed_forward, plain_heads, plain_cross_entropy = MLP.forward, CausalSelfAttention.heads, LanguageModelHead.forward
+
+def patch(options: Options):
+    if options.feed_forward == "on":
+        train_gpt.MLP.forward = feed_forward
+    if options.rotary == "on":
+        train_gpt.CausalSelfAttention.heads = heads
+    if options.muon == "on":
+        train_gpt.symmetric_product = symmetric_product
+    if options.cross_entropy == "on":
+        train_gpt.LanguageModelHead.forward = cross_entropy(options.fp8)
