@@ -1,9 +1,11 @@
 """
-What the kernels' benchmarks share: the tests come first, arms are timed in turn, figures stand beside the device's two ceilings, results are a JSON file.
+What the kernels' benchmarks share: the tests come first, arms are timed in turn, figures stand beside the device's two ceilings, results are a table and a JSON file.
 
+A benchmark is a function measure(place, **size) -> rows, one for each arm and pass, and a table of sizes; kernel_benchmark() makes a command of it.
 Milliseconds everywhere. On a GPU times are the device's own (events), with the cache emptied before each call; on a CPU the wall clock's.
 """
 
+import argparse
 import json
 import re
 import subprocess
@@ -12,6 +14,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +22,18 @@ import torch
 from train_gpt import Ranks, RunError, environment, measured_peak, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
+COPY = "copy"  # the arm that only moves as many bytes
+SHARES = dict(speedup=("against {}", "{:.2f}x"), product_share=("% of product rate", "{:.0%}"), copy_share=("% of copy", "{:.0%}"), bound_share=("% of bound", "{:.0%}"),
+              peak_mib=("peak MiB", "{:,}"))  # of a row -> title and form
+
+
+class Place(NamedTuple):
+    """Where and how a benchmark measures."""
+    device: torch.device
+    dtype: torch.dtype
+    seconds: float      # for each arm and pass
+    limits: dict        # ceilings()
+    quick: bool = False
 
 
 def require_tests(*paths: str):
@@ -46,7 +61,7 @@ def in_turn(arms: dict[str, Callable], device: torch.device, seconds: float = 1.
             results[name] = dict(peak_mib=torch.cuda.max_memory_allocated() >> 20) if flush is not None else {}
         except Exception as error:
             memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-            results[name] = "out of memory" if memory else f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            results[name] = "out of memory" if memory else first_line(error)
     together = {name: 1 if flush is not None else max(1, int(100 / ms)) for name, ms in first.items()}
     wanted, times = {name: max(least, int(1000 * seconds / ms)) for name, ms in first.items()}, {name: [] for name in first}
     while unfinished := [name for name in times if len(times[name]) < wanted[name]]:
@@ -88,7 +103,7 @@ def describe(device: torch.device) -> dict:
                                                                   capability=torch.cuda.get_device_capability() if device.type == "cuda" else None)
 
 
-def triton_is_fastest(rows: list[dict], size: tuple[str, ...], least: tuple[str, ...] = ("copy",)) -> bool:
+def triton_is_fastest(rows: list[dict], size: tuple[str, ...], least: tuple[str, ...] = (COPY,)) -> bool:
     """
     Whether the arm "triton" took less time than every other arm but those of `least`, which do less, forward and backward at every size: what variants/fused_kernels.py
     turns a kernel on by. size: the names in a row that make the size. An arm that failed counts as infinitely slow.
@@ -107,6 +122,133 @@ def save(name: str, results: dict, output: Path | None = None) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, lambda file: file.write(json.dumps(results, indent=1).encode() + b"\n"))
     return output
+
+
+def rows_in_turn(place: Place, case: dict, what: str, arms: dict[str, Callable], flops: float = 0, moved: float = 0, bound: Callable | None = None, against: str | None = None,
+                 others: tuple[str, ...] = ()) -> list[dict]:
+    """
+    A row for each arm: the case's own names, arm, what, and its times or its fault; product_share and copy_share, the parts that FLOPs and bytes `moved` need at the ceilings;
+    bound_share, the part that bound(arm) in ms is; speedup over the arm `against`. With `moved` there is an arm more that only copies as many bytes. others: arms that
+    do something else, and have no shares.
+    """
+    arms = dict(arms)
+    if moved:
+        source, target = (torch.zeros(int(moved) // 2, dtype=torch.int8, device=place.device) for _ in range(2))
+        arms[COPY] = lambda: target.copy_(source)
+    times, rows = in_turn(arms, place.device, place.seconds), []
+    for arm, found in times.items():
+        row = case | dict(arm=arm, what=what)
+        if isinstance(found, str):
+            rows.append(row | dict(fault=found))
+            continue
+        least = dict(product_share=1000 * flops / place.limits["flops"], copy_share=1000 * moved / place.limits["bytes"], bound_share=bound and bound(arm))
+        shares = {name: ms / found["median"] for name, ms in least.items() if ms and arm not in others and not (arm == COPY and name != "copy_share")}
+        other = times.get(against)
+        rows.append(row | found | shares | (dict(speedup=other["median"] / found["median"], against=against) if isinstance(other, dict) else {}))
+    return rows
+
+
+def fault_of(results: Callable, expected: list[torch.Tensor], tolerances: float | list[float], least: Callable = lambda y: 0.0) -> str | None:
+    """
+    What is wrong with the tensors that results() returns, by the relative RMS error of each against `expected` (float64); None if nothing is. least(y): the smallest
+    norm that an error is put in relation to.
+    """
+    try:
+        errors = [((x.double() - y).norm() / y.norm().clamp_min(least(y))).item() for x, y in zip(results(), expected, strict=True)]
+    except Exception as error:
+        return first_line(error)
+    tolerances = tolerances if isinstance(tolerances, list) else [tolerances] * len(errors)
+    right = all(error < tolerance for error, tolerance in zip(errors, tolerances, strict=True))
+    return None if right else f"wrong: relative RMS errors {', '.join(f'{error:.1e}' for error in errors)}"
+
+
+def both_passes(function: Callable, tensors: list[torch.Tensor], gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The results of function(*tensors), and the gradients of the tensors that have some, for the gradients of the results."""
+    results = function(*tensors)
+    results = [results] if isinstance(results, torch.Tensor) else list(results)
+    return [*results, *torch.autograd.grad(results, [x for x in tensors if x.requires_grad], gradients)]
+
+
+def measure_arms(place: Place, case: dict, arms: dict[str, Callable], inputs: tuple[list, list], reference: Callable, tolerance: float, work: tuple[dict, dict] = ({}, {}),
+                 checked: tuple[list, list] | None = None, unchecked: dict | None = None, least: Callable = lambda y: 0.0, **options) -> list[dict]:
+    """
+    Rows of arms that are functions of the same tensors, forward (without what a backward pass needs) and forward + backward; an arm that is wrong has a row that says so,
+    and no time. inputs: (tensors, gradients of the results); checked: smaller ones to compare with the reference in float64; work: flops, moved and bound of
+    rows_in_turn, of the forward pass and of both; unchecked: {arm: (forward, both passes)} of another operation; options: of rows_in_turn.
+    """
+    tensors, gradients = checked or inputs
+    expected = both_passes(reference, [x.detach().double().requires_grad_(x.requires_grad) for x in tensors], [g.double() for g in gradients])
+    faults = {arm: found for arm, function in arms.items() if (found := fault_of(lambda: both_passes(function, tensors, gradients), expected, tolerance, least))}
+    del expected
+    rows = [case | dict(arm=arm, what="check", fault=found) for arm, found in faults.items()]
+    for index, what in enumerate(("forward", "forward + backward")):
+        forward = torch.no_grad()(lambda function: function(*inputs[0]))
+        call = (lambda function: both_passes(function, *inputs)) if index else forward
+        calls = {arm: lambda function=function, call=call: call(function) for arm, function in arms.items() if arm not in faults}
+        rows += rows_in_turn(place, case, what, calls | {arm: passes[index] for arm, passes in (unchecked or {}).items()}, others=tuple(unchecked or ()), **work[index], **options)
+    return rows
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def shown(rows: list[dict]) -> str:
+    """The rows as Markdown, the names that come before "arm" as columns of their own."""
+    number = lambda value, form: "-" if value is None else form.format(value)
+    against = next((row["against"] for row in rows if "against" in row), "")
+    shares = {name: (title.format(against), form) for name, (title, form) in SHARES.items() if any(row.get(name) is not None for row in rows)}
+    return markdown([{name: number(value, "{:,}" if isinstance(value, int) else "{}") for name, value in list(row.items())[:list(row).index("arm")]}
+                     | {"arm": row["arm"], "pass": row["what"], "ms": row.get("fault") or f"{row['median']:.3g}",
+                        "20 to 80 %": "-" if "fault" in row else f"{row['p20']:.3g} to {row['p80']:.3g}", "n": row.get("n", "-")}
+                     | {title: number(row.get(name), form) for name, (title, form) in shares.items()} for row in rows])
+
+
+def parse_size(text: str) -> dict:
+    """N=65536,D=768 as a dict; numbers where they are some."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(name and sign and value for name, sign, value in pairs):
+        raise argparse.ArgumentTypeError(f"a size is written N=65536,D=768; got {text!r}")
+    return {name: int(value) if value.isdigit() else value for name, _, value in pairs}
+
+
+def kernel_benchmark(name: str, doc: str, measure: Callable, tests: dict[str, list[str]], sizes: dict[str, list[dict]], quick: dict[str, list[dict]], seconds: float = 1.0) -> int:
+    """
+    A benchmark's command line: runs its tests, measures at every size, writes benchmarks/results/<name>-<device>.json after each, prints a table. tests, sizes, quick: by the
+    device's type. Returns the exit code.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few sizes, shorter timing")
+    parser.add_argument("--sizes", nargs="+", type=parse_size, help=f"such as {','.join(f'{key}={value}' for key, value in sizes['cpu'][0].items())}; what is left out is as there")
+    parser.add_argument("--seconds", type=float, help=f"of timing for each arm and pass ({seconds:g}; quick: {0.3 * seconds:g})")
+    parser.add_argument("--minutes", type=float, default=60.0, help="no size begins later than this (60)")
+    parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/)")
+    given = parser.parse_args()
+    device, start = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.monotonic()
+    dtype, first = torch.bfloat16 if device.type == "cuda" else torch.float32, sizes[device.type][0]
+    try:
+        if unknown := [key for size in given.sizes or () for key in size if key not in first]:
+            raise RunError(f"--sizes has no {unknown[0]!r}; there are {', '.join(first)}")
+        require_tests(*tests[device.type])
+        place, path = Place(device, dtype, given.seconds or seconds * (0.3 if given.quick else 1), ceilings(device, dtype), given.quick), None
+        results = describe(device) | dict(dtype=str(dtype).removeprefix("torch."), ceilings=place.limits, rows=[], left_out=[])
+        for size in [first | size for size in given.sizes] if given.sizes else (quick if given.quick else sizes)[device.type]:
+            if time.monotonic() - start > 60 * given.minutes:
+                results["left_out"].append(size)
+                continue
+            results["rows"] += measure(place, **size)
+            results["triton_is_fastest"] = triton_is_fastest(results["rows"], tuple(size))
+            path = save(name, results, given.output)
+            print(f"{', '.join(f'{key} {value}' for key, value in size.items())}: done", flush=True)
+        if path is None:
+            raise RunError(f"--minutes {given.minutes:g} left no time for a size after the tests; give more")
+        save(name, results, given.output)
+    except RunError as error:
+        print(f"{name}.py: error: {error}", file=sys.stderr)
+        return 1
+    limits, left = place.limits, len(results["left_out"])
+    print(f"\n{shown(results['rows'])}\n\n{limits['flops'] / 1e12:.3g} TFLOP/s of a large product, {limits['bytes'] / 1e9:.3g} GB/s copied; {left} sizes left out; {path}")
+    return 0
 
 
 def markdown(rows: list[dict]) -> str:

@@ -1,41 +1,76 @@
 """The kernels' benchmarks: one tiny measurement of each, and how arms take turns."""
 import argparse
+import json
+import sys
 
 import pytest
 import torch
 
-from benchmarks import decode, gated_linear_attention, splanifold, topological_attention
-from benchmarks.timing import in_turn, markdown
+from benchmarks import decode, gated_linear_attention, residual_norm, splanifold, timing, topological_attention
+from benchmarks.timing import Place, in_turn, markdown, shown
 
 CPU, LIMITS = torch.device("cpu"), dict(flops=1e12, bytes=1e10)
+PLACE = Place(CPU, torch.float32, 0.01, LIMITS, quick=True)
+
+
+def complete(rows: list[dict]) -> bool:
+    assert all(row["median"] > 0 and row["n"] >= 5 for row in rows), [row for row in rows if "fault" in row]
+    return shown(rows).count("\n") == len(rows) + 1
 
 
 def test_topological_attention_measures_every_backend():
-    rows = topological_attention.measure(64, argparse.Namespace(heads=2, width=16, seconds=0.01), CPU, torch.float32, LIMITS)
+    rows = topological_attention.measure(PLACE, 64, 2, 16)
     backends = {f"topological, {name}" for name in (*topological_attention.BACKENDS, "auto") if name != "tiled"}
-    assert {row["arm"] for row in rows} == backends | {"softmax, PyTorch", "key only"}
-    assert all(row["median"] > 0 and row["n"] >= 5 for row in rows), [row for row in rows if "fault" in row]
-    assert topological_attention.shown(rows).count("\n") == len(rows) + 1
+    assert complete(rows) and {row["arm"] for row in rows} == backends | {"softmax, PyTorch", "key only"}
+    assert {row["speedup"] for row in rows if row["arm"] == "softmax, PyTorch"} == {1.0} and "| against softmax, PyTorch |" in shown(rows)
 
 
 def test_gated_linear_attention_measures_every_backend():
-    rows = gated_linear_attention.measure(64, 8, 8, 2, 0.01, CPU, torch.float32, LIMITS)
-    assert all(row["median"] > 0 for row in rows), [row for row in rows if "fault" in row]
-    assert gated_linear_attention.shown(rows).count("\n") == len(rows) + 1
+    rows = gated_linear_attention.measure(PLACE, 64, 8, 8, 2)
+    assert complete(rows) and {row["arm"] for row in rows} == {"chunked", "reference", gated_linear_attention.SOFTMAX, gated_linear_attention.STEP}
+    assert all(("bound_share" in row) == (row["arm"] in ("chunked", "reference")) for row in rows)
+
+
+@pytest.mark.parametrize("form", residual_norm.FORMS)
+def test_residual_norm_measures_every_arm(form):
+    rows = residual_norm.measure(PLACE, form, 16, 32)
+    assert complete(rows) and {row["arm"] for row in rows} == {"reference, compiled", "reference", "copy"} and all(row["copy_share"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize("shape", [splanifold.Shape(64, 1, 16, 8), splanifold.Shape(64, 4, 3, 2, mix="concat"), splanifold.Shape(64, 4, 3, 8),
                                    splanifold.Shape(64, 1, 16, 8, S=3)], ids=str)
 def test_splanifold_measures_every_arm(shape):
-    rows = splanifold.measure("tiny", shape, 0.01, False, CPU, torch.float32, LIMITS)
-    assert all(row["median"] > 0 for row in rows), [row for row in rows if "fault" in row]
-    assert {row["arm"] for row in rows} == {"chunked", "reference", splanifold.MLP} | ({"feature"} if shape.S == 2 else set())
-    assert splanifold.shown(rows).count("\n") == len(rows) + 1
+    rows = splanifold.measure_shape(PLACE, "tiny", shape)
+    assert complete(rows) and {row["arm"] for row in rows} == {"chunked", "reference", splanifold.MLP, "copy"} | ({"feature"} if shape.S == 2 else set())
+    assert all(("product_share" in row) == (row["arm"] not in (splanifold.MLP, "copy")) for row in rows)
 
 
-def test_splanifold_times_nothing_that_is_wrong():
-    wrong = lambda r, controls, mix: 1.001 * splanifold.reference(r, controls, mix)
-    assert splanifold.fault(wrong, splanifold.Shape(64, 1, 16, 8), CPU, torch.float32).startswith("wrong: relative RMS errors 1.0e-03")
+def test_nothing_is_timed_that_is_wrong():
+    x = torch.randn(4, 5).requires_grad_()
+    arms = dict(right=lambda x: 2 * x, wrong=lambda x: 2.002 * x, broken=lambda x: x @ x)
+    rows = timing.measure_arms(PLACE, dict(N=4), arms, ([x], [torch.ones(4, 5)]), arms["right"], 1e-4)
+    faults = {row["arm"]: row["fault"] for row in rows if row["what"] == "check"}
+    assert faults["wrong"] == "wrong: relative RMS errors 1.0e-03, 1.0e-03" and faults["broken"].startswith("RuntimeError: ")
+    assert [row["arm"] for row in rows if row["what"] != "check"] == ["right", "right"]
+
+
+def test_command_line(monkeypatch, tmp_path, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["some_op.py", *arguments, "--output", str(tmp_path / "out.json")])
+        return timing.kernel_benchmark("some_op", "Some operation.", measure, dict(cpu=[]), dict(cpu=[dict(N=8, D=4)]), dict(cpu=[dict(N=2, D=2)]))
+    def measure(place, N, D):
+        return timing.rows_in_turn(place, dict(N=N, D=D), "forward", dict(product=lambda: torch.ones(N, D) @ torch.ones(D, N)), flops=2 * N * N * D)
+    monkeypatch.setattr(timing, "require_tests", lambda *paths: None)
+    monkeypatch.setattr(timing, "ceilings", lambda device, dtype: LIMITS)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run("--seconds", "0.01", "--sizes", "N=16", "D=8") == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [(row["N"], row["D"]) for row in found["rows"]] == [(16, 4), (8, 8)] and found["capability"] is None and not found["triton_is_fastest"]
+    assert run("--quick", "--seconds", "0.01") == 0 and "| 2 | 2 | product | forward |" in capsys.readouterr().out
+    assert run("--sizes", "M=3") == 1 and "some_op.py: error: --sizes has no 'M'; there are N, D" in capsys.readouterr().err
+    assert run("--minutes", "0") == 1 and "left no time for a size" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("--sizes", "16")
 
 
 def test_decode_measures_every_arm():
@@ -63,4 +98,4 @@ def test_markdown_is_a_table():
 
 @pytest.mark.parametrize("backward, products", [(False, 2), (True, 7)])
 def test_softmax_attentions_bound_is_its_causal_products(backward, products):
-    assert topological_attention.bound_ms("softmax, PyTorch", 1000, 3, 64, 4, backward, LIMITS) == pytest.approx(1000 * products * 1000 ** 2 * 64 * 3 / 1e12)
+    assert topological_attention.bound_ms(topological_attention.SOFTMAX, 1000, 3, 64, 4, backward, LIMITS) == pytest.approx(1000 * products * 1000 ** 2 * 64 * 3 / 1e12)
