@@ -212,10 +212,11 @@ def parse_size(text: str) -> dict:
     return {name: int(value) if value.isdigit() else value for name, _, value in pairs}
 
 
-def kernel_benchmark(name: str, doc: str, measure: Callable, tests: dict[str, list[str]], sizes: dict[str, list[dict]], quick: dict[str, list[dict]], seconds: float = 1.0) -> int:
+def kernel_benchmark(name: str, doc: str, measure: Callable, tests: dict[str, list[str]], sizes: dict[str, list[dict]], quick: dict[str, list[dict]], seconds: float = 1.0,
+                     names: tuple[str, ...] = ()) -> int:
     """
     A benchmark's command line: runs its tests, measures at every size, writes benchmarks/results/<name>-<device>.json after each, prints a table. tests, sizes, quick: by the
-    device's type. Returns the exit code.
+    device's type; names: of a row's columns within which arms compete, where these are more than a size's. Returns the exit code.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few sizes, shorter timing")
@@ -237,7 +238,7 @@ def kernel_benchmark(name: str, doc: str, measure: Callable, tests: dict[str, li
                 results["left_out"].append(size)
                 continue
             results["rows"] += measure(place, **size)
-            results["triton_is_fastest"] = triton_is_fastest(results["rows"], tuple(size))
+            results["triton_is_fastest"] = triton_is_fastest(results["rows"], names or tuple(size))
             path = save(name, results, given.output)
             print(f"{', '.join(f'{key} {value}' for key, value in size.items())}: done", flush=True)
         if path is None:

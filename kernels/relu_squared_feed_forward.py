@@ -6,19 +6,22 @@ Feed-forward with the squared ReLU, whose activation is made in the epilogues of
     dx = d fc       dfc = d' x               dproj = dy' s
 
 Two kernels, one for s and one for d, each a tiled product that stores its result once; the four other products are PyTorch's. s alone is kept: max(x fc', 0)
-is sqrt(s), and the root halves the relative error that rounding s made. The trap is float16's range: the gradient of an s below 3e-8, of products below 1.7e-4,
-is 0, an s below 6e-5 has lost bits, and above 65,504, of products above 255.9, s is infinite. bfloat16 has none of this.
+is sqrt(s), and the root halves the relative error of rounding s. The trap is float16's range: an s below 3e-8, of products below 1.7e-4, is 0 and has no
+gradient, one below 6e-5 has lost bits, and one above 65,504, of products above 255.9, is infinite. bfloat16 and float32 have none of this.
 
-For N rows, e bytes a number, A = N H e bytes, passes over (N, H) matrices counted (those over x, y and the weights are the same in every form):
-    forward    2 N H (D + D_out) FLOPs     2A: write s; read s                             unfused, compiled 4A: the product is written and read, too
-    backward   4 N H (D + D_out) FLOPs     5A: read s, write d; read d, d and s            unfused, compiled 7A: so is dy proj, and the product is read for s
-    kept       A and x                                                                     unfused 2A and x
-One pass over (N, H) takes as long as D bandwidth / (rate e) FLOPs ... 
+For N rows, e bytes a number and A = N H e bytes, passes over (N, H) matrices (those over x, y, dy, dx and the weights are the same for both):
+                                           fused                                          compiled from PyTorch's operations
+    forward    2 N H (D + D_out) FLOPs     2A: write s; read s                            4A: write x fc'; read it, write s; read s
+    backward   4 N H (D + D_out) FLOPs     5A: read s, write d; read d, d and s           7A: write dy proj; read it and x fc', write d; read d, d and s
+    kept                                   A and x                                        2A and x: x fc' and s
+A pass takes e rate / (2 D bandwidth) of a product's time, 0.4 at D = 768 in bfloat16 on a card of 300 FLOPs a byte: two passes less, in each direction, pay for
+a product up to 1.8 times as slow as the library's.
 
 Sources: So et al., Primer, arxiv.org/abs/2109.08668 (the squared ReLU).
 Status: never run on a GPU; the kernels are tested in Triton's interpreter and compiled ahead of time, and their launch table is a choice, not a measurement.
 """
 
+from math import prod
 from types import SimpleNamespace
 
 import torch
@@ -121,3 +124,130 @@ LAUNCH = {
 def _launch(capability: int, dtype: torch.dtype) -> dict:
     """For a compute capability (90 for 9.0)."""
     return LAUNCH.get((capability // 10, dtype.itemsize), LAUNCH[8, dtype.itemsize])
+
+
+def _plan(result: Tensor, K: int) -> tuple[tuple[int], dict]:
+    """(grid, constants and options) of a kernel for a contiguous (N, H) result. Widths are numbers where torch.compile has symbols for them."""
+    major, minor = torch.cuda.get_device_capability(result.device) if result.is_cuda else (0, 0)
+    launch, (N, H) = _launch(10 * major + minor, result.dtype), result.shape
+    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"  # of float32 operands, as in PyTorch's products
+    return (triton.cdiv(N, launch["ROWS"]) * triton.cdiv(int(H), launch["COLUMNS"]),), dict(H=int(H), K=int(K), PRECISION=precision, **launch)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """(N, D) with any row stride and neighbouring channels, in place where that is possible."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+# ---- Host functions, each the body of its registration ----------------------------------------------------------------------------------------------------
+
+COMPILED = triton is not None and isinstance(_relu_squared_feed_forward_fwd_kernel, triton.JITFunction)
+operator = torch.library.triton_op if COMPILED else torch.library.custom_op  # torch.compile cannot look into an interpreted kernel
+wrap_triton = torch.library.wrap_triton if COMPILED else lambda kernel: kernel
+
+
+@operator("knotgpt::relu_squared_feed_forward", mutates_args=())
+def _forward_op(x: Tensor, fc: Tensor, proj: Tensor) -> tuple[Tensor, Tensor]:
+    """y, s"""
+    rows, fc = _matrix(x), _matrix(fc)
+    s = x.new_empty(rows.shape[0], fc.shape[0])
+    grid, constants = _plan(s, x.shape[-1])
+    with torch.cuda.device_of(x):
+        wrap_triton(_relu_squared_feed_forward_fwd_kernel)[grid](rows, fc, s, rows.stride(0), fc.stride(0), rows.shape[0], **constants)
+    return (s @ proj.T).view(*x.shape[:-1], proj.shape[0]), s
+
+
+@_forward_op.register_fake
+def _(x, fc, proj):
+    return x.new_empty(*x.shape[:-1], proj.shape[0]), x.new_empty(prod(x.shape[:-1]), fc.shape[0])  # Size.numel() would tie a compiled call to one N
+
+
+@operator("knotgpt::relu_squared_feed_forward_backward", mutates_args=())
+def _backward_op(dy: Tensor, proj: Tensor, s: Tensor) -> Tensor:
+    """d, of dy (N, D_out)"""
+    dy, proj, d = _matrix(dy), _matrix(proj), torch.empty_like(s)
+    grid, constants = _plan(d, dy.shape[1])
+    with torch.cuda.device_of(dy):
+        wrap_triton(_relu_squared_feed_forward_bwd_kernel)[grid](dy, proj, s, d, dy.stride(0), proj.stride(0), dy.shape[0], **constants)
+    return d
+
+
+@_backward_op.register_fake
+def _(dy, proj, s):
+    return torch.empty_like(s)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, _):
+    x, fc, proj, s = ctx.saved_tensors
+    of_x, of_fc, of_proj = ctx.needs_input_grad
+    dy = _matrix(dy)
+    d = _backward_op(dy, proj, s) if of_x or of_fc else None
+    return (d @ fc).view(x.shape) if of_x else None, d.T @ _matrix(x) if of_fc else None, dy.T @ s if of_proj else None
+
+
+_forward_op.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.knotgpt.relu_squared_feed_forward)
+def _(x, fc, proj, *_, out_shape=None, **__) -> int:
+    return 2 * prod(x[:-1]) * fc[0] * (fc[1] + proj[0])
+
+
+@register_flop_formula(torch.ops.knotgpt.relu_squared_feed_forward_backward)
+def _(dy, proj, *_, out_shape=None, **__) -> int:
+    return 2 * dy[0] * proj[0] * proj[1]
+
+
+# ---- Public function ------------------------------------------------------------------------------------------------------------------------------------
+
+BACKENDS = ("auto", "reference", "triton")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def relu_squared_feed_forward(x: Tensor, fc: Tensor, proj: Tensor, backend: str = "auto") -> Tensor:
+    """
+    max(x fc', 0)^2 proj' of every row of x, in x's dtype.
+
+    x         (..., D)      bfloat16, float16, float32 or float64; any strides (a last axis that is not contiguous is copied)
+    fc        (H, D)        weights of the hidden layer, of x's dtype
+    proj      (D_out, H)    weights of the output, of x's dtype
+    backend   "reference": PyTorch's operations; "triton": fused, no float64; "auto": triton for CUDA tensors where it can, else reference
+
+    Returns (..., D_out). The fused backend sums and squares in float32 and rounds once, to the activation that it keeps for the backward pass: in float16 the
+    gradient of one below 3e-8 is lost. float32 products use TF32 where torch.backends.cuda.matmul.allow_tf32 says so. Gradients for all three, once, and only
+    those asked for. Both backends work under torch.compile(fullgraph=True). ValueError that names the argument for a wrong shape, dtype, device or backend.
+    """
+    _check(x, fc, proj, backend)
+    if backend == "auto":
+        backend = "triton" if x.is_cuda and triton is not None and x.dtype != torch.float64 else "reference"
+    return relu_squared_feed_forward_reference(x, fc, proj) if backend == "reference" else _forward_op(x, fc, proj)[0]
+
+
+def _check(x, fc, proj, backend):
+    if not isinstance(x, Tensor) or x.dim() < 1 or x.numel() == 0:
+        raise ValueError(f"x must be a tensor (..., D), not empty; got {_describe(x)}")
+    if not isinstance(fc, Tensor) or fc.dim() != 2 or fc.shape[1] != x.shape[-1] or fc.shape[0] == 0:
+        raise ValueError(f"fc must be a tensor (H, D) with x's D = {x.shape[-1]}; got {_describe(fc)}")
+    if not isinstance(proj, Tensor) or proj.dim() != 2 or proj.shape[1] != fc.shape[0] or proj.shape[0] == 0:
+        raise ValueError(f"proj must be a tensor (D_out, H) with fc's H = {fc.shape[0]}; got {_describe(proj)}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x must be bfloat16, float16, float32 or float64; got {x.dtype}")
+    for name, weight in (("fc", fc), ("proj", proj)):
+        if weight.dtype != x.dtype or weight.device != x.device:
+            raise ValueError(f"{name} must have x's dtype and device, {x.dtype} on {x.device}; got {weight.dtype} on {weight.device}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if backend == "triton" and (triton is None or not x.is_cuda and COMPILED):
+        raise ValueError(f"backend 'triton' needs CUDA tensors and Triton; got tensors on {x.device}: use 'reference' or 'auto'")
+    if backend == "triton" and x.dtype == torch.float64:
+        raise ValueError("backend 'triton' takes no float64: use 'reference' or 'auto'")
+
+
+def _describe(x) -> str:
+    return str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__

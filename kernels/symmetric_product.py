@@ -10,7 +10,8 @@ transposed, and in one on it the elements above are those below. So s is symmetr
 on and below its diagonal only. For a batch of N, e bytes a number, where x is read from DRAM once (from L2 every program reads two blocks of rows):
     FLOPs     (T + 1) / T N m^2 k, and 3 N m^2 for alpha, beta, a      plain: 2 N m^2 k, 3 N m^2
     bytes     N e (m k + m^2), with a (T + 1) / (2 T) N e m^2 more     plain: N e (m k + m^2), with a N e m^2 more
-m = 768 in tiles of 128 takes 58 % of the plain product's FLOPs, m = 1024 takes 56 %. At k >= m there are about m FLOPs or more for a byte in bfloat16: bound by the tensor cores.
+In tiles of 128, m = 768 takes 58 % of the plain product's FLOPs and m = 1024 takes 56 %. In bfloat16 a byte has about m / 4 FLOPs where k = m, m / 5 with a, and
+m / 2 where k is far above m: at m = 768 a large card's memory and tensor cores are near their balance, and what L2 still holds of x and a decides.
 
 Sources: KellerJordan/modded-nanogpt, pull request 109 (half of the product, in Muon); Amsel et al., The Polar Express, arxiv.org/abs/2505.16932.
 Status: never run on a GPU; the kernel is tested in Triton's interpreter and compiled ahead of time, and its launch table is a choice, not a measurement.
@@ -157,7 +158,7 @@ def symmetric_product(x: Tensor, a: Tensor | None = None, alpha: float = 1.0, be
     s = alpha x x' + beta a for every matrix of a batch.
 
     x              (..., m, k)   bfloat16, float16, float32 or float64; any strides: matrices contiguous along either of the last two axes (x.mT of a contiguous
-                                 tensor is, too) are read as they are, others are copied
+                                 tensor is, too) are read as they are, others are copied; best m and k are multiples of 16 (others load number by number)
     a              (..., m, m)   symmetric (not checked: the kernel reads it on and below its diagonal only), of x's leading dimensions and dtype; None: nothing
     alpha, beta    numbers       beta must be 0 where a is None; where it is 0, a is not read
     backend        "reference": torch.baddbmm, symmetric to rounding; "triton": half of the product, symmetric to the last bit, no float64 and no gradient (an

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import decode, gated_linear_attention, residual_norm, splanifold, timing, topological_attention
+from benchmarks import decode, gated_linear_attention, norm_rotary, residual_norm, splanifold, symmetric_product, timing, topological_attention
 from benchmarks.timing import Place, in_turn, markdown, shown
 
 CPU, LIMITS = torch.device("cpu"), dict(flops=1e12, bytes=1e10)
@@ -43,6 +43,16 @@ def test_splanifold_measures_every_arm(shape):
     rows = splanifold.measure_shape(PLACE, "tiny", shape)
     assert complete(rows) and {row["arm"] for row in rows} == {"chunked", "reference", splanifold.MLP, "copy"} | ({"feature"} if shape.S == 2 else set())
     assert all(("product_share" in row) == (row["arm"] not in (splanifold.MLP, "copy")) for row in rows)
+
+
+def test_norm_rotary_measures_every_arm():
+    rows = norm_rotary.measure(PLACE, 8, 2, 16)
+    assert complete(rows) and {row["arm"] for row in rows} == {"trainer, compiled", "reference, compiled", "reference", "copy"}
+
+
+def test_symmetric_product_measures_every_form():
+    rows = symmetric_product.measure(PLACE, 2, 16, 24)
+    assert complete(rows) and [row["form"] for row in rows] == ["gram", "polynomial", "orthogonalize", "orthogonalize, compiled"] and {row["arm"] for row in rows} == {symmetric_product.PEER}
 
 
 def test_nothing_is_timed_that_is_wrong():
