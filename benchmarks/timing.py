@@ -103,14 +103,14 @@ def describe(device: torch.device) -> dict:
                                                                   capability=torch.cuda.get_device_capability() if device.type == "cuda" else None)
 
 
-def triton_is_fastest(rows: list[dict], size: tuple[str, ...], least: tuple[str, ...] = (COPY,)) -> bool:
+def triton_is_fastest(rows: list[dict], size: tuple[str, ...], others: tuple[str, ...] = (COPY,)) -> bool:
     """
-    Whether the arm "triton" took less time than every other arm but those of `least`, which do less, forward and backward at every size: what variants/fused_kernels.py
+    Whether the arm "triton" took less time than every other arm but `others`, which do something else, forward and backward at every size: what variants/fused_kernels.py
     turns a kernel on by. size: the names in a row that make the size. An arm that failed counts as infinitely slow.
     """
     times = {}
     for row in rows:
-        if row["what"] != "forward" and row["arm"] not in least:
+        if row["what"] != "forward" and row["arm"] not in others:
             arms = times.setdefault(tuple(str(row[name]) for name in size), dict(triton=float("inf")))
             arms[row["arm"]] = min(arms.get(row["arm"], float("inf")), row.get("median", float("inf")))
     return bool(times) and all(len(arms) > 1 and all(arms["triton"] < ms for arm, ms in arms.items() if arm != "triton") for arms in times.values())
@@ -213,10 +213,11 @@ def parse_size(text: str) -> dict:
 
 
 def kernel_benchmark(name: str, doc: str, measure: Callable, tests: dict[str, list[str]], sizes: dict[str, list[dict]], quick: dict[str, list[dict]], seconds: float = 1.0,
-                     names: tuple[str, ...] = ()) -> int:
+                     names: tuple[str, ...] = (), others: tuple[str, ...] = ()) -> int:
     """
     A benchmark's command line: runs its tests, measures at every size, writes benchmarks/results/<name>-<device>.json after each, prints a table. tests, sizes, quick: by the
-    device's type; names: of a row's columns within which arms compete, where these are more than a size's. Returns the exit code.
+    device's type; names: of a row's columns within which arms compete, where these are more than a size's; others: arms that do something else, with which "triton" does not compete.
+    Returns the exit code.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few sizes, shorter timing")
@@ -238,7 +239,7 @@ def kernel_benchmark(name: str, doc: str, measure: Callable, tests: dict[str, li
                 results["left_out"].append(size)
                 continue
             results["rows"] += measure(place, **size)
-            results["triton_is_fastest"] = triton_is_fastest(results["rows"], names or tuple(size))
+            results["triton_is_fastest"] = triton_is_fastest(results["rows"], names or tuple(size), (COPY, *others))
             path = save(name, results, given.output)
             print(f"{', '.join(f'{key} {value}' for key, value in size.items())}: done", flush=True)
         if path is None:

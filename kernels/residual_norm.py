@@ -24,6 +24,7 @@ beta = 0); Zhang and Sennrich, Root Mean Square Layer Normalization, arxiv.org/a
 Status: never run on a GPU; the kernels are tested in Triton's interpreter and compiled ahead of time, and their launch table is a choice, not a measurement.
 """
 
+import math
 from functools import reduce
 from types import SimpleNamespace
 from typing import Optional
@@ -300,7 +301,7 @@ def _stride(x: Tensor | None) -> int:
 
 
 def _empty_results(x: Tensor, alpha: Tensor | None, beta: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, plain = x.shape[:-1].numel(), alpha is None and beta is None
+    rows, plain = math.prod(x.shape[:-1]), alpha is None and beta is None  # .numel() would tie a compiled graph to one number of rows
     z, h = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     return z, h, x.new_empty(0 if plain else rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
 

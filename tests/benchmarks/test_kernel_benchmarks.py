@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import decode, gated_linear_attention, norm_rotary, residual_norm, splanifold, symmetric_product, timing, topological_attention
+from benchmarks import decode, gated_linear_attention, norm_rotary, relu_squared_feed_forward, residual_norm, softcapped_cross_entropy, splanifold, symmetric_product, timing, topological_attention
 from benchmarks.timing import Place, in_turn, markdown, shown
 
 CPU, LIMITS = torch.device("cpu"), dict(flops=1e12, bytes=1e10)
@@ -48,6 +48,17 @@ def test_splanifold_measures_every_arm(shape):
 def test_norm_rotary_measures_every_arm():
     rows = norm_rotary.measure(PLACE, 8, 2, 16)
     assert complete(rows) and {row["arm"] for row in rows} == {"trainer, compiled", "reference, compiled", "reference", "copy"}
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_relu_squared_feed_forward_measures_every_arm(quick):
+    rows = relu_squared_feed_forward.measure(PLACE._replace(quick=quick), 16, 8, 24)
+    assert complete(rows) and {row["arm"] for row in rows} == {"reference"} | (set() if quick else {"trainer, compiled", "reference, compiled"})
+
+
+def test_softcapped_cross_entropy_measures_every_arm():
+    rows = softcapped_cross_entropy.measure(PLACE, 16, 8, 40)
+    assert complete(rows) and {row["arm"] for row in rows} == {"trainer, compiled", "reference, compiled"}
 
 
 def test_symmetric_product_measures_every_form():
