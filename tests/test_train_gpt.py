@@ -821,3 +821,20 @@ def test_a_run_on_a_gpu(corpus, tmp_path, mode):
     curves = [[p["val_loss"] for p in json.loads((tmp_path / name / "run.json").read_text())["curve"]] for name in ("cpu", "gpu")]
     assert curves[1] == pytest.approx(curves[0], rel=0.02) and curves[1][-1] < curves[1][0] - 0.5
     assert json.loads((tmp_path / "gpu/run.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["model", "blocks", "off"])
+def test_a_step_does_not_wait_for_the_gpu(corpus, tmp_path, mode):
+    settings = dict(sequence_length=128, batch_tokens=2048, micro_batch_tokens=1024, window_short=(20,), window_long=(0,), device="cuda", compile=mode)
+    trainer = train_gpt.Trainer(train_gpt.parse_config(arguments(corpus, tmp_path, **settings)))
+    train_gpt.compile_model(trainer.model, mode)
+    rows = trainer.loader.next_batch()[0].cuda()
+    for _ in range(2):
+        trainer.train_step(rows, 0.5)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.train_step(rows, 0.6)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
