@@ -315,15 +315,15 @@ class Muon(ShardedOptimizer):
     @staticmethod
     def update(data, gradient, momentum, second, lr, decay, mu, beta2: float):
         """Nesterov momentum, orthogonalisation, NorMuon's normalisation by row, cautious weight decay, on a batch of equal matrices."""
-        momentum.mul_(mu).add_(gradient * (1 - mu))  # no lerp: its weight may not be on another device
-        update = orthogonalize((gradient * (1 - mu) + momentum * mu).to(torch.bfloat16 if data.is_cuda else torch.float32)).float()
+        gradient = gradient * (1 - mu)
+        momentum.mul_(mu).add_(gradient)  # no lerp: its weight may not be on another device
+        update, scale = orthogonalize((gradient + momentum * mu).to(torch.bfloat16 if data.is_cuda else torch.float32)).float(), max(1.0, data.shape[-2] / data.shape[-1]) ** 0.5
         if beta2:  # divide each row by its running size, then give the matrix its norm back
             norm = update.norm(dim=(-2, -1), keepdim=True)
             second.lerp_(update.square().mean(-1 if second.shape[-1] == 1 else -2, keepdim=True), 1 - beta2)
             update = update * second.clamp_min(1e-10).rsqrt()
-            update = update * (norm / update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
-        update = update * max(1.0, data.shape[-2] / data.shape[-1]) ** 0.5
-        data.sub_(lr * update + decay * data * (update * data > 0))
+            scale = scale * norm / update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10)
+        data.sub_(lr * scale * update + decay * data * (update * data > 0))
 
 class Adam(ShardedOptimizer):
     """For embeddings, the head, scalars and gates; its buckets are flat. Bias correction, cautious weight decay."""
