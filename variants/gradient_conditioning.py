@@ -25,7 +25,7 @@ reads twice more. The table with its hash and hypergradient's trajectory, a hund
 
 Source: github.com/lof310/projects (the form a G + b; no code or values); centralize: Yong et al., 2020, arxiv.org/abs/2004.01461; trust: You et al., LARS, 2017,
 arxiv.org/abs/1708.03888; orthograd: Prieto et al., 2025, arxiv.org/abs/2501.04697; hypergradient: Baydin et al., 2018, arxiv.org/abs/1703.04782
-Status: on no track yet; digits, 8 seeds: no family ahead of learning rates tuned per tensor (table -0.23 ± 0.23 points); benchmarks/gradient_conditioning.py
+Status: language model under SGD, tuned, 3 seeds: none of a G + b distinguishable, the peer normalize -0.17 (better); digits, 8 seeds: none ahead of per-tensor rates; variants/README.md
 """
 
 import hashlib
