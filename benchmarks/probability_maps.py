@@ -171,6 +171,7 @@ def interval(differences: np.ndarray) -> dict:
 def speed(device: torch.device, sizes=SIZES, numbers: int = 1 << 22, seconds: float = 0.5, compiled: bool = True) -> list[dict]:
     """A row for each size, map and kind: milliseconds forward and forward + backward."""
     rows = []
+    torch._dynamo.config.recompile_limit = 64  # one function's code stands for all maps: beyond the limit it would run eagerly, called compiled
     for n in sizes:
         x = torch.randn(max(1, numbers // n), n, device=device, requires_grad=True)
         grad = torch.randn_like(x)
