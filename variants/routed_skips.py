@@ -15,7 +15,7 @@ Cost: 12 n + n + 1 parameters for each of these layers, n reads of a stream.
 
 Source: dynamic weights over depth: Xiao et al., MUDDFormer, 2025, arxiv.org/abs/2502.12170; Pagliardini et al., DenseFormer, 2024, arxiv.org/abs/2402.02622; the maps: see there; the
 form with one mean and the trainer's skip weight: ours
-Status: not compared yet
+Status: cpu track, 250k bytes, 3 seeds: three maps without exponentials and a learned temperature not distinguishable from softmax, differences below 0.001; not compared with the baseline yet
 """
 
 from dataclasses import dataclass
