@@ -152,8 +152,8 @@ def run_kernels(run: Run) -> dict:
         if output.exists():
             found = json.loads(output.read_text())
             rows[script] |= {name: found[name] for name in ("ceilings", "dtype", "rows", "triton_is_fastest") if name in found}
-            if not run.reduced:  # where variants/fused_kernels.py looks
-                shutil.copy(output, run.output.parent / f"{script}-{slug(found['device'])}.json")
+            if not run.reduced:  # for variants/fused_kernels.py
+                shutil.copy(output, run.output.parent / f"{script}-{slug(found['device'])}-quick.json")  # beside the full run's
         run.record(kernels=rows)
     good = sum(row["status"] == PASSED for row in rows.values())
     return dict(status=PASSED if good == len(rows) else f"incomplete: {good} of {len(rows)} benchmarks passed", kernels=rows)

@@ -23,6 +23,7 @@ derived here.
 Status: never run on a GPU; the kernels are tested in Triton's interpreter and compiled ahead of time, and their launch table is a choice, not a measurement.
 """
 
+from math import prod
 from types import SimpleNamespace
 
 import torch
@@ -218,7 +219,7 @@ def norm_rotary(x: Tensor, cosine: Tensor, sine: Tensor, eps: float = 1e-6, back
 
 
 def _fits(x: Tensor) -> bool:
-    return x.shape[-1] <= WIDEST and x.shape[:3].numel() < MOST_ROWS and x.dtype != torch.float64
+    return x.shape[-1] <= WIDEST and prod(x.shape[:3]) < MOST_ROWS and x.dtype != torch.float64
 
 
 def _check(x, cosine, sine, eps, backend):

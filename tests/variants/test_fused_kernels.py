@@ -79,6 +79,9 @@ def test_auto_needs_a_measured_win(monkeypatch, tmp_path):
     write("symmetric_product-nvidia-h100", capability=[9, 0], triton_is_fastest=True)
     options = module.Options(**auto)
     assert [options.feed_forward, options.cross_entropy, options.muon, options.rotary] == ["off", "off", "on", "off"]
+    write("symmetric_product-nvidia-h100-quick", capability=[9, 0], triton_is_fastest=False)
+    with pytest.raises(ValueError, match="no kernel is on"):
+        module.Options(**auto)
 
 def test_fp8_without_its_kernel():
     with pytest.raises(train_gpt.RunError, match="fp8=on is of the cross-entropy's kernel"):
