@@ -220,24 +220,30 @@ class Bucket:
     """
     Parameters updated by one batched operation. They and their gradients become views of two stacked tensors: a step takes one reduce-scatter, one
     update of this rank's slice and one all-gather for all of them, and no copies. matrices: (n, rows, columns), whole matrices a rank; otherwise flat:
-    (numbers,), every parameter aligned to 64 numbers. state: name -> tensor of this rank's slice.
+    (numbers,), every parameter aligned to 64 numbers. state: name -> tensor of this rank's slice. parameters: name -> parameter.
     """
-    def __init__(self, parameters: list[nn.Parameter], matrices: bool, lr: float, weight_decay: float, ranks: Ranks):
-        self.parameters, self.lr, self.weight_decay, self.world, self.state = parameters, lr, weight_decay, ranks.world, {}
-        sizes = [p[..., 0, 0].numel() if matrices else p.numel() for p in parameters]
+    def __init__(self, parameters: dict[str, nn.Parameter], matrices: bool, lr: float, weight_decay: float, ranks: Ranks):
+        self.parameters, self.lr, self.weight_decay, self.world, self.state, self.places = list(parameters.values()), lr, weight_decay, ranks.world, {}, {}
+        sizes = [p[..., 0, 0].numel() if matrices else p.numel() for p in self.parameters]
         offsets = np.cumsum([0] + [size if matrices else -(-size // 64) * 64 for size in sizes]).tolist()
-        chunk, unit = -(-offsets[-1] // ranks.world), parameters[0].shape[-2:] if matrices else ()
+        chunk, unit = -(-offsets[-1] // ranks.world), self.parameters[0].shape[-2:] if matrices else ()
         self.data = torch.zeros(chunk * ranks.world, *unit, device=ranks.device)
         self.grad, self.own = torch.zeros_like(self.data), slice(ranks.rank * chunk, (ranks.rank + 1) * chunk)
-        for p, offset, size in zip(parameters, offsets, sizes):
-            self.data[offset:offset + size] = p.detach().reshape(size, *unit)
-            p.data, p.grad = (whole[offset:offset + size].view(p.shape) for whole in (self.data, self.grad))
+        for (name, p), offset, size in zip(parameters.items(), offsets, sizes):
+            self.places[name] = place = slice(offset, offset + size)
+            self.data[place] = p.detach().reshape(size, *unit)
+            p.data, p.grad = (whole[place].view(p.shape) for whole in (self.data, self.grad))
             if ranks.world > 1:
                 p.register_post_accumulate_grad_hook(self._count)
-        self.missing, self.work = 0, None  # parameters without their last gradient of this step; the reduction under way
-    def _count(self, _parameter):  # reduce when every parameter has its gradient, while the backward pass goes on
+        self.missing, self.work, self.then = 0, None, None  # parameters without their last gradient of this step; the reduction under way; what follows its start
+    def expect(self, then=None):
+        """Reduce in the coming backward pass, as soon as every parameter has its gradient; `then()` is called next."""
+        self.missing, self.then = len(self.parameters), then
+    def _count(self, _parameter):
         self.missing -= 1
-        self.missing or self._reduce()
+        if not self.missing:
+            self._reduce()
+            self.then and self.then()
     def _reduce(self):  # gloo sums whole tensors only
         self.work = REDUCE_SCATTER(self.grad[self.own], self.grad, async_op=True) if self.grad.is_cuda else dist.all_reduce(self.grad, async_op=True)
     def reduced_gradient(self) -> Tensor:
@@ -247,12 +253,20 @@ class Bucket:
             self.work.wait()
         self.missing, self.work = 0, None
         return self.grad[self.own]
-    def gather(self, own: Tensor, whole: Tensor | None = None):
-        """Join the ranks' slices, into `whole` where given; returns (whole, what to wait for)."""
-        if self.world == 1:
-            return own.clone() if whole is None else whole, None
-        whole = own.new_empty(len(own) * self.world, *own.shape[1:]) if whole is None else whole
-        return whole, ALL_GATHER(whole, own.clone(), async_op=True)
+    def gather(self, own: Tensor, whole: Tensor):
+        """Join the ranks' slices in `whole`; returns what to wait for."""
+        return ALL_GATHER(whole, own.clone(), async_op=True) if self.world > 1 else None
+    def collect(self, own: Tensor) -> dict[str, Tensor]:
+        """A tensor of this rank's slice -> each parameter's part of the whole, copied: the same for any number of ranks. Collective."""
+        whole = own if self.world == 1 else own.new_empty(len(own) * self.world, *own.shape[1:])
+        (work := self.gather(own, whole)) and work.wait()
+        return {name: whole[place].clone() for name, place in self.places.items()}
+    def distribute(self, parts: dict[str, Tensor], own: Tensor):
+        """The way back from collect."""
+        whole = own.new_zeros(len(self.data), *own.shape[1:])
+        for name, place in self.places.items():
+            whole[place] = parts[name].to(own.device)
+        own.copy_(whole[self.own])
 
 class ShardedOptimizer:
     """
@@ -260,33 +274,47 @@ class ShardedOptimizer:
     and update(data, gradient, *state, lr, decay, *hyperparameters), which changes data and state in place.
     """
     def __init__(self, buckets: list[Bucket], config: Config, wrap=lambda function: function):
-        self.buckets, self.config, self.steps, self.update = buckets, config, 0, wrap(self.update)
+        self.buckets, self.config, self.steps, self.update, self.updated = buckets, config, 0, wrap(self.update), {}
         for bucket in buckets:
             bucket.state = self.new_state(bucket.data[bucket.own])
-    @torch.no_grad()
-    def step(self, lr_factor: float, progress: float):
-        """One update at `progress` in [0, 1) of the run; a bucket's slices travel while the next is updated."""
-        self.steps, works = self.steps + 1, []
+    def start(self, lr_factor: float, progress: float, reducing: list):
+        """
+        Before a step's last backward pass: update what is reduced under it. A bucket is updated when the next one, of any optimizer, is complete, its own reduction then
+        being over or nearly so. Its parameters have all their gradients, so nothing of the pass reads them any more. reducing: shared by the optimizers, empty.
+        """
+        def then(bucket):
+            reducing.append((self, bucket))
+            if len(reducing) > 1:
+                optimizer, before = reducing.pop(0)
+                optimizer.update_bucket(before, lr_factor, progress)
         for bucket in self.buckets:
-            gradient, data, lr = bucket.reduced_gradient(), bucket.data[bucket.own], bucket.lr * lr_factor
-            # tensors of no dimension: a compiled update takes them as inputs and need not be compiled anew when they change
-            self.update(data, gradient, *bucket.state.values(), torch.tensor(lr), torch.tensor(lr * bucket.weight_decay), *self.hyperparameters(progress))
-            works.append(bucket.gather(data, bucket.data)[1])
-            bucket.grad.zero_()
-        for work in works:
+            bucket.expect(lambda bucket=bucket: then(bucket))
+    @torch.no_grad()
+    def update_bucket(self, bucket: Bucket, lr_factor: float, progress: float):
+        gradient, data, lr = bucket.reduced_gradient(), bucket.data[bucket.own], bucket.lr * lr_factor
+        # tensors of no dimension: a compiled update takes them as inputs and need not be compiled anew when they change
+        self.update(data, gradient, *bucket.state.values(), torch.tensor(lr), torch.tensor(lr * bucket.weight_decay), *self.hyperparameters(progress))
+        self.updated[bucket] = bucket.gather(data, bucket.data)
+        bucket.grad.zero_()
+    def step(self, lr_factor: float, progress: float):
+        """One update at `progress` in [0, 1) of the run, or what start() has left of it; a bucket's slices travel while the next is updated."""
+        for bucket in self.buckets:
+            bucket in self.updated or self.update_bucket(bucket, lr_factor, progress)
+        for work in self.updated.values():
             work and work.wait()
+        self.steps, self.updated = self.steps + 1, {}
     def state_dict(self) -> dict:
         """A copy of the whole state, the same on every rank. Collective."""
-        gathered = [{name: bucket.gather(tensor) for name, tensor in bucket.state.items()} for bucket in self.buckets]
-        for _, work in (item for state in gathered for item in state.values()):
-            work and work.wait()
-        return dict(steps=self.steps, buckets=[{name: whole for name, (whole, _) in state.items()} for state in gathered])
+        state = {}
+        for bucket in self.buckets:
+            for name, own in bucket.state.items():
+                state.setdefault(name, {}).update(bucket.collect(own))
+        return dict(steps=self.steps, state=state)
     def load_state_dict(self, saved: dict):
         self.steps = saved["steps"]
-        for bucket, state in zip(self.buckets, saved["buckets"], strict=True):
-            for name, tensor in bucket.state.items():  # the padding at the end depends on the number of ranks
-                part = state[name][bucket.own]
-                tensor.zero_()[:len(part)] = part.to(tensor.device)
+        for bucket in self.buckets:
+            for name, own in bucket.state.items():
+                bucket.distribute(saved["state"][name], own)
 
 # Coefficients of the Polar Express paper for five steps, with its safety factor of 2 %.
 POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462), (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -331,7 +359,7 @@ class Adam(ShardedOptimizer):
         return dict(mean=torch.zeros_like(own), square=torch.zeros_like(own))
     def hyperparameters(self, progress: float) -> tuple:
         betas = self.config.adam_beta1, self.config.adam_beta2
-        return *betas, *(torch.tensor(1 - beta ** self.steps) for beta in betas)
+        return *betas, *(torch.tensor(1 - beta ** (self.steps + 1)) for beta in betas)
     @staticmethod
     def update(data, gradient, mean, square, lr, decay, beta1: float, beta2: float, correction1, correction2):
         mean.lerp_(gradient, 1 - beta1)
@@ -343,13 +371,19 @@ def build_optimizers(model: nn.Module, config: Config, ranks: Ranks) -> list[Sha
     """
     Muon for the matrices of blocks, Adam for the rest. A parameter's own attributes override this: .optimizer ("muon", "adam", "adam_embed",
     "adam_head"), .lr_mul, .wd_mul (Muon's 1, Adam's 0). Muon takes a parameter of three dimensions as a batch of matrices.
+    The trainer calls start, step, state_dict and load_state_dict of what this returns.
     """
     rates, groups = dict(muon=config.lr_matrix, adam=config.lr_scalar, adam_embed=config.lr_embed, adam_head=config.lr_head), {}
+    # Several ranks: a bucket of matrices for every few layers, up to four, so that all but the first layers' are reduced and updated while the backward pass goes
+    # on. As many layers as a multiple of the ranks, counted from the last one: where each has one matrix of a shape, every rank gets equally many.
+    deep = -(-config.layers // (4 * ranks.world)) * ranks.world if ranks.world > 1 else config.layers
     for name, p in model.named_parameters():
         kind = getattr(p, "optimizer", "muon" if p.ndim >= 2 and name.startswith("blocks.") else "adam")
         if kind not in rates or kind == "muon" and p.ndim < 2:
             raise RunError(f"parameter {name} of shape {tuple(p.shape)} asks for optimizer {kind!r}; there are {', '.join(rates)}, and muon takes matrices only")
-        groups.setdefault((kind, getattr(p, "lr_mul", 1.0), getattr(p, "wd_mul", float(kind == "muon")), p.shape[-2:] if kind == "muon" else None), []).append(p)
+        layer = int(name.split(".")[1]) if name.startswith("blocks.") else 0
+        matrix = (p.shape[-2:], (config.layers - 1 - layer) // deep) if kind == "muon" else None
+        groups.setdefault((kind, getattr(p, "lr_mul", 1.0), getattr(p, "wd_mul", float(kind == "muon")), matrix), {})[name] = p
     matrices, numbers = [], []
     for (kind, lr_mul, wd_mul, _), parameters in groups.items():
         (matrices if kind == "muon" else numbers).append(Bucket(parameters, kind == "muon", rates[kind] * lr_mul, config.weight_decay * wd_mul, ranks))
@@ -1019,17 +1053,18 @@ class Trainer:
             torch.cuda.set_rng_state(saved["rng"][1])
     def train_step(self, rows: Tensor, progress: float) -> Tensor:
         """One optimizer step on this rank's rows (n, T + 1), at progress in [0, 1); returns this rank's mean loss, without waiting for the device."""
-        loss, parts = 0.0, rows.split(self.micro_rows)
+        loss, parts, lr_factor = 0.0, rows.split(self.micro_rows), min(1.0, (1 - progress) / max(self.config.decay_fraction, 1e-9))
         self.model.set_windows(progress)
         for index, part in enumerate(parts):
             if index == len(parts) - 1 and self.ranks.world > 1:
-                for bucket in (bucket for optimizer in self.optimizers for bucket in optimizer.buckets):
-                    bucket.missing = len(bucket.parameters)
+                reducing = []
+                for optimizer in self.optimizers:
+                    optimizer.start(lr_factor, progress, reducing)
             part_loss = self.model(part[:, :-1].contiguous(), part[:, 1:].contiguous())
             (part_loss / (len(parts) * self.ranks.world)).backward()
             loss = loss + part_loss.detach() / len(parts)
         for optimizer in self.optimizers:
-            optimizer.step(min(1.0, (1 - progress) / max(self.config.decay_fraction, 1e-9)), progress)
+            optimizer.step(lr_factor, progress)
         return loss
     @torch.no_grad()
     def validate(self, batches: np.ndarray) -> float:

@@ -203,6 +203,11 @@ class ConditionedOptimizer:
                                "use base=sgd or learn=scale, shift other tensors only, or add allow_shift_muon=on")
         return pairs
 
+    def start(self, lr_factor: float, progress: float, reducing: list):
+        """Gradients are reduced under the backward pass; their conditioning may need all of them."""
+        for bucket in self.buckets:
+            bucket.expect()
+
     @torch.no_grad()
     def step(self, lr_factor: float, progress: float):
         """One update at `progress` in [0, 1) of the run."""
@@ -294,18 +299,15 @@ class ConditionedOptimizer:
 
     def state_dict(self) -> dict:
         """A copy of the whole state, the same on every rank. Collective."""
-        gathered = [bucket.gather(sums) for bucket, sums in zip(self.buckets, self.sums)]
-        for _, work in gathered:
-            work and work.wait()
+        sums = {name: part for bucket, own in zip(self.buckets, self.sums) for name, part in bucket.collect(own).items()}
         return dict(steps=self.steps, lr_factor=self.lr_factor, theta=self.theta.clone(), shifts=self.shifts.clone(), trajectory=list(self.trajectory),
-                    sums=[whole for whole, _ in gathered], optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
+                    sums=sums, optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
 
     def load_state_dict(self, saved: dict):
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        for bucket, sums, whole in zip(self.buckets[:len(self.sums)], self.sums, saved["sums"], strict=True):  # the padding at the end depends on the number of ranks
-            part = whole[bucket.own]
-            sums.zero_()[:len(part)] = part.to(sums.device)
+        for bucket, own in zip(self.buckets, self.sums):
+            bucket.distribute(saved["sums"], own)
         self.steps, self.lr_factor, self.trajectory = saved["steps"], saved["lr_factor"], list(saved["trajectory"])
         if self.sums:
             self.theta, self.shifts = (saved[name].to(self.theta) for name in ("theta", "shifts"))
@@ -314,8 +316,8 @@ class ConditionedOptimizer:
 def sgd_for_all(model: nn.Module, config: Config, ranks: Ranks, options: Options) -> list[ShardedOptimizer]:
     """One SGD for every parameter; .lr_mul and .wd_mul of a parameter count, .optimizer does not."""
     groups = {}
-    for p in model.parameters():
-        groups.setdefault((getattr(p, "lr_mul", 1.0), getattr(p, "wd_mul", 1.0)), []).append(p)
+    for name, p in model.named_parameters():
+        groups.setdefault((getattr(p, "lr_mul", 1.0), getattr(p, "wd_mul", 1.0)), {})[name] = p
     lr = options.lr or config.lr_matrix
     return [SGD([Bucket(own, False, lr * lr_mul, options.weight_decay * wd_mul, ranks) for (lr_mul, wd_mul), own in groups.items()], config, options.momentum)]
 
