@@ -6,7 +6,7 @@ A symbolic chain-of-thought language for very small models: problems, traces tha
                                      [--sequence_length 512] [--loss_on all] [--seed 1]
     python data/symbolic_language.py show [--count 1] [the task's options, as above]                       a few examples of every family as text
     python data/symbolic_language.py check FILE [--rendering symbolic] [--digit_order most]                a program on every line; a verdict on every line
-    python data/symbolic_language.py evaluate --checkpoint FILE... [--data DIR] [--count 1000] [--seed 1] [--device auto]
+    python data/symbolic_language.py evaluate --checkpoint FILE... [--data DIR] [--count 1000] [--length_count 1000] [--seed 1] [--device auto]
 
     program := stmt* '{' stmt* '}' 'qed' '.'
     stmt    := 'hyp' id ':' (type | prop) '.' | 'assume' id ':' prop '.' | 'let' id ':=' term '.' | 'show' prop '.'
@@ -810,8 +810,8 @@ def tables(tests: list[dict], task: Task) -> dict[tuple[str, str], dict]:
     return {key: summary(groups[key], task) for key in sorted(groups, key=lambda key: (order.index(key[0]), key[1][0]))}
 
 
-def read_tests(folder: Path, count: int, seed: int) -> tuple[Task, list[dict]]:
-    """(task, tests) of a data folder: `count` of every family and set, or all. RunError if it holds none or another version's."""
+def read_tests(folder: Path, count: int, seed: int, length_count: int | None = None) -> tuple[Task, list[dict]]:
+    """(task, tests) of a data folder: `count` of every family, `length_count` (None: as many) in each of its length sets, or all. RunError if it holds none or another version's."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         task, vocabulary = Task(**meta["symbolic_language"]), meta["vocabulary"]
@@ -820,12 +820,14 @@ def read_tests(folder: Path, count: int, seed: int) -> tuple[Task, list[dict]]:
         raise RunError(f"{folder} does not hold a task of the symbolic language; give --data a folder that data/symbolic_language.py made") from None
     if vocabulary != hashlib.sha256("\n".join(VOCABULARY).encode()).hexdigest():
         raise RunError(f"{folder} was made with another vocabulary; make it again, or use the version that made it")
-    if count < 1:
-        raise RunError(f"--count must be at least 1, got {count}")
+    length_count = count if length_count is None else length_count
+    for name, number in (("count", count), ("length_count", length_count)):
+        if number < 1:
+            raise RunError(f"--{name} must be at least 1, got {number}")
     groups = {}
     for test in random.Random(seed).sample(tests, len(tests)):
         groups.setdefault((test["family"], test["part"]), []).append(test)
-    return task, [test for group in groups.values() for test in group[:count]]
+    return task, [test for (_, part), group in groups.items() for test in group[:count if part == "test" else length_count]]
 
 
 def solve(decoder: Callable[[int], Decoder], task: Task, tests: list[dict]) -> list[dict]:
@@ -837,15 +839,15 @@ def solve(decoder: Callable[[int], Decoder], task: Task, tests: list[dict]) -> l
     return [marked(task, test, [VOCABULARY[token] for token in tokens]) for test, tokens in zip(tests, completions)]
 
 
-def evaluate(checkpoint: str, data: str = "", count: int = 1000, seed: int = 1, device: str = "auto") -> dict[tuple[str, str], dict]:
+def evaluate(checkpoint: str, data: str = "", count: int = 1000, seed: int = 1, device: str = "auto", length_count: int | None = None) -> dict[tuple[str, str], dict]:
     """
-    tables() of a checkpoint's model, on `count` tests of every family and set, drawn by the seed. data: folder with the tests (default: the checkpoint's).
-    RunError if the checkpoint or the tests cannot be read or do not fit.
+    tables() of a checkpoint's model, on `count` tests of every family, drawn by the seed, and `length_count` (None: as many) in each of its length sets, which are the
+    longest to answer. data: folder with the tests (default: the checkpoint's). RunError if the checkpoint or the tests cannot be read or do not fit.
     """
     saved = read_checkpoint(checkpoint)
     config = config_of(saved, checkpoint)
     config = replace(config, compile="off", device=device, data=data or config.data)
-    task, tests = read_tests(find_shards(config, "train")[0].parent, count, seed)
+    task, tests = read_tests(find_shards(config, "train")[0].parent, count, seed, length_count)
     if config.vocab_size != VOCAB_SIZE:
         raise RunError(f"{checkpoint} was trained on {config.vocab_size} token ids, and the symbolic language has {VOCAB_SIZE}; give a checkpoint of a run on {config.data}")
     ranks = Ranks.start(config)
@@ -899,7 +901,7 @@ def run_check(options: argparse.Namespace) -> int:
 
 def run_evaluate(options: argparse.Namespace) -> int:
     for checkpoint in options.checkpoint:
-        for (family, part), row in evaluate(checkpoint, options.data, options.count, options.seed, options.device).items():
+        for (family, part), row in evaluate(checkpoint, options.data, options.count, options.seed, options.device, options.length_count).items():
             shares = ", ".join(f"{mark} {row[mark][0]:.4f} [{row[mark][1]:.4f}, {row[mark][2]:.4f}]" if row[mark] else f"{mark} -" for mark in ("exact", "valid", "joint", "identical"))
             print(f"{checkpoint}: {family} {part}: {shares}; majority {row['majority']:.4f}, random {row['random']:.4f}; {row['tokens']:.1f} tokens, {row['count']:,} problems", flush=True)
     return 0
@@ -931,6 +933,7 @@ def main(argv: list[str] | None = None) -> int:
     evaluating.add_argument("--checkpoint", nargs="+", required=True, metavar="FILE", help="checkpoints of the trainer")
     evaluating.add_argument("--data", default="", help="folder with the tests (default: the checkpoint's)")
     evaluating.add_argument("--count", type=int, default=1000, help="tests of every family and set")
+    evaluating.add_argument("--length_count", type=int, help="of the sets of longer problems (default: as many)")
     evaluating.add_argument("--device", choices=train_gpt.CHOICES["device"], default="auto")
     options = parser.parse_args(argv)
     try:

@@ -561,6 +561,8 @@ def test_evaluate_a_checkpoint(tmp_path, capsys, variant):
     assert found == evaluate(checkpoint, data=str(tmp_path), count=4)
     assert [key for key in found if key[0] == "all"] == [("all", "test"), ("all", "x1.5"), ("all", "x2")] and found["all", "test"]["count"] == 8
     assert found["all", "test"]["joint"][0] == 0 and found["all", "test"]["tokens"] > 20
+    fewer = evaluate(checkpoint, count=4, length_count=1)
+    assert fewer["all", "test"] == found["all", "test"] and [fewer["all", part]["count"] for part in ("x1.5", "x2")] == [2, 2]
     capsys.readouterr()
     assert language.main(["evaluate", "--checkpoint", checkpoint, "--count", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -598,6 +600,8 @@ def test_a_folder_of_another_version(tmp_path):
     make(tmp_path, Task(families=("add",), digits=2, depth=2), 2, 2, 2, 1)
     with pytest.raises(RunError, match="--count must be at least 1, got 0"):
         read_tests(tmp_path, 0, 1)
+    with pytest.raises(RunError, match="--length_count must be at least 1, got 0"):
+        read_tests(tmp_path, 1, 1, 0)
     meta = json.loads((tmp_path / "meta.json").read_text())
     (tmp_path / "meta.json").write_text(json.dumps(meta | dict(vocabulary="")))
     with pytest.raises(RunError, match="was made with another vocabulary; make it again, or use the version that made it"):
