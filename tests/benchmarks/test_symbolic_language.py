@@ -1,10 +1,11 @@
 """The comparison of renderings: its corpora, one run, the rule of its verdict, its tables."""
 import json
+from dataclasses import replace
 
 import pytest
 
 from benchmarks import symbolic_language as benchmark
-from data import symbolic_language as language
+from data import symbolic_language as language, symbolic_proofs as proofs
 from train_gpt import RunError, open_shard
 
 TINY = language.Task(families=("add", "order"), digits=2, depth=3, sequence_length=512)
@@ -19,21 +20,21 @@ def made(tmp_path_factory):
 def documents(folder, task) -> list[str]:
     """The normalised problems of a corpus, in its order."""
     file, = folder.glob("*train*.bin")
-    words = [language.VOCABULARY[token] if token < len(language.VOCABULARY) else "|" for token in open_shard(file)]
-    texts = [text.split() for text in " ".join(word for word in words if word != language.PAD).split("|") if text.strip()]
-    return [language.normalised(language.Parser(language.symbolic_words(text, task.rendering), task.digit_order).program()[0]) for text in texts]
+    words = [proofs.VOCABULARY[token] if token < len(proofs.VOCABULARY) else "|" for token in open_shard(file)]
+    texts = [text.split() for text in " ".join(word for word in words if word != proofs.PAD).split("|") if text.strip()]
+    return [proofs.normalised(proofs.Parser(proofs.symbolic_words(text, task.rendering), task.digit_order).program()[0]) for text in texts]
 
 
 def test_equal_problems_and_equal_tokens(made):
     folder, facts = made
-    found = {rendering: documents(folder / f"{rendering}-problems", language.replace(TINY, rendering=rendering)) for rendering in ("symbolic", "english", "lean_like")}
+    found = {rendering: documents(folder / f"{rendering}-problems", replace(TINY, rendering=rendering)) for rendering in ("symbolic", "english", "lean_like")}
     assert len(found["symbolic"]) == 150 and found["symbolic"] == found["english"] == found["lean_like"]
     tokens = facts["symbolic", "problems"]["tokens"]
     assert facts["english", "problems"]["tokens"] > facts["lean_like", "problems"]["tokens"] > tokens > facts["answer_only", "problems"]["tokens"]
     for rendering, more in (("english", False), ("lean_like", False), ("answer_only", True)):
         arm = facts[rendering, "tokens"]
         assert arm["tokens"] == tokens and (arm["problems"] > 150) is more
-        own = documents(folder / f"{rendering}-tokens", language.replace(TINY, rendering=rendering)) if rendering != "answer_only" else None
+        own = documents(folder / f"{rendering}-tokens", replace(TINY, rendering=rendering)) if rendering != "answer_only" else None
         assert own is None or own == found["symbolic"][:len(own)]
         assert sum(len(open_shard(file)) for file in (folder / f"{rendering}-tokens").glob("*train*.bin")) >= tokens - 512
 

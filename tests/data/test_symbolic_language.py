@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import train_gpt
-from data import symbolic_language as language
-from data.symbolic_language import FAMILIES, IDS, PAD, TEMPLATES, VOCAB_SIZE, VOCABULARY, Parser, Task, check, complete, drawn, evaluate, make, marked, normalised, \
-    packed, problems, read_tests, rendered, solve, split_of, split_words, symbolic_words, tables, held_out, wilson, written
+from data import symbolic_language as language, symbolic_proofs as proofs
+from data.symbolic_language import FAMILIES, Task, complete, drawn, evaluate, held_out, make, marked, packed, problems, read_tests, solve, tables, wilson
+from data.symbolic_proofs import IDS, PAD, TEMPLATES, VOCAB_SIZE, VOCABULARY, Parser, check, normalised, rendered, split_of, split_words, symbolic_words, written
 from train_gpt import Config, RunError, TokenLoader, open_shard, validation_batches
 
 SCRIPT = Path(language.__file__)
@@ -47,7 +47,7 @@ def random_type(rng):
 
 def random_term(rng, depth):
     inner = lambda: random_term(rng, depth - 1)
-    kinds = [lambda: rng.randrange(1000), lambda: rng.choice(language.VARIABLES + language.SETS)]
+    kinds = [lambda: rng.randrange(1000), lambda: rng.choice(proofs.VARIABLES + proofs.SETS)]
     if depth:
         kinds += [lambda: (rng.choice(["+", "*", "mod"]), inner(), inner()), lambda: ("set", *(inner() for _ in range(rng.randint(1, 3)))), lambda: ("card", inner()),
                   lambda: ("prod", rng.choice("ijk"), inner(), inner()), lambda: ("st", rng.choice("ijk"), random_type(rng), random_prop(rng, depth - 1))]
@@ -56,10 +56,10 @@ def random_term(rng, depth):
 
 def random_prop(rng, depth):
     inner, term = lambda: random_prop(rng, depth - 1), lambda: random_term(rng, max(depth - 1, 0))
-    kinds = [lambda: rng.choice(language.PROPOSITIONS), lambda: (rng.choice(["=", "<>", ">", "divides", "in", "notin"]), term(), term())]
+    kinds = [lambda: rng.choice(proofs.PROPOSITIONS), lambda: (rng.choice(["=", "<>", ">", "divides", "in", "notin"]), term(), term())]
     if depth:
         kinds += [lambda: (rng.choice(["=>", "/\\"]), inner(), inner()), lambda: ("not", inner()), lambda: (rng.choice(["forall", "exists"]), rng.choice("ijk"), random_type(rng), inner()),
-                  lambda: ("apply", rng.choice(language.PROPOSITIONS), term())]
+                  lambda: ("apply", rng.choice(proofs.PROPOSITIONS), term())]
     return rng.choice(kinds)()
 
 
@@ -170,7 +170,7 @@ PROVEN = [
 
 @pytest.mark.parametrize("text", PROVEN)
 def test_programs_that_hold(text):
-    assert check(parse(text)) == check(parse(text), ordered=False) == language.Verdict(True, True)
+    assert check(parse(text)) == check(parse(text), ordered=False) == proofs.Verdict(True, True)
 
 
 @pytest.mark.parametrize("text, fault", [
@@ -208,7 +208,7 @@ def test_programs_that_do_not(text, fault):
 
 def test_a_valid_trace_with_a_wrong_answer():
     verdict = check(parse(EXAMPLE.replace("x = 1 3 2", "x = 1 3 3")))
-    assert verdict == language.Verdict(True, False, "x = 1 3 3 does not follow")
+    assert verdict == proofs.Verdict(True, False, "x = 1 3 3 does not follow")
 
 
 def test_order_counts_but_for_shuffled_traces():
@@ -227,7 +227,7 @@ def test_a_corrupted_step_fails():
             if keyword != "step":
                 continue
             before, after, binding, rule = parts
-            wrong = after + 1 if isinstance(after, int) else ("+", after, 1) if not language.is_prop(after) else ("=", 1, 2) if rule == "calc" else \
+            wrong = after + 1 if isinstance(after, int) else ("+", after, 1) if not proofs.is_prop(after) else ("=", 1, 2) if rule == "calc" else \
                 (">", after[1], after[1]) if after[0] == ">" else "p63" if after != "p63" else "p62"
             changed = (*block[:i], ("step", before, wrong, binding, rule), *block[i + 1:])
             assert not check((facts, changed)).valid and not check((facts, changed), ordered=False).valid, (problem, changed[i])
@@ -319,7 +319,7 @@ def test_answers(family):
         elif family == "contra":
             no, = (fact[1] for _, _, fact in facts if fact[0] == "not")
             start = [fact for fact in facts if fact[2][0] == "=>"]
-            refuted = {p for p in language.PROPOSITIONS if no in closure([*start, ("hyp", "h0", p)])} - {no}
+            refuted = {p for p in proofs.PROPOSITIONS if no in closure([*start, ("hyp", "h0", p)])} - {no}
             assert answer[0] == "not" and [p for p in refuted if not any(fact[2] == p for _, _, fact in start)] == [answer[1]] and len(refuted) == difficulty
             truths.add(len(facts) > difficulty + 1)
         else:
