@@ -673,10 +673,13 @@ class GPT(nn.Module):
                     mask.stretches = mask_stretches(first_key, window, self.dtype)
             layers.append(shared[window])
         return layers
+    def look_up(self, tokens: Tensor) -> list[Tensor]:
+        """Rows (B, T, model_dim) of the embedding and of every table of value embeddings, in the activations' dtype."""
+        return [table(tokens).to(self.dtype) for table in (self.embedding, *self.value_embeddings)]
     def embed(self, tokens: Tensor, masks: list[AttentionMask], start: int = 0) -> tuple[Tensor, list[AttentionContext]]:
         """Tokens (B, T), the first of them at `start` in its row -> the stream (B, T, model_dim) and the layers' contexts. Nothing passes the start of a document."""
         config, index = self.config, torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        x = self.embedding(tokens).to(self.dtype)
+        x, *values = self.look_up(tokens)
         inside = (index > 0) & (tokens != config.end_of_text if config.document_mask else True)
         if self.smear_gate is not None:
             gate = self.smear_scale.type_as(x) * torch.sigmoid(self.smear_gate(x[..., :GATE_CHANNELS])) * inside[..., None]
@@ -688,8 +691,7 @@ class GPT(nn.Module):
         x = self.embedding_norm(x)
         angles = index[:, None] * self.frequencies
         rotary = (angles.cos(), angles.sin()) if config.rope != "none" else None
-        values = [table(tokens).to(self.dtype) for table in self.value_embeddings] + [None]
-        return x, [AttentionContext(mask, rotary, x, values[-1 if (table := value_table(config, layer)) is None else table]) for layer, mask in enumerate(masks)]
+        return x, [AttentionContext(mask, rotary, x, None if (table := value_table(config, layer)) is None else values[table]) for layer, mask in enumerate(masks)]
     def run_blocks(self, x: Tensor, contexts: list[AttentionContext]) -> Tensor:
         """The order of the blocks. contexts: one a layer."""
         streams, n = [], len(self.blocks)

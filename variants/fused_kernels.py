@@ -5,6 +5,7 @@ The baseline's own arithmetic in fused Triton kernels, each where it was measure
     cross_entropy   the head's loss and its gradients from the logits of some tokens at a time; fp8=on: its products in float8 (Hopper or newer)
     muon            half of each symmetric product of the orthogonalisation
     rotary          QK-norm and rotary positions in one pass over q and k
+    embedding       rows of all tables and their cast in one pass, gradients without atomic additions, tokens sorted once for all tables
 
 Each option is on, off or auto: on where every result file of the kernel in benchmarks/results/ from a GPU of this compute capability, and at least one, has it
 ahead of all other arms, forward and backward, at every size. On a CPU, on takes the kernels' plain references: it shows that nothing else changes. A variant that replaces
@@ -13,7 +14,7 @@ the same part is refused as a collision (turn the option off); a feed-forward or
 Cost: no parameter; FLOPs as the baseline's, but muon's products, of which it takes 56 to 67 % at 384 channels or more. Memory: the feed-forward keeps its hidden
 activations once where the baseline's keeps them twice.
 
-Source: kernels/relu_squared_feed_forward.py, softcapped_cross_entropy.py, symmetric_product.py and norm_rotary.py, which name theirs
+Source: kernels/relu_squared_feed_forward.py, softcapped_cross_entropy.py, symmetric_product.py, norm_rotary.py and embedding_lookup.py, which name theirs
 Status: never run on a GPU, so auto turns nothing on yet
 """
 
@@ -24,16 +25,19 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import Embedding
 
 import train_gpt
+from kernels.embedding_lookup import embedding_lookup
 from kernels.norm_rotary import norm_rotary
 from kernels.relu_squared_feed_forward import relu_squared_feed_forward
 from kernels.softcapped_cross_entropy import softcapped_cross_entropy
 from kernels.symmetric_product import symmetric_product
-from train_gpt import MLP, AttentionContext, CausalSelfAttention, LanguageModelHead, Linear
+from train_gpt import GPT, MLP, AttentionContext, CausalSelfAttention, LanguageModelHead, Linear
 
 Choice = Literal["auto", "on", "off"]
-KERNELS = dict(feed_forward="relu_squared_feed_forward", cross_entropy="softcapped_cross_entropy", muon="symmetric_product", rotary="norm_rotary")
+KERNELS = dict(feed_forward="relu_squared_feed_forward", cross_entropy="softcapped_cross_entropy", muon="symmetric_product", rotary="norm_rotary",
+               embedding="embedding_lookup")
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks/results"
 
 @dataclass
@@ -42,6 +46,7 @@ class Options:
     cross_entropy: Choice = "on"
     muon: Choice = "on"
     rotary: Choice = "on"
+    embedding: Choice = "on"
     fp8: bool = False
 
     def __post_init__(self):
@@ -69,6 +74,12 @@ def heads(self, x: Tensor, ctx: AttentionContext) -> tuple[Tensor, Tensor, Tenso
     q, k, v = (linear(x).unflatten(-1, (-1, self.config.head_dim)) for linear in (self.q, self.k, self.v))
     return norm_rotary(q, *ctx.rotary), norm_rotary(k, *ctx.rotary), self.mix_value(v, ctx)
 
+def look_up(self, tokens: Tensor) -> list[Tensor]:
+    tables = [self.embedding, *self.value_embeddings]
+    if any(type(table) is not Embedding for table in tables):
+        return plain_look_up(self, tokens)
+    return embedding_lookup(tokens, [table.weight for table in tables], self.dtype)
+
 def cross_entropy(fp8: bool):
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         if targets is None or not torch.is_grad_enabled() or type(self.projection) is not Linear:
@@ -77,13 +88,15 @@ def cross_entropy(fp8: bool):
         return softcapped_cross_entropy(x, self.projection.weight, targets, self.softcap, self.chunk, fp8=fp8 and x.is_cuda) / len(targets)
     return forward
 
-plain_feed_forward, plain_heads, plain_cross_entropy = MLP.forward, CausalSelfAttention.heads, LanguageModelHead.forward
+plain_feed_forward, plain_heads, plain_look_up, plain_cross_entropy = MLP.forward, CausalSelfAttention.heads, GPT.look_up, LanguageModelHead.forward
 
 def patch(options: Options):
     if options.feed_forward == "on":
         train_gpt.MLP.forward = feed_forward
     if options.rotary == "on":
         train_gpt.CausalSelfAttention.heads = heads
+    if options.embedding == "on":
+        train_gpt.GPT.look_up = look_up
     if options.muon == "on":
         train_gpt.symmetric_product = symmetric_product
     if options.cross_entropy == "on":

@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from benchmarks import decode, gated_linear_attention, norm_rotary, relu_squared_feed_forward, residual_norm, softcapped_cross_entropy, splanifold, symmetric_product, timing, topological_attention
+from benchmarks import decode, embedding_lookup, gated_linear_attention, norm_rotary, relu_squared_feed_forward, residual_norm, softcapped_cross_entropy
+from benchmarks import splanifold, symmetric_product, timing, topological_attention
 from benchmarks.timing import Place, in_turn, markdown, shown
 
 CPU, LIMITS = torch.device("cpu"), dict(flops=1e12, bytes=1e10)
@@ -48,6 +49,11 @@ def test_splanifold_measures_every_arm(shape):
 def test_norm_rotary_measures_every_arm():
     rows = norm_rotary.measure(PLACE, 8, 2, 16)
     assert complete(rows) and {row["arm"] for row in rows} == {"trainer, compiled", "reference, compiled", "reference", "copy"}
+
+
+def test_embedding_lookup_measures_every_arm():
+    rows = embedding_lookup.measure(PLACE, 64, 40, 8, 2)
+    assert complete(rows) and {row["arm"] for row in rows} == {"trainer, compiled", "trainer", "copy"}
 
 
 @pytest.mark.parametrize("quick", [True, False])

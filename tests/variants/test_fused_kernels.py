@@ -30,20 +30,21 @@ def losses_of(specs: tuple, ranks=ALONE, steps: int = 5, mode: str = "off", **gi
             losses.append(loss.item())
     return losses
 
-@pytest.mark.parametrize("kernel", ["feed_forward", "cross_entropy", "muon", "rotary"])
+@pytest.mark.parametrize("kernel", list(variants.load(ALL).KERNELS))
 def test_the_same_losses(kernel):
-    spec = ",".join(f"{name}={'on' if name == kernel else 'off'}" for name in ("feed_forward", "cross_entropy", "muon", "rotary"))
+    spec = ",".join(f"{name}={'on' if name == kernel else 'off'}" for name in variants.load(ALL).KERNELS)
     baseline = losses_of((), steps=10)  # few: differences of rounding grow as training goes on
     assert baseline[-1] < 0.9 * baseline[0]
     assert losses_of((f"{ALL}:{spec}",), steps=10) == pytest.approx(baseline, rel=1e-4)
 
 def test_every_kernel_is_called(monkeypatch):
     module, called = variants.load(ALL), []
-    for name in ("relu_squared_feed_forward", "softcapped_cross_entropy", "norm_rotary", "symmetric_product"):
+    for name in ("relu_squared_feed_forward", "softcapped_cross_entropy", "norm_rotary", "symmetric_product", "embedding_lookup"):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *given, name=name, function=function, **options: called.append(name) or function(*given, **options))
     losses_of((ALL,), steps=1)
-    assert {name: called.count(name) for name in set(called)} == dict(relu_squared_feed_forward=4, softcapped_cross_entropy=1, norm_rotary=8, symmetric_product=2 * 5 * len(MUON_BUCKETS))
+    assert {name: called.count(name) for name in set(called)} == dict(
+        relu_squared_feed_forward=4, softcapped_cross_entropy=1, norm_rotary=8, symmetric_product=2 * 5 * len(MUON_BUCKETS), embedding_lookup=1)
 
 MUON_BUCKETS = ((32, 32), (64, 32), (32, 64))  # q k v o; fc; proj
 
@@ -58,6 +59,17 @@ def test_replaced_linear_layers_are_left_alone(monkeypatch):
     monkeypatch.setattr(train_gpt, "Linear", Doubled)
     assert losses_of((ALL,), steps=5) == pytest.approx(losses_of((), steps=5), rel=1e-4)
 
+def test_replaced_tables_are_left_alone(monkeypatch):
+    class Doubled(torch.nn.Embedding):
+        def forward(self, tokens):
+            return 2 * super().forward(tokens)
+    monkeypatch.setattr(torch.nn, "Embedding", Doubled)
+    baseline = losses_of((), steps=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn, "Embedding", Doubled.__base__)
+        assert losses_of((), steps=3) != baseline
+    assert losses_of((f"{ALL}:feed_forward=off,cross_entropy=off,muon=off,rotary=off",), steps=3) == baseline
+
 def test_collisions():
     config = train_gpt.make_config(SMALL)
     with pytest.raises(train_gpt.RunError, match="MLP.forward and MLP, one a part of the other; leave one out"):
@@ -70,7 +82,7 @@ def test_auto_needs_a_measured_win(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    auto = dict(feed_forward="auto", cross_entropy="auto", muon="auto", rotary="auto")
+    auto = dict(feed_forward="auto", cross_entropy="auto", muon="auto", rotary="auto", embedding="auto")
     write = lambda name, **facts: (tmp_path / f"{name}.json").write_text(json.dumps(facts))
     with pytest.raises(ValueError, match="no kernel is on: .* has no win on this device"):
         module.Options(**auto)
@@ -78,7 +90,7 @@ def test_auto_needs_a_measured_win(monkeypatch, tmp_path):
     write("norm_rotary-nvidia-h100", capability=[9, 0], triton_is_fastest=False)
     write("symmetric_product-nvidia-h100", capability=[9, 0], triton_is_fastest=True)
     options = module.Options(**auto)
-    assert [options.feed_forward, options.cross_entropy, options.muon, options.rotary] == ["off", "off", "on", "off"]
+    assert [getattr(options, name) for name in module.KERNELS] == ["off", "off", "on", "off", "off"]
     write("symmetric_product-nvidia-h100-quick", capability=[9, 0], triton_is_fastest=False)
     with pytest.raises(ValueError, match="no kernel is on"):
         module.Options(**auto)
