@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import decode, embedding_lookup, gated_linear_attention, norm_rotary, relu_squared_feed_forward, residual_norm, softcapped_cross_entropy
-from benchmarks import splanifold, symmetric_product, timing, topological_attention
+from benchmarks import short_convolution, splanifold, symmetric_product, timing, topological_attention
 from benchmarks.timing import Place, in_turn, markdown, shown
 
 CPU, LIMITS = torch.device("cpu"), dict(flops=1e12, bytes=1e10)
@@ -54,6 +54,14 @@ def test_norm_rotary_measures_every_arm():
 def test_embedding_lookup_measures_every_arm():
     rows = embedding_lookup.measure(PLACE, 64, 40, 8, 2)
     assert complete(rows) and {row["arm"] for row in rows} == {"trainer, compiled", "trainer", "copy"}
+
+
+def test_short_convolution_measures_every_arm():
+    rows = short_convolution.measure(PLACE, 64, 8, 4)
+    assert complete(rows) and {row["arm"] for row in rows} == {"compiled", "eager", short_convolution.PEER, "copy"}
+    positions, (x, taps), _ = short_convolution.make_inputs(4096, 8, 4, PLACE)
+    assert 4 <= (positions == 0).sum() <= 40 and ((positions[:, 1:] == positions[:, :-1] + 1) | (positions[:, 1:] == 0)).all()
+    torch.testing.assert_close(short_convolution.depthwise(x, taps), short_convolution.short_convolution(x, taps, torch.arange(4096)[None]))
 
 
 @pytest.mark.parametrize("quick", [True, False])
