@@ -99,8 +99,12 @@ def test_signal_ends_the_child_and_keeps_results(suite, tmp_path, number):
         threading.Thread(target=wait_and_kill, daemon=True).start()
         return run.command("slow", [sys.executable, "-c", script])
 
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
     before = signal.getsignal(signal.SIGTERM)
-    code, results = suite(dict(first=fine, slow=slow, late=fine))
+    try:
+        code, results = suite(dict(first=fine, slow=slow, late=fine))
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     assert code == 130 and results["status"] == "interrupted"
     assert status_of(results) == dict(first="passed", slow="interrupted", late="not run: interrupted")
     with pytest.raises(ProcessLookupError):
