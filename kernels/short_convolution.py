@@ -3,7 +3,8 @@ Causal convolution of every channel by itself over a few tokens, which stays in 
 
     y_t = sum over s < n with s <= t - doc_start_t of taps_{n-1-s} x_{t-s}        x, y (B, T, C), taps (n, C), the last for the token itself
 
-Plain PyTorch, its own reference. Work for a token and channel: 2 n FLOPs; bytes: x read and y written once where torch.compile fuses the sum (not measured).
+Plain PyTorch, its own reference. Work for a token and channel: 2 n FLOPs; bytes: x read and y written once where torch.compile fuses
+the sum, which on two cores is 6 to 10 times as fast as eager forward, and 4 to 6 times with the backward pass (benchmarks/short_convolution.py).
 
 Source: Fu et al., H3, 2022, arxiv.org/abs/2212.14052
 """
