@@ -39,7 +39,7 @@ def test_equal_problems_and_equal_tokens(made):
         assert sum(len(open_shard(file)) for file in (folder / f"{rendering}-tokens").glob("*train*.bin")) >= tokens - 512
 
 
-@pytest.mark.parametrize("rendering", ["symbolic", "answer_only"])
+@pytest.mark.parametrize("rendering", [pytest.param("symbolic", marks=pytest.mark.slow), "answer_only"])
 def test_one_run_is_trained_and_marked(made, rendering):
     folder, facts = made
     settings = ["--layers", "1", "--model_dim", "16", "--heads", "1", "--head_dim", "16", "--mlp_hidden", "16", "--value_embeddings", "0", "--sequence_length", "512"]
