@@ -280,7 +280,8 @@ class ShardedOptimizer:
     def start(self, lr_factor: float, progress: float, reducing: list):
         """
         Before a step's last backward pass: update what is reduced under it. A bucket is updated when the next one, of any optimizer, is complete, its own reduction then
-        being over or nearly so. Its parameters have all their gradients, so nothing of the pass reads them any more. reducing: shared by the optimizers, empty.
+        being over or nearly so. Its parameters have all their gradients, so nothing of the pass reads them any more, but for a part that keeps one detached, which would
+        find it updated. reducing: shared by the optimizers, empty.
         """
         def then(bucket):
             reducing.append((self, bucket))
@@ -381,7 +382,7 @@ def build_optimizers(model: nn.Module, config: Config, ranks: Ranks) -> list[Sha
         kind = getattr(p, "optimizer", "muon" if p.ndim >= 2 and name.startswith("blocks.") else "adam")
         if kind not in rates or kind == "muon" and p.ndim < 2:
             raise RunError(f"parameter {name} of shape {tuple(p.shape)} asks for optimizer {kind!r}; there are {', '.join(rates)}, and muon takes matrices only")
-        layer = int(name.split(".")[1]) if name.startswith("blocks.") else 0
+        layer = int(found[1]) if (found := re.match(r"blocks\.(\d+)\.", name)) else 0
         matrix = (p.shape[-2:], (config.layers - 1 - layer) // deep) if kind == "muon" else None
         groups.setdefault((kind, getattr(p, "lr_mul", 1.0), getattr(p, "wd_mul", float(kind == "muon")), matrix), {})[name] = p
     matrices, numbers = [], []
