@@ -237,13 +237,13 @@ class Bucket:
                 p.register_post_accumulate_grad_hook(self._count)
         self.missing, self.work, self.then = 0, None, None  # parameters without their last gradient of this step; the reduction under way; what follows its start
     def expect(self, then=None):
-        """Reduce in the coming backward pass, as soon as every parameter has its gradient; `then()` is called next."""
+        """Reduce in the coming backward pass, as soon as every parameter has its gradient; `then(self)` is called next."""
         self.missing, self.then = len(self.parameters), then
     def _count(self, _parameter):
         self.missing -= 1
         if not self.missing:
             self._reduce()
-            self.then and self.then()
+            self.then and self.then(self)
     def _reduce(self):  # gloo sums whole tensors only
         self.work = REDUCE_SCATTER(self.grad[self.own], self.grad, async_op=True) if self.grad.is_cuda else dist.all_reduce(self.grad, async_op=True)
     def reduced_gradient(self) -> Tensor:
@@ -289,7 +289,7 @@ class ShardedOptimizer:
                 optimizer, before = reducing.pop(0)
                 optimizer.update_bucket(before, lr_factor, progress)
         for bucket in self.buckets:
-            bucket.expect(lambda bucket=bucket: then(bucket))
+            bucket.expect(then)
     @torch.no_grad()
     def update_bucket(self, bucket: Bucket, lr_factor: float, progress: float):
         gradient, data, lr = bucket.reduced_gradient(), bucket.data[bucket.own], bucket.lr * lr_factor
@@ -1049,7 +1049,7 @@ class Trainer:
             for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
         except (RuntimeError, ValueError, KeyError) as error:
-            raise RunError(f"{self.config.resume} holds another model than this configuration builds: {str(error).splitlines()[-1].strip()}") from None
+            raise RunError(f"{self.config.resume} holds another model than this configuration builds, or is of an older trainer: {str(error).splitlines()[-1].strip()}") from None
         self.step, self.train_seconds, self.log.facts["curve"] = saved["step"], saved["train_seconds"], saved["curve"]
         torch.set_rng_state(saved["rng"][0])
         if self.ranks.device.type == "cuda" and len(saved["rng"]) > 1:

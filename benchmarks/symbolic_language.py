@@ -1,7 +1,7 @@
 """
 Does a symbolic language suit very small models better than words? The same problems in five renderings, models of one size, at equal problems and at equal tokens.
 
-    python benchmarks/symbolic_language.py                 the cpu track's model, 0.95M parameters, three seeds: 24 runs of about six minutes of one core
+    python benchmarks/symbolic_language.py                 the cpu track's model, 0.95M parameters, three seeds: 24 runs of six to nine minutes of one core
     python benchmarks/symbolic_language.py --quick         a reduced run of every part: proves that it runs, measures nothing
     python benchmarks/symbolic_language.py --jobs 2 -- --lr_matrix 0.02       two runs at a time; settings of the trainer for all of them
 
@@ -47,6 +47,8 @@ ARMS = (("symbolic", "problems"), ("english", "problems"), ("lean_like", "proble
 MARKS = ("exact", "valid", "joint", "identical")
 PARTS = ("test", "x1.5", "x2")
 DATA_SEED = 1
+COUNTS = dict(problems=(20_000, 100, "of the corpus"), seeds=(3, 2, "how many, from 1 on"), tests=(1000, 1, "problems of every family to mark"),
+              length_tests=(200, 1, "problems of every family to mark, of each set of longer ones"), jobs=(1, 2, "runs at a time"))  # in full, in a quick run
 
 
 def corpora(folder: Path, task: language.Task, problems: int, tests: int, quick: bool) -> dict[tuple[str, str], dict]:
@@ -161,20 +163,17 @@ def run_all(folder: Path, results: dict, given: argparse.Namespace, keep: Callab
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="symbolic_language.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a reduced run of every part")
-    for name, default, quick, text in (("problems", 20_000, 100, "of the corpus"), ("seeds", 3, 2, "how many, from 1 on"), ("tests", 1000, 1, "problems of every family to mark"),
-                                       ("length_tests", 200, 1, "problems of every family to mark, of each set of longer ones"), ("jobs", 1, 2, "runs at a time")):
+    for name, (default, quick, text) in COUNTS.items():
         parser.add_argument(f"--{name}", type=int, help=f"{text} ({default}; quick: {quick})")
-        parser.set_defaults(**{f"default_{name}": (default, quick)})
     parser.add_argument("--digits", type=int, default=TASK.digits, help="most digits of a number in training")
     parser.add_argument("--depth", type=int, default=TASK.depth, help="most deductions, steps or elements in training")
     parser.add_argument("--output", type=Path, help="JSON file, beside which the tables go as .md (default: benchmarks/results/)")
     parser.add_argument("settings", nargs="*", help="of the trainer, after --")
     given = parser.parse_args(argv)
-    for name in ("problems", "seeds", "tests", "length_tests", "jobs"):
-        if getattr(given, name) is None:
-            setattr(given, name, getattr(given, f"default_{name}")[given.quick])
     try:
-        for name in ("problems", "seeds", "tests", "length_tests", "jobs"):
+        for name, counts in COUNTS.items():
+            if getattr(given, name) is None:
+                setattr(given, name, counts[given.quick])
             if getattr(given, name) < 1:
                 raise RunError(f"--{name} must be at least 1, got {getattr(given, name)}")
         task = replace(TASK, digits=given.digits, depth=given.depth)

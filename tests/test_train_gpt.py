@@ -613,6 +613,18 @@ def test_resume_keeps_its_settings(corpus, tmp_path):
         train_gpt.parse_config(["--resume", str(tmp_path / "run.pt"), "--lr_matrix", "0.5"])
 
 
+def test_a_checkpoint_that_does_not_fit_is_one_line(corpus, tmp_path, capsys):
+    assert main(arguments(corpus, tmp_path)) == 0
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    for change in (lambda: saved["optimizers"][0].pop("state"), lambda: saved["model"].pop("embedding.weight")):
+        change()
+        torch.save(saved, tmp_path / "other.pt")
+        capsys.readouterr()
+        assert main(["--resume", str(tmp_path / "other.pt")]) == 1
+        error = capsys.readouterr().err
+        assert "other.pt holds another model than this configuration builds, or is of an older trainer: " in error and error.count("\n") == 1
+
+
 def test_warm_up_leaves_no_trace(corpus, tmp_path):
     trainer = Trainer(train_gpt.parse_config(arguments(corpus, tmp_path)))
     trainer.model.register_buffer("calls", torch.zeros(()))  # a variant's running state
