@@ -22,6 +22,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import get_args, get_origin
 
 import numpy as np
 import torch
@@ -31,6 +32,34 @@ from torch import Tensor, nn
 
 class RunError(Exception):
     """A fault that the user can mend. Its message is one line: what was wrong, what was got, what to do."""
+
+
+def require(condition, message: str):
+    """Raise RunError with this message unless the condition holds."""
+    if not condition:
+        raise RunError(message)
+
+
+def read_json(path: Path | str, remedy: str) -> dict:
+    """
+    Return the JSON object that a file holds. RunError, one line that names the file and ends with `remedy`, for a file that cannot be read, is no
+    UTF-8, no JSON or no object, nests too deeply, or holds a number that is none (NaN, Infinity) or has thousands of digits.
+    """
+    def refuse(word):
+        raise ValueError(f"it holds {word}")
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}; {remedy}") from None
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise RunError(f"{path} is damaged, not a JSON object ({type(error).__name__}: {str(error)[:80]}); {remedy}") from None
+    require(isinstance(content, dict), f"{path} holds a JSON {type(content).__name__}, not an object; {remedy}")
+    return content
+
+# What a variant may assign: the parts of the model and of its optimizer, and methods of these. All else in this file is the referee: the loader of
+# data, the clock, validation, the log and the checkpoints, which every arm of a comparison must share.
+SEAMS = ("Linear", "Norm", "RMSNormalize", "ReLUSquared", "SoftcappedCrossEntropy", "rotate", "attend", "CausalSelfAttention", "MLP", "Residual", "Block",
+         "LanguageModelHead", "GPT", "build_optimizers", "Muon", "Adam", "orthogonalize", "symmetric_product")
 
 # ---- Configuration and tracks -------------------------------------------------------------------------------------------------------------------------
 
@@ -42,6 +71,7 @@ class Config:
     # data
     data: str = "data/python_bytes"     # folder of shards: *train*.bin and *val*.bin
     vocab_size: int = 0                 # number of token ids (0: from the folder's meta.json, else GPT-2's 50257)
+    document_token: int = -1            # token id that begins every document (-1: end_of_text of meta.json, else the last of the data's vocabulary)
     sequence_length: int = 256          # tokens of one row
     batch_tokens: int = 2048            # tokens of one optimizer step, over all ranks
     micro_batch_tokens: int = 8192      # at most so many tokens a forward pass
@@ -88,6 +118,7 @@ class Config:
     decay_fraction: float = 0.6         # last part of the run, in which the learning rate falls linearly to zero
     # run
     seed: int = 1                       # of initial tensors and data order
+    threads: int = 0                    # of this process on a CPU (0: PyTorch's choice, one a core)
     device: str = "auto"                # auto, cpu or cuda
     dtype: str = "auto"                 # of activations: auto, float32 or bfloat16
     compile: str = "auto"               # auto, model (one graph), blocks (one a block) or off
@@ -95,23 +126,87 @@ class Config:
     resume: str = ""                    # checkpoint to continue, bit for bit
     init_from: str = ""                 # checkpoint whose matching tensors are this run's start
     log_dir: str = "logs"               # folder of logs, JSON files and checkpoints
-    run_id: str = ""                    # name of this run's files (empty: a new UUID)
+    run_id: str = ""                    # name of this run's files (empty: date, time, track, variants, seed and four random digits)
     save: bool = True                   # write a checkpoint at the end, on a signal and every checkpoint_seconds
     checkpoint_seconds: float = 600.0   # time between checkpoints
     stream_statistics: bool = False     # at every validation, what each branch adds to the stream, in the run's JSON: visualize.py stream draws it
     keep_every: int = 0                 # steps between checkpoints that are kept, from step 0 on, as RUN_ID-step000100.pt (0: none)
     @property
     def end_of_text(self) -> int:
-        """The token that begins every document: the last of the vocabulary, in bytes (256) as in GPT-2's (50256)."""
-        return self.vocab_size - 1
+        """The token that begins every document: as given or as the data say, else the last of the vocabulary, 256 in bytes and 50256 in GPT-2's."""
+        return self.document_token if self.document_token >= 0 else self.vocab_size - 1
     @property
     def padded_vocabulary(self) -> int:
         """Rows of the embedding and the head: a multiple of 128 for matrix units, of 8 where the vocabulary is small."""
         return -(-self.vocab_size // (unit := 128 if self.vocab_size > 4096 else 8)) * unit
 
 RESUME_FIELDS = {"resume", "data", "log_dir", "save", "checkpoint_seconds", "keep_every", "stream_statistics", "val_every", "device"}  # may differ from the checkpoint's
-LEAST = dict(keep_every=0, sequence_length=2, batch_tokens=1, micro_batch_tokens=1, steps=0, tokens=1, time_budget=0, layers=1, model_dim=1, heads=1, head_dim=1, mlp_hidden=1, loss_chunk=1)
-CHOICES = dict(rope=("half", "full", "none"), device=("auto", "cpu", "cuda"), dtype=("auto", "float32", "bfloat16"), compile=("auto", "model", "blocks", "off"))
+# What a setting may be. Numbers: the least and the most, both allowed; of a tuple, each of its numbers.
+RANGES = dict(
+    vocab_size=(0, 65_536), document_token=(-1, 65_535), sequence_length=(2, 2 ** 24), batch_tokens=(1, 2 ** 32), micro_batch_tokens=(1, 2 ** 32),
+    tokens=(1, 10 ** 15), steps=(0, 10 ** 9), time_budget=(0.0, 31_536_000.0), val_tokens=(1, 10 ** 12), val_every=(0, 10 ** 9), target=(0.0, 100.0),
+    layers=(1, 4096), model_dim=(1, 2 ** 18), heads=(1, 2 ** 14), head_dim=(1, 2 ** 14), mlp_hidden=(1, 2 ** 20), window_short=(0, 2 ** 24),
+    window_long=(0, 2 ** 24), attention_scale=(0.0, 1e4), rope_base=(1.0, 1e12), logit_softcap=(0.0, 1e6), value_embeddings=(0, 4096),
+    bigram_rows=(0, 2 ** 28), lr_matrix=(0.0, 1e4), lr_embed=(0.0, 1e4), lr_head=(0.0, 1e4), lr_scalar=(0.0, 1e4), momentum=(0.0, 0.999999),
+    normuon_beta2=(0.0, 0.999999), weight_decay=(0.0, 1e4), adam_beta1=(0.0, 0.999999), adam_beta2=(0.0, 0.999999), decay_fraction=(0.0, 1.0),
+    seed=(0, 2 ** 48), threads=(0, 1024), loss_chunk=(1, 2 ** 32), checkpoint_seconds=(0.0, 31_536_000.0), keep_every=(0, 10 ** 9))
+CHOICES = dict(
+    rope=("half", "full", "none"), device=("auto", "cpu", "cuda"), dtype=("auto", "float32", "bfloat16"), compile=("auto", "model", "blocks", "off"))
+RUN_ID = r"[A-Za-z0-9][A-Za-z0-9._=+,@-]{0,119}"  # a file's name on every system, which cannot leave its folder
+
+
+def check_settings(values: dict, name=lambda setting: f"--{setting}"):
+    """
+    Raise RunError unless every value is of its field's type and within its range, and all of them agree with each other. values: all fields of
+    Config. name(setting) is how a message calls a setting: an option of the command line, or a place in a file.
+    """
+    kinds = {field.name: field.type for field in dataclasses.fields(Config)}
+    for setting, value in values.items():
+        check_value(kinds[setting], value, name(setting), RANGES.get(setting))
+        choices = CHOICES.get(setting, (value,))
+        require(value in choices, f"{name(setting)} must be one of {', '.join(map(str, choices))}; got {value!r}")
+    c = Config(**values)
+    require(c.track in TRACKS, f"unknown track {c.track!r}; the tracks are {', '.join(TRACKS)}")
+    require(not c.run_id or re.fullmatch(RUN_ID, c.run_id),
+            f"{name('run_id')} is a file's name of up to 120 letters, digits and ._=+,@- without a folder; got {c.run_id!r}")
+    require(c.batch_tokens % c.sequence_length == 0,
+            f"{name('batch_tokens')} {c.batch_tokens} is not a multiple of {name('sequence_length')} {c.sequence_length}")
+    require(re.fullmatch("[SL]+", c.window_pattern) and len(c.window_short) == len(c.window_long) > 0,
+            f"{name('window_pattern')} takes letters S and L, and both windows equally many stages; got {c.window_pattern!r}, {c.window_short} and "
+            f"{c.window_long}")
+    require(c.rope == "none" or c.head_dim % 4 == 0,
+            f"{name('head_dim')} {c.head_dim} is not a multiple of 4, as rotary positions need; choose another or --rope none")
+    require(not c.value_embeddings or c.heads * c.head_dim == c.model_dim,
+            f"value embeddings need heads x head_dim = model_dim, got {c.heads} x {c.head_dim} and {c.model_dim}; or use --value_embeddings 0")
+    require(c.bigram_rows != 1, f"{name('bigram_rows')} is 0 or at least 2: row 0 stands for no token before; got 1")
+    require(not c.vocab_size or c.document_token < c.vocab_size,
+            f"{name('document_token')} {c.document_token} is outside the vocabulary of {c.vocab_size}")
+
+
+def check_value(kind, value, name: str, limits: tuple | None):
+    """Raise RunError, which calls the value `name`, unless it is of a field's type and, if a number, within limits. A tuple's items are looked at."""
+    items = value if get_origin(kind) is tuple else (value,)
+    require(isinstance(items, tuple), f"{name} is a list of values, got {value!r:.60}")
+    kind = get_args(kind)[0] if get_origin(kind) is tuple else kind
+    for item in items:
+        number = isinstance(item, int | float) and not isinstance(item, bool)
+        fits = number and (kind is float or isinstance(item, int)) if kind in (int, float) else isinstance(item, kind)
+        require(fits, f"{name} must be {dict(int='an integer', float='a number', bool='true or false', str='text')[kind.__name__]}, got {item!r:.60}")
+        if limits and number:  # NaN is within no limits
+            require(limits[0] <= item <= limits[1], f"{name} must be from {limits[0]:,} to {limits[1]:,}, got {item!r:.60}")
+        if kind is str:
+            require(len(item) < 4096 and item.isprintable(), f"{name} must be printable text of less than 4096 characters, got {item[:60]!r}")
+
+
+def config_from(values, origin: str) -> Config:
+    """The Config that a file holds as a JSON or checkpoint object. RunError, one line that names `origin`, for an unknown setting or a bad value."""
+    require(isinstance(values, dict), f"{origin}: its config is no set of settings but a {type(values).__name__}; give another file")
+    known = {field.name: field for field in dataclasses.fields(Config)}
+    unknown = sorted(str(name) for name in values if name not in known)
+    require(not unknown, f"{origin}: its config has settings that this trainer does not know ({', '.join(unknown)[:80]}); use the trainer that wrote it")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    check_settings({field.name: field.default for field in known.values()} | values, lambda setting: f"{origin}: config.{setting}")
+    return Config(**values)
 
 FINEWEB = dict(data="data/fineweb10B", val_tokens=10_485_760, sequence_length=2048, batch_tokens=524_288, micro_batch_tokens=65_536, align_documents=True,
                window_pattern="SSSL", window_short=(128, 256, 384), window_long=(384, 896, 1408), value_embeddings=0, lr_matrix=0.023, lr_head=0.004, lr_scalar=0.015)
@@ -162,17 +257,7 @@ def make_config(given: dict) -> Config:
         if given[name] != base[name]:
             raise RunError(f"--{name} {given[name]} differs from the checkpoint's {base[name]}: a resumed run keeps its settings; change them with --init_from")
     c = Config(**{**base, **given})
-    faults = [(getattr(c, name) < least, f"--{name} must be at least {least}, got {getattr(c, name)}") for name, least in LEAST.items()]
-    faults += [(getattr(c, name) not in choices, f"--{name} must be one of {', '.join(choices)}; got {getattr(c, name)!r}") for name, choices in CHOICES.items()]
-    faults += [
-        (c.batch_tokens % max(c.sequence_length, 1), f"--batch_tokens {c.batch_tokens} is not a multiple of --sequence_length {c.sequence_length}"),
-        (not re.fullmatch("[SL]+", c.window_pattern) or len(c.window_short) != len(c.window_long),
-         f"--window_pattern takes letters S and L, and both windows equally many stages; got {c.window_pattern!r}, {c.window_short} and {c.window_long}"),
-        (c.head_dim % 4 and c.rope != "none", f"--head_dim {c.head_dim} is not a multiple of 4, as rotary positions need; choose another or --rope none"),
-        (c.value_embeddings and c.heads * c.head_dim != c.model_dim,
-         f"value embeddings need heads x head_dim = model_dim, got {c.heads} x {c.head_dim} and {c.model_dim}; or use --value_embeddings 0")]
-    if message := next((message for fault, message in faults if fault), None):
-        raise RunError(message)
+    check_settings(dataclasses.asdict(c))
     c.steps = 0 if c.time_budget else c.steps or max(1, c.tokens // c.batch_tokens)
     return c
 
