@@ -16,13 +16,23 @@ Sources, by name; README.md says what is from where: modded-nanogpt, Muon, Polar
 value residual learning, U-net skips, Gemma 2 (logit cap), Liger-Kernel (gradient of the loss in its forward pass), FlexAttention, ZeRO.
 """
 
-import argparse, dataclasses, hashlib, inspect, json, math, os, platform, re, shutil, signal, subprocess, sys, time, uuid, zlib
+import argparse, dataclasses, hashlib, inspect, json, math, os, platform, re, secrets, shutil, signal, subprocess, sys, time, traceback, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import get_args, get_origin
+
+# On a machine with other work, threads that wait by spinning take the cores from those that compute: steps of 2 to 17 times their length were measured.
+# Read by the OpenMP libraries when torch loads them: GNU's counts turns, LLVM's and Intel's milliseconds.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & os.environ.keys():
+    os.environ |= dict(GOMP_SPINCOUNT="20000", KMP_BLOCKTIME="1")
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 import numpy as np
 import torch
@@ -80,8 +90,9 @@ class Config:
     time_budget: float = 0.0            # seconds of training instead of a number of steps: the schedule follows the clock (0: off)
     align_documents: bool = False       # every row begins at the start of a document
     val_tokens: int = 131_072           # validation tokens, from the start of the validation shards
-    val_every: int = 250                # steps between validations, from step 0 on; there is one after the last step besides (0: that one only)
+    val_every: int = -1                 # steps between validations, from step 0 on, and one after the last (0: that one only; -1: a twelfth of the run)
     target: float = 0.0                 # validation loss that the track asks for, in nats a token (0: none)
+    target_data: str = ""               # how the sha256 or the name of the validation shard begins that the target is for (empty: any)
     # model
     layers: int = 4                     # number of blocks
     model_dim: int = 128                # width of the residual stream
@@ -127,6 +138,7 @@ class Config:
     init_from: str = ""                 # checkpoint whose matching tensors are this run's start
     log_dir: str = "logs"               # folder of logs, JSON files and checkpoints
     run_id: str = ""                    # name of this run's files (empty: date, time, track, variants, seed and four random digits)
+    dry_run: bool = False               # say what the run would be, its parameters, FLOPs, steps, memory and expected time, and end
     save: bool = True                   # write a checkpoint at the end, on a signal and every checkpoint_seconds
     checkpoint_seconds: float = 600.0   # time between checkpoints
     stream_statistics: bool = False     # at every validation, what each branch adds to the stream, in the run's JSON: visualize.py stream draws it
@@ -140,11 +152,11 @@ class Config:
         """Rows of the embedding and the head: a multiple of 128 for matrix units, of 8 where the vocabulary is small."""
         return -(-self.vocab_size // (unit := 128 if self.vocab_size > 4096 else 8)) * unit
 
-RESUME_FIELDS = {"resume", "data", "log_dir", "save", "checkpoint_seconds", "keep_every", "stream_statistics", "val_every", "device"}  # may differ from the checkpoint's
+RESUME_FIELDS = {"resume", "data", "log_dir", "save", "checkpoint_seconds", "keep_every", "stream_statistics", "val_every", "device", "dry_run"}  # may differ
 # What a setting may be. Numbers: the least and the most, both allowed; of a tuple, each of its numbers.
 RANGES = dict(
     vocab_size=(0, 65_536), document_token=(-1, 65_535), sequence_length=(2, 2 ** 24), batch_tokens=(1, 2 ** 32), micro_batch_tokens=(1, 2 ** 32),
-    tokens=(1, 10 ** 15), steps=(0, 10 ** 9), time_budget=(0.0, 31_536_000.0), val_tokens=(1, 10 ** 12), val_every=(0, 10 ** 9), target=(0.0, 100.0),
+    tokens=(1, 10 ** 15), steps=(0, 10 ** 9), time_budget=(0.0, 31_536_000.0), val_tokens=(1, 10 ** 12), val_every=(-1, 10 ** 9), target=(0.0, 100.0),
     layers=(1, 4096), model_dim=(1, 2 ** 18), heads=(1, 2 ** 14), head_dim=(1, 2 ** 14), mlp_hidden=(1, 2 ** 20), window_short=(0, 2 ** 24),
     window_long=(0, 2 ** 24), attention_scale=(0.0, 1e4), rope_base=(1.0, 1e12), logit_softcap=(0.0, 1e6), value_embeddings=(0, 4096),
     bigram_rows=(0, 2 ** 28), lr_matrix=(0.0, 1e4), lr_embed=(0.0, 1e4), lr_head=(0.0, 1e4), lr_scalar=(0.0, 1e4), momentum=(0.0, 0.999999),
@@ -215,8 +227,8 @@ MODEL_124M = dict(layers=12, model_dim=768, heads=6, head_dim=128, mlp_hidden=30
 WHOLE_ROWS = dict(align_documents=False, document_mask=False, window_pattern="L", window_short=(0,), window_long=(0,))
 TRACKS = {
     # the machine's own Python library as bytes; two CPU cores, about two minutes
-    "cpu": dict(window_pattern="SSSL", window_short=(64,), window_long=(0,), attention_scale=0.25, lr_embed=0.4, lr_head=0.016, target=0.82,
-                val_tokens=65_536, val_every=366),
+    "cpu": dict(window_pattern="SSSL", window_short=(64,), window_long=(0,), attention_scale=0.25, lr_embed=0.4, lr_head=0.016, val_tokens=65_536,
+                target=0.82, target_data="326315b03067da8b"),  # of Python 3.11.7's library
     # about 30M parameters, any GPU from 8 GB
     "small": FINEWEB | MODEL_30M | dict(tokens=100_000_000, batch_tokens=65_536, micro_batch_tokens=16_384, sequence_length=1024, window_long=(384, 640, 1024)),
     # 128 thin layers: attention 8.39M + tied embedding 6.44M + feed-forward 3.15M
@@ -225,12 +237,12 @@ TRACKS = {
     # rows of 65,536 tokens, full causal attention: attention is most of the step
     "long": FINEWEB | MODEL_30M | WHOLE_ROWS | dict(tokens=500_000_000, sequence_length=65_536),
     # modded-nanogpt's track 1
-    "short": FINEWEB | MODEL_124M | dict(tokens=900_000_000, value_embeddings=3, bigram_rows=50_304, target=3.28),
+    "short": FINEWEB | MODEL_124M | dict(tokens=900_000_000, value_embeddings=3, bigram_rows=50_304, target=3.28, target_data="fineweb_val_"),
     # modded-nanogpt's track 2
     "medium": FINEWEB | dict(layers=16, model_dim=1024, heads=8, head_dim=128, mlp_hidden=4096, attention_scale=0.12, tokens=3_000_000_000,
-                             micro_batch_tokens=32_768, value_embeddings=3, bigram_rows=50_304, target=2.92),
+                             micro_batch_tokens=32_768, value_embeddings=3, bigram_rows=50_304, target=2.92, target_data="fineweb_val_"),
     # the fixed architecture of modded-nanogpt's track 3, for step times
-    "benchmark": FINEWEB | MODEL_124M | WHOLE_ROWS | dict(tokens=1_703_936_000, sequence_length=1024, x0_skip=False, unet_skips=False, smear=False, attention_gate=False, target=3.28),
+    "benchmark": FINEWEB | MODEL_124M | WHOLE_ROWS | dict(tokens=1_703_936_000, sequence_length=1024, x0_skip=False, unet_skips=False, smear=False, attention_gate=False, target=3.28, target_data="fineweb_val_"),
 }
 
 def parse_config(argv: list[str] | None = None) -> Config:
@@ -252,13 +264,22 @@ def make_config(given: dict) -> Config:
     track = given.get("track", Config.track)
     if track not in TRACKS:
         raise RunError(f"unknown track {track!r}; the tracks are {', '.join(TRACKS)}")
+    for name in ("resume", "init_from"):
+        if given.get(name):
+            given = given | {name: str(find_checkpoint(given[name], given.get("log_dir", Config.log_dir)))}
     base = read_checkpoint(given["resume"])["config"] if given.get("resume") else TRACKS[track]
     for name in given.keys() - RESUME_FIELDS if given.get("resume") else ():
-        if given[name] != base[name]:
-            raise RunError(f"--{name} {given[name]} differs from the checkpoint's {base[name]}: a resumed run keeps its settings; change them with --init_from")
+        require(given[name] == base[name], f"--{name} {given[name]} differs from the checkpoint's {base[name]}: a resumed run keeps its settings; "
+                "change them with --init_from")
+    if "target" in given and "target_data" not in given:
+        base = base | dict(target_data="")
     c = Config(**{**base, **given})
     check_settings(dataclasses.asdict(c))
-    c.steps = 0 if c.time_budget else c.steps or max(1, c.tokens // c.batch_tokens)
+
+    planned = c.steps or max(1, c.tokens // c.batch_tokens)
+    c.steps = 0 if c.time_budget else planned
+    if c.val_every < 0:
+        c.val_every = max(1, planned // 12)
     return c
 
 # ---- Ranks --------------------------------------------------------------------------------------------------------------------------------------------
@@ -272,7 +293,12 @@ class Ranks:
     dtype: torch.dtype
     @staticmethod
     def start(config: Config) -> "Ranks":
-        rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        texts = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        wrong = [f"{name}={text}" for name, text in texts.items() if text and not re.fullmatch(r"\d{1,6}", text)]
+        require(not wrong, f"{', '.join(wrong)} in the environment is no number; unset it, or start by torchrun")
+        rank, world, local = (int(text or default) for text, default in zip(texts.values(), (0, 1, 0)))
+        require(world <= 1 or os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT") and texts["RANK"],
+                f"WORLD_SIZE={world} in the environment, but not by torchrun (no RANK, MASTER_ADDR or MASTER_PORT); unset it, or start by torchrun")
         cuda = torch.cuda.is_available() and config.device != "cpu"
         if config.device == "cuda" and not cuda:
             raise RunError("--device cuda: PyTorch sees no CUDA device; use --device cpu, or install a CUDA build of PyTorch and a driver")
@@ -287,12 +313,15 @@ class Ranks:
         dtype = "bfloat16" if cuda and torch.cuda.get_device_capability()[0] >= 8 else "float32"
         return Ranks(rank, world, torch.device("cuda", local) if cuda else torch.device("cpu"), getattr(torch, dtype if config.dtype == "auto" else config.dtype))
     def synchronize(self):
-        self.device.type == "cuda" and torch.cuda.synchronize()
-        self.world > 1 and dist.barrier()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        if self.world > 1:
+            dist.barrier()
     def agree(self, value: int) -> int:
         """The largest of all ranks' values; over the host, so that nothing waits for a GPU."""
         tensor = torch.tensor(value)
-        self.world > 1 and dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        if self.world > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return int(tensor)
 
 # ---- Optimizers: parameters in buckets, each rank updates its own slice of every bucket ---------------------------------------------------------------
@@ -821,6 +850,16 @@ def compile_mode(config: Config, ranks: Ranks) -> str:
         return "model" if ranks.world == 1 else "blocks"
     return "blocks" if (config.steps * config.batch_tokens or config.tokens) >= 10_000_000 and shutil.which(os.environ.get("CXX", "g++")) else "off"
 
+def compiler_fault(device: torch.device) -> str | None:
+    """Why torch.compile does not work here, in a few words; None if it does. Tried on a function of one addition."""
+    try:
+        torch.compile(lambda x: x + 1, dynamic=False)(torch.ones(8, device=device))
+        return None
+    except Exception as error:  # whatever the compiler, the linker or the file system raise
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100] if str(error).strip() else 'no message'}"
+    finally:
+        torch._dynamo.reset()
+
 def compile_model(model: GPT, mode: str):
     """Compile in place, whole graphs and static shapes only: a graph break is an error."""
     torch._dynamo.config.recompile_limit = 64  # windows and value embeddings make a few kinds of block
@@ -858,15 +897,63 @@ def stream_statistics(model: GPT, tokens: Tensor) -> list[dict]:
             hook.remove()
     return rows
 
-def flops_per_token(config: Config) -> float:
-    """Training FLOPs of one token, forward and backward, as PyTorch counts them on a row without data; scores that are computed and masked count too."""
+def measure_model(config: Config, dtype: torch.dtype = torch.float32) -> dict:
+    """
+    What a model costs, counted on one row without data (PyTorch's meta device), as a dict: parameters; parameters_without_embeddings, which leaves
+    the tables and the head out; flops_per_token, of training, forward and backward, scores that are computed and masked counted too;
+    activation_bytes, what the forward pass of one row keeps for its backward pass when nothing is compiled.
+    """
     from torch.utils.flop_counter import FlopCounterMode
     with torch.device("meta"):
         model, tokens = GPT(config), torch.zeros(1, config.sequence_length, dtype=torch.int64)
+    model.dtype = dtype
     model.set_windows(1.0)
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
     with FlopCounterMode(display=False) as counter:
-        model(tokens, tokens).backward()
-    return counter.get_total_flops() / config.sequence_length
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = model(tokens, tokens)
+        loss.backward()
+
+    tables = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables[id(model.head.projection.weight)] = model.head.projection.weight.numel()
+    parameters = sum(p.numel() for p in model.parameters())
+    return dict(parameters=parameters, parameters_without_embeddings=parameters - sum(tables.values()),
+                flops_per_token=counter.get_total_flops() / config.sequence_length, activation_bytes=sum(kept.values()))
+
+def flops_per_token(config: Config) -> float:
+    """Training FLOPs of one token, forward and backward."""
+    return measure_model(config)["flops_per_token"]
+
+def memory_needed(config: Config, dtype: torch.dtype) -> int:
+    """
+    About how many bytes a process of this run takes at its peak: for every parameter its weight, its gradient and two numbers of its optimizer, and
+    during the warm-up a copy of three of these; the activations of a micro batch, the logits of a chunk and the tokens of two batches. Models of
+    more than eight layers are measured at four and eight and continued in a straight line, so that a plan of any depth takes a second.
+    """
+    few, more = (dataclasses.replace(config, layers=min(config.layers, n)) for n in (4, 8))
+    sizes = [measure_model(c, dtype) for c in (few, more)]
+    beyond = (config.layers - more.layers) / max(more.layers - few.layers, 1)
+    parameters, activations = (sizes[1][key] + beyond * (sizes[1][key] - sizes[0][key]) for key in ("parameters", "activation_bytes"))
+    micro_rows = max(1, min(config.micro_batch_tokens, config.batch_tokens) // config.sequence_length)
+    logits = 3 * 4 * config.padded_vocabulary * min(config.loss_chunk, micro_rows * config.sequence_length)
+    return int(28 * parameters + micro_rows * activations + logits + 8 * config.batch_tokens)
+
+def memory_of_machine(ranks: Ranks) -> int:
+    """Bytes of memory that a process of this run may take at most: its GPU's, or its share of the machine's, which a container may have limited."""
+    if ranks.device.type == "cuda":
+        return torch.cuda.get_device_properties(ranks.device).total_memory
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        if file.exists() and (text := file.read_text().strip()).isdigit():
+            limits.append(int(text))
+    return min(limits) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 def measured_peak(ranks: Ranks) -> float:
     """FLOP/s of a large product on this device in the activations' dtype: the ceiling that MFU refers to."""
@@ -880,60 +967,180 @@ def measured_peak(ranks: Ranks) -> float:
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 
+
 def open_shard(path: Path) -> np.ndarray:
     """A shard's tokens as a read-only map of uint16. RunError if it is not a whole shard of modded-nanogpt's and llm.c's format."""
     try:
         header, size = np.fromfile(path, dtype="<i4", count=HEADER_INTS), path.stat().st_size
     except OSError as error:
         raise RunError(f"cannot read shard {path}: {error.strerror}") from None
-    if len(header) < HEADER_INTS or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise RunError(f"{path} is no token shard: it begins with {header[:2].tolist()}, wanted [{SHARD_MAGIC}, {SHARD_VERSION}]; make shards with data/tokenize_text.py")
-    if size != HEADER_INTS * 4 + 2 * int(header[2]) or header[2] == 0:
-        raise RunError(f"{path} is truncated or empty: {size} bytes, its header promises {HEADER_INTS * 4 + 2 * int(header[2])}; delete it and fetch or make it again")
+    require(len(header) == HEADER_INTS and header[0] == SHARD_MAGIC and header[1] == SHARD_VERSION,
+            f"{path} is no token shard: it begins with {header[:2].tolist()}, wanted [{SHARD_MAGIC}, {SHARD_VERSION}]; "
+            "make shards with data/tokenize_text.py")
+    tokens, body = int(header[2]), size - 4 * HEADER_INTS
+    require(not tokens > 0 or body not in (4 * tokens, 8 * tokens),
+            f"{path} holds tokens of {body // max(tokens, 1)} bytes, wanted 2 (uint16); make the shard again with data/tokenize_text.py")
+    require(tokens > 0 and body == 2 * tokens, f"{path} is truncated or empty: {size} bytes, its header promises {4 * HEADER_INTS + 2 * tokens}; "
+            "delete it and fetch or make it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_INTS * 4)
 
+
+def is_of_split(path: Path, split: str) -> bool:
+    """Whether a shard's name says that it is of this split: the word stands between separators or ends, as in x_val_000000.bin and x_val.bin."""
+    return re.search(rf"(^|[_.-]){split}([_.-]|$)", path.stem) is not None
+
+
+def data_folder(config: Config) -> Path:
+    """The folder of shards. A relative one that is not here is looked for beside this file."""
+    return Path(config.data) if os.path.isdir(config.data) else Path(__file__).resolve().parent / config.data
+
+
 def find_shards(config: Config, split: str) -> list[Path]:
-    """The folder's shards of a split (train or val), sorted. A relative folder that is not here is looked for beside this file."""
-    folder = Path(config.data) if Path(config.data).is_dir() else Path(__file__).resolve().parent / config.data
-    if not (files := sorted(folder.glob(f"*{split}*.bin"))):
-        raise RunError(f"no {split} shards (*{split}*.bin) in {config.data}; ./run.sh prepares a track's data, data/tokenize_text.py makes shards of your own text")
-    return files
+    """
+    The folder's shards of a split (train or val), sorted. Where some end in a number, as those of a series do, the others are not taken. RunError
+    where there is none, and for a file whose name says both splits.
+    """
+    try:
+        files = sorted(data_folder(config).glob("*.bin"))
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise RunError(f"cannot read the folder {config.data[:80]}: {error.strerror}; give --data a folder of shards") from None
+    both = [file.name for file in files if is_of_split(file, "train") and is_of_split(file, "val")]
+    require(not both, f"{config.data}: {', '.join(both)} says both train and val, so its split is not known; rename it")
+    files = [file for file in files if is_of_split(file, split)]
+    require(files, f"no {split} shards (*_{split}_*.bin) in {config.data}; ./run.sh prepares a track's data, data/tokenize_text.py makes shards of your "
+            "own text")
+    return [file for file in files if file.stem[-1].isdigit()] or files
+
+
+def read_meta(folder: Path, must: bool = True) -> dict:
+    """
+    meta.json of a folder of shards, {} where there is none: vocab_size, and where it says so end_of_text (a token id), tokenizer and, for each split,
+    sha256 {file name: hex}. RunError for a damaged one or another tool's; with must=False it then counts as none.
+    """
+    path, remedy = folder / "meta.json", "make the shards again, or give --vocab_size and delete it"
+    if not path.exists():
+        return {}
+    try:
+        meta = read_json(path, remedy)
+        size, end = meta.get("vocab_size"), meta.get("end_of_text", 0)
+        require(type(size) is int and 2 <= size <= 65_536, f"{path}: vocab_size is {size!r:.40}, wanted an integer from 2 to 65536; {remedy}")
+        require(type(end) is int and 0 <= end < size, f"{path}: end_of_text is {end!r:.40}, wanted a token id below {size}; {remedy}")
+        for split in ("train", "val"):
+            hashes = meta.get(split, {}).get("sha256", {}) if isinstance(meta.get(split, {}), dict) else None
+            require(isinstance(hashes, dict) and all(isinstance(value, str) for value in hashes.values()),
+                    f"{path}: {split} has no list of files and their sha256; {remedy}")
+        return meta
+    except RunError:
+        if must:
+            raise
+        return {}
+
 
 def adopt_vocabulary(config: Config):
-    """Fill in vocab_size from the folder's meta.json, which the scripts in data/ write, else GPT-2's."""
-    meta = find_shards(config, "train")[0].with_name("meta.json")
-    config.vocab_size = config.vocab_size or (json.loads(meta.read_text())["vocab_size"] if meta.exists() else 50257)
+    """
+    Fill in vocab_size and document_token from the folder's meta.json, which the scripts in data/ write, else GPT-2's. A larger --vocab_size only adds
+    ids: documents go on beginning with the data's own token.
+    """
+    meta = read_meta(find_shards(config, "train")[0].parent, must=not config.vocab_size)
+    data_size = meta.get("vocab_size", 257 if config.vocab_size == 257 else 50257)
+    if not config.vocab_size:
+        config.vocab_size = data_size
+    if config.document_token < 0:
+        config.document_token = meta.get("end_of_text", data_size - 1 if data_size <= config.vocab_size else config.vocab_size - 1)
+
+
+def check_document_token(config: Config) -> str | None:
+    """A warning, in one line, where the first training shard holds no token that begins a document; None otherwise. RunError if rows must begin there."""
+    tokens = open_shard(find_shards(config, "train")[0])[:20_000_000]
+    if not (config.document_mask or config.align_documents) or (tokens == config.end_of_text).any():
+        return None
+    text = f"the first {len(tokens):,} training tokens hold no id {config.end_of_text}, which begins a document; give its id by --document_token"
+    require(not config.align_documents, f"{text}, or --no-align_documents")
+    return f"warning: {text}, or --no-document_mask"
+
+
+def check_shards(config: Config):
+    """RunError unless the folder's shards are those that its meta.json names with a sha256, each read once: a hidden file beside them remembers it."""
+    folder = find_shards(config, "train")[0].parent
+    meta = read_meta(folder, must=False)
+    remembered, known, fresh = folder / ".checked.json", {}, {}
+    try:
+        known = json.loads(remembered.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        pass
+    for split in ("train", "val"):
+        for file in find_shards(config, split):
+            expected = meta.get(split, {}).get("sha256", {}).get(file.name)
+            if expected is None:
+                continue
+            fresh[file.name] = mark = [file.stat().st_size, file.stat().st_mtime_ns, expected]
+            if not isinstance(known, dict) or known.get(file.name) != mark:
+                require(sha256_of_file(file) == expected, f"{file} is not the file that meta.json beside it describes (its sha256 differs); fetch or "
+                        "make it again, or delete meta.json and give --vocab_size")
+    if fresh and fresh != known:
+        try:
+            remembered.write_text(json.dumps(fresh), encoding="utf-8")
+        except OSError:
+            pass  # a folder that may only be read is checked every time
+
+
+def sha256_of_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def identity_of_data(config: Config) -> str:
+    """A short hash of the training shards' names, tokens and, where meta.json has them, sha256: equal where two runs read the same tokens."""
+    hashes = read_meta(find_shards(config, "train")[0].parent, must=False).get("train", {}).get("sha256", {})
+    shards = [[file.name, len(open_shard(file)), hashes.get(file.name)] for file in find_shards(config, "train")]
+    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:16]
+
 
 def token_bytes(config: Config) -> np.ndarray | None:
-    """UTF-8 bytes of every token id, 0 for the end of text; None where there are no merges (*.tiktoken) beside the shards."""
+    """
+    UTF-8 bytes of every token id, 0 for the end of text; None where there are no merges (*.tiktoken) beside the shards. RunError for damaged ones.
+    """
     if config.vocab_size == 257:
         return np.array([1] * 256 + [0])
-    if not (merges := next(find_shards(config, "val")[0].parent.glob("*.tiktoken"), None)):
+    merges = next(find_shards(config, "val")[0].parent.glob("*.tiktoken"), None)
+    if merges is None:
         return None
     from tiktoken.load import load_tiktoken_bpe
-    ranks = load_tiktoken_bpe(str(merges), hashlib.sha256(merges.read_bytes()).hexdigest())  # the hash: tiktoken's cache knows files by their path
+    try:
+        ranks = load_tiktoken_bpe(str(merges), sha256_of_file(merges))  # the hash: tiktoken's cache knows files by their path
+        require(ranks and max(ranks.values()) < 65_536 and min(ranks.values()) >= 0, f"{merges} has ids outside 0 to 65535; fetch or make it again")
+    except (OSError, ValueError, TypeError, IndexError, OverflowError) as error:
+        raise RunError(f"{merges} is no .tiktoken file ({type(error).__name__}): a line is a token in base64, a space and its id; fetch or make it again"
+                       ) from None
     sizes = np.zeros(max(config.vocab_size, max(ranks.values()) + 1), dtype=np.int64)
     sizes[list(ranks.values())] = [len(token) for token in ranks]
     return sizes
 
+
 def checked(rows: np.ndarray, config: Config) -> np.ndarray:
     """Rows of tokens as int32. RunError for a token outside the vocabulary."""
     if rows.size and rows.max() >= config.vocab_size:
-        raise RunError(f"token {rows.max()} in {config.data} is outside the vocabulary of {config.vocab_size}; give --vocab_size or shards of this tokenizer")
+        raise RunError(f"token {rows.max()} in {config.data} is outside the vocabulary of {config.vocab_size}; give --vocab_size or shards of this "
+                       "tokenizer")
     return rows.astype(np.int32)
 
-def validation_batches(config: Config) -> np.ndarray:
-    """(batches, rows, sequence_length + 1) int32: the first val_tokens tokens in order, in whole batches, the same for any number of ranks."""
+
+def validation_batches(config: Config) -> list[np.ndarray]:
+    """
+    Batches (rows, sequence_length + 1) int32 of the first val_tokens tokens in order: as many rows each as a micro batch holds, fewer in the last one.
+    Every row is in one of them, so that the loss does not depend on the size of a batch or the number of ranks.
+    """
     T, parts, missing = config.sequence_length, [], config.val_tokens + 1
     for file in find_shards(config, "val"):
         parts.append(open_shard(file)[:missing])
         missing -= len(parts[-1])
     tokens = np.concatenate(parts)
-    if (count := (len(tokens) - 1) // T) < 1:
-        raise RunError(f"{len(tokens)} validation tokens in {config.data} do not fill a row of {T + 1}; lower --sequence_length or add data")
-    batch = min(count, max(1, config.micro_batch_tokens // T))
-    rows = np.lib.stride_tricks.sliding_window_view(tokens, T + 1)[:count // batch * batch * T:T]
-    return checked(rows, config).reshape(-1, batch, T + 1)
+    count = (len(tokens) - 1) // T
+    require(count > 0, f"{len(tokens)} validation tokens in {config.data} do not fill a row of {T + 1}; lower --sequence_length or add data")
+    rows = checked(np.lib.stride_tricks.sliding_window_view(tokens, T + 1)[:count * T:T], config)
+    size = max(1, config.micro_batch_tokens // T)
+    return [rows[start:start + size] for start in range(0, count, size)]
+
 
 class TokenLoader:
     """
@@ -947,12 +1154,15 @@ class TokenLoader:
             raise RunError(f"{self.rows * world + rest} rows of {config.sequence_length} tokens cannot be shared by {world} ranks; change --batch_tokens or the number of ranks")
         self.total, self.thread, self.ahead = sum(len(open_shard(file)) for file in self.files), ThreadPoolExecutor(1), None
         self.load_state_dict(dict(epoch=0, shard=0, row=0))
+
     def load_state_dict(self, state: dict):
-        """Go to where state_dict() was taken; takes effect before the first next_batch()."""
-        self.epoch, self.shard, self.row = (int(state[name]) for name in ("epoch", "shard", "row"))
-        if self.shard >= len(self.files):
-            raise RunError(f"the checkpoint stood in training shard {self.shard + 1}, but {self.config.data} has {len(self.files)}; give the same shards")
+        """Go to where a batch's state was taken, see next_batch(); takes effect before the first of them."""
+        self.state = {name: int(state[name]) for name in ("epoch", "shard", "row")}
+        self.epoch, self.shard, self.row = self.state.values()
+        require(self.shard < len(self.files),
+                f"the checkpoint stood in training shard {self.shard + 1}, but {self.config.data} has {len(self.files)}; give the same shards")
         self._open()
+
     def _open(self):
         T, self.tokens = self.config.sequence_length, open_shard(self.files[self.shard])
         if self.shard + 1 < len(self.files) and hasattr(os, "posix_fadvise"):  # the next shard is read from disk meanwhile
@@ -983,12 +1193,30 @@ class TokenLoader:
         rows = torch.from_numpy(checked(np.stack([tokens[start:start + T + 1] for tokens, start in own]), self.config))
         return rows.pin_memory() if torch.cuda.is_available() else rows, dict(epoch=self.epoch, shard=self.shard, row=self.row)
     def next_batch(self) -> tuple[Tensor, dict]:
-        """(this rank's rows (rows, sequence_length + 1) int32 on the host, the loader's state after them)."""
-        batch = (self.ahead or self.thread.submit(self._read)).result()
+        """(this rank's rows (rows, sequence_length + 1) int32 on the host, the loader's state after them, which is also its .state)."""
+        rows, self.state = (self.ahead or self.thread.submit(self._read)).result()
         self.ahead = self.thread.submit(self._read)
-        return batch
+        return rows, self.state
+
 
 # ---- Logs and checkpoints -----------------------------------------------------------------------------------------------------------------------------
+
+CHECKPOINT = "knotgpt-2"  # the format's name
+CHECKPOINT_FIELDS = dict(config=dict, step=int, train_seconds=float, loader=dict, curve=list, train_curve=list, rng=list, model=dict, optimizers=list,
+                         data=dict, sources=dict)
+
+
+def say(text: str, end: str = "\n", stream=None):
+    """Print on the console, which may be closed, or the pipe behind it: a run goes on without."""
+    stream = stream or sys.stdout
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except (OSError, ValueError):
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # so that Python's own flush at the end succeeds
+        except (OSError, ValueError):
+            pass
+
 
 def write_atomically(path: Path, write):
     """write(file) under a temporary name, then rename: whatever happens, `path` is whole. RunError where the disk refuses."""
@@ -999,55 +1227,214 @@ def write_atomically(path: Path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if not isinstance(error, (OSError, RuntimeError)):  # torch.save makes a RuntimeError of a full disk
+            raise
         raise RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; free some space or choose another folder") from None
 
-def read_checkpoint(path: str) -> dict:
-    """A checkpoint's contents on the CPU; nothing in the file is executed. RunError if it is none of this trainer's, or damaged."""
+
+def digest_of(value, digest=None) -> str:
+    """The sha256 (hex) of a checkpoint's contents: dicts, lists, tuples, tensors (with dtype and shape), numbers and text, one in another."""
+    digest = digest or hashlib.sha256()
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, dict | list | tuple):
+        digest.update(f"{type(value).__name__} {len(value)}".encode())
+        for item in (part for pair in value.items() for part in pair) if isinstance(value, dict) else value:
+            digest_of(item, digest)
+    else:
+        digest.update(f"{type(value).__name__} {value!r}".encode())
+    return digest.hexdigest()
+
+
+def write_checkpoint(path: Path, state: dict):
+    """Write the state of a run, a dict with CHECKPOINT_FIELDS, with its digest. RunError where the disk refuses."""
+    state = dict(format=CHECKPOINT, **state)
+    write_atomically(path, lambda file: torch.save(state | dict(digest=digest_of(state)), file))
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """
+    Return a checkpoint's contents, tensors on the CPU, after its digest; nothing in the file is executed, and nothing is unpacked beyond its size.
+    RunError, one line, if it is none of this trainer's, or damaged.
+    """
+    whole = f"{path} is not a whole checkpoint of this trainer"
     try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        names = {entry.filename for entry in entries}
+        plain = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries) and len(names) == len(entries)
+        if not plain or sum(entry.file_size for entry in entries) > os.path.getsize(path):
+            raise ValueError("packed or repeated entries")
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        found = digest_of({name: value for name, value in saved.items() if name != "digest"}) if isinstance(saved, dict) else None
     except FileNotFoundError:
         raise RunError(f"there is no checkpoint {path}") from None
     except Exception as error:
-        raise RunError(f"{path} is not a whole checkpoint of this trainer ({type(error).__name__}); give another one") from None
-    if not isinstance(saved, dict) or saved.get("format") != "knotgpt-1":
-        raise RunError(f"{path} is not a checkpoint of this trainer; give a .pt file from its log folder")
+        raise RunError(f"{whole} ({type(error).__name__}); give another one") from None
+    require(isinstance(saved, dict) and saved.get("format") == CHECKPOINT,
+            f"{path} is not a checkpoint of this trainer, or of an older one; give a .pt file from its log folder")
+    require(saved.get("digest") == found, f"{whole}: its contents are not those that were written (their sha256 differs); give an earlier one")
+
+    for name, kind in CHECKPOINT_FIELDS.items():
+        require(type(saved.get(name)) is kind, f"{whole}: {name} is no {kind.__name__}; give another one")
+    require(0 <= saved["step"] <= RANGES["steps"][1] and 0 <= saved["train_seconds"] < math.inf, f"{whole}: its step or time is impossible; give another one")
+    place = [saved["loader"].get(name) for name in ("epoch", "shard", "row")]
+    require(all(type(number) is int and number >= 0 for number in place), f"{whole}: its place in the data is {place}; give another one")
+    require(all(isinstance(tensor, Tensor) for tensor in (*saved["model"].values(), *saved["rng"])), f"{whole}: its model is no tensors; give another one")
+    saved["config"] = dataclasses.asdict(config_from(saved["config"], str(path)))
     return saved
 
-def source_of_run() -> str:
-    """Source text of this file and of the variants and kernels that have been loaded, each under its name."""
-    modules = [sys.modules[__name__]] + [m for name, m in sorted(sys.modules.items()) if name.split(".")[0] in ("variants", "kernels")]
-    return "\n".join(f"# ---- {m.__name__}\n{inspect.getsource(m)}" for m in modules if getattr(m, "__file__", None))
+
+def find_checkpoint(name: str, log_dir: str | Path = "logs") -> Path:
+    """
+    The checkpoint that a person means by `name`: a file's path, a run's id or the beginning of one that no other run in log_dir has, or "last", the
+    newest there. RunError if there is none, or several.
+    """
+    if os.path.exists(name) or "/" in name or name.endswith(".pt"):
+        return Path(name)
+    files = sorted(Path(log_dir).glob("*.pt"), key=lambda file: file.stat().st_mtime)
+    ends = [file for file in files if not re.search(r"-step\d{6,}$", file.stem)]
+    exact = [file for file in files if file.stem == name]
+    found = ends[-1:] if name == "last" else exact or [file for file in ends if file.stem.startswith(name)]
+    require(found, f"there is no checkpoint of a run {name!r} in {log_dir} ({len(ends)} runs); give a .pt file, a run's id, its beginning, or last")
+    require(len(found) == 1, f"{name!r} is the beginning of {len(found)} runs: {', '.join(file.stem for file in found[-4:])}; give more of it")
+    return found[0]
+
+
+def sources_of_run() -> dict[str, str]:
+    """{module: source text} of this file and of the variants and kernels that have been loaded."""
+    loaded = [m for name, m in sorted(sys.modules.items()) if name.split(".")[0] in ("variants", "kernels") and getattr(m, "__file__", None)]
+    return {m.__name__: inspect.getsource(m) for m in [sys.modules[__name__], *loaded]}
+
+
+def sha256_of_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def changed_sources(saved: dict) -> list[str]:
+    """The modules whose source is not the one that a checkpoint's run had, by the sha256 that it holds; their files are read, nothing is imported."""
+    root, changed = Path(__file__).resolve().parent, []
+    for module, sha256 in saved.get("sources", {}).items():
+        files = [root.joinpath(*module.split(".")).with_suffix(".py"), root.joinpath(*module.split("."), "__init__.py")]
+        texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
+        if sha256 not in [sha256_of_text(text) for text in texts]:
+            changed.append(module)
+    return changed
+
 
 def command_output(*command: str) -> str:
+    """What a program prints, "" where it is not there or fails to answer."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=Path(__file__).resolve().parent).stdout.strip()
+        result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=30, cwd=Path(__file__).resolve().parent)
+        return result.stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
+
 
 def environment(ranks: Ranks) -> dict:
     """What another needs to know to repeat the run."""
     info = Path("/proc/cpuinfo")  # Linux; elsewhere Python's own word for the processor
-    cpu = next(iter(re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "")), platform.processor() or platform.machine())
+    text = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
+    cpu = next(iter(re.findall(r"model name\s*: (.*)", text)), platform.processor() or platform.machine())
     device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
     triton = next((d.version for d in metadata.distributions(name="triton")), "not installed")
-    return dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda, triton=triton, device=device, platform=platform.platform(),
-                world_size=ranks.world, git_commit=command_output("git", "rev-parse", "HEAD"),
-                git_dirty=bool(command_output("git", "status", "--porcelain", "--untracked-files=no")), command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+
+    root = Path(__file__).resolve().parent
+    top = command_output("git", "rev-parse", "--show-toplevel")
+    own = bool(top) and Path(top).resolve() == root  # a folder inside another repository has no commit of its own
+    return dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda, triton=triton, device=device,
+                platform=platform.platform(), world_size=ranks.world, threads=torch.get_num_threads(),
+                git_commit=command_output("git", "rev-parse", "HEAD") if own else "",
+                git_dirty=own and bool(command_output("git", "status", "--porcelain", "--untracked-files=no")),
+                command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+
+
+def new_run_id(config: Config, ranks: Ranks) -> str:
+    """A name such as 1130-0412-cpu-my_mlp-s1-7f3a: month and day, time, track, variants, seed, four random digits; the same on all ranks."""
+    stamp = ranks.agree((int(time.strftime("%m%d%H%M")) << 16 | secrets.randbits(16)) * (ranks.rank == 0))
+    names = "+".join(variant.partition(":")[0] for variant in config.variant)[:40] or "baseline"
+    moment = f"{stamp >> 16:08d}"
+    return f"{moment[:4]}-{moment[4:]}-{config.track}-{names}-s{config.seed}-{stamp & 0xffff:04x}"
+
 
 class RunLog:
-    """logs/<run id>.txt, line by line, and logs/<run id>.json from `facts`. Only rank 0 writes. On a terminal one line is rewritten in place."""
-    def __init__(self, config: Config, rank: int):
-        self.main, self.terminal, self.open_line, self.shown, self.facts = rank == 0, sys.stdout.isatty(), False, 0.0, {}
+    """
+    logs/<run id>.txt, line by line, and logs/<run id>.json from `facts`. Only rank 0 writes. On a terminal one line is rewritten in place. Nothing is
+    on the disk before begin(). While a run goes on its log is locked, so that no second one writes there.
+    """
+
+    def __init__(self, config: Config, rank: int, resumed: bool):
+        """RunError if the id is taken by another run, or this one is still under way, or the folder cannot be written."""
+        self.main = rank == 0
+        self.terminal = sys.stdout.isatty()
+        self.open_line = False              # whether the terminal's last line is a passing state
+        self.shown = 0.0                    # when progress was last shown, time.perf_counter()
+        self.facts = {}                     # what the JSON holds
+        self.file = None                    # the log, open from begin() on
         self.text, self.json, self.checkpoint = (Path(config.log_dir) / f"{config.run_id}.{kind}" for kind in ("txt", "json", "pt"))
-        if self.main:
+        if not self.main:
+            return
+        try:
+            self.text.parent.mkdir(parents=True, exist_ok=True)
+            taken = [file for file in (self.text, self.json, self.checkpoint) if file.exists()]
+            require(resumed or not taken, f"{taken[0] if taken else ''} exists: a run's id is its own; go on with --resume {self.checkpoint}, or choose "
+                    "another --run_id, or delete its files")
+            if resumed and self.text.exists():
+                self.file = open(self.text, "r+", encoding="utf-8", errors="replace", newline="\n")
+                self._lock()
+                self._mend()
+            for left in self.text.parent.glob(f".{config.run_id}[.-]*"):  # of a run that was killed while it wrote
+                left.unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot write {self.text}: {error.strerror}; choose another --log_dir") from None
+
+    def _lock(self):
+        if fcntl:
             try:
-                self.text.parent.mkdir(parents=True, exist_ok=True)
-                self.file = open(self.text, "a", buffering=1)
-            except OSError as error:
-                raise RunError(f"cannot write {self.text}: {error.strerror}; choose another --log_dir") from None
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunError(f"the run {self.text.stem} is still under way: {self.text} is locked; wait for it or stop it") from None
+
+    def _mend(self):
+        """Cut off what a killed process left unfinished at the end of the log: half a line, or a header without its end; later lines follow."""
+        content = self.text.read_bytes()
+        whole = content[:content.rfind(b"\n") + 1]
+        header = whole.rfind(b"# ---- train_gpt\n")
+        if header > 0 and whole.count(b"\n" + b"=" * 100 + b"\n", header) < 2:
+            whole = whole[:header]
+        self.file.truncate(len(whole))
+        self.file.seek(0, os.SEEK_END)
+
+    def begin(self, header: str):
+        """Write the header. A new log appears under its name only when it has all of it."""
+        if not self.main:
+            return
+        try:
+            if self.file is None:
+                temporary = self.text.with_name(f".{self.text.name}.{os.getpid()}")
+                self.file = open(temporary, "w", encoding="utf-8", errors="replace", newline="\n")
+                self._lock()
+                self.file.write(header + "\n")
+                self.file.flush()
+                try:
+                    os.link(temporary, self.text)  # unlike a rename it fails where the name has been taken meanwhile
+                except FileExistsError:
+                    raise RunError(f"{self.text} exists: another run has just begun under this id; choose another --run_id") from None
+                except OSError:  # a file system without links
+                    os.rename(temporary, self.text)
+                finally:
+                    temporary.unlink(missing_ok=True)
+            else:
+                self.file.write(header + "\n")
+            self.file.reconfigure(line_buffering=True)
+        except OSError as error:
+            raise RunError(f"cannot write {self.text}: {error.strerror}; choose another --log_dir") from None
+
     def write(self, text: str, console: bool = False):
+        """Add lines to the log and, if asked, to the console."""
         if not self.main:
             return
         try:
@@ -1055,90 +1442,170 @@ class RunLog:
         except OSError as error:
             raise RunError(f"cannot write {self.text}: {error.strerror}; free some space; the finished steps are kept") from None
         if console:
-            print(("\r\033[K" if self.open_line else "") + text, flush=True)
+            self.show(text)
+
+    def show(self, text: str):
+        """Lines for the console alone."""
+        if self.main:
+            say(("\r\033[K" if self.open_line else "") + text)
             self.open_line = False
+
     def kept(self, step: int) -> Path:
         return self.checkpoint.with_stem(f"{self.checkpoint.stem}-step{step:06d}")
+
     def due(self) -> bool:
         """Whether it is time to show progress: every second on a terminal, every ten seconds elsewhere."""
         return time.perf_counter() - self.shown >= (1 if self.terminal else 10)
+
     def progress(self, text: str):
         """Show a passing state."""
         self.shown, self.open_line = time.perf_counter(), self.terminal
-        self.main and print(f"\r\033[K{text}" if self.terminal else text, end="" if self.terminal else "\n", flush=True)
+        if self.main and self.terminal:
+            say(f"\r\033[K{text}", end="")
+        elif self.main:
+            say(text)
+
     def save_facts(self, **facts):
         self.facts.update(facts)
-        if self.main:
+        if self.main and self.file:
             write_atomically(self.json, lambda file: file.write(json.dumps(self.facts, indent=1).encode()))
 
 # ---- Training -----------------------------------------------------------------------------------------------------------------------------------------
 
 class Trainer:
     """One run, from its configuration to its last checkpoint. replaced: variant -> names of this module that it replaced, for the record."""
+
     def __init__(self, config: Config, replaced: dict | None = None):
         saved = read_checkpoint(config.resume) if config.resume else None
-        self.config, self.ranks = config, Ranks.start(config)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.config = config
+        self.ranks = Ranks.start(config)
+
+        # data
         adopt_vocabulary(config)
-        self.loader, self.val_batches = TokenLoader(config, self.ranks.rank, self.ranks.world), validation_batches(config)
-        rows, fit = self.loader.rows, max(1, config.micro_batch_tokens // config.sequence_length)
-        self.micro_rows = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= fit)
-        sizes, predicted = token_bytes(config), self.val_batches[..., 1:]
-        self.bytes_per_token = float(sizes[predicted].sum() / predicted.size) if sizes is not None else None
-        config.run_id = config.run_id or f"{uuid.UUID(int=self.ranks.agree(uuid.uuid4().int >> 66), version=4)}"
-        self.log, self.model = RunLog(config, self.ranks.rank), build_model(config, self.ranks)
+        if self.ranks.rank == 0:
+            check_shards(config)
+        warning = check_document_token(config)
+        val_sha256 = {file.name: sha256_of_file(file) for file in find_shards(config, "val")}
+        self.data = dict(val_sha256=val_sha256, train=identity_of_data(config))
+        if saved and saved["data"] != self.data:
+            kind = "validation" if saved["data"].get("val_sha256") != val_sha256 else "training"
+            raise RunError(f"{config.data} does not hold the {kind} shards of {config.resume}; give --data the folder that the run began with")
+        self.loader = TokenLoader(config, self.ranks.rank, self.ranks.world)
+        self.val_batches = validation_batches(config)
+        self.val_tokens = sum(batch[:, 1:].size for batch in self.val_batches)
+        sizes = token_bytes(config)
+        self.bytes_per_token = None  # of the validation tokens, in UTF-8; None where there are no merges beside the shards
+        if sizes is not None:
+            self.bytes_per_token = sum(int(sizes[batch[:, 1:]].sum()) for batch in self.val_batches) / self.val_tokens
+        names = [*val_sha256, *val_sha256.values()]
+        self.target = config.target if any(name.startswith(config.target_data) for name in names) else 0.0  # 0: none is known for these data
+
+        # model
+        fit = max(1, config.micro_batch_tokens // config.sequence_length)
+        self.micro_rows = max(n for n in range(1, min(fit, self.loader.rows) + 1) if self.loader.rows % n == 0)
+        needed, there = memory_needed(config, self.ranks.dtype), memory_of_machine(self.ranks)
+        require(config.dry_run or needed <= there, f"this run needs about {needed:,} bytes of memory and there are {there:,}; choose a smaller model or "
+                "--micro_batch_tokens")
+        self.costs = measure_model(config, self.ranks.dtype) | dict(memory_needed=needed, memory_of_machine=there)
+        self._settle_compilation()
+        self.step = 0
+        self.train_seconds = 0.0            # on the clock so far
+        self.clock = None                   # when it was last started, time.perf_counter(); None while it stands
+        self.stop_signal = 0                # number of the signal that asked to stop
+        self.loss = None                    # this rank's mean loss of the last step, a tensor that may still be computed
+        self.train_loss = None              # the last training loss that is known, a number
+        self.loss_on_its_way = None         # (step, copy on the host, event or None) of a training loss
+        self.loss_taken = 0.0               # when that was taken, time.perf_counter()
+        self.step_seconds = []              # of every step of this process
+        config.run_id = config.run_id or new_run_id(config, self.ranks)
+        if config.dry_run:
+            return
+        self.log = RunLog(config, self.ranks.rank, resumed=bool(saved))
+        self.model = build_model(config, self.ranks)
+        self._write_header(replaced or {})
+        if warning:
+            self.log.write(warning, console=True)
         if config.init_from and not saved:
             self._load_matching(config.init_from)
         self.optimizers = build_optimizers(self.model, config, self.ranks)
-        self.step, self.train_seconds, self.clock, self.stop_signal, self.loss, self.loader_state = 0, 0.0, None, 0, None, None
-        self._write_header(replaced or {})
         if saved:
             self.load_state_dict(saved)
             self.loader.load_state_dict(saved["loader"])
+            changed = changed_sources(saved) if self.ranks.rank == 0 else []
+            if changed:
+                self.log.write(f"warning: {', '.join(changed)} changed since {config.resume} was written", console=True)
             self.log.write(f"resumed from {config.resume} at step {self.step}", console=True)
+
+    def _settle_compilation(self):
+        """Without a working compiler compile = auto becomes off, with a line; what was asked for by name is a fault."""
+        if compile_mode(self.config, self.ranks) == "off":
+            return
+        fault = compiler_fault(self.ranks.device)
+        if self.ranks.agree(int(fault is not None)):
+            fault = fault or "on another rank"
+            require(self.config.compile == "auto", f"torch.compile does not work here ({fault}); mend it or use --compile off")
+            self.config.compile = "off"
+            if self.ranks.rank == 0:
+                say(f"torch.compile does not work here ({fault}): the run goes on without", stream=sys.stderr)
+
     def _write_header(self, replaced: dict):
-        config, model, log, ranks = self.config, self.model, self.log, self.ranks
-        tables = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
-        tables[id(model.head.projection.weight)] = model.head.projection.weight.numel()
-        parameters = sum(p.numel() for p in model.parameters())
+        config, log, ranks = self.config, self.log, self.ranks
+        sources = sources_of_run()
         facts = log.facts = dict(
-            run_id=config.run_id, status="running", config=dataclasses.asdict(config), **environment(ranks), seed=config.seed, replaced=replaced, parameters=parameters,
-            parameters_without_embeddings=parameters - sum(tables.values()), flops_per_token=flops_per_token(config), peak_flops=measured_peak(ranks),
-            dtype=str(ranks.dtype).removeprefix("torch."), compile=compile_mode(config, ranks), train_tokens_available=self.loader.total,
-            val_tokens=self.val_batches[..., 1:].size, val_bytes_per_token=self.bytes_per_token,
-            val_sha256={file.name: hashlib.file_digest(open(file, "rb"), "sha256").hexdigest() for file in find_shards(config, "val") if log.main})
-        log.write("\n".join([source_of_run(), "=" * 100,
-                             f"Running Python {facts['python']}, PyTorch {facts['torch']} compiled for CUDA {facts['cuda']}, Triton {facts['triton']}",
-                             f"facts: {json.dumps(facts)}", command_output("nvidia-smi") if ranks.device.type == "cuda" else "no GPU", "=" * 100]))
-        facts["curve"] = []
-        log.main and print(
-            f"run {config.run_id}: track {config.track}{''.join(' + ' + v for v in config.variant)}, {parameters / 1e6:.2f}M parameters, "
-            f"{f'{config.time_budget:.0f} s' if config.time_budget else f'{config.steps} steps'} of {config.batch_tokens} tokens on {ranks.world} x {ranks.device.type} "
-            f"in {facts['dtype']}, compile {facts['compile']}; log {log.text}", flush=True)
+            run_id=config.run_id, status="running", config=dataclasses.asdict(config), **environment(ranks), seed=config.seed, replaced=replaced,
+            **self.costs, peak_flops=measured_peak(ranks), dtype=str(ranks.dtype).removeprefix("torch."), compile=compile_mode(config, ranks),
+            train_tokens_available=self.loader.total, train_data=self.data["train"], val_tokens=self.val_tokens,
+            val_bytes_per_token=self.bytes_per_token, val_sha256=self.data["val_sha256"], target=self.target,
+            sources={name: sha256_of_text(text) for name, text in sources.items()})
+        self.sources = facts["sources"]
+        log.begin("\n".join([
+            "\n".join(f"# ---- {name}\n{text}" for name, text in sources.items()), "=" * 100,
+            f"Running Python {facts['python']}, PyTorch {facts['torch']} compiled for CUDA {facts['cuda']}, Triton {facts['triton']}",
+            f"facts: {json.dumps(facts)}", command_output("nvidia-smi") if ranks.device.type == "cuda" else "no GPU", "=" * 100]))
+        facts["curve"], facts["train_curve"] = [], []  # train_curve: [[step, loss], ...], of rank 0's rows
+        length = f"{config.time_budget:.0f} s" if config.time_budget else f"{config.steps} steps"
+        log.show(f"run {config.run_id}: track {config.track}{''.join(' + ' + v for v in config.variant)}, {facts['parameters'] / 1e6:.2f}M parameters, "
+                 f"{length} of {config.batch_tokens} tokens on {ranks.world} x {ranks.device.type} in {facts['dtype']}, compile {facts['compile']}; "
+                 f"log {log.text}")
+
     def _load_matching(self, path: str):
         """Start from another run's tensors where name and shape agree; say which did and which did not."""
         saved, own = read_checkpoint(path)["model"], self.model.state_dict()
         matching = {name: saved[name] for name in own if name in saved and saved[name].shape == own[name].shape}
-        if not matching:
-            raise RunError(f"no tensor of {path} has the name and shape of one in this model; it is of another architecture")
+        require(matching, f"no tensor of {path} has the name and shape of one in this model; it is of another architecture")
         self.model.load_state_dict(matching, strict=False)
         for title, names in dict(loaded=matching, new=own.keys() - matching, unused=saved.keys() - matching).items():
             self.log.write(f"init_from {path}: {len(names)} tensors {title}{': ' * bool(names)}{', '.join(sorted(names))}", console=True)
+
     def state_dict(self) -> dict:
-        """A copy of all that a step changes. Collective. Tensors are copies of their own, not views of a bucket."""
+        """A copy of all that a step changes. Collective. Tensors are copies of their own, not views of a bucket; one of several names is copied once."""
+        copies = {}
+
+        def copy(tensor: Tensor) -> Tensor:
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            return copies.setdefault(key, tensor.clone()) if tensor.numel() else tensor.clone()
         rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if self.ranks.device.type == "cuda" else [])
-        return dict(step=self.step, train_seconds=self.train_seconds, loader=self.loader_state, curve=self.log.facts["curve"], rng=rng,
-                    model={name: tensor.clone() for name, tensor in self.model.state_dict().items()}, optimizers=[o.state_dict() for o in self.optimizers])
+        facts = self.log.facts
+        return dict(step=self.step, train_seconds=self.train_seconds, loader=self.loader.state, curve=facts["curve"], train_curve=facts["train_curve"],
+                    rng=rng, model={name: copy(tensor) for name, tensor in self.model.state_dict().items()},
+                    optimizers=[o.state_dict() for o in self.optimizers])
+
     def load_state_dict(self, saved: dict):
         try:
             self.model.load_state_dict(saved["model"])
             for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise RunError(f"{self.config.resume} holds another model than this configuration builds, or is of an older trainer: {str(error).splitlines()[-1].strip()}") from None
-        self.step, self.train_seconds, self.log.facts["curve"] = saved["step"], saved["train_seconds"], saved["curve"]
-        torch.set_rng_state(saved["rng"][0])
-        if self.ranks.device.type == "cuda" and len(saved["rng"]) > 1:
-            torch.cuda.set_rng_state(saved["rng"][1])
+            torch.set_rng_state(saved["rng"][0])
+            if self.ranks.device.type == "cuda" and len(saved["rng"]) > 1:
+                torch.cuda.set_rng_state(saved["rng"][1])
+        except (RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise RunError(f"{self.config.resume} holds another model than this configuration builds, or is of an older trainer: "
+                           f"{str(error).splitlines()[-1].strip()}") from None
+        self.step, self.train_seconds = saved["step"], saved["train_seconds"]
+        self.log.facts |= dict(curve=saved["curve"], train_curve=saved["train_curve"])
+
     def train_step(self, rows: Tensor, progress: float) -> Tensor:
         """One optimizer step on this rank's rows (n, T + 1), at progress in [0, 1); returns this rank's mean loss, without waiting for the device."""
         loss, parts, lr_factor = 0.0, rows.split(self.micro_rows), min(1.0, (1 - progress) / max(self.config.decay_fraction, 1e-9))
@@ -1154,27 +1621,33 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step(lr_factor, progress)
         return loss
+
     @torch.no_grad()
-    def validate(self, batches: np.ndarray) -> float:
-        """Mean loss in nats a token over batches (n, rows, T + 1)."""
+    def validate(self, batches: list[np.ndarray]) -> float:
+        """Mean loss in nats a token over all rows of the batches (rows, T + 1), whatever their sizes."""
         self.model.eval()
         self.model.set_windows(1.0)
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         for batch in batches[self.ranks.rank::self.ranks.world]:
             rows = torch.from_numpy(batch).to(self.ranks.device)
-            total += self.model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()).double()
-        self.ranks.world > 1 and dist.all_reduce(total)
+            total += self.model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()).double() * len(batch)
+        if self.ranks.world > 1:
+            dist.all_reduce(total)
         self.model.train()
-        return total.item() / len(batches)
+        return total.item() / sum(map(len, batches))
+
     def warm_up(self) -> float:
         """Compile and run every shape and window stage on dummy rows, then put everything back exactly. Returns seconds."""
         start, kept, stages = self._now(), self.state_dict(), len(self.config.window_long)
-        rows = torch.randint(self.config.vocab_size, (self.loader.rows, self.config.sequence_length + 1), dtype=torch.int32).to(self.ranks.device)
+        shape = (self.loader.rows, self.config.sequence_length + 1)
+        rows = torch.randint(self.config.vocab_size, shape, dtype=torch.int32).to(self.ranks.device)
         for stage in range(stages):
             self.train_step(rows, stage / stages)
-        self.validate(self.val_batches[:self.ranks.world])
+        shapes = {len(batch): batch for batch in self.val_batches}
+        self.validate([batch for batch in shapes.values() for _ in range(self.ranks.world)])
         self.load_state_dict(kept)
         return self._now() - start
+
     def run(self) -> int:
         """Train to the end or until a signal. Returns the exit code."""
         config, log, ranks = self.config, self.log, self.ranks
@@ -1182,24 +1655,33 @@ class Trainer:
         log.progress("compiling and warming up")
         log.save_facts(warmup_seconds=self.warm_up())
         log.write(f"warm-up, compilation included, not timed: {log.facts['warmup_seconds']:.1f} s", console=True)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-        ranks.device.type == "cuda" and torch.cuda.reset_peak_memory_stats()
+        for number in STOPPING:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's background jobs leave it
+                signal.signal(number, self._on_signal)
+        if ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         saved_at, self.clock = time.perf_counter(), self._now()
         self._measure_progress()
         while self.progress < 1:
+            # before the validation, which a run that goes on from here repeats
+            if config.keep_every and self.step % config.keep_every == 0 and not log.kept(self.step).exists():
+                with self._clock_stopped():
+                    self._save(log.kept(self.step))
             if config.val_every and self.step % config.val_every == 0:
                 with self._clock_stopped():
                     self._validate_and_log()
-            if config.keep_every and self.step % config.keep_every == 0:
-                with self._clock_stopped():
-                    self._save(log.kept(self.step))
-            rows, self.loader_state = self.loader.next_batch()
+
+            begun = time.perf_counter()
+            rows, _ = self.loader.next_batch()
             self.loss = self.train_step(rows.to(ranks.device, non_blocking=True), self.progress)
             self.step += 1
             self._measure_progress()
             log.write(f"step:{self.step}/{self.steps} {self._times()}")
-            log.due() and self._show_progress()
+            self._note_train_loss()
+            if log.due():
+                self._show_progress()
+            self.step_seconds.append(time.perf_counter() - begun)
+
             # what all ranks do now: 0 go on, 1 save and go on, 2 save and stop
             action = ranks.agree(2 if self.stop_signal else int(ranks.rank == 0 and time.perf_counter() - saved_at > config.checkpoint_seconds))
             if action:
@@ -1239,13 +1721,39 @@ class Trainer:
         return f"train_time:{milliseconds:.0f}ms step_avg:{milliseconds / max(self.step, 1):.2f}ms"
     def _mfu(self, tokens_per_second: float) -> float:
         return tokens_per_second * self.log.facts["flops_per_token"] / self.log.facts["peak_flops"] / self.ranks.world
+
+    def _note_train_loss(self):
+        """
+        Put a training loss into log and JSON, at most ten a second and 4,000 in all, and never wait for a GPU: the loss is copied on the device's own
+        queue and read when it has come. RunError for one that is no finite number.
+        """
+        now = time.perf_counter()
+        if self.loss_on_its_way is None and now - self.loss_taken >= 0.1:
+            self.loss_taken, event = now, None
+            copy = self.loss.to("cpu", non_blocking=True)
+            if self.loss.is_cuda:
+                event = torch.cuda.Event()
+                event.record()
+            self.loss_on_its_way = self.step, copy, event
+        if self.loss_on_its_way is None or self.loss_on_its_way[2] and not self.loss_on_its_way[2].query():
+            return
+        step, copy, _ = self.loss_on_its_way
+        self.train_loss, self.loss_on_its_way, curve = copy.item(), None, self.log.facts["train_curve"]
+        if not math.isfinite(self.train_loss) and self.log.main:  # one rank's fault is everybody's a step later; the first one speaks
+            raise RunError(f"the training loss is {self.train_loss} at step {step}; lower the learning rates or look at the variant's arithmetic; "
+                           f"finished steps are in {self.log.text}")
+        self.log.write(f"train_loss:{self.train_loss:.4f} of step {step}")
+        curve.append([step, self.train_loss])
+        if len(curve) >= 4000:
+            curve[:] = curve[::2]
+
     def _show_progress(self):
-        loss, average = self.loss.item(), self._elapsed() / self.step
-        if not math.isfinite(loss) and self.log.main:  # one rank's fault is everybody's a step later; the first one speaks
-            raise RunError(f"the training loss is {loss} at step {self.step}; lower the learning rates or look at the variant's arithmetic; finished steps are in {self.log.text}")
+        average = self._elapsed() / self.step
         rate, left = self.config.batch_tokens / average, int((self.steps - self.step) * average)
-        self.log.progress(f"step {self.step}/{self.steps}  loss {loss:.4f}  {rate:,.0f} tokens/s  {1000 * average:.1f} ms/step  "
+        loss = "-" if self.train_loss is None else f"{self.train_loss:.4f}"
+        self.log.progress(f"step {self.step}/{self.steps}  loss {loss}  {rate:,.0f} tokens/s  {1000 * average:.1f} ms/step  "
                           f"MFU {100 * self._mfu(rate):.1f} %  {left // 60}:{left % 60:02d} left")
+
     def _validate_and_log(self):
         loss, log = self.validate(self.val_batches), self.log
         bits = loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
@@ -1255,68 +1763,156 @@ class Trainer:
             raise RunError(f"the validation loss is {loss} at step {self.step}; lower the learning rates or look at the variant's arithmetic")
         tokens = torch.from_numpy(self.val_batches[0][:, :-1]).to(self.ranks.device)
         statistics = dict(stream=stream_statistics(self.model, tokens)) if self.config.stream_statistics else {}
-        log.save_facts(curve=log.facts["curve"] + [dict(step=self.step, tokens=self.step * self.config.batch_tokens, train_ms=1000 * self._elapsed(), val_loss=loss,
-                                                        val_bits_per_byte=bits, train_loss=self.loss.item() if self.loss is not None else None, **statistics)])
+        point = dict(step=self.step, tokens=self.step * self.config.batch_tokens, train_ms=1000 * self._elapsed(), val_loss=loss, val_bits_per_byte=bits,
+                     train_loss=self.loss.item() if self.loss is not None else None, **statistics)
+        before = [earlier for earlier in log.facts["curve"] if earlier["step"] < self.step]  # a finished run that is resumed validates again
+        log.save_facts(curve=before + [point])
+
     def _save(self, path: Path, must: bool = False):
         """Write a checkpoint, if the run wants any. Collective."""
         if not self.config.save:
             return
-        state = dict(format="knotgpt-1", config=dataclasses.asdict(self.config), **self.state_dict())
+        state = dict(config=dataclasses.asdict(self.config), data=self.data, sources=self.sources, **self.state_dict())
         try:
-            self.log.main and write_atomically(path, lambda file: torch.save(state, file))
+            if self.log.main:
+                write_checkpoint(path, state)
         except RunError as error:  # a run is worth more than one of its checkpoints, and the one before is still whole
             if must:
                 raise
             self.log.write(f"warning: {error}", console=True)
+
     def _stopped(self) -> int:
         name = signal.Signals(self.stop_signal or signal.SIGTERM).name
         self.log.save_facts(status=f"stopped by {name}", step=self.step)
-        self.log.write(f"stopped by {name} after step {self.step}{f'; continue with --resume {self.log.checkpoint}' * self.config.save}", console=True)
+        how = f"; continue with --resume {self.log.checkpoint}" if self.config.save else ""
+        self.log.write(f"stopped by {name} after step {self.step}{how}", console=True)
         return 128 + signal.Signals[name]
+
     def _finished(self) -> int:
-        log, last, rate = self.log, self.log.facts["curve"][-1], self.config.batch_tokens * self.step / self.train_seconds
+        config, log, last = self.config, self.log, self.log.facts["curve"][-1]
+        rate = config.batch_tokens * self.step / self.train_seconds
         if self.ranks.device.type == "cuda":
             allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
         else:
             import resource  # not on every system; the process' own peak, in KiB on Linux
             allocated = reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
-        facts = dict(status="finished", step=self.step, val_loss=last["val_loss"], val_bits_per_byte=last["val_bits_per_byte"], train_seconds=self.train_seconds,
-                     ms_per_step=1000 * self.train_seconds / self.step, tokens_per_second=rate, mfu=self._mfu(rate), peak_memory_mib=allocated, peak_memory_reserved_mib=reserved)
+        facts = dict(status="finished", step=self.step, val_loss=last["val_loss"], val_bits_per_byte=last["val_bits_per_byte"],
+                     train_seconds=self.train_seconds, ms_per_step=1000 * self.train_seconds / self.step, tokens_per_second=rate, mfu=self._mfu(rate),
+                     peak_memory_mib=allocated, peak_memory_reserved_mib=reserved)
         log.save_facts(**facts)
         log.write(f"ms_per_step:{facts['ms_per_step']:.2f} tokens_per_second:{rate:.0f} mfu:{facts['mfu']:.4f} "
-                  f"of {log.facts['peak_flops'] / 1e12:.2f} TFLOP/s a device, the measured rate of a large product", console=True)
-        if target := self.config.target:
-            log.write(f"target {target}: {'reached' if facts['val_loss'] <= target else 'not reached'} with val_loss {facts['val_loss']:.4f}", console=True)
-        log.write(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB", console=True)
+                  f"of {log.facts['peak_flops'] / 1e12:.2f} TFLOP/s a device, the measured rate of a large product")
+        reached = "reached" if facts["val_loss"] <= self.target else "not reached"
+        if self.target:
+            log.write(f"target {self.target}: {reached} with val_loss {facts['val_loss']:.4f}")
+        log.write(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+
+        # for people
+        bits = facts["val_bits_per_byte"]
+        minutes, seconds = divmod(round(self.train_seconds), 60)
+        log.show(f"loss    {facts['val_loss']:.4f} nats a token{f' = {bits:.4f} bits a byte' if bits else ''}, over {self.val_tokens:,} validation tokens")
+        log.show(f"time    {minutes}:{seconds:02d} of training, {facts['ms_per_step']:.1f} ms a step, {rate:,.0f} tokens/s, {allocated:,} MiB, "
+                 f"MFU {100 * facts['mfu']:.0f} %{self._swinging()}")
+        log.show(f"target  {f'{self.target} nats a token: {reached}' if self.target else 'none is known for these data; compare.py measures against the baseline'}")
+        log.show(f"files   {log.text} (the record), .json{', .pt (the checkpoint)' if config.save else ''}")
+        log.show(f"next    ./run.sh generate --checkpoint {config.run_id} --prompt TEXT, or ./run.sh compare baseline "
+                 f"{'+'.join(config.variant) or 'VARIANT'} --seeds 6" if config.save else "next    ./run.sh compare baseline VARIANT --seeds 6")
         return 0
+
+    def _swinging(self) -> str:
+        """A remark where a tenth of the steps took more than twice the median: other work has shared the machine, and times mean little."""
+        if self.ranks.device.type == "cuda" or len(self.step_seconds) < 20:
+            return ""
+        ordered = sorted(self.step_seconds)
+        median, late = ordered[len(ordered) // 2], ordered[len(ordered) * 9 // 10]
+        if late <= 2 * median:
+            return ""
+        return f"; steps swing ({1000 * median:.0f} ms the median, {1000 * late:.0f} a tenth): other work shares this machine, fewer --threads may help"
+
+    def describe(self):
+        """What --dry_run prints."""
+        config, costs = self.config, self.costs
+        steps = config.steps or max(1, config.tokens // config.batch_tokens)
+        flops = costs["flops_per_token"] * config.batch_tokens * steps
+        say(f"run     track {config.track}{''.join(' + ' + v for v in config.variant)}, seed {config.seed}, on {self.ranks.world} x {self.ranks.device.type}, "
+            f"compile {compile_mode(config, self.ranks)}")
+        say(f"model   {costs['parameters']:,} parameters, {costs['parameters_without_embeddings']:,} of them in blocks; {costs['flops_per_token']:,.0f} FLOPs a token")
+        say(f"plan    {f'{config.time_budget:.0f} s' if config.time_budget else f'{steps:,} steps'} of {config.batch_tokens:,} tokens, "
+            f"{flops:.3g} FLOPs; validation on {self.val_tokens:,} tokens every {config.val_every} steps")
+        say(f"memory  about {costs['memory_needed'] >> 20:,} MiB of {costs['memory_of_machine'] >> 20:,}")
+        say(f"time    {self._expected_time(flops)}")
+
+    def _expected_time(self, flops: float) -> str:
+        """In words, from the last finished run of this track on a machine such as this one, by FLOPs."""
+        if self.config.time_budget:
+            return f"{self.config.time_budget:.0f} s of training, as asked"
+        device = environment(self.ranks)["device"]
+        for file in sorted(Path(self.config.log_dir).glob("*.json"), key=lambda file: -file.stat().st_mtime):
+            try:
+                run = read_json(file, "")
+                alike = [run["status"], run["config"]["track"], run["device"], run["world_size"]] == ["finished", self.config.track, device, self.ranks.world]
+                spent = run["flops_per_token"] * run["config"]["batch_tokens"] * run["step"]
+                if alike and spent > 0:
+                    return f"about {run['train_seconds'] * flops / spent:.0f} s of training, as {run['run_id']} computed; validation and start come besides"
+            except (RunError, KeyError, TypeError):
+                continue  # another program's file, or an older trainer's
+        return f"not known: no finished run of track {self.config.track} on this machine in {self.config.log_dir}"
+
+
+STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]  # what ends a run with a checkpoint
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line. Returns the exit code: 0 finished, 1 a fault (one line on stderr), 128 + n stopped by signal n."""
-    trainer = None
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    trainer, loader = None, None
     try:
         config = parse_config(argv)
-        with __import__("variants").applied(config.variant, config) if config.variant else nullcontext({}) as replaced:
+        loader = __import__("variants") if config.variant else None
+        with loader.applied(config.variant, config) if loader else nullcontext({}) as replaced:
             trainer = Trainer(config, replaced)
+            if config.dry_run:
+                trainer.describe()
+                return 0
             code = trainer.run()
             trainer.ranks.synchronize()  # no rank leaves while another still needs it
             return code
     except RunError as error:
-        if trainer:
-            try:
-                trainer.log.write(f"error: {error}")
-                trainer.log.save_facts(status=f"failed: {error}")
-            except RunError:  # the disk is full: what is there stays
-                pass
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train_gpt.py: error: {error}", file=sys.stderr, flush=True)
+        report(trainer, str(error))
         return 1
     except KeyboardInterrupt:
-        print("train_gpt.py: interrupted before the first step", file=sys.stderr, flush=True)
+        say("train_gpt.py: interrupted before the first step", stream=sys.stderr)
         return 128 + signal.SIGINT
+    except Exception as error:
+        fault = loader.blame(error) if loader else None
+        if fault is None:
+            raise
+        report(trainer, fault, traceback.format_exc())
+        return 1
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in STOPPING:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def report(trainer: Trainer | None, fault: str, details: str = ""):
+    """Say a fault in one line and note it, with its details, in the run's log, if it has one."""
+    log = getattr(trainer, "log", None)
+    if log and log.file:
+        try:
+            if details:
+                log.write(details)
+            log.write(f"error: {fault}")
+            log.save_facts(status=f"failed: {fault}")
+        except RunError:  # the disk is full: what is there stays
+            pass
+    if os.environ.get("RANK", "0") == "0":
+        say(f"train_gpt.py: error: {fault}", stream=sys.stderr)
+
 
 if __name__ == "__main__":
     from train_gpt import main as run_main  # the one trainer module, by name
