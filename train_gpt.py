@@ -851,9 +851,10 @@ def compile_mode(config: Config, ranks: Ranks) -> str:
     return "blocks" if (config.steps * config.batch_tokens or config.tokens) >= 10_000_000 and shutil.which(os.environ.get("CXX", "g++")) else "off"
 
 def compiler_fault(device: torch.device) -> str | None:
-    """Why torch.compile does not work here, in a few words; None if it does. Tried on a function of one addition."""
+    """Why torch.compile does not work here, in a few words; None if it does. Tried on an addition of a number that no cache has seen."""
+    number = 1 + secrets.randbits(50) / 2 ** 50
     try:
-        torch.compile(lambda x: x + 1, dynamic=False)(torch.ones(8, device=device))
+        torch.compile(lambda x: x + number, dynamic=False)(torch.ones(8, device=device))
         return None
     except Exception as error:  # whatever the compiler, the linker or the file system raise
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100] if str(error).strip() else 'no message'}"
@@ -1887,6 +1888,8 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except Exception as error:
         fault = loader.blame(error) if loader else None
+        if fault is None and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            fault = f"torch.compile failed ({type(error).__name__}: {' '.join(str(error).split())[:120]}); use --compile off; details are in the log"
         if fault is None:
             raise
         report(trainer, fault, traceback.format_exc())
