@@ -207,7 +207,8 @@ def check_value(kind, value, name: str, limits: tuple | None):
         if limits and number:  # NaN is within no limits
             require(limits[0] <= item <= limits[1], f"{name} must be from {limits[0]:,} to {limits[1]:,}, got {item!r:.60}")
         if kind is str:
-            require(len(item) < 4096 and item.isprintable(), f"{name} must be printable text of less than 4096 characters, got {item[:60]!r}")
+            require(len(item) < 4096 and not re.search(r"[\x00-\x1f\x7f]", item),
+                    f"{name} must be text of less than 4096 characters without control characters, got {item[:60]!r}")
 
 
 def config_from(values, origin: str) -> Config:
@@ -938,10 +939,10 @@ def memory_needed(config: Config, dtype: torch.dtype) -> int:
     during the warm-up a copy of three of these; the activations of a micro batch, the logits of a chunk and the tokens of two batches. Models of
     more than eight layers are measured at four and eight and continued in a straight line, so that a plan of any depth takes a second.
     """
-    few, more = (dataclasses.replace(config, layers=min(config.layers, n)) for n in (4, 8))
-    sizes = [measure_model(c, dtype) for c in (few, more)]
-    beyond = (config.layers - more.layers) / max(more.layers - few.layers, 1)
-    parameters, activations = (sizes[1][key] + beyond * (sizes[1][key] - sizes[0][key]) for key in ("parameters", "activation_bytes"))
+    more = measure_model(dataclasses.replace(config, layers=min(config.layers, 8)), dtype)
+    few = measure_model(dataclasses.replace(config, layers=4), dtype) if config.layers > 8 else more
+    beyond = max(config.layers - 8, 0) / 4
+    parameters, activations = (more[key] + beyond * (more[key] - few[key]) for key in ("parameters", "activation_bytes"))
     micro_rows = max(1, min(config.micro_batch_tokens, config.batch_tokens) // config.sequence_length)
     logits = 3 * 4 * config.padded_vocabulary * min(config.loss_chunk, micro_rows * config.sequence_length)
     return int(28 * parameters + micro_rows * activations + logits + 8 * config.batch_tokens)
@@ -1285,6 +1286,11 @@ def read_checkpoint(path: str | Path) -> dict:
     place = [saved["loader"].get(name) for name in ("epoch", "shard", "row")]
     require(all(type(number) is int and number >= 0 for number in place), f"{whole}: its place in the data is {place}; give another one")
     require(all(isinstance(tensor, Tensor) for tensor in (*saved["model"].values(), *saved["rng"])), f"{whole}: its model is no tensors; give another one")
+    points = [isinstance(p, dict) and type(p.get("step")) is int and type(p.get("val_loss")) is float for p in saved["curve"]]
+    points += [isinstance(p, list) and [type(value) for value in p] == [int, float] for p in saved["train_curve"]]
+    require(all(points), f"{whole}: its curves are no steps and losses; give another one")
+    names = [isinstance(name, str) and isinstance(value, str) and re.fullmatch(r"\w+(\.\w+)*", name) for name, value in saved["sources"].items()]
+    require(all(names), f"{whole}: its sources are no modules and their sha256; give another one")
     saved["config"] = dataclasses.asdict(config_from(saved["config"], str(path)))
     return saved
 
@@ -1913,7 +1919,7 @@ def report(trainer: Trainer | None, fault: str, details: str = ""):
             log.save_facts(status=f"failed: {fault}")
         except RunError:  # the disk is full: what is there stays
             pass
-    if os.environ.get("RANK", "0") == "0":
+    if not re.fullmatch(r"[1-9]\d*", os.environ.get("RANK", "0")):  # the other ranks have the same to say
         say(f"train_gpt.py: error: {fault}", stream=sys.stderr)
 
 
