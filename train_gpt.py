@@ -75,7 +75,8 @@ SEAMS = ("Linear", "Norm", "RMSNormalize", "ReLUSquared", "SoftcappedCrossEntrop
 
 @dataclass
 class Config:
-    """All settings of a run. Every field is a command-line option and the comment beside it its help text."""
+    """All settings of a run. Every field is a command-line option, the comment beside it its help text, the comments between them its groups."""
+    # what to train
     track: str = "cpu"                  # which of TRACKS supplies the defaults
     variant: tuple[str, ...] = ()       # replacement parts: "name" or "name:key=value,key=value"; several as several arguments or joined by +
     # data
@@ -157,7 +158,7 @@ RESUME_FIELDS = {"resume", "data", "log_dir", "save", "checkpoint_seconds", "kee
 RANGES = dict(
     vocab_size=(0, 65_536), document_token=(-1, 65_535), sequence_length=(2, 2 ** 24), batch_tokens=(1, 2 ** 32), micro_batch_tokens=(1, 2 ** 32),
     tokens=(1, 10 ** 15), steps=(0, 10 ** 9), time_budget=(0.0, 31_536_000.0), val_tokens=(1, 10 ** 12), val_every=(-1, 10 ** 9), target=(0.0, 100.0),
-    layers=(1, 4096), model_dim=(1, 2 ** 18), heads=(1, 2 ** 14), head_dim=(1, 2 ** 14), mlp_hidden=(1, 2 ** 20), window_short=(0, 2 ** 24),
+    layers=(1, 1024), model_dim=(1, 2 ** 18), heads=(1, 2 ** 14), head_dim=(1, 2 ** 14), mlp_hidden=(1, 2 ** 20), window_short=(0, 2 ** 24),
     window_long=(0, 2 ** 24), attention_scale=(0.0, 1e4), rope_base=(1.0, 1e12), logit_softcap=(0.0, 1e6), value_embeddings=(0, 4096),
     bigram_rows=(0, 2 ** 28), lr_matrix=(0.0, 1e4), lr_embed=(0.0, 1e4), lr_head=(0.0, 1e4), lr_scalar=(0.0, 1e4), momentum=(0.0, 0.999999),
     normuon_beta2=(0.0, 0.999999), weight_decay=(0.0, 1e4), adam_beta1=(0.0, 0.999999), adam_beta2=(0.0, 0.999999), decay_fraction=(0.0, 1.0),
@@ -248,12 +249,22 @@ TRACKS = {
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """Config from a command line (default: this process')."""
-    help_of = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
-    parser = argparse.ArgumentParser(prog="train_gpt.py", description="Train the baseline or a variant of it.", argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="train_gpt.py", usage="train_gpt.py [options]", argument_default=argparse.SUPPRESS, allow_abbrev=False, description="Train the baseline or a variant of it.",
+        epilog="Defaults are the cpu track's; another --track brings its own. A run is named by its id, the beginning of it, or last.")
     kinds = {int: dict(type=int), float: dict(type=float), bool: dict(action=argparse.BooleanOptionalAction), tuple[str, ...]: dict(nargs="+"),
              tuple[int, ...]: dict(type=lambda text: tuple(int(part) for part in text.split(",")))}
-    for field in dataclasses.fields(Config):
-        parser.add_argument("--" + field.name, help=help_of[field.name].replace("%", "%%"), **kinds.get(field.type, {}))
+    defaults = {field.name: TRACKS[Config.track].get(field.name, field.default) for field in dataclasses.fields(Config)}
+
+    # a group for each comment of its own in Config's source, an option for each field, with the comment beside it
+    group, types = parser, {field.name: field.type for field in dataclasses.fields(Config)}
+    for title, name, comment in re.findall(r"^    (?:# (.*)|(\w+): .*?  # (.*))$", inspect.getsource(Config), re.M):
+        if title:
+            group = parser.add_argument_group(title)
+            continue
+        value = ",".join(map(str, defaults[name])) if isinstance(defaults[name], tuple) else defaults[name]
+        shown = f" (default: {value})" if str(value) else ""
+        group.add_argument("--" + name, help=comment.replace("%", "%%") + shown, **kinds.get(types[name], {}))
     spelled = (re.sub("^--[^=]*", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in (sys.argv[1:] if argv is None else argv))  # --init-from too
     given = vars(parser.parse_args([re.sub("^--no_", "--no-", word) for word in spelled]))
     if "variant" in given:

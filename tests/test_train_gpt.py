@@ -104,10 +104,14 @@ def test_waiting_threads_spin_a_bounded_time_unless_the_user_chose(tmp_path):
     assert shown(GOMP_SPINCOUNT="7")[0] == "7" and shown(OMP_WAIT_POLICY="PASSIVE")[0] == shown(KMP_BLOCKTIME="0")[0] == "None"
 
 
-def test_every_option_is_explained():
-    text = subprocess.run([sys.executable, "train_gpt.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def test_every_option_is_explained_in_its_group_with_its_default():
+    text = subprocess.run([sys.executable, "train_gpt.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "500"}).stdout
+    groups = re.split(r"^(what to train|data|model|optimizer|run):$", text, flags=re.M)[1:]
+    groups = dict(zip(groups[::2], groups[1::2]))
+    assert len(groups) == 5
     for field in train_gpt.dataclasses.fields(train_gpt.Config):
-        assert re.search(rf"--{field.name}\b(.|\n)*?[a-z]", text), field.name
+        assert sum(bool(re.search(rf"^  --{field.name}\b.*\n?.*[a-z]", options, re.M)) for options in groups.values()) == 1, field.name
+    assert re.search(r"--lr_head .* Adam's, for the head \(default: 0.016\)", groups["optimizer"]) and "(default: True)" in groups["model"]
 
 
 @pytest.mark.parametrize("track", train_gpt.TRACKS)
@@ -914,7 +918,7 @@ def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(corpus, tmp_path)
 @pytest.mark.parametrize("given,message", [
     (["--track", "fast"], "unknown track 'fast'; the tracks are cpu, small"),
     (["--batch_tokens", "100"], "--batch_tokens 100 is not a multiple of --sequence_length 32"),
-    (["--layers", "0"], "--layers must be from 1 to 4,096, got 0"),
+    (["--layers", "0"], "--layers must be from 1 to 1,024, got 0"),
     (["--compile", "maybe"], "--compile must be one of auto, model, blocks, off; got 'maybe'"),
     (["--window_pattern", "SX"], "--window_pattern takes letters S and L"),
     (["--window_short", "1,2,3"], "equally many stages"),
