@@ -19,13 +19,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch
-
 import train_gpt
 import variants
 from benchmarks.timing import describe, in_turn, markdown, require_tests, save
 from generate import Decoder, choose
 from train_gpt import Config, Ranks, RunError
+
+import torch
 
 TESTS = ["tests/test_generate.py", "tests/kernels/test_topological_attention_cache.py"]
 LENGTHS = [384, 1024, 2048, 16384, 65536]

@@ -20,10 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch
-
 from benchmarks.timing import Place, kernel_benchmark, measure_arms
 from kernels.embedding_lookup import embedding_lookup, embedding_lookup_reference
+
+import torch
 
 FILE = "tests/kernels/test_embedding_lookup.py"
 TESTS = {"cpu": [f"{FILE}::{name}" for name in ("test_reference_is_the_definition", "test_gradcheck", "test_auto_is_the_trainers_on_a_cpu")], "cuda": [FILE]}

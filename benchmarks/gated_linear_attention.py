@@ -17,11 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch
-import torch.nn.functional as F
-
 from benchmarks.timing import Place, both_passes, kernel_benchmark, measure_arms, rows_in_turn
 from kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_reference, gated_linear_attention_step
+
+import torch
+import torch.nn.functional as F
 
 TESTS = dict.fromkeys(("cpu", "cuda"), ["tests/kernels/test_gated_linear_attention.py"])
 WIDTHS = {"cpu": [(64, 64, 4), (256, 65, 4), (16, 17, 16)], "cuda": [(64, 64, 12), (64, 65, 12), (128, 128, 6), (256, 65, 12), (16, 17, 48)]}  # M, D, H

@@ -30,12 +30,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np
-import torch
-
 from benchmarks.timing import markdown
 from data.shards import write_shard
 from train_gpt import TRACKS, Config, Ranks, RunError, command_output, environment, write_atomically
+
+import numpy as np
+import torch
 
 PASSED, SKIPPED, STOPPED, LATE = "passed", "skipped", "stopped: out of time", "not run: out of time"
 

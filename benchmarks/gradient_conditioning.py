@@ -29,14 +29,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.timing import describe, markdown, require_tests, save
+from train_gpt import Config, Ranks, RunError
+from variants.gradient_conditioning import Options, build
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from benchmarks.timing import describe, markdown, require_tests, save
-from train_gpt import Config, Ranks, RunError
-from variants.gradient_conditioning import Options, build
 
 TESTS = "tests/variants/test_gradient_conditioning.py"
 CPU = torch.device("cpu")

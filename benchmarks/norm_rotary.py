@@ -20,11 +20,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch
-
 from benchmarks.timing import Place, kernel_benchmark, measure_arms
 from kernels.norm_rotary import norm_rotary, norm_rotary_reference
 from train_gpt import RMSNormalize, rotate
+
+import torch
 
 FILE = "tests/kernels/test_norm_rotary.py"
 TESTS = {"cpu": [f"{FILE}::{name}" for name in ("test_reference_is_the_definition", "test_equals_the_trainer", "test_gradcheck")], "cuda": [FILE]}

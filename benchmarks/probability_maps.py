@@ -25,14 +25,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.timing import describe, in_turn, markdown, require_tests, save
+from kernels.probability_maps import MAPS, probability_map
+from train_gpt import RunError
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from benchmarks.timing import describe, in_turn, markdown, require_tests, save
-from kernels.probability_maps import MAPS, probability_map
-from train_gpt import RunError
 
 TESTS = ["tests/kernels/test_probability_maps.py"]
 RATES, CHOICE_SEEDS, BINS, LEAST = (1e-3, 3e-3, 1e-2), (101, 102), 15, 1e-12

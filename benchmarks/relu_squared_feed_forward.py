@@ -18,12 +18,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch
-import torch.nn.functional as F
-
 from benchmarks.timing import Place, kernel_benchmark, measure_arms
 from kernels.relu_squared_feed_forward import relu_squared_feed_forward, relu_squared_feed_forward_reference
 from train_gpt import ReLUSquared
+
+import torch
+import torch.nn.functional as F
 
 FILE = "tests/kernels/test_relu_squared_feed_forward.py"
 TESTS = {"cpu": [f"{FILE}::{name}" for name in ("test_reference_is_the_definition", "test_gradcheck")], "cuda": [FILE]}

@@ -18,10 +18,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch
-
 from benchmarks.timing import Place, kernel_benchmark, measure_arms
 from kernels.residual_norm import residual_norm, residual_norm_reference
+
+import torch
 
 FILE = "tests/kernels/test_residual_norm.py"
 TESTS = {"cpu": [f"{FILE}::{name}" for name in ("test_reference_is_the_definition", "test_gradcheck", "test_compiled_reference_equals_eager")], "cuda": [FILE]}

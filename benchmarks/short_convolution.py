@@ -17,11 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch
-import torch.nn.functional as F
-
 from benchmarks.timing import Place, both_passes, kernel_benchmark, measure_arms
 from kernels.short_convolution import short_convolution
+
+import torch
+import torch.nn.functional as F
 
 TESTS = {device: ["tests/kernels/test_short_convolution.py"] for device in ("cpu", "cuda")}
 SIZES = {"cpu": [dict(T=T, C=128, taps=4) for T in (4096, 16_384)], "cuda": [dict(T=T, C=768, taps=4) for T in (16_384, 65_536, 262_144)]}

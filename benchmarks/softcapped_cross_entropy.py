@@ -18,11 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch
-
 from benchmarks.timing import Place, fault_of, kernel_benchmark, rows_in_turn
 from kernels.softcapped_cross_entropy import softcapped_cross_entropy, softcapped_cross_entropy_reference
 from train_gpt import SoftcappedCrossEntropy, loss_of_chunk
+
+import torch
 
 FILE = "tests/kernels/test_softcapped_cross_entropy.py"
 TESTS = {"cpu": [f"{FILE}::{name}" for name in ("test_reference_is_the_definition", "test_gradcheck", "test_compiled_reference_equals_eager")], "cuda": [FILE]}

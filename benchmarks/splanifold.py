@@ -19,11 +19,11 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch
-
 from benchmarks.timing import Place, kernel_benchmark, measure_arms
 from kernels.splanifold import SplanifoldControls, splanifold, splanifold_reference
 from train_gpt import RunError
+
+import torch
 
 TESTS = {"cpu": ["tests/kernels/test_splanifold.py"], "cuda": ["tests/kernels/test_splanifold.py", "tests/kernels/test_splanifold_triton.py"]}
 EPS = 1e-3

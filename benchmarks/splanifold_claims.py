@@ -35,12 +35,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np
-import torch
-
 from benchmarks.timing import describe, in_turn, markdown, require_tests, save
 from kernels.splanifold import SplanifoldControls, splanifold, splanifold_reference
 from train_gpt import RunError
+
+import numpy as np
+import torch
 
 TESTS = "tests/kernels/test_splanifold.py"
 CPU = torch.device("cpu")

@@ -33,13 +33,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np
-import torch
-
 from benchmarks.timing import describe, markdown, save
 from data import symbolic_language as language
 from records.statistics import paired, wilson
 from train_gpt import RunError
+
+import numpy as np
+import torch
 
 TASK = language.Task(digits=5, depth=5, sequence_length=512)
 ARMS = (("symbolic", "problems"), ("english", "problems"), ("lean_like", "problems"), ("answer_only", "problems"), ("shuffled_trace", "problems"),

@@ -23,12 +23,12 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch
-
 import train_gpt
 from benchmarks.timing import Place, fault_of, kernel_benchmark, rows_in_turn
 from kernels.symmetric_product import symmetric_product
 from train_gpt import POLAR_EXPRESS, orthogonalize
+
+import torch
 
 FILE = "tests/kernels/test_symmetric_product.py"
 TESTS = {"cpu": [f"{FILE}::{name}" for name in ("test_reference_is_the_definition", "test_gradcheck", "test_compiled_reference_equals_eager")], "cuda": [FILE]}

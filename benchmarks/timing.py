@@ -3,6 +3,7 @@ What the kernels' benchmarks share: the tests come first, arms are timed in turn
 
 A benchmark is a function measure(place, **size) -> rows, one for each arm and pass, and a table of sizes; kernel_benchmark() makes a command of it.
 Milliseconds everywhere. On a GPU times are the device's own (events), with the cache emptied before each call; on a CPU the wall clock's.
+Scripts import this file, and with it the trainer, before PyTorch: the trainer bounds how long waiting threads spin, which PyTorch reads once.
 """
 
 import argparse
@@ -16,10 +17,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
+from train_gpt import Ranks, RunError, environment, measured_peak, write_atomically
+
 import numpy as np
 import torch
-
-from train_gpt import Ranks, RunError, environment, measured_peak, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 COPY = "copy"  # the arm that only moves as many bytes

@@ -17,11 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch
-import torch.nn.functional as F
-
 from benchmarks.timing import Place, kernel_benchmark, rows_in_turn
 from kernels.topological_attention import BACKENDS, topological_attention
+
+import torch
+import torch.nn.functional as F
 
 TESTS = dict.fromkeys(("cpu", "cuda"), ["tests/kernels/test_topological_attention.py"])
 HEADS = {"cpu": 1, "cuda": 12}

@@ -25,12 +25,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np
-import torch
-
 from benchmarks.gpu_suite import end, fault, step_spread, synthetic_shards
 from benchmarks.timing import ceilings, describe, markdown, save
 from train_gpt import RunError, Trainer, compile_mode, compile_model, parse_config
+
+import numpy as np
+import torch
 
 # kind of work -> what the names of its operators and kernels have; the first that fits counts
 KINDS = {"attention": r"flash|fmha|attention|flex", "products": r"gemm|cutlass|cublas|nvjet|xmma|splitk|::mm$|::bmm$|addmm|baddbmm|_dot_", "between ranks": r"nccl|allreduce|all_reduce|gloo",

@@ -104,6 +104,19 @@ def test_waiting_threads_spin_a_bounded_time_unless_the_user_chose(tmp_path):
     assert shown(GOMP_SPINCOUNT="7")[0] == "7" and shown(OMP_WAIT_POLICY="PASSIVE")[0] == shown(KMP_BLOCKTIME="0")[0] == "None"
 
 
+def test_scripts_load_the_trainer_before_pytorch():
+    """PyTorch's OpenMP reads the bounded spin once, when it is loaded; so a file of the project comes before it in every script's imports."""
+    scripts = [file for folder in (".", "benchmarks", "data", "records") for file in sorted((ROOT / folder).glob("*.py")) if file.name != "train_gpt.py"]
+    own = {file.stem for file in ROOT.glob("*.py")} | {"benchmarks", "data", "records", "variants"}
+    wrong = []
+    for file in scripts:
+        imports = re.findall(r"^(?:from|import) (\w+)", file.read_text(encoding="utf-8"), re.M)
+        loading = [name for name in imports if name in own | {"torch", "kernels"}]
+        if "torch" in loading and loading[0] not in own:
+            wrong.append(str(file.relative_to(ROOT)))
+    assert len(scripts) > 20 and not wrong
+
+
 def test_every_option_is_explained_in_its_group_with_its_default():
     text = subprocess.run([sys.executable, "train_gpt.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "500"}).stdout
     groups = re.split(r"^(what to train|data|model|optimizer|run):$", text, flags=re.M)[1:]
