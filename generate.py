@@ -1,40 +1,47 @@
 """
 Text from a checkpoint of any variant.
 
-    python generate.py --checkpoint logs/RUN.pt --prompt "def main("                          to the terminal, as it comes
-    python generate.py --checkpoint logs/RUN.pt --prompt-file story.txt --tokens 2000 --temperature 0.8 --top-p 0.95 --seed 7
-    python generate.py --checkpoint logs/RUN.pt --prompt "import" --batch 4 --bins 256        four texts; topological attention with a state of fixed size
-    python generate.py --checkpoint logs/RUN.pt --export DIR                                  model.safetensors, config.json and the tokenizer's merges
+    python generate.py --checkpoint logs/RUN.pt --prompt "def main("                to the terminal, as it comes
+    python generate.py --checkpoint last --prompt-file story.txt --tokens 2000 --temperature 0.8 --top-p 0.95 --seed 7
+    python generate.py --checkpoint RUN --prompt "import" --batch 4 --bins 256      four texts; topological attention with
+                                                                                    a state of fixed size
+    python generate.py --checkpoint logs/RUN.pt --export DIR                        model.safetensors, config.json and the
+                                                                                    tokenizer's files
 
-- A checkpoint is a run's .pt file or a folder that --export made. Nothing in it is executed.
-- Every layer keeps what later tokens need: softmax attention its keys and values, topological attention coordinates and values or, with --bins, a state of
-  fixed size, forgetting attention its sums besides. A model whose parts cannot go on from that is found out by a trial against the whole forward pass and
-  then runs all of its context for every token; a line on stderr says so.
-- A token sees --context tokens back (default: the row length of the training). A longer text goes on without what lies further back.
-- Sampling: softmax of logits / temperature (0: the likeliest token), among the --top-k likeliest, then among the fewest that together have --top-p.
-  A document's end ends a text, unless --endless.
-- Exit code 1 and one line for a fault, 130 when interrupted.
+- A checkpoint is a run's .pt file, a run's id or the beginning of one, `last`, or a folder that --export made. Nothing in
+  it is executed. Where the code of a module has changed since the training, a line on stderr names it.
+- Every layer keeps what later tokens need: softmax attention its keys and values, topological attention coordinates and
+  values or, with --bins, a state of fixed size, forgetting attention its sums besides. A model whose parts cannot go on
+  from that is found out by a trial against the whole forward pass and then runs all of its context for every token; a
+  line on stderr says so.
+- A token sees --context tokens back (default: the row length of the training). A longer text goes on without what lies
+  further back. What does not fit in memory is refused before it is allocated.
+- Sampling: softmax of logits / temperature (0: the likeliest token), among the --top-k likeliest, then among the fewest
+  that together have --top-p. A document's end ends a text, unless --endless.
+- An exported folder holds every tensor once, however many names it has, and its config.json the SHA-256 of all files and
+  of itself; both are checked when it is read.
+- Exit code 1 and one line for a fault, 130 when interrupted, 141 when nobody reads the output any more (| head).
 """
 
 import argparse
 import codecs
+import hashlib
 import json
-import math
-import shutil
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-import train_gpt
+import train_gpt  # before torch: it sets how long PyTorch's waiting threads spin
 import variants
+import torch
 from data.shards import encoder, load_merges
 from kernels.topological_attention_cache import TokenBuffer, hidden_keys
-from train_gpt import AttentionContext, AttentionMask, Config, GPT, Ranks, RunError, read_checkpoint
+from torch import Tensor
+from train_gpt import (AttentionContext, AttentionMask, Config, GPT, Ranks, RunError, changed_sources, check_value, config_from,
+                       digest_of, find_checkpoint, memory_of_machine, read_checkpoint, read_json, require, sha256_of_file)
 
 TRIAL, TRIAL_ERROR = (40, 1, 1, 22), 1e-3  # tokens of the trial in steps, and how far its logits may be from the whole pass, relative to their RMS
 
@@ -169,11 +176,13 @@ def decodes_from_cache(model: GPT) -> bool:
 
 
 def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
-    """A token for each row of logits (B, V) -> (B,) int64 on the CPU."""
+    """A token for each row of logits (B, V) -> (B,) int64 on the CPU. RunError for logits that are no numbers."""
     logits = logits.float().cpu()
+    highest = logits.amax(-1, keepdim=True)
+    require(highest.isfinite().all(), "the model's logits are infinite or no numbers; give a checkpoint of a run that learnt")
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = (logits - highest) / max(temperature, 1e-30)  # below that a float32 quotient would be infinity times zero
     if not top_k and top_p == 1:
         return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
     logits, order = logits.sort(-1, descending=True)
@@ -208,18 +217,18 @@ class Tokenizer:
     @classmethod
     def of(cls, folder: Path, config: Config) -> "Tokenizer":
         """That of a data folder, or of an exported model's. RunError if there is none, or the model has another vocabulary."""
-        try:
-            name = json.loads((folder / "meta.json").read_text())["tokenizer"]
-        except FileNotFoundError:
-            name = {257: "bytes", 50257: "gpt2"}.get(config.vocab_size, "")
-        except (OSError, ValueError, KeyError, TypeError):
-            raise RunError(f"{folder}/meta.json cannot be read; give --data the folder of the training shards") from None
+        name, meta = {257: "bytes", 50257: "gpt2"}.get(config.vocab_size, ""), folder / "meta.json"
+        remedy = "give --data the folder of the training shards"
+        if meta.exists():
+            name = read_json(meta, remedy).get("tokenizer")
+            check_value(str, name, f"{meta}: tokenizer", None)
         files = sorted(folder.glob("*.tiktoken"))
-        if name not in ("bytes", "gpt2") and not files:
-            raise RunError(f"no tokenizer of {config.vocab_size} ids for text in {folder} (found {name or 'nothing'}); give --data a folder that has its .tiktoken file")
+        require(files or name in ("bytes", "gpt2"), f"no tokenizer of {config.vocab_size} ids for text in {folder} "
+                f"(its name there: {name or 'none'}); give --data a folder that has its .tiktoken file")
         tokenizer = cls(load_merges(str(files[0]) if files else name))
-        if len(tokenizer.pieces) + 1 != config.vocab_size:
-            raise RunError(f"the model has {config.vocab_size} token ids and the tokenizer in {folder} {len(tokenizer.pieces) + 1}; give --data the folder of its training shards")
+        least = len(tokenizer.pieces) + 1  # the document's end, which has no text
+        require(least <= config.vocab_size <= -(-least // 128) * 128,  # a vocabulary may be padded to whole matrix units
+                f"the model has {config.vocab_size} token ids and the tokenizer in {folder} {least}; {remedy}")
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
@@ -234,149 +243,373 @@ class Tokenizer:
 # ---------------------------------------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
+WEIGHTS, SETTINGS, FORMAT = "model.safetensors", "config.json", "knotgpt-1"
+AGAIN = "export the model again, or give a run's .pt file"
+
 
 def read_model(path: str) -> dict:
-    """A checkpoint's contents, from a .pt file or an exported folder. RunError if it is neither or damaged; nothing in it is executed."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return read_checkpoint(path)
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    """
+    A checkpoint's contents, from a .pt file or an exported folder: config, model (name -> tensor) and, where it is known,
+    sources. RunError, one line, if it is neither or damaged; nothing in it is executed.
+    """
+    saved = read_export(Path(path)) if Path(path).is_dir() else read_checkpoint(path)
+    tensors = saved.get("model")
+    require(isinstance(tensors, dict) and all(isinstance(tensor, Tensor) for tensor in tensors.values()),
+            f"{path}: its model is no set of tensors; give another checkpoint")
+    for name, tensor in tensors.items():
+        require(tensor.layout == torch.strided, f"{path}: tensor {name} is {tensor.layout}, not dense; give another checkpoint")
+        require(not tensor.is_floating_point() or tensor.isfinite().all(),
+                f"{path}: tensor {name} holds numbers that are infinite or none; give a checkpoint of a run that learnt")
+    return saved
+
+
+def read_export(folder: Path) -> dict:
+    """An exported folder's config, model and sources; checked: whether it has checksums, which older ones lack, and they hold."""
+    origin = folder / SETTINGS
+    require(origin.is_file(), f"{folder} has no {SETTINGS}; give a folder that --export made, or a .pt file")
+    settings = read_json(origin, AGAIN)
+    require(settings.get("format") == FORMAT, f"{origin} is none that --export wrote; give another folder, or a .pt file")
+    old = settings.keys() == {"format", "config"}  # as written before there were checksums
+    digest = settings.pop("sha256", None)
+    require(old or digest == digest_of(settings), f"{origin} is damaged, its checksum does not hold; {AGAIN}")
+    for name in () if old else ("sources", "shared", "files"):
+        words = settings.get(name)
+        require(isinstance(words, dict) and all(isinstance(word, str) for word in words.values()),
+                f"{origin}: {name} must be an object of texts, got {words!r:.60}; {AGAIN}")
+
+    # the files
+    files = settings.get("files", {})
+    require(old or WEIGHTS in files, f"{origin} names no checksum of {WEIGHTS}; {AGAIN}")
+    for name, expected in files.items():
+        require((folder / name).is_file(), f"{folder} has no {name}; {AGAIN}")
+        try:
+            held = sha256_of_file(folder / name) == expected
+        except OSError as error:
+            raise RunError(f"cannot read {folder / name}: {error.strerror}; {AGAIN}") from None
+        require(held, f"{folder / name} is damaged, its checksum does not hold; {AGAIN}")
+    strange = {path.name for path in (folder / "meta.json", *folder.glob("*.tiktoken")) if path.exists()} - files.keys()
+    require(old or not strange, f"{folder} holds {', '.join(sorted(strange))}, which --export did not write; {AGAIN}")
+
+    # the tensors, a shared one under all of its names
+    tensors = read_tensors(folder / WEIGHTS)
+    shared = settings.get("shared", {})
+    for name, first in shared.items():
+        require(first in tensors and name not in tensors, f"{origin}: {name} cannot share {first}; {AGAIN}")
+    tensors |= {name: tensors[first] for name, first in shared.items()}
+    return dict(config=settings["config"], model=tensors, sources=settings.get("sources", {}), checked=not old)
+
+
+def safetensors_library():
+    """The module safetensors.torch. RunError where it is not installed."""
     try:
-        saved = json.loads((folder / "config.json").read_text())
-        return dict(config=saved["config"], model=load_file(folder / "model.safetensors"))
-    except FileNotFoundError as error:
-        raise RunError(f"{path} has no {Path(error.filename or 'model.safetensors').name}; give a folder that --export made, or a .pt file") from None
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise RunError(f"{path} is not a whole exported model ({type(error).__name__}); export it again") from None
+        import safetensors.torch
+    except ImportError:
+        raise RunError("exported models need the package safetensors; install it: pip install safetensors") from None
+    return safetensors
 
 
-def config_of(saved: dict, path: str) -> Config:
-    known = {field.name for field in fields(Config)}
-    if not isinstance(saved["config"], dict) or (unknown := set(saved["config"]) - known):
-        raise RunError(f"{path} has settings that this trainer does not know ({', '.join(sorted(unknown)) if isinstance(saved['config'], dict) else 'none at all'}); "
-                       "use the trainer that wrote it")
-    given = saved["config"]
-    return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
-
-
-def export(saved: dict, config: Config, folder: Path, tokenizer_folder: Path):
-    """model.safetensors (shared tensors once), config.json, and the tokenizer's files where there are any."""
-    from safetensors.torch import save_file
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous().clone() for name, tensor in saved["model"].items()}, folder / "model.safetensors")
-    train_gpt.write_atomically(folder / "config.json", lambda file: file.write(json.dumps(dict(format="knotgpt-1", config=asdict(config)), indent=1).encode() + b"\n"))
-    for file in (tokenizer_folder / "meta.json", *tokenizer_folder.glob("*.tiktoken")):
-        if file.exists():
-            shutil.copyfile(file, folder / file.name)
-
-
-def loaded(saved: dict, config: Config, ranks: Ranks, path: str) -> GPT:
-    """The model, with its variants applied for the rest of this process."""
-    variants.apply(config.variant, config)
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. RunError for any other."""
+    library = safetensors_library()
+    require(path.is_file(), f"{path.parent} has no {path.name}; {AGAIN}")
     try:
-        return train_gpt.trained_model(saved, config, ranks)
-    except RuntimeError as error:  # of load_state_dict: names or shapes
-        raise RunError(f"{path} does not fit the model that its settings describe: {str(error).splitlines()[-1].strip()}") from None
+        return library.torch.load_file(path)
+    except (library.SafetensorError, OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+        raise RunError(f"{path} is no whole file of tensors ({type(error).__name__}); {AGAIN}") from None
+
+
+def share_tensors(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Name -> tensor -> ({name: tensor}, every tensor once, under its first name; {other name: that first name})."""
+    places, first, shared = {}, {}, {}
+    for name, tensor in tensors.items():
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and place in places:
+            shared[name] = places[place]
+        else:
+            first[name], places[place] = tensor, name
+    return first, shared
+
+
+def export(saved: dict, config: Config, folder: Path, checkpoint: Path, tokenizer_folder: Path):
+    """
+    model.safetensors, each tensor once, the tokenizer's files where there are any, and, last, config.json with what each
+    tensor's other names are and the checksums of all. RunError if `folder` holds anything but an earlier export.
+    """
+    folder, source = folder.resolve(), checkpoint.resolve()
+    require(folder != source and folder not in source.parents,
+            f"--export {folder} is the checkpoint's own folder; give another one")
+    tokenizer_files = sorted(path for path in (tokenizer_folder / "meta.json", *tokenizer_folder.glob("*.tiktoken"))
+                             if path.is_file())
+    tensors, shared = share_tensors(saved["model"])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        present = {path.name for path in folder.iterdir()}
+        earlier = {name for name in present if name in (SETTINGS, WEIGHTS, "meta.json") or name.endswith(".tiktoken")}
+        require(not present or present == earlier and earlier >= {SETTINGS, WEIGHTS},
+                f"--export {folder} holds other files ({', '.join(sorted(present - earlier or present))[:80]}); give a new "
+                "folder, an empty one or that of an earlier export")
+        contents = {path.name: path.read_bytes() for path in tokenizer_files}
+        for name in earlier - contents.keys() - {SETTINGS, WEIGHTS}:
+            (folder / name).unlink()
+    except OSError as error:
+        raise RunError(f"cannot export to {folder}: {error.strerror}; choose another folder") from None
+    library = safetensors_library()
+    contents[WEIGHTS] = library.torch.save({name: tensor.clone(memory_format=torch.contiguous_format)
+                                            for name, tensor in tensors.items()})
+    settings = dict(format=FORMAT, config=asdict(config), sources=saved.get("sources", {}), shared=shared,
+                    files={name: hashlib.sha256(content).hexdigest() for name, content in contents.items()})
+    settings = json.loads(json.dumps(settings))  # as it will be read: lists for tuples
+    contents[SETTINGS] = json.dumps(settings | dict(sha256=digest_of(settings)), indent=1).encode() + b"\n"
+    for name, content in contents.items():
+        train_gpt.write_atomically(folder / name, lambda file, content=content: file.write(content))
+
+
+def load_model(saved: dict, config: Config, ranks: Ranks, path: str) -> GPT:
+    """
+    The model of a checkpoint's contents, ready for use; its variants must be applied. RunError, one line, unless its tensors
+    are those of the model that its settings describe, by name, shape and dtype.
+    """
+    with torch.device("meta"):
+        expected = train_gpt.GPT(config).state_dict()
+    tensors, fault = saved["model"], f"{path} does not fit the model that its settings describe"
+    for title, names in dict(lacks=expected.keys() - tensors, **{"has besides": tensors.keys() - expected}).items():
+        require(not names, f"{fault}: it {title} {', '.join(sorted(map(str, names))[:3])} ({len(names)} in all)")
+    for name, tensor in expected.items():
+        got = tensors[name]
+        require(got.shape == tensor.shape and got.dtype == tensor.dtype, f"{fault}: {name} is {tuple(got.shape)} {got.dtype}, "
+                f"the model's {tuple(tensor.shape)} {tensor.dtype}")
+    return train_gpt.trained_model(saved, config, ranks)
+
+
+def warn(saved: dict, path: Path):
+    """Say on stderr what a checkpoint's contents leave in doubt."""
+    if not saved.get("checked", True):
+        print(f"generate.py: {path} is an older export, without checksums: damage in it cannot be seen; export it again",
+              file=sys.stderr)
+    changed = changed_sources(saved)
+    if changed:
+        print(f"generate.py: warning: since {path} was trained, the code of {', '.join(changed)} has changed; "
+              "its texts may be others now", file=sys.stderr)
+
+
+def single_process(config: Config) -> Ranks:
+    """This process alone, whatever the environment says of ranks."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    return Ranks.start(config)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def bytes_needed(model: GPT, context: int, bins: int, cached: bool, batch: int, prompt: int, count: int) -> int:
+    """
+    The least that `batch` texts of `count` tokens after a prompt of `prompt` tokens need: the weights, what the layers keep
+    at the end, the logits and their probabilities, the streams of the longest pass and the texts. What a layer keeps of a
+    token is measured on two short rows.
+    """
+    config, longest = model.config, min(context, prompt + count)
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    total = weights + batch * (3 * 4 * config.vocab_size + 4 * prompt + (count if batch > 1 else 0))
+    width = (config.model_dim + config.mlp_hidden) * model.dtype.itemsize
+    if not cached:
+        return total + batch * longest * (width + 2 * 4 * config.vocab_size)
+    kept = []  # bytes of every layer after 16 tokens and after 32
+    for length in (16, 32):
+        decoder = Decoder(model, max(context, 32), bins)
+        decoder.feed(torch.zeros(1, length, dtype=torch.int32))
+        kept.append([cache.bytes_kept for cache in decoder.caches])
+    for layer, (few, more) in enumerate(zip(*kept)):
+        token = (more - few) / 16
+        total += int(batch * (few - 16 * token + token * min(longest, model.window(layer) or longest)))
+    return total + batch * prompt * width
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------------
 # The command
 
+LIMITS = dict(tokens=(1, 10 ** 9), temperature=(0.0, 1e6), top_k=(0, 65_536), top_p=(1e-6, 1.0), seed=train_gpt.RANGES["seed"],
+              batch=(1, 2 ** 20), context=(0, 2 ** 24), bins=(0, 65_536))
+MOST_PROMPT = 2 ** 26  # bytes of a prompt
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose faults are one line, with its help as it is written."""
+    def __init__(self, *arguments, formatter_class=argparse.RawDescriptionHelpFormatter, **settings):
+        super().__init__(*arguments, formatter_class=formatter_class, allow_abbrev=False, **settings)
+
+    def error(self, message: str):
+        raise RunError(f"{message[:200]}; see --help")
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="generate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help=".pt file of a run, or a folder that --export made")
-    parser.add_argument("--prompt", default=None, help="what the text begins with")
-    parser.add_argument("--prompt-file", type=Path, help="file with it")
-    parser.add_argument("--tokens", type=int, default=256, help="of each text after the prompt (256)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token (1.0)")
-    parser.add_argument("--top-k", type=int, default=0, help="among so many likeliest tokens (0: all)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="among the fewest tokens of this probability (1.0)")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=1, help="texts from one prompt (1)")
-    parser.add_argument("--context", type=int, default=0, help="tokens that each one sees back (0: the training's row length)")
-    parser.add_argument("--bins", type=int, default=0, help="topological attention by a state of so many bins (0: exact)")
-    parser.add_argument("--no-cache", action="store_true", help="run the whole context for every token")
-    parser.add_argument("--endless", action="store_true", help="go on after a document's end")
-    parser.add_argument("--data", type=Path, help="folder with the tokenizer (default: the training's data)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--export", type=Path, metavar="DIR", help="write the model there instead")
-    given = parser.parse_args(argv)
-    faults = [(given.tokens < 1, f"--tokens must be at least 1, got {given.tokens}"), (given.batch < 1, f"--batch must be at least 1, got {given.batch}"),
-              (not 0 <= given.temperature < math.inf, f"--temperature must be 0 or above, got {given.temperature:g}"),
-              (given.top_k < 0, f"--top-k must be 0 or above, got {given.top_k}"), (not 0 < given.top_p <= 1, f"--top-p must lie above 0 and be at most 1, got {given.top_p:g}"),
-              (given.context < 0, f"--context must be 0 or above, got {given.context}"),
-              (given.bins < 0 or given.bins == 1, f"--bins must be at least 2, or 0 for none, got {given.bins}"),
-              (given.prompt is not None and given.prompt_file is not None, "give --prompt or --prompt-file, not both")]
-    if message := next((message for fault, message in faults if fault), None):
-        raise RunError(message)
-    return given
+    """The options of a command line. RunError for a value outside of its range."""
+    parser = Parser(prog="generate.py", description=__doc__)
+    where = parser.add_argument_group("where the model comes from")
+    where.add_argument("--checkpoint", required=True, metavar="RUN",
+                       help="a run's .pt file, its id, the beginning of its id, `last`, or a folder that --export made")
+    where.add_argument("--log-dir", default=Config.log_dir, metavar="DIR", help="folder of runs (default: %(default)s)")
+    where.add_argument("--data", type=Path, metavar="DIR", help="folder with the tokenizer (default: the training's data)")
+    where.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
+    say = parser.add_argument_group("what to say")
+    say.add_argument("--prompt", metavar="TEXT", help="what the text begins with")
+    say.add_argument("--prompt-file", type=Path, metavar="FILE", help="file with it, UTF-8")
+    say.add_argument("--tokens", type=int, default=256, metavar="N",
+                     help="tokens of each text after the prompt (default: %(default)s)")
+    say.add_argument("--batch", type=int, default=1, metavar="N", help="texts from one prompt (default: %(default)s)")
+    say.add_argument("--endless", action="store_true", help="go on after a document's end")
+    how = parser.add_argument_group("how to sample")
+    how.add_argument("--temperature", type=float, default=1.0, metavar="T",
+                     help="divides the logits; 0: the likeliest token (default: %(default)s)")
+    how.add_argument("--top-k", type=int, default=0, metavar="K",
+                     help="among so many likeliest tokens; 0: all (default: %(default)s)")
+    how.add_argument("--top-p", type=float, default=1.0, metavar="P",
+                     help="among the fewest tokens of this probability (default: %(default)s)")
+    how.add_argument("--seed", type=int, default=1, help="of the samples (default: %(default)s)")
+    how.add_argument("--context", type=int, default=0, metavar="N",
+                     help="tokens that each one sees back; 0: the training's row length (default: %(default)s)")
+    how.add_argument("--bins", type=int, default=0, metavar="N",
+                     help="topological attention by a state of so many bins; 0: exact (default: %(default)s)")
+    how.add_argument("--no-cache", action="store_true", help="run the whole context for every token")
+    output = parser.add_argument_group("output (default: the text to the terminal)")
+    output.add_argument("--export", type=Path, metavar="DIR", help="write the model there instead")
+    options = parser.parse_args(argv)
+    for name, limits in LIMITS.items():
+        value = getattr(options, name)
+        check_value(type(parser.get_default(name)), value, f"--{name.replace('_', '-')}", limits)
+    require(options.bins != 1, "--bins must be at least 2, or 0 for none, got 1")
+    require(options.prompt is None or options.prompt_file is None, "give --prompt or --prompt-file, not both")
+    return options
 
 
-def read_prompt(given: argparse.Namespace) -> str:
-    if given.prompt_file is None:
-        text = given.prompt or ""
-    else:
-        try:
-            text = given.prompt_file.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise RunError(f"cannot read {given.prompt_file} ({type(error).__name__}); give a text file in UTF-8") from None
-    if not text:
-        raise RunError("the prompt is empty; give --prompt TEXT or --prompt-file FILE")
+def read_prompt(options: argparse.Namespace) -> str:
+    """The text to begin with. RunError for none, and for bytes that are not UTF-8."""
+    source = options.prompt_file or "--prompt"
+    try:
+        if options.prompt_file is None:
+            content = (options.prompt or "").encode("utf-8", "surrogateescape")  # as typed, in whatever locale
+        else:
+            with open(source, "rb") as file:
+                content = file.read(MOST_PROMPT + 1)
+        text = content.decode("utf-8")
+    except OSError as error:
+        raise RunError(f"cannot read {source}: {error.strerror}; give a text file") from None
+    except ValueError:
+        raise RunError(f"cannot read {source} as UTF-8; give a text in UTF-8") from None
+    require(len(content) <= MOST_PROMPT, f"{source} has more than {MOST_PROMPT:,} bytes; give a shorter prompt")
+    require(text, "the prompt is empty; give --prompt TEXT or --prompt-file FILE")
     return text
 
 
-def generate(given: argparse.Namespace):
-    saved = read_model(given.checkpoint)
-    config = config_of(saved, given.checkpoint)
-    data = given.data or (Path(given.checkpoint) if Path(given.checkpoint).is_dir() else Path(config.data))
-    if given.export:
-        export(saved, config, given.export, data)
-        print(f"{given.export}: {sum(tensor.numel() for tensor in saved['model'].values()):,} numbers")
+def data_folder(name: str) -> Path:
+    """A folder of shards by its name; a relative one that is not here is looked for beside the trainer."""
+    return Path(name) if Path(name).is_dir() else Path(train_gpt.__file__).resolve().parent / name
+
+
+def generate(options: argparse.Namespace):
+    # the model and its tokenizer
+    path = find_checkpoint(options.checkpoint, options.log_dir)
+    saved = read_model(str(path))
+    config = replace(config_from(saved.get("config"), str(path)), compile="off", device=options.device)
+    data = options.data or (path if path.is_dir() else config.data)
+    if options.export:
+        export(saved, config, options.export, path, data_folder(str(data)))
+        warn(saved, path)
+        print(f"{options.export}: {sum(tensor.numel() for tensor in saved['model'].values()):,} numbers")
         return
-    tokenizer, text = Tokenizer.of(data, config), read_prompt(given)
-    ranks = Ranks.start(replace(config, compile="off", device=given.device))
-    model = loaded(saved, replace(config, compile="off", device=given.device), ranks, given.checkpoint)
-    context, tokens = given.context or config.sequence_length, [config.end_of_text, *tokenizer.encode(text)]
-    if len(tokens) > context:
-        raise RunError(f"the prompt has {len(tokens):,} tokens and the model sees {context:,} back; give a shorter one or --context {len(tokens)}")
-    cached = not given.no_cache and decodes_from_cache(model)
+    tokenizer, text = Tokenizer.of(data_folder(str(data)), config), read_prompt(options)
+    ranks = single_process(config)
+    variants.apply(config.variant, config)
+    model = load_model(saved, config, ranks, str(path))
+
+    # the decoder
+    context, tokens = options.context or config.sequence_length, [config.end_of_text, *tokenizer.encode(text)]
+    require(len(tokens) <= context, f"the prompt has {len(tokens):,} tokens and the model sees {context:,} back; "
+            f"give a shorter one or --context {len(tokens)}")
+    cached = not options.no_cache and decodes_from_cache(model)
+    needed = bytes_needed(model, context, options.bins, cached, options.batch, len(tokens), options.tokens)
+    memory = memory_of_machine(ranks)
+    require(needed <= memory, f"the model and these texts need at least {needed:,} bytes of memory, and there are {memory:,}; "
+            "lower --batch, --context or --tokens")
+    warn(saved, path)
     if not cached:
-        print("generate.py: every token runs the whole context" + ("" if given.no_cache else ": a part of this model keeps nothing for later tokens"), file=sys.stderr)
-    decoder, start = Decoder(model, context, given.bins, cached), time.perf_counter()
-    shown = [tokenizer.text_of() for _ in range(given.batch)]
-    texts, open_rows, count = [text] * given.batch, set(range(given.batch)), 0
-    if given.batch == 1:
+        reason = "" if options.no_cache else ": a part of this model keeps nothing for later tokens"
+        print(f"generate.py: every token runs the whole context{reason}", file=sys.stderr)
+    decoder, start = Decoder(model, context, options.bins, cached), time.perf_counter()
+
+    # the texts
+    shown = [tokenizer.text_of() for _ in range(options.batch)]
+    texts, open_rows, count = [text] * options.batch, set(range(options.batch)), 0
+    if options.batch == 1:
         print(text, end="", flush=True)
-    prompt = torch.tensor([tokens], dtype=torch.int32).repeat(given.batch, 1)
-    for chosen in sample(decoder, prompt, given.tokens, given.temperature, given.top_k, given.top_p, given.seed):
+    prompt = torch.tensor([tokens], dtype=torch.int32).repeat(options.batch, 1)
+    for chosen in sample(decoder, prompt, options.tokens, options.temperature, options.top_k, options.top_p, options.seed):
         count += 1
         for row in sorted(open_rows):
-            if chosen[row] == config.end_of_text and not given.endless:
+            if chosen[row] == config.end_of_text and not options.endless:
                 open_rows.remove(row)
                 continue
             piece = shown[row](int(chosen[row]))
-            texts[row] += piece
-            if given.batch == 1:
+            if options.batch == 1:
                 print(piece, end="", flush=True)
+            else:
+                texts[row] += piece
         if not open_rows:
             break
     seconds = time.perf_counter() - start
-    print("" if given.batch == 1 else "\n\n".join(f"--- {number + 1}\n{text}" for number, text in enumerate(texts)))
-    print(f"{count:,} tokens in {seconds:.2f} s, {1000 * seconds / count:.2f} ms each; {decoder.bytes_kept:,} bytes kept", file=sys.stderr)
+    print("" if options.batch == 1 else "\n\n".join(f"--- {number + 1}\n{text}" for number, text in enumerate(texts)))
+    print(f"{count:,} tokens in {seconds:.2f} s, {1000 * seconds / count:.2f} ms each; {decoder.bytes_kept:,} bytes kept",
+          file=sys.stderr)
+
+
+def run_command(script: str, command: Callable[[], None]) -> int:
+    """
+    Run a script's command -> its exit code: 0; 1 with one line on stderr for a fault; 130 when interrupted; 141, as of a
+    tool that SIGPIPE ends, when nobody reads the output any more.
+    """
+    streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]  # one that was closed is None
+    for stream in streams:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a console that is not UTF-8
+    try:
+        try:
+            command()
+            code = 0
+        except RunError as error:
+            print(f"{script}: error: {error}", file=sys.stderr)
+            code = 1
+        except KeyboardInterrupt:
+            print(f"\n{script}: interrupted", file=sys.stderr)
+            code = 130
+        except SystemExit as end:  # argparse's, after --help
+            code = end.code
+        except OSError:
+            raise
+        except Exception as error:
+            fault = variants.blame(error)
+            if fault is None:
+                raise
+            print(f"{script}: error: {fault}", file=sys.stderr)
+            code = 1
+        for stream in streams:
+            stream.flush()
+        return code
+    except OSError as error:  # of the output: all files' are RunErrors by now
+        for stream in streams:  # what is left unwritten must not be tried again when the interpreter ends
+            try:
+                stream.flush()
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 141
+        print(f"{script}: error: cannot write the output: {error.strerror}", file=sys.stderr)
+        return 1
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        generate(parse(argv))
-        return 0
-    except (RunError, ValueError) as error:
-        print(f"generate.py: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ngenerate.py: interrupted", file=sys.stderr)
-        return 130
+    """Run a command line. Returns the exit code, see run_command."""
+    return run_command("generate.py", lambda: generate(parse(argv)))
 
 
 if __name__ == "__main__":
