@@ -41,7 +41,8 @@ from data.shards import encoder, load_merges
 from kernels.topological_attention_cache import TokenBuffer, hidden_keys
 from torch import Tensor
 from train_gpt import (AttentionContext, AttentionMask, Config, GPT, Ranks, RunError, changed_sources, check_value, config_from,
-                       digest_of, find_checkpoint, memory_of_machine, read_checkpoint, read_json, require, sha256_of_file)
+                       digest_of, find_checkpoint, memory_of_machine, read_checkpoint, read_json, read_meta, require,
+                       sha256_of_file)
 
 TRIAL, TRIAL_ERROR = (40, 1, 1, 22), 1e-3  # tokens of the trial in steps, and how far its logits may be from the whole pass, relative to their RMS
 
@@ -217,11 +218,9 @@ class Tokenizer:
     @classmethod
     def of(cls, folder: Path, config: Config) -> "Tokenizer":
         """That of a data folder, or of an exported model's. RunError if there is none, or the model has another vocabulary."""
-        name, meta = {257: "bytes", 50257: "gpt2"}.get(config.vocab_size, ""), folder / "meta.json"
-        remedy = "give --data the folder of the training shards"
-        if meta.exists():
-            name = read_json(meta, remedy).get("tokenizer")
-            check_value(str, name, f"{meta}: tokenizer", None)
+        remedy, meta = "give --data the folder of the training shards", read_meta(folder)
+        name = meta.get("tokenizer", {257: "bytes", 50257: "gpt2"}.get(config.vocab_size, ""))
+        check_value(str, name, f"{folder / 'meta.json'}: tokenizer", None)
         files = sorted(folder.glob("*.tiktoken"))
         require(files or name in ("bytes", "gpt2"), f"no tokenizer of {config.vocab_size} ids for text in {folder} "
                 f"(its name there: {name or 'none'}); give --data a folder that has its .tiktoken file")
@@ -384,12 +383,11 @@ def load_model(saved: dict, config: Config, ranks: Ranks, path: str) -> GPT:
 def warn(saved: dict, path: Path):
     """Say on stderr what a checkpoint's contents leave in doubt."""
     if not saved.get("checked", True):
-        print(f"generate.py: {path} is an older export, without checksums: damage in it cannot be seen; export it again",
-              file=sys.stderr)
+        print(f"warning: {path} is an older export, without checksums: damage in it cannot be seen; export it again", file=sys.stderr)
     changed = changed_sources(saved)
     if changed:
-        print(f"generate.py: warning: since {path} was trained, the code of {', '.join(changed)} has changed; "
-              "its texts may be others now", file=sys.stderr)
+        print(f"warning: since {path} was trained, the code of {', '.join(changed)} has changed; what it computes may be another "
+              "thing now", file=sys.stderr)
 
 
 def single_process(config: Config) -> Ranks:
@@ -418,8 +416,13 @@ def bytes_needed(model: GPT, context: int, bins: int, cached: bool, batch: int, 
     kept = []  # bytes of every layer after 16 tokens and after 32
     for length in (16, 32):
         decoder = Decoder(model, max(context, 32), bins)
-        decoder.feed(torch.zeros(1, length, dtype=torch.int32))
+        try:
+            decoder.feed(torch.zeros(1, length, dtype=torch.int32))
+        except ValueError as error:  # of a layer with a window, which a state cannot have
+            raise RunError(f"--bins {bins}: {error}") from None
         kept.append([cache.bytes_kept for cache in decoder.caches])
+    require(not bins or any(few == more for few, more in zip(*kept)),
+            f"--bins {bins}: no layer of this model can keep a state of fixed size; leave --bins out")
     for layer, (few, more) in enumerate(zip(*kept)):
         token = (more - few) / 16
         total += int(batch * (few - 16 * token + token * min(longest, model.window(layer) or longest)))
@@ -479,6 +482,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(options, name)
         check_value(type(parser.get_default(name)), value, f"--{name.replace('_', '-')}", limits)
     require(options.bins != 1, "--bins must be at least 2, or 0 for none, got 1")
+    require(not (options.bins and options.no_cache), "--bins is a way to keep earlier tokens, which --no-cache forbids; leave one out")
     require(options.prompt is None or options.prompt_file is None, "give --prompt or --prompt-file, not both")
     return options
 
@@ -528,6 +532,7 @@ def generate(options: argparse.Namespace):
     require(len(tokens) <= context, f"the prompt has {len(tokens):,} tokens and the model sees {context:,} back; "
             f"give a shorter one or --context {len(tokens)}")
     cached = not options.no_cache and decodes_from_cache(model)
+    require(cached or not options.bins, "--bins: a part of this model keeps nothing for later tokens; leave --bins out")
     needed = bytes_needed(model, context, options.bins, cached, options.batch, len(tokens), options.tokens)
     memory = memory_of_machine(ranks)
     require(needed <= memory, f"the model and these texts need at least {needed:,} bytes of memory, and there are {memory:,}; "
@@ -595,7 +600,7 @@ def run_command(script: str, command: Callable[[], None]) -> int:
         for stream in streams:
             stream.flush()
         return code
-    except OSError as error:  # of the output: all files' are RunErrors by now
+    except OSError as error:  # of the output: nearly all files' are RunErrors by now
         for stream in streams:  # what is left unwritten must not be tried again when the interpreter ends
             try:
                 stream.flush()
@@ -603,7 +608,7 @@ def run_command(script: str, command: Callable[[], None]) -> int:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if isinstance(error, BrokenPipeError):
             return 141
-        print(f"{script}: error: cannot write the output: {error.strerror}", file=sys.stderr)
+        print(f"{script}: error: cannot write {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
         return 1
 
 

@@ -2,8 +2,11 @@
 Pictures of what a part of a model is made of, or has learnt.
 
     python visualize.py manifold FILE.npz -o FILE.png [--data DIR]
-    python visualize.py stream RUN.json... -o FILE.png
-    python visualize.py splanifold CHECKPOINT.pt... -o FILE.png|.gif|.mp4 [--layer N...] [--groups 4] [--tokens 1024] [--data DIR] [--size 2.4]
+    python visualize.py stream RUN... -o FILE.png [--log-dir DIR]
+    python visualize.py splanifold RUN... -o FILE.png|.gif|.mp4 [--layer N...] [--groups 4] [--tokens 1024]
+                                   [--data DIR] [--log-dir DIR] [--size 2.4]
+
+A RUN is a run's file (for stream its JSON), its id, the beginning of its id, or `last`.
 
 manifold: a file of data/manifold.py. The graph, laid out by the second and third eigenvector (of L v = m D v, D the degrees: those of L alone are little
 but the most loosely tied nodes), a node with the token of its largest entry; a random matrix is shown as a matrix. The spectrum, beside that of a chain of
@@ -16,25 +19,26 @@ tokens, coloured by t. One checkpoint gives a PNG, several, in the order of thei
 train_gpt.py --keep_every.
 stream: what the branches add to the stream, over depth, from the JSON of runs with --stream_statistics: norm with the slope of its logarithm over the branches,
 share of a branch's output along the stream, relative step, kurtosis. One run: a line a validation; several: the last of each.
-Exit code 1 and one line for a fault. Later parts are functions of their own in COMMANDS.
+Exit code 1 and one line for a fault, 141 when nobody reads the output. Later parts are functions of their own in COMMANDS.
 """
 
 import argparse
-import json
 import os
+import subprocess
 import sys
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import train_gpt  # noqa: F401  before torch: it sets how long PyTorch's waiting threads spin
+import variants
 import numpy as np
 import torch
-
-import train_gpt
-import variants
-from data.manifold import Manifold, read_manifold
+from data.manifold import TAU_MODES, Manifold, read_manifold
+from generate import Parser, load_model, read_model, run_command, single_process, warn
 from kernels.splanifold import splanifold
-from train_gpt import Config, Ranks, RunError, adopt_vocabulary, checked, find_shards, open_shard, read_checkpoint, validation_batches, write_atomically
+from train_gpt import (Config, RunError, adopt_vocabulary, check_value, checked, config_from, find_checkpoint, find_shards,
+                       open_shard, read_json, require, validation_batches, write_atomically)
 from variants.splanifold_mlp import SplanifoldMLP
 from variants.topological_attention import chain_laplacian
 
@@ -42,17 +46,54 @@ OWN, MUTED = "#d55e00", "#7d838c"  # told apart by the colour-blind
 BINS = 60
 SPINE, FRAMES_A_SECOND = 65, 8
 FONT, PANEL = 7.5, np.array([440, 370])  # points: of labels, of the graph's nodes
+LIMITS = dict(layer=(0, 4095), groups=(1, 4096), tokens=(1, 2 ** 24), size=(0.1, 50.0))  # least and most of splanifold's options
+MOST_SIDE, MOST_PIXELS = 65_535, 2 ** 27  # of a picture: matplotlib's limit, and what takes half a gigabyte
+
+
+def legible(text: str) -> str:
+    """A text from a file as matplotlib shows it: $ would begin a formula."""
+    return text.replace("$", r"\$")[:120]
+
+
+def save_png(figure, file):
+    """Write a figure as a PNG, silent about characters that the font lacks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        figure.savefig(file, format="png")
+
+
+def check_manifold(manifold: Manifold, path: str):
+    """Raise RunError, which names the file, unless its arrays fit each other and its provenance says what a picture needs."""
+    remedy, source = "make it again by data/manifold.py", manifold.provenance.get("of", manifold.provenance)
+    n, vectors, counts, tokens = len(manifold.laplacian), manifold.vectors, manifold.counts, manifold.tokens
+    sources = ("corpus", "checkpoint", "random", "chain")
+    require(isinstance(source, dict) and isinstance(source.get("data", ""), str) and source.get("source") in sources
+            and manifold.provenance.get("source") in sources, f"{path}: its provenance does not say what it was made from; {remedy}")
+    tau = manifold.provenance.get("tau")
+    require(isinstance(tau, dict) and tau.keys() == {"mode", "percentile"} and tau["mode"] in TAU_MODES,
+            f"{path}: the tau of its provenance is {tau!r:.60}, not a mode and a percentile; {remedy}")
+    check_value(float, tau["percentile"], f"{path}: the percentile of its tau", (0, 100))
+    require(vectors.ndim == 2 and vectors.shape[1] == n and vectors.dtype.kind == "f" and np.isfinite(vectors).all(),
+            f"{path}: its vectors are no finite numbers (n, {n}) but {vectors.dtype} {vectors.shape}; {remedy}")
+    require(counts.shape == (len(vectors),) and counts.dtype.kind in "iu" and (counts >= 0).all() and (counts.any() or not len(counts)),
+            f"{path}: its counts are no numbers of occurrences of {len(vectors)} vectors; {remedy}")
+    require(tokens.shape in ((0,), counts.shape) and tokens.dtype.kind in "iu" and manifold.labels.shape in ((0,), (n,))
+            and manifold.labels.dtype.kind == "U", f"{path}: its tokens or labels do not fit its vectors and nodes; {remedy}")
+    graph = manifold.provenance["source"] != "random"
+    require(not graph or ((np.diag(manifold.laplacian) > 0).all() and (manifold.laplacian < -1e-12).any()),
+            f"{path}: a node of its graph has no edge; {remedy}")
 
 
 def occurrences(manifold: Manifold, folder: str) -> np.ndarray:
     """How often each vector's token occurs in the training shards of a folder (n,). RunError where vectors are not tokens', or others'."""
-    if not len(manifold.tokens):
-        raise RunError("--data counts tokens, and the vectors of this file are not those of tokens; leave it out")
+    require(len(manifold.tokens), "--data counts tokens, and the vectors of this file are not those of tokens; leave it out")
     config, source = Config(data=folder), manifold.provenance
     adopt_vocabulary(config)
-    size = source.get("of", source)["vocab_size"]
-    if config.vocab_size != size:
-        raise RunError(f"the vectors are those of a vocabulary of {size} tokens, {folder} has {config.vocab_size}; give shards of the same tokenizer")
+    size = source.get("of", source).get("vocab_size")
+    require(config.vocab_size == size, f"the vectors are those of a vocabulary of {size} tokens, {folder} has "
+            f"{config.vocab_size}; give shards of the same tokenizer")
+    require(0 <= manifold.tokens.min() and manifold.tokens.max() < size,
+            f"the vectors are those of tokens {manifold.tokens.min()} to {manifold.tokens.max()}, of a vocabulary of {size}")
     counts = sum(np.bincount(checked(open_shard(file), config), minlength=size) for file in find_shards(config, "train"))[manifold.tokens]
     if not counts.any():
         raise RunError(f"none of the file's {len(counts)} tokens occurs in {folder}")
@@ -89,7 +130,7 @@ def draw_graph(panel, laplacian: np.ndarray, labels: np.ndarray):
     panel.margins(0.08)
     for i, text, offset in placed_labels(place, [label.split(" ")[0][:14] for label in labels], np.argsort(-np.diag(laplacian), kind="stable")):
         align = dict(ha="left" if offset[0] > 0 else "right", va="bottom" if offset[1] > 0 else "top")
-        panel.annotate(text.replace("$", r"\$"), place[i], xytext=offset, textcoords="offset points", fontsize=FONT, zorder=3, **align)  # $ begins a formula
+        panel.annotate(legible(text), place[i], xytext=offset, textcoords="offset points", fontsize=FONT, zorder=3, **align)
     panel.set(title=f"graph: {len(place)} nodes, {len(weight)} edges of weight {weight.min():.2f} to {weight.max():.2f}")
     panel.set(xlabel="2nd eigenvector", ylabel="3rd eigenvector")
 
@@ -128,20 +169,19 @@ def draw_manifold(file, manifold: Manifold, counts: np.ndarray, corpus: str):
     panels["spectrum"].set(title="spectrum", xlabel="index", ylabel="eigenvalue", ylim=(0, None))
     panels["spectrum"].legend(frameon=False)
     if counts.any():
-        panels["lambda"].set_title(f"lambda over {corpus}")
+        panels["lambda"].set_title(f"lambda over {legible(corpus)}")
         draw_lambda(panels["lambda"], manifold, counts)
     else:
         panels["lambda"].text(0.5, 0.5, "no vectors in this file", ha="center", va="center", color=MUTED)
         panels["lambda"].set_axis_off()
     for panel in panels.values():
         panel.spines[["top", "right"]].set_visible(False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # characters that the font lacks
-        figure.savefig(file, format="png")
+    save_png(figure, file)
 
 
 def run_manifold(options: argparse.Namespace):
     manifold = read_manifold(options.source)
+    check_manifold(manifold, options.source)
     if len(manifold.laplacian) < 3:
         raise RunError(f"{options.source} has {len(manifold.laplacian)} nodes, and the third eigenvector needs 3")
     source = manifold.provenance.get("of", manifold.provenance)
@@ -154,7 +194,8 @@ def run_manifold(options: argparse.Namespace):
 
 def add_manifold(parser: argparse.ArgumentParser):
     parser.add_argument("source", metavar="FILE.npz", help="a file of data/manifold.py")
-    parser.add_argument("--data", default="", metavar="DIR", help="folder of shards whose tokens are counted (default: those that the file is from)")
+    parser.add_argument("--data", default="", metavar="DIR",
+                        help="folder of shards whose tokens are counted (default: those that the file is from)")
 
 
 @dataclass
@@ -179,24 +220,33 @@ def groups_of(mlp: SplanifoldMLP, x: torch.Tensor, count: int) -> list[Group]:
     return [Group(controls.points[g].numpy(), points[g].numpy(), spine[:, g].numpy(), tokens[:, g].numpy(), r[:, g].mean(-1).numpy()) for g in range(count)]
 
 
-def splanifolds_of(path: str, layers: list[int], groups: int, tokens: int, data: str, first: dict | None) -> tuple[dict, list[list[Group]]]:
-    """(checkpoint's contents without its tensors, groups of every layer asked for, all layers where none is). first: contents of the run's first checkpoint."""
-    saved = read_checkpoint(path)
-    config = replace(Config(**saved["config"]), compile="off", device="cpu", dtype="float32")
+def splanifolds_of(path: Path, layers: list[int], groups: int, tokens: int, data: str,
+                   first: dict | None) -> tuple[dict, list[list[Group]]]:
+    """
+    (checkpoint's contents without its tensors, groups of every layer asked for, all layers where none is). first: contents of
+    the run's first checkpoint.
+    """
+    saved = read_model(str(path))
+    require("step" in saved, f"{path} is an exported model, whose step is not known; give a run's .pt file")
+    config = replace(config_from(saved["config"], str(path)), compile="off", device="cpu", dtype="float32")
     config = replace(config, data=data or config.data, val_tokens=max(tokens, config.sequence_length))
-    if first and first["config"] | dict(run_id="", data="") != saved["config"] | dict(run_id="", data=""):
-        raise RunError(f"{path} is of another run than the checkpoints before it; give those of one run")
-    with variants.applied(config.variant, config):
-        model = train_gpt.trained_model(saved, config, Ranks.start(config))
-    chosen = {layer: block.mlp for layer, block in enumerate(model.blocks) if isinstance(block.mlp, SplanifoldMLP) and (not layers or layer in layers)}
-    if missing := sorted(set(layers) - chosen.keys()) or not chosen:
-        raise RunError(f"{path} has no splanifolds" + (f" in layer {missing[0]}" if layers else "") + "; give checkpoints of --variant splanifold_mlp and layers that have it")
+    require(not first or first["config"] | dict(run_id="", data="") == saved["config"] | dict(run_id="", data=""),
+            f"{path} is of another run than the checkpoints before it; give those of one run")
     inputs = {}
-    for layer, mlp in chosen.items():
-        mlp.register_forward_pre_hook(lambda _, arguments, layer=layer: inputs.update({layer: arguments[0].flatten(0, 1)[:tokens]}))
-    batch = torch.from_numpy(validation_batches(config)[0])
-    with torch.no_grad():
+    with variants.applied(config.variant, config), torch.no_grad():
+        model = load_model(saved, config, single_process(config), str(path))
+        chosen = {layer: block.mlp for layer, block in enumerate(model.blocks)
+                  if isinstance(block.mlp, SplanifoldMLP) and (not layers or layer in layers)}
+        missing = [f" in layer {layer}" for layer in sorted(set(layers) - chosen.keys())]
+        require(chosen and not missing, f"{path} has no splanifolds{missing[0] if missing else ''}; give checkpoints of "
+                "--variant splanifold_mlp and layers that have it")
+        for layer, mlp in chosen.items():
+            mlp.register_forward_pre_hook(lambda _, arguments, layer=layer:
+                                          inputs.update({layer: arguments[0].flatten(0, 1)[:tokens]}))
+        batch = torch.from_numpy(validation_batches(config)[0])
         model.run_blocks(*model.embed(batch[:, :-1], model.masks(batch[:, :-1])))
+    if first is None:
+        warn(saved, path)
     kept = {name: saved[name] for name in ("config", "step", "curve")} | dict(layers=list(chosen))
     return kept, [groups_of(mlp, inputs[layer], groups) for layer, mlp in chosen.items()]
 
@@ -229,7 +279,11 @@ def draw_splanifolds(file, kind: str, heads: list[dict], frames: list[list[list[
     from matplotlib.figure import Figure
     from tqdm import tqdm
     layers, columns = heads[0]["layers"], max(len(groups) for groups in frames[0])
-    figure = Figure(figsize=(size * columns + 0.3, size * len(layers) + 0.6), dpi=100, layout="constrained")
+    width, height = round(100 * (size * columns + 0.3)), round(100 * (size * len(layers) + 0.6))
+    require(max(width, height) <= MOST_SIDE and width * height <= MOST_PIXELS,
+            f"a picture of {width:,} x {height:,} pixels takes {4 * width * height:,} bytes and is too large; "
+            "choose fewer by --layer and --groups, or lower --size")
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100, layout="constrained")
     panels, artists = figure.subplots(len(layers), columns, squeeze=False), {}
     for row, groups in enumerate(frames[0]):
         for column in range(columns):
@@ -270,7 +324,7 @@ def draw_splanifolds(file, kind: str, heads: list[dict], frames: list[list[list[
 
     if kind == ".png":
         show(0)
-        figure.savefig(file, format="png")
+        save_png(figure, file)
         return
     writer = (PillowWriter if kind == ".gif" else FFMpegWriter)(fps=FRAMES_A_SECOND)
     with writer.saving(figure, file, dpi=100):
@@ -283,16 +337,20 @@ def run_splanifold(options: argparse.Namespace):
     from matplotlib.animation import FFMpegWriter
     from tqdm import tqdm
     kind, number = options.output.suffix.lower(), len(options.checkpoints)
-    faults = [
-        (kind not in (".png", ".gif", ".mp4"), f"{options.output} must end in .png, .gif or .mp4"),
-        (kind == ".png" and number > 1, f"a PNG shows one checkpoint, got {number}; give one, or an output that ends in .gif or .mp4"),
-        (kind != ".png" and number < 2, f"an animation needs at least 2 checkpoints, got {number}; keep some with train_gpt.py --keep_every"),
-        (kind == ".mp4" and not FFMpegWriter.isAvailable(), "MP4 needs ffmpeg, which is not installed; install it or give an output that ends in .gif"),
-        (min(options.groups, options.tokens) < 1 or not options.size > 0, "--groups, --tokens and --size must be positive")]
-    if message := next((message for fault, message in faults if fault), None):
-        raise RunError(message)
+    require(kind in (".png", ".gif", ".mp4"), f"{options.output} must end in .png, .gif or .mp4")
+    require(kind != ".png" or number == 1,
+            f"a PNG shows one checkpoint, got {number}; give one, or an output that ends in .gif or .mp4")
+    require(kind == ".png" or number > 1,
+            f"an animation needs at least 2 checkpoints, got {number}; keep some with train_gpt.py --keep_every")
+    require(kind != ".mp4" or FFMpegWriter.isAvailable(),
+            "MP4 needs ffmpeg, which is not installed; install it or give an output that ends in .gif")
+    for name, limits in LIMITS.items():
+        value = getattr(options, name)
+        for item in value if isinstance(value, list) else [value]:
+            check_value(type(limits[0]), item, f"--{name}", limits)
+    paths = [find_checkpoint(name, options.log_dir) for name in options.checkpoints]
     heads, frames = [], []
-    for path in tqdm(options.checkpoints, desc="checkpoints", disable=None if number > 1 else True):
+    for path in tqdm(paths, desc="checkpoints", disable=None if number > 1 else True):
         head, groups = splanifolds_of(path, options.layer, options.groups, options.tokens, options.data, heads[0] if heads else None)
         heads.append(head)
         frames.append(groups)
@@ -305,35 +363,51 @@ def run_splanifold(options: argparse.Namespace):
     try:
         draw_splanifolds(temporary, kind, heads, frames, options.size)
         os.replace(temporary, options.output)
-    except OSError as error:
-        raise RunError(f"cannot write {options.output}: {error.strerror}; free some space or choose another folder") from None
+    except (OSError, subprocess.CalledProcessError) as error:  # the second: of ffmpeg
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"cannot write {options.output}: {reason}; free some space or choose another folder") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def add_splanifold(parser: argparse.ArgumentParser):
-    parser.add_argument("checkpoints", metavar="CHECKPOINT.pt", nargs="+", help="one for a PNG, several of one run for an animation")
-    parser.add_argument("--layer", type=int, nargs="+", default=[], metavar="N", help="layers to draw, from 0 on (default: all)")
-    parser.add_argument("--groups", type=int, default=4, help="splanifolds of a layer to draw, from the first on (default: 4)")
-    parser.add_argument("--tokens", type=int, default=1024, help="validation tokens in the cloud (default: 1024)")
-    parser.add_argument("--data", default="", metavar="DIR", help="folder of shards (default: that of the run)")
-    parser.add_argument("--size", type=float, default=2.4, help="inches a panel, of 100 pixels each (default: 2.4)")
+    parser.add_argument("checkpoints", metavar="RUN", nargs="+", help="one checkpoint for a PNG, several of one run for an animation")
+    where = parser.add_argument_group("where it comes from")
+    where.add_argument("--log-dir", default=Config.log_dir, metavar="DIR", help="folder of runs (default: %(default)s)")
+    where.add_argument("--data", default="", metavar="DIR", help="folder of shards (default: that of the run)")
+    what = parser.add_argument_group("what to draw")
+    what.add_argument("--layer", type=int, nargs="+", default=[], metavar="N", help="layers, from 0 on (default: all)")
+    what.add_argument("--groups", type=int, default=4, metavar="N",
+                      help="splanifolds of a layer, from the first on (default: %(default)s)")
+    what.add_argument("--tokens", type=int, default=1024, metavar="N", help="validation tokens in the cloud (default: %(default)s)")
+    what.add_argument("--size", type=float, default=2.4, metavar="INCHES",
+                      help="side of a panel, 100 pixels an inch (default: %(default)s)")
 
 
 STREAM_PANELS = dict(x_norm="norm of the stream", rho_par="share of |y|² along the stream", relative_step="relative step |z - x| / |x|", kurtosis="kurtosis of the channels")
 
 
-def stream_history(path: Path) -> tuple[str, list[dict]]:
-    """(a name, the points of a run's curve that have stream statistics). RunError if there are none."""
-    try:
-        facts = json.loads(path.read_text())
-        points = [point for point in facts["curve"] if point.get("stream")]
-        name = f"{' + '.join(facts['config']['variant']) or 'baseline'}, seed {facts['seed']}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} is no run's JSON ({type(error).__name__}); give the one beside its log") from None
-    if not points:
-        raise RunError(f"{path} has no stream statistics; train with --stream_statistics")
-    return name, points
+def stream_history(name: str, log_dir: str) -> tuple[str, list[dict]]:
+    """(a title, the points of a run's curve that have stream statistics). RunError, one line, for a file that lacks what is drawn."""
+    path = Path(name) if name.endswith(".json") else find_checkpoint(name, log_dir).with_suffix(".json")
+    require(path.is_file(), f"there is no file {path}; give the JSON beside a run's log")
+    facts, unfit = read_json(path, "give the JSON beside a run's log"), f"{path} is no run's JSON"
+    config, curve = facts.get("config"), facts.get("curve")
+    require(isinstance(config, dict) and isinstance(config.get("variant"), list), f"{unfit}: it has no list config.variant")
+    for spec in config["variant"]:
+        check_value(str, spec, f"{path}: config.variant", None)
+    check_value(int, facts.get("seed"), f"{path}: seed", train_gpt.RANGES["seed"])
+    require(isinstance(curve, list) and all(isinstance(point, dict) for point in curve), f"{unfit}: its curve is no list of points")
+    points = [point for point in curve if point.get("stream")]
+    require(points, f"{path} has no stream statistics; train with --stream_statistics")
+    for point in points:
+        check_value(int, point.get("step"), f"{path}: step of its curve", train_gpt.RANGES["steps"])
+        rows = point["stream"]
+        require(isinstance(rows, list) and all(isinstance(row, dict) for row in rows), f"{unfit}: its stream is no list of branches")
+        for key in (*STREAM_PANELS, "z_norm"):
+            for row in rows:
+                check_value(float, row.get(key), f"{path}: {key} of step {point['step']}", (-1e30, 1e30))
+    return f"{' + '.join(config['variant']) or 'baseline'}, seed {facts['seed']}", points
 
 
 def norm_slope(rows: list[dict]) -> float:
@@ -351,7 +425,7 @@ def draw_stream(file, histories: list[tuple[str, list[dict]]]):
         lines = [(f"step {point['step']:,}", point["stream"]) for point in points]
         colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(lines)))
     else:
-        title, lines = "after the last step", [(name, points[-1]["stream"]) for name, points in histories]
+        title, lines = "after the last step", [(legible(name), points[-1]["stream"]) for name, points in histories]
         colours = matplotlib.colormaps["tab10"](np.arange(len(lines)) % 10)
     figure = Figure(figsize=(11, 7), dpi=110, layout="constrained")
     panels = figure.subplots(2, 2).flat
@@ -363,19 +437,19 @@ def draw_stream(file, histories: list[tuple[str, list[dict]]]):
         if key == "x_norm":
             panel.set_yscale("log")
             panel.legend(frameon=False, fontsize=FONT)
-    figure.suptitle(title, fontsize=FONT + 3)
-    figure.savefig(file, format="png")
+    figure.suptitle(legible(title), fontsize=FONT + 3)
+    save_png(figure, file)
 
 
 def run_stream(options: argparse.Namespace):
-    if options.output.suffix.lower() != ".png":
-        raise RunError(f"{options.output} must end in .png")
-    histories = [stream_history(path) for path in options.runs]
+    require(options.output.suffix.lower() == ".png", f"{options.output} must end in .png")
+    histories = [stream_history(name, options.log_dir) for name in options.runs]
     write_atomically(options.output, lambda file: draw_stream(file, histories))
 
 
 def add_stream(parser: argparse.ArgumentParser):
-    parser.add_argument("runs", metavar="RUN.json", type=Path, nargs="+", help="one for its course, several to compare their ends")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="one for its course, several to compare their ends")
+    parser.add_argument("--log-dir", default=Config.log_dir, metavar="DIR", help="folder of runs (default: %(default)s)")
 
 
 COMMANDS = dict(manifold=(run_manifold, add_manifold, "a domain Laplacian"),  # what it does, its own options, its help
@@ -383,26 +457,25 @@ COMMANDS = dict(manifold=(run_manifold, add_manifold, "a domain Laplacian"),  # 
                 splanifold=(run_splanifold, add_splanifold, "the splanifolds of a model's layers, at one step or through a run"))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a command line. Returns the exit code: 0, 1 for a fault (one line on stderr), 130 when interrupted."""
-    parser = argparse.ArgumentParser(prog="visualize.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
+def visualize(argv: list[str] | None):
+    """Draw what a command line asks for."""
+    parser = Parser(prog="visualize.py", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="PART")
     for name, (run, add_options, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text)
         add_options(command)
-        command.add_argument("-o", "--output", metavar="FILE", type=Path, required=True)
+        command.add_argument_group("output").add_argument("-o", "--output", metavar="FILE", type=Path, required=True, help="the picture")
         command.set_defaults(run=run)
     options = parser.parse_args(argv)
-    try:
-        options.run(options)
-    except RunError as error:
-        print(f"visualize.py: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("visualize.py: interrupted", file=sys.stderr)
-        return 130
+    folder = options.output.parent
+    require(folder.is_dir(), f"cannot write {options.output}: there is no folder {folder}; make it or choose another")
+    options.run(options)
     print(options.output)
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line. Returns the exit code, see generate.run_command."""
+    return run_command("visualize.py", lambda: visualize(argv))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Pictures: that every kind of file gives one, labels that do not overlap, tokens counted in another corpus, faults."""
 import io
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +9,6 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
-import torch
 
 import train_gpt
 import visualize
@@ -133,18 +134,94 @@ def test_faults(files, tmp_path, capsys):
         (files["random"], "--data", words): f"the vectors are those of a vocabulary of 257 tokens, {words} has 5000; give shards of the same tokenizer",
         (files["corpus"], "--data", strange): f"none of the file's 32 tokens occurs in {strange}",
         (files["corpus"], "--data", outside): f"token 300 in {outside} is outside the vocabulary of 257",
-        (files["corpus"], "--data", tmp_path / "nothing"): f"no train shards (*train*.bin) in {tmp_path / 'nothing'}",
+        (files["corpus"], "--data", tmp_path / "nothing"): f"no train shards (*_train_*.bin) in {tmp_path / 'nothing'}",
     }.items():
         assert run("manifold", *command, "-o", tmp_path / "a.png") == 1
         error = capsys.readouterr().err
         assert error.startswith(f"visualize.py: error: {expected}") and error.count("\n") == 1
-    assert run("manifold", files["chain"], "-o", tmp_path / "nowhere" / "a.png") == 1 and "cannot write" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.png"))
 
 
+def refused(capsys, *arguments) -> str:
+    """The one line that a command line is refused with."""
+    code = run(*arguments)
+    out, error = capsys.readouterr()
+    assert code == 1 and out == "" and error.startswith("visualize.py: error: ") and error.count("\n") == 1, (arguments, code, error)
+    return error
+
+
+def test_where_no_picture_can_be_written(files, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    for place, reason in {"nowhere/a.png": "there is no folder", "file/a.png": "there is no folder", "folder.png": "directory",
+                          "x" * 300 + ".png": "File name too long"}.items():
+        line = refused(capsys, "manifold", files["chain"], "-o", tmp_path / place)
+        assert f"cannot write {tmp_path}" in line and reason in line
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder.png"}
+
+
+CHAIN = dict(source="chain", features=4, tau=dict(mode="fixed", percentile=50.0))
+
+
+@pytest.mark.parametrize("name, value", [
+    ("provenance", dict(CHAIN, source="elsewhere")), ("provenance", dict(CHAIN, source=[])), ("provenance", dict(tau=CHAIN["tau"])),
+    ("provenance", dict(source="chain")), ("provenance", dict(CHAIN, tau=[])), ("provenance", dict(CHAIN, tau=dict(mode="fixed", percentile="x"))),
+    ("provenance", dict(CHAIN, tau=dict(mode="fixed", percentile=1e300))), ("provenance", dict(CHAIN, tau=dict(mode=[], percentile=1))),
+    ("provenance", dict(CHAIN, of=3)), ("provenance", dict(CHAIN, of=dict(source="chain", data=[]))), ("provenance", [1]), ("provenance", 0),
+    ("laplacian", np.full((4, 4), np.nan)), ("laplacian", np.zeros((4, 4))), ("laplacian", np.diag([0.0, 1, 1, 1])), ("laplacian", np.eye(4)),
+    ("laplacian", np.zeros(4)), ("vectors", np.zeros((2, 4))), ("vectors", np.zeros((0, 3))), ("vectors", np.zeros(4)),
+    ("vectors", np.zeros((0, 4), "<U1")), ("counts", np.zeros(3, int)), ("counts", np.zeros(0)), ("tokens", np.zeros(3, int)),
+    ("tokens", np.zeros(0, "<U1")), ("labels", np.zeros(3, "<U1")), ("labels", np.zeros(4))],
+    ids=lambda value: str(value).replace("\n", " ")[:60])
+def test_arrays_that_do_not_fit(tmp_path, capsys, name, value):
+    from_chain(4).save(tmp_path / "a.npz")
+    with np.load(tmp_path / "a.npz") as stored:
+        arrays = dict(stored)
+    arrays[name] = json.dumps(value) if name == "provenance" else value
+    np.savez(tmp_path / "a.npz", **arrays)
+    assert "a.npz" in refused(capsys, "manifold", tmp_path / "a.npz", "-o", tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("name, change", [
+    ("vectors", lambda x: np.where(x == x.max(), np.nan, x)), ("counts", lambda x: x * 0), ("counts", lambda x: -x),
+    ("tokens", lambda x: x + 1000), ("tokens", lambda x: -1 - x)])
+def test_vectors_that_do_not_fit(files, tmp_path, capsys, name, change):
+    with np.load(files["corpus"]) as stored:
+        np.savez(tmp_path / "a.npz", **(dict(stored) | {name: change(stored[name])}))
+    line = refused(capsys, "manifold", tmp_path / "a.npz", "--data", files["folder"], "-o", tmp_path / "a.png")
+    assert "a.npz" in line or "the vectors are those of tokens" in line
+
+
+def test_names_that_would_be_formulas(files, tmp_path, capsys):
+    """A $ in a name from a file, and characters that the font lacks: shown as they are, no word on stderr."""
+    with np.load(files["corpus"]) as stored:
+        arrays = dict(stored)
+    source = json.loads(str(arrays["provenance"])) | dict(data=r"$\bad{$ \u4e2d")
+    labels = np.array([r"$\bad{$"] * len(arrays["labels"]))
+    np.savez(tmp_path / "a.npz", **(arrays | dict(provenance=json.dumps(source), labels=labels)))
+    assert run("manifold", tmp_path / "a.npz", "-o", tmp_path / "a.png") == 0
+    assert run("stream", run_file(tmp_path / "a.json", (r"$\bad{$ \u4e2d",), 0.1), "-o", tmp_path / "b.png") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_console_that_nobody_reads(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(visualize, "__doc__", None)  # as with python -OO
+    for arguments in (["manifold", files["chain"], "-o", tmp_path / "a.png"], ["--help"], ["stream", "--help"]):
+        reading, writing = os.pipe()
+        os.close(reading)
+        with monkeypatch.context() as patch, os.fdopen(writing, "w") as pipe:
+            patch.setattr(sys, "stdout", pipe)
+            assert run(*arguments) == 141
+    assert (tmp_path / "a.png").stat().st_size and capsys.readouterr().err == ""
+
+
 def test_command_line(files, tmp_path):
-    done = subprocess.run([sys.executable, SCRIPT, "manifold", files["chain"], "-o", tmp_path / "a.png"], capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stderr, done.stdout) == (0, "", f"{tmp_path / 'a.png'}\n") and matplotlib.image.imread(io.BytesIO((tmp_path / "a.png").read_bytes())).size
+    """In a locale without accents too, beside ranks that are somebody else's."""
+    strange = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", RANK="3", WORLD_SIZE="8")
+    command = [sys.executable, SCRIPT, "manifold", files["chain"], "-o", tmp_path / "é.png"]
+    done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=os.environ | strange)
+    assert (done.returncode, done.stderr, done.stdout.decode()) == (0, b"", f"{tmp_path / '??.png'}\n")
+    assert matplotlib.image.imread(io.BytesIO((tmp_path / "é.png").read_bytes())).size
 
 
 @pytest.fixture(scope="module")
@@ -203,18 +280,41 @@ def test_groups_of_one_output_are_drawn_over_t():
 
 @pytest.mark.parametrize("arguments, message", [
     (["-o", "a.jpg"], "a.jpg must end in .png, .gif or .mp4"), (["-o", "a.gif"], "an animation needs at least 2 checkpoints, got 1"),
-    (["-o", "a.png", "--layer", "0"], "has no splanifolds in layer 0"), (["-o", "a.png", "--groups", "0"], "--groups, --tokens and --size must be positive"),
+    (["-o", "a.png", "--layer", "0"], "has no splanifolds in layer 0"), (["-o", "a.png", "--groups", "0"], "--groups must be from 1"),
+    (["-o", "a.png", "--groups", "1000000"], "--groups must be from 1"), (["-o", "a.png", "--layer", "1", "-1"], "--layer must be from 0"),
+    (["-o", "a.png", "--tokens", str(10 ** 30)], "--tokens must be from 1"), (["-o", "a.png", "--tokens", "1e3"], "invalid int value"),
+    (["-o", "a.png", "--size", "nan"], "--size must be from 0.1"), (["-o", "a.png", "--size", "inf"], "--size must be from 0.1"),
+    (["-o", "a.png", "--size", "0"], "--size must be from 0.1"), (["-o", "a.png", "--groups", "16", "--size", "50"], "pixels"),
+    (["-o", "a.png", "--data", "nowhere"], "no val shards"), (["--groups", "2"], "required: -o/--output"),
     (["-o", "no/such/folder/a.png"], "cannot write")])
 def test_faults_of_splanifolds(checkpoints, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert run("splanifold", checkpoints[0], *arguments) == 1
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert message in refused(capsys, "splanifold", checkpoints[0], *arguments)
+
+
+def test_a_run_by_its_name(checkpoints, tmp_path, capsys, monkeypatch):
+    """A run's id, its beginning and `last`, among strangers' ranks; code that has changed is named."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "x")
+    folder = Path(checkpoints[0]).parent
+    for name in ("a", "last"):
+        assert run("splanifold", name, "--log-dir", folder, "-o", tmp_path / f"{name}.png", "--groups", 1, "--size", 1) == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "last.png").read_bytes() and capsys.readouterr().err == ""
+    assert "there is no checkpoint of a run 'b'" in refused(capsys, "splanifold", "b", "--log-dir", folder, "-o", tmp_path / "b.png")
+    assert "no stream statistics" in refused(capsys, "stream", "a", "--log-dir", folder, "-o", tmp_path / "b.png")
+    write_changed(checkpoints[2], tmp_path / "c.pt", sources={"variants.splanifold_mlp": "0" * 64})
+    assert run("splanifold", tmp_path / "c.pt", "-o", tmp_path / "c.png", "--groups", 1, "--size", 1) == 0
+    assert "the code of variants.splanifold_mlp has changed" in capsys.readouterr().err
+
+
+def write_changed(source: str, path: Path, **changes):
+    """A checkpoint with other contents, its digest in order."""
+    saved = train_gpt.read_checkpoint(source)
+    train_gpt.write_checkpoint(path, {name: value for name, value in saved.items() if name not in ("format", "digest")} | changes)
 
 
 def test_checkpoints_of_two_runs(checkpoints, files, tmp_path, capsys):
-    saved = torch.load(checkpoints[1])
-    torch.save(saved | dict(config=saved["config"] | dict(seed=2)), tmp_path / "b.pt")
+    write_changed(checkpoints[1], tmp_path / "b.pt", config=train_gpt.read_checkpoint(checkpoints[1])["config"] | dict(seed=2))
     assert run("splanifold", checkpoints[0], tmp_path / "b.pt", "-o", tmp_path / "a.gif") == 1
     assert "b.pt is of another run than the checkpoints before it" in capsys.readouterr().err
     assert run("splanifold", *checkpoints[:2], "-o", tmp_path / "a.png") == 1
@@ -233,13 +333,13 @@ def run_file(path: Path, variant: tuple, growth: float, steps=(0, 10)) -> Path:
     names = [f"blocks.{layer}.{branch}_residual" for layer in range(3) for branch in ("attention", "mlp")]
     row = lambda depth, step: dict(branch=names[depth], x_norm=10 * np.exp(growth * depth), z_norm=10 * np.exp(growth * (depth + 1)), rho_par=0.1 + 0.01 * step, relative_step=0.2, kurtosis=3.0)
     curve = [dict(step=step, val_loss=2.0, stream=[row(depth, step) for depth in range(6)]) for step in steps]
-    path.write_text(visualize.json.dumps(dict(config=dict(variant=variant), seed=1, curve=curve)))
+    path.write_text(json.dumps(dict(config=dict(variant=variant), seed=1, curve=curve)))
     return path
 
 
 def test_stream(tmp_path, capsys):
     plain, variant = run_file(tmp_path / "a.json", (), 0.125), run_file(tmp_path / "b.json", ("orthogonal_residual",), 0.0625)
-    name, points = visualize.stream_history(variant)
+    name, points = visualize.stream_history(str(variant), "logs")
     assert name == "orthogonal_residual, seed 1" and [visualize.norm_slope(point["stream"]) for point in points] == pytest.approx([0.0625] * 2)
     for number, paths in enumerate(([plain], [plain, variant])):
         assert run("stream", *paths, "-o", tmp_path / f"{number}.png") == 0
@@ -248,12 +348,35 @@ def test_stream(tmp_path, capsys):
     assert (tmp_path / "0.png").read_bytes() != (tmp_path / "1.png").read_bytes()
 
 
-@pytest.mark.parametrize("text,output,message", [
-    ("{", "a.png", "is no run's JSON (JSONDecodeError)"), ("[]", "a.png", "is no run's JSON (TypeError)"), ('{"config": {"variant": []}, "seed": 1, "curve": [{"step": 0}]}', "a.png",
-     "has no stream statistics; train with --stream_statistics"), ("{}", "a.gif", "must end in .png")])
-def test_stream_faults(tmp_path, capsys, text, output, message):
+@pytest.mark.parametrize("text, message", [
+    ("{", "is damaged, not a JSON object"), ("[]", "holds a JSON list"), ("{}", "has no list config.variant"), ("[" * 100_000, "is damaged"),
+    ('{"seed": ' + "9" * 5000 + "}", "is damaged"), ("\xff", "is damaged"), ('{"config": {"variant": []}, "seed": 1, "curve": [{"step": 0}]}',
+     "has no stream statistics; train with --stream_statistics")], ids=range(7))
+def test_stream_faults(tmp_path, capsys, text, message):
     path = tmp_path / "run.json"
-    path.write_text(text)
-    assert run("stream", path, "-o", tmp_path / output) == 1
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1 and not (tmp_path / output).exists()
+    path.write_bytes(text.encode("latin-1"))
+    assert message in refused(capsys, "stream", path, "-o", tmp_path / "a.png") and not (tmp_path / "a.png").exists()
+    assert "a.gif must end in .png" in refused(capsys, "stream", path, "-o", tmp_path / "a.gif")
+
+
+def test_stream_numbers_that_are_none(tmp_path, capsys):
+    """Every field that is drawn, of another type, missing or no finite number: one line that names the file."""
+    path = tmp_path / "run.json"
+    sound, count = json.loads(run_file(path, (), 0.1).read_text()), 0
+    place = dict(config=[], variant=["config"], seed=[], curve=[], step=["curve", 1], stream=["curve", 1])
+    place |= {key: ["curve", 1, "stream", 2] for key in (*visualize.STREAM_PANELS, "z_norm")}
+    for key, steps in place.items():
+        for value in ("nan", "1e400", "[]", "{}", "[1]", '"x"', "-1e99", "null", "true", "10" * 2000, None):
+            content = json.loads(json.dumps(sound))
+            owner = content
+            for step in steps:
+                owner = owner[step]
+            owner[key] = "HERE"
+            if value is None:
+                del owner[key]
+            path.write_text(json.dumps(content).replace('"HERE"', str(value)).replace("nan", "NaN"))
+            if (key, value) in (("variant", "[]"), ("stream", "[]"), ("stream", "{}"), ("stream", "null"), ("stream", None)):
+                continue  # no variant, and a step without statistics
+            assert "run.json" in refused(capsys, "stream", path, "-o", tmp_path / "a.png"), (key, value)
+            count += 1
+    assert count == len(place) * 11 - 5

@@ -12,7 +12,6 @@ import random
 import shutil
 import signal
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
