@@ -1,25 +1,25 @@
 """
 Text from a checkpoint of any variant.
 
-    python generate.py --checkpoint logs/RUN.pt --prompt "def main("                to the terminal, as it comes
+    python generate.py --checkpoint logs/RUN.pt --prompt "def main("             to the terminal, as it comes
     python generate.py --checkpoint last --prompt-file story.txt --tokens 2000 --temperature 0.8 --top-p 0.95 --seed 7
-    python generate.py --checkpoint RUN --prompt "import" --batch 4 --bins 256      four texts; topological attention with
-                                                                                    a state of fixed size
-    python generate.py --checkpoint logs/RUN.pt --export DIR                        model.safetensors, config.json and the
-                                                                                    tokenizer's files
+    python generate.py --checkpoint RUN --prompt "import" --batch 4 --bins 256   four texts; topological attention
+                                                                                 with a state of fixed size
+    python generate.py --checkpoint logs/RUN.pt --export DIR                     model.safetensors, config.json and
+                                                                                 the tokenizer's files
 
-- A checkpoint is a run's .pt file, a run's id or the beginning of one, `last`, or a folder that --export made. Nothing in
-  it is executed. Where the code of a module has changed since the training, a line on stderr names it.
-- Every layer keeps what later tokens need: softmax attention its keys and values, topological attention coordinates and
-  values or, with --bins, a state of fixed size, forgetting attention its sums besides. A model whose parts cannot go on
-  from that is found out by a trial against the whole forward pass and then runs all of its context for every token; a
-  line on stderr says so.
-- A token sees --context tokens back (default: the row length of the training). A longer text goes on without what lies
-  further back. What does not fit in memory is refused before it is allocated.
+- A checkpoint is a run's .pt file, a run's id or the beginning of one, `last`, or a folder that --export made. Nothing
+  in it is executed. Where the code of a module has changed since the training, a line on stderr names it.
+- Every layer keeps what later tokens need: softmax attention its keys and values, topological attention coordinates
+  and values or, with --bins, a state of fixed size, forgetting attention its sums besides. A model whose parts cannot
+  go on from that is found out by a trial against the whole forward pass and then runs all of its context for every
+  token; a line on stderr says so.
+- A token sees --context tokens back (default: the row length of the training). A longer text goes on without what
+  lies further back. What does not fit in memory is refused before it is allocated.
 - Sampling: softmax of logits / temperature (0: the likeliest token), among the --top-k likeliest, then among the fewest
   that together have --top-p. A document's end ends a text, unless --endless.
-- An exported folder holds every tensor once, however many names it has, and its config.json the SHA-256 of all files and
-  of itself; both are checked when it is read.
+- An exported folder holds every tensor once, however many names it has, and its config.json the SHA-256 of all files
+  and of itself; both are checked when it is read.
 - Exit code 1 and one line for a fault, 130 when interrupted, 141 when nobody reads the output any more (| head).
 """
 
@@ -40,9 +40,9 @@ import torch
 from data.shards import encoder, load_merges
 from kernels.topological_attention_cache import TokenBuffer, hidden_keys
 from torch import Tensor
-from train_gpt import (AttentionContext, AttentionMask, Config, GPT, Ranks, RunError, changed_sources, check_value, config_from,
-                       digest_of, find_checkpoint, memory_of_machine, read_checkpoint, read_json, read_meta, require,
-                       sha256_of_file)
+from train_gpt import (AttentionContext, AttentionMask, Config, GPT, Ranks, RunError, changed_sources, check_value,
+                       config_from, digest_of, find_checkpoint, memory_of_machine, read_checkpoint, read_json,
+                       read_meta, require, sha256_of_file)
 
 TRIAL, TRIAL_ERROR = (40, 1, 1, 22), 1e-3  # tokens of the trial in steps, and how far its logits may be from the whole pass, relative to their RMS
 
@@ -180,7 +180,8 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     """A token for each row of logits (B, V) -> (B,) int64 on the CPU. RunError for logits that are no numbers."""
     logits = logits.float().cpu()
     highest = logits.amax(-1, keepdim=True)
-    require(highest.isfinite().all(), "the model's logits are infinite or no numbers; give a checkpoint of a run that learnt")
+    require(highest.isfinite().all(),
+            "the model's logits are infinite or no numbers; give a checkpoint of a run that learnt")
     if temperature == 0:
         return logits.argmax(-1)
     logits = (logits - highest) / max(temperature, 1e-30)  # below that a float32 quotient would be infinity times zero
@@ -217,16 +218,20 @@ class Tokenizer:
 
     @classmethod
     def of(cls, folder: Path, config: Config) -> "Tokenizer":
-        """That of a data folder, or of an exported model's. RunError if there is none, or the model has another vocabulary."""
+        """
+        That of a data folder, or of an exported model's. RunError if there is none, or if the model has another
+        vocabulary.
+        """
         remedy, meta = "give --data the folder of the training shards", read_meta(folder)
-        name = meta.get("tokenizer", {257: "bytes", 50257: "gpt2"}.get(config.vocab_size, ""))
+        name = meta.get("tokenizer") if meta else {257: "bytes", 50257: "gpt2"}.get(config.vocab_size, "")
         check_value(str, name, f"{folder / 'meta.json'}: tokenizer", None)
         files = sorted(folder.glob("*.tiktoken"))
         require(files or name in ("bytes", "gpt2"), f"no tokenizer of {config.vocab_size} ids for text in {folder} "
                 f"(its name there: {name or 'none'}); give --data a folder that has its .tiktoken file")
         tokenizer = cls(load_merges(str(files[0]) if files else name))
         least = len(tokenizer.pieces) + 1  # the document's end, which has no text
-        require(least <= config.vocab_size <= -(-least // 128) * 128,  # a vocabulary may be padded to whole matrix units
+        most = -(-least // 128) * 128  # a vocabulary may be padded to whole matrix units
+        require(least <= config.vocab_size <= most,
                 f"the model has {config.vocab_size} token ids and the tokenizer in {folder} {least}; {remedy}")
         return tokenizer
 
@@ -248,26 +253,31 @@ AGAIN = "export the model again, or give a run's .pt file"
 
 def read_model(path: str) -> dict:
     """
-    A checkpoint's contents, from a .pt file or an exported folder: config, model (name -> tensor) and, where it is known,
-    sources. RunError, one line, if it is neither or damaged; nothing in it is executed.
+    A checkpoint's contents, from a .pt file or an exported folder: config, model (name -> tensor) and, where it is
+    known, sources. RunError, one line, if it is neither or damaged; nothing in it is executed.
     """
     saved = read_export(Path(path)) if Path(path).is_dir() else read_checkpoint(path)
     tensors = saved.get("model")
     require(isinstance(tensors, dict) and all(isinstance(tensor, Tensor) for tensor in tensors.values()),
             f"{path}: its model is no set of tensors; give another checkpoint")
     for name, tensor in tensors.items():
-        require(tensor.layout == torch.strided, f"{path}: tensor {name} is {tensor.layout}, not dense; give another checkpoint")
-        require(not tensor.is_floating_point() or tensor.isfinite().all(),
-                f"{path}: tensor {name} holds numbers that are infinite or none; give a checkpoint of a run that learnt")
+        require(tensor.layout == torch.strided,
+                f"{path}: tensor {name} is {tensor.layout}, not dense; give another checkpoint")
+        require(not tensor.is_floating_point() or tensor.isfinite().all(), f"{path}: tensor {name} holds numbers that "
+                "are infinite or none; give a checkpoint of a run that learnt")
     return saved
 
 
 def read_export(folder: Path) -> dict:
-    """An exported folder's config, model and sources; checked: whether it has checksums, which older ones lack, and they hold."""
+    """
+    An exported folder's config, model and sources; checked: whether it has checksums, which older ones lack. RunError
+    where they do not hold, and for anything else in the folder that is not as --export writes it.
+    """
     origin = folder / SETTINGS
     require(origin.is_file(), f"{folder} has no {SETTINGS}; give a folder that --export made, or a .pt file")
     settings = read_json(origin, AGAIN)
-    require(settings.get("format") == FORMAT, f"{origin} is none that --export wrote; give another folder, or a .pt file")
+    require(settings.get("format") == FORMAT,
+            f"{origin} is none that --export wrote; give another folder, or a .pt file")
     old = settings.keys() == {"format", "config"}  # as written before there were checksums
     digest = settings.pop("sha256", None)
     require(old or digest == digest_of(settings), f"{origin} is damaged, its checksum does not hold; {AGAIN}")
@@ -331,8 +341,8 @@ def share_tensors(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
 
 def export(saved: dict, config: Config, folder: Path, checkpoint: Path, tokenizer_folder: Path):
     """
-    model.safetensors, each tensor once, the tokenizer's files where there are any, and, last, config.json with what each
-    tensor's other names are and the checksums of all. RunError if `folder` holds anything but an earlier export.
+    model.safetensors, each tensor once, the tokenizer's files where there are any, and, last, config.json with what
+    each tensor's other names are and the checksums of all. RunError if `folder` holds anything but an earlier export.
     """
     folder, source = folder.resolve(), checkpoint.resolve()
     require(folder != source and folder not in source.parents,
@@ -344,9 +354,9 @@ def export(saved: dict, config: Config, folder: Path, checkpoint: Path, tokenize
         folder.mkdir(parents=True, exist_ok=True)
         present = {path.name for path in folder.iterdir()}
         earlier = {name for name in present if name in (SETTINGS, WEIGHTS, "meta.json") or name.endswith(".tiktoken")}
-        require(not present or present == earlier and earlier >= {SETTINGS, WEIGHTS},
-                f"--export {folder} holds other files ({', '.join(sorted(present - earlier or present))[:80]}); give a new "
-                "folder, an empty one or that of an earlier export")
+        others = ", ".join(sorted(present - earlier or present))
+        require(not present or present == earlier and earlier >= {SETTINGS, WEIGHTS}, f"--export {folder} holds other "
+                f"files ({others[:80]}); give a new folder, an empty one or that of an earlier export")
         contents = {path.name: path.read_bytes() for path in tokenizer_files}
         for name in earlier - contents.keys() - {SETTINGS, WEIGHTS}:
             (folder / name).unlink()
@@ -365,8 +375,8 @@ def export(saved: dict, config: Config, folder: Path, checkpoint: Path, tokenize
 
 def load_model(saved: dict, config: Config, ranks: Ranks, path: str) -> GPT:
     """
-    The model of a checkpoint's contents, ready for use; its variants must be applied. RunError, one line, unless its tensors
-    are those of the model that its settings describe, by name, shape and dtype.
+    The model of a checkpoint's contents, ready for use; its variants must be applied. RunError, one line, unless its
+    tensors are those of the model that its settings describe, by name, shape and dtype.
     """
     with torch.device("meta"):
         expected = train_gpt.GPT(config).state_dict()
@@ -375,19 +385,20 @@ def load_model(saved: dict, config: Config, ranks: Ranks, path: str) -> GPT:
         require(not names, f"{fault}: it {title} {', '.join(sorted(map(str, names))[:3])} ({len(names)} in all)")
     for name, tensor in expected.items():
         got = tensors[name]
-        require(got.shape == tensor.shape and got.dtype == tensor.dtype, f"{fault}: {name} is {tuple(got.shape)} {got.dtype}, "
-                f"the model's {tuple(tensor.shape)} {tensor.dtype}")
+        require(got.shape == tensor.shape and got.dtype == tensor.dtype, f"{fault}: {name} is {tuple(got.shape)} "
+                f"{got.dtype}, the model's {tuple(tensor.shape)} {tensor.dtype}")
     return train_gpt.trained_model(saved, config, ranks)
 
 
 def warn(saved: dict, path: Path):
     """Say on stderr what a checkpoint's contents leave in doubt."""
     if not saved.get("checked", True):
-        print(f"warning: {path} is an older export, without checksums: damage in it cannot be seen; export it again", file=sys.stderr)
+        print(f"warning: {path} is an older export, without checksums: damage in it cannot be seen; export it again",
+              file=sys.stderr)
     changed = changed_sources(saved)
     if changed:
-        print(f"warning: since {path} was trained, the code of {', '.join(changed)} has changed; what it computes may be another "
-              "thing now", file=sys.stderr)
+        print(f"warning: since {path} was trained, the code of {', '.join(changed)} has changed; what it computes may "
+              "be another thing now", file=sys.stderr)
 
 
 def single_process(config: Config) -> Ranks:
@@ -397,15 +408,15 @@ def single_process(config: Config) -> Ranks:
     return Ranks.start(config)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Memory
 
 
 def bytes_needed(model: GPT, context: int, bins: int, cached: bool, batch: int, prompt: int, count: int) -> int:
     """
-    The least that `batch` texts of `count` tokens after a prompt of `prompt` tokens need: the weights, what the layers keep
-    at the end, the logits and their probabilities, the streams of the longest pass and the texts. What a layer keeps of a
-    token is measured on two short rows.
+    The least that `batch` texts of `count` tokens after a prompt of `prompt` tokens need: the weights, what the layers
+    keep at the end, the logits and their probabilities, the streams of the longest pass and the texts. What a layer
+    keeps of a token is measured on two short rows.
     """
     config, longest = model.config, min(context, prompt + count)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
@@ -432,8 +443,8 @@ def bytes_needed(model: GPT, context: int, bins: int, cached: bool, batch: int, 
 # ---------------------------------------------------------------------------------------------------------------------------------------------------
 # The command
 
-LIMITS = dict(tokens=(1, 10 ** 9), temperature=(0.0, 1e6), top_k=(0, 65_536), top_p=(1e-6, 1.0), seed=train_gpt.RANGES["seed"],
-              batch=(1, 2 ** 20), context=(0, 2 ** 24), bins=(0, 65_536))
+LIMITS = dict(tokens=(1, 10 ** 9), temperature=(0.0, 1e6), top_k=(0, 65_536), top_p=(1e-6, 1.0),
+              seed=train_gpt.RANGES["seed"], batch=(1, 2 ** 20), context=(0, 2 ** 24), bins=(0, 65_536))
 MOST_PROMPT = 2 ** 26  # bytes of a prompt
 
 
@@ -453,7 +464,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     where.add_argument("--checkpoint", required=True, metavar="RUN",
                        help="a run's .pt file, its id, the beginning of its id, `last`, or a folder that --export made")
     where.add_argument("--log-dir", default=Config.log_dir, metavar="DIR", help="folder of runs (default: %(default)s)")
-    where.add_argument("--data", type=Path, metavar="DIR", help="folder with the tokenizer (default: the training's data)")
+    where.add_argument("--data", type=Path, metavar="DIR",
+                       help="folder with the tokenizer (default: the training's data)")
     where.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
     say = parser.add_argument_group("what to say")
     say.add_argument("--prompt", metavar="TEXT", help="what the text begins with")
@@ -482,7 +494,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(options, name)
         check_value(type(parser.get_default(name)), value, f"--{name.replace('_', '-')}", limits)
     require(options.bins != 1, "--bins must be at least 2, or 0 for none, got 1")
-    require(not (options.bins and options.no_cache), "--bins is a way to keep earlier tokens, which --no-cache forbids; leave one out")
+    require(not (options.bins and options.no_cache),
+            "--bins is a way to keep earlier tokens, which --no-cache forbids; leave one out")
     require(options.prompt is None or options.prompt_file is None, "give --prompt or --prompt-file, not both")
     return options
 
@@ -535,8 +548,8 @@ def generate(options: argparse.Namespace):
     require(cached or not options.bins, "--bins: a part of this model keeps nothing for later tokens; leave --bins out")
     needed = bytes_needed(model, context, options.bins, cached, options.batch, len(tokens), options.tokens)
     memory = memory_of_machine(ranks)
-    require(needed <= memory, f"the model and these texts need at least {needed:,} bytes of memory, and there are {memory:,}; "
-            "lower --batch, --context or --tokens")
+    require(needed <= memory, f"the model and these texts need at least {needed:,} bytes of memory, and there are "
+            f"{memory:,}; lower --batch, --context or --tokens")
     warn(saved, path)
     if not cached:
         reason = "" if options.no_cache else ": a part of this model keeps nothing for later tokens"
@@ -549,7 +562,8 @@ def generate(options: argparse.Namespace):
     if options.batch == 1:
         print(text, end="", flush=True)
     prompt = torch.tensor([tokens], dtype=torch.int32).repeat(options.batch, 1)
-    for chosen in sample(decoder, prompt, options.tokens, options.temperature, options.top_k, options.top_p, options.seed):
+    for chosen in sample(decoder, prompt, options.tokens, options.temperature, options.top_k, options.top_p,
+                         options.seed):
         count += 1
         for row in sorted(open_rows):
             if chosen[row] == config.end_of_text and not options.endless:
@@ -564,14 +578,14 @@ def generate(options: argparse.Namespace):
             break
     seconds = time.perf_counter() - start
     print("" if options.batch == 1 else "\n\n".join(f"--- {number + 1}\n{text}" for number, text in enumerate(texts)))
-    print(f"{count:,} tokens in {seconds:.2f} s, {1000 * seconds / count:.2f} ms each; {decoder.bytes_kept:,} bytes kept",
-          file=sys.stderr)
+    print(f"{count:,} tokens in {seconds:.2f} s, {1000 * seconds / count:.2f} ms each; "
+          f"{decoder.bytes_kept:,} bytes kept", file=sys.stderr)
 
 
 def run_command(script: str, command: Callable[[], None]) -> int:
     """
-    Run a script's command -> its exit code: 0; 1 with one line on stderr for a fault; 130 when interrupted; 141, as of a
-    tool that SIGPIPE ends, when nobody reads the output any more.
+    Run a script's command -> its exit code: 0; 1 with one line on stderr for a fault; 130 when interrupted; 141, as of
+    a tool that SIGPIPE ends, when nobody reads the output any more.
     """
     streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]  # one that was closed is None
     for stream in streams:

@@ -19,7 +19,8 @@ tokens, coloured by t. One checkpoint gives a PNG, several, in the order of thei
 train_gpt.py --keep_every.
 stream: what the branches add to the stream, over depth, from the JSON of runs with --stream_statistics: norm with the slope of its logarithm over the branches,
 share of a branch's output along the stream, relative step, kurtosis. One run: a line a validation; several: the last of each.
-Exit code 1 and one line for a fault, 141 when nobody reads the output. Later parts are functions of their own in COMMANDS.
+Exit code 1 and one line for a fault, 141 when nobody reads the output. Later parts are functions of their own in
+COMMANDS.
 """
 
 import argparse
@@ -37,8 +38,8 @@ import torch
 from data.manifold import TAU_MODES, Manifold, read_manifold
 from generate import Parser, load_model, read_model, run_command, single_process, warn
 from kernels.splanifold import splanifold
-from train_gpt import (Config, RunError, adopt_vocabulary, check_value, checked, config_from, find_checkpoint, find_shards,
-                       open_shard, read_json, require, validation_batches, write_atomically)
+from train_gpt import (Config, RunError, adopt_vocabulary, check_value, checked, config_from, find_checkpoint,
+                       find_shards, open_shard, read_json, require, validation_batches, write_atomically)
 from variants.splanifold_mlp import SplanifoldMLP
 from variants.topological_attention import chain_laplacian
 
@@ -46,7 +47,7 @@ OWN, MUTED = "#d55e00", "#7d838c"  # told apart by the colour-blind
 BINS = 60
 SPINE, FRAMES_A_SECOND = 65, 8
 FONT, PANEL = 7.5, np.array([440, 370])  # points: of labels, of the graph's nodes
-LIMITS = dict(layer=(0, 4095), groups=(1, 4096), tokens=(1, 2 ** 24), size=(0.1, 50.0))  # least and most of splanifold's options
+LIMITS = dict(layer=(0, 4095), groups=(1, 4096), tokens=(1, 2 ** 24), size=(0.1, 50.0))  # of splanifold's options
 MOST_SIDE, MOST_PIXELS = 65_535, 2 ** 27  # of a picture: matplotlib's limit, and what takes half a gigabyte
 
 
@@ -63,22 +64,28 @@ def save_png(figure, file):
 
 
 def check_manifold(manifold: Manifold, path: str):
-    """Raise RunError, which names the file, unless its arrays fit each other and its provenance says what a picture needs."""
+    """
+    Raise RunError, which names the file, unless its arrays fit each other and its provenance says what a picture needs.
+    """
     remedy, source = "make it again by data/manifold.py", manifold.provenance.get("of", manifold.provenance)
     n, vectors, counts, tokens = len(manifold.laplacian), manifold.vectors, manifold.counts, manifold.tokens
     sources = ("corpus", "checkpoint", "random", "chain")
-    require(isinstance(source, dict) and isinstance(source.get("data", ""), str) and source.get("source") in sources
-            and manifold.provenance.get("source") in sources, f"{path}: its provenance does not say what it was made from; {remedy}")
+    known = isinstance(source, dict) and isinstance(source.get("data", ""), str) and source.get("source") in sources
+    require(known and manifold.provenance.get("source") in sources,
+            f"{path}: its provenance does not say what it was made from; {remedy}")
     tau = manifold.provenance.get("tau")
     require(isinstance(tau, dict) and tau.keys() == {"mode", "percentile"} and tau["mode"] in TAU_MODES,
             f"{path}: the tau of its provenance is {tau!r:.60}, not a mode and a percentile; {remedy}")
     check_value(float, tau["percentile"], f"{path}: the percentile of its tau", (0, 100))
     require(vectors.ndim == 2 and vectors.shape[1] == n and vectors.dtype.kind == "f" and np.isfinite(vectors).all(),
             f"{path}: its vectors are no finite numbers (n, {n}) but {vectors.dtype} {vectors.shape}; {remedy}")
-    require(counts.shape == (len(vectors),) and counts.dtype.kind in "iu" and (counts >= 0).all() and (counts.any() or not len(counts)),
+    whole = counts.shape == (len(vectors),) and counts.dtype.kind in "iu" and (counts >= 0).all()
+    require(whole and (counts.any() or not len(counts)),
             f"{path}: its counts are no numbers of occurrences of {len(vectors)} vectors; {remedy}")
-    require(tokens.shape in ((0,), counts.shape) and tokens.dtype.kind in "iu" and manifold.labels.shape in ((0,), (n,))
-            and manifold.labels.dtype.kind == "U", f"{path}: its tokens or labels do not fit its vectors and nodes; {remedy}")
+    require(tokens.shape in ((0,), counts.shape) and tokens.dtype.kind in "iu",
+            f"{path}: its tokens are no ids of {len(vectors)} vectors; {remedy}")
+    require(manifold.labels.shape in ((0,), (n,)) and manifold.labels.dtype.kind == "U",
+            f"{path}: its labels are no texts for {n} nodes; {remedy}")
     graph = manifold.provenance["source"] != "random"
     require(not graph or ((np.diag(manifold.laplacian) > 0).all() and (manifold.laplacian < -1e-12).any()),
             f"{path}: a node of its graph has no edge; {remedy}")
@@ -86,14 +93,16 @@ def check_manifold(manifold: Manifold, path: str):
 
 def occurrences(manifold: Manifold, folder: str) -> np.ndarray:
     """How often each vector's token occurs in the training shards of a folder (n,). RunError where vectors are not tokens', or others'."""
-    require(len(manifold.tokens), "--data counts tokens, and the vectors of this file are not those of tokens; leave it out")
+    require(len(manifold.tokens),
+            "--data counts tokens, and the vectors of this file are not those of tokens; leave it out")
     config, source = Config(data=folder), manifold.provenance
     adopt_vocabulary(config)
     size = source.get("of", source).get("vocab_size")
     require(config.vocab_size == size, f"the vectors are those of a vocabulary of {size} tokens, {folder} has "
             f"{config.vocab_size}; give shards of the same tokenizer")
-    require(0 <= manifold.tokens.min() and manifold.tokens.max() < size,
-            f"the vectors are those of tokens {manifold.tokens.min()} to {manifold.tokens.max()}, of a vocabulary of {size}")
+    least, most = manifold.tokens.min(), manifold.tokens.max()
+    require(least >= 0 and most < size,
+            f"the vectors are those of tokens {least} to {most}, and the vocabulary has {size}; make the file again")
     counts = sum(np.bincount(checked(open_shard(file), config), minlength=size) for file in find_shards(config, "train"))[manifold.tokens]
     if not counts.any():
         raise RunError(f"none of the file's {len(counts)} tokens occurs in {folder}")
@@ -130,7 +139,8 @@ def draw_graph(panel, laplacian: np.ndarray, labels: np.ndarray):
     panel.margins(0.08)
     for i, text, offset in placed_labels(place, [label.split(" ")[0][:14] for label in labels], np.argsort(-np.diag(laplacian), kind="stable")):
         align = dict(ha="left" if offset[0] > 0 else "right", va="bottom" if offset[1] > 0 else "top")
-        panel.annotate(legible(text), place[i], xytext=offset, textcoords="offset points", fontsize=FONT, zorder=3, **align)
+        panel.annotate(legible(text), place[i], xytext=offset, textcoords="offset points", fontsize=FONT, zorder=3,
+                       **align)
     panel.set(title=f"graph: {len(place)} nodes, {len(weight)} edges of weight {weight.min():.2f} to {weight.max():.2f}")
     panel.set(xlabel="2nd eigenvector", ylabel="3rd eigenvector")
 
@@ -223,8 +233,8 @@ def groups_of(mlp: SplanifoldMLP, x: torch.Tensor, count: int) -> list[Group]:
 def splanifolds_of(path: Path, layers: list[int], groups: int, tokens: int, data: str,
                    first: dict | None) -> tuple[dict, list[list[Group]]]:
     """
-    (checkpoint's contents without its tensors, groups of every layer asked for, all layers where none is). first: contents of
-    the run's first checkpoint.
+    (checkpoint's contents without its tensors, groups of every layer asked for, all layers where none is). first:
+    contents of the run's first checkpoint.
     """
     saved = read_model(str(path))
     require("step" in saved, f"{path} is an exported model, whose step is not known; give a run's .pt file")
@@ -238,7 +248,7 @@ def splanifolds_of(path: Path, layers: list[int], groups: int, tokens: int, data
         chosen = {layer: block.mlp for layer, block in enumerate(model.blocks)
                   if isinstance(block.mlp, SplanifoldMLP) and (not layers or layer in layers)}
         missing = [f" in layer {layer}" for layer in sorted(set(layers) - chosen.keys())]
-        require(chosen and not missing, f"{path} has no splanifolds{missing[0] if missing else ''}; give checkpoints of "
+        require(chosen and not missing, f"{path} has no splanifolds{''.join(missing[:1])}; give checkpoints of "
                 "--variant splanifold_mlp and layers that have it")
         for layer, mlp in chosen.items():
             mlp.register_forward_pre_hook(lambda _, arguments, layer=layer:
@@ -371,7 +381,8 @@ def run_splanifold(options: argparse.Namespace):
 
 
 def add_splanifold(parser: argparse.ArgumentParser):
-    parser.add_argument("checkpoints", metavar="RUN", nargs="+", help="one checkpoint for a PNG, several of one run for an animation")
+    parser.add_argument("checkpoints", metavar="RUN", nargs="+",
+                        help="one checkpoint for a PNG, several of one run for an animation")
     where = parser.add_argument_group("where it comes from")
     where.add_argument("--log-dir", default=Config.log_dir, metavar="DIR", help="folder of runs (default: %(default)s)")
     where.add_argument("--data", default="", metavar="DIR", help="folder of shards (default: that of the run)")
@@ -379,7 +390,8 @@ def add_splanifold(parser: argparse.ArgumentParser):
     what.add_argument("--layer", type=int, nargs="+", default=[], metavar="N", help="layers, from 0 on (default: all)")
     what.add_argument("--groups", type=int, default=4, metavar="N",
                       help="splanifolds of a layer, from the first on (default: %(default)s)")
-    what.add_argument("--tokens", type=int, default=1024, metavar="N", help="validation tokens in the cloud (default: %(default)s)")
+    what.add_argument("--tokens", type=int, default=1024, metavar="N",
+                      help="validation tokens in the cloud (default: %(default)s)")
     what.add_argument("--size", type=float, default=2.4, metavar="INCHES",
                       help="side of a panel, 100 pixels an inch (default: %(default)s)")
 
@@ -388,22 +400,28 @@ STREAM_PANELS = dict(x_norm="norm of the stream", rho_par="share of |y|² along 
 
 
 def stream_history(name: str, log_dir: str) -> tuple[str, list[dict]]:
-    """(a title, the points of a run's curve that have stream statistics). RunError, one line, for a file that lacks what is drawn."""
+    """
+    (a title, the points of a run's curve that have stream statistics). RunError, one line, for a file that lacks what
+    is drawn.
+    """
     path = Path(name) if name.endswith(".json") else find_checkpoint(name, log_dir).with_suffix(".json")
     require(path.is_file(), f"there is no file {path}; give the JSON beside a run's log")
     facts, unfit = read_json(path, "give the JSON beside a run's log"), f"{path} is no run's JSON"
     config, curve = facts.get("config"), facts.get("curve")
-    require(isinstance(config, dict) and isinstance(config.get("variant"), list), f"{unfit}: it has no list config.variant")
+    require(isinstance(config, dict) and isinstance(config.get("variant"), list),
+            f"{unfit}: it has no list config.variant")
     for spec in config["variant"]:
         check_value(str, spec, f"{path}: config.variant", None)
     check_value(int, facts.get("seed"), f"{path}: seed", train_gpt.RANGES["seed"])
-    require(isinstance(curve, list) and all(isinstance(point, dict) for point in curve), f"{unfit}: its curve is no list of points")
+    require(isinstance(curve, list) and all(isinstance(point, dict) for point in curve),
+            f"{unfit}: its curve is no list of points")
     points = [point for point in curve if point.get("stream")]
     require(points, f"{path} has no stream statistics; train with --stream_statistics")
     for point in points:
         check_value(int, point.get("step"), f"{path}: step of its curve", train_gpt.RANGES["steps"])
         rows = point["stream"]
-        require(isinstance(rows, list) and all(isinstance(row, dict) for row in rows), f"{unfit}: its stream is no list of branches")
+        require(isinstance(rows, list) and all(isinstance(row, dict) for row in rows),
+                f"{unfit}: its stream is no list of branches")
         for key in (*STREAM_PANELS, "z_norm"):
             for row in rows:
                 check_value(float, row.get(key), f"{path}: {key} of step {point['step']}", (-1e30, 1e30))
@@ -449,7 +467,8 @@ def run_stream(options: argparse.Namespace):
 
 def add_stream(parser: argparse.ArgumentParser):
     parser.add_argument("runs", metavar="RUN", nargs="+", help="one for its course, several to compare their ends")
-    parser.add_argument("--log-dir", default=Config.log_dir, metavar="DIR", help="folder of runs (default: %(default)s)")
+    parser.add_argument("--log-dir", default=Config.log_dir, metavar="DIR",
+                        help="folder of runs (default: %(default)s)")
 
 
 COMMANDS = dict(manifold=(run_manifold, add_manifold, "a domain Laplacian"),  # what it does, its own options, its help
@@ -464,7 +483,8 @@ def visualize(argv: list[str] | None):
     for name, (run, add_options, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text)
         add_options(command)
-        command.add_argument_group("output").add_argument("-o", "--output", metavar="FILE", type=Path, required=True, help="the picture")
+        output = command.add_argument_group("output")
+        output.add_argument("-o", "--output", metavar="FILE", type=Path, required=True, help="the picture")
         command.set_defaults(run=run)
     options = parser.parse_args(argv)
     folder = options.output.parent

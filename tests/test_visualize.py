@@ -146,15 +146,15 @@ def refused(capsys, *arguments) -> str:
     """The one line that a command line is refused with."""
     code = run(*arguments)
     out, error = capsys.readouterr()
-    assert code == 1 and out == "" and error.startswith("visualize.py: error: ") and error.count("\n") == 1, (arguments, code, error)
+    assert code == 1 and out == "" and error.startswith("visualize.py: error: ") and error.count("\n") == 1, error
     return error
 
 
 def test_where_no_picture_can_be_written(files, tmp_path, capsys):
     (tmp_path / "file").touch()
     (tmp_path / "folder.png").mkdir()
-    for place, reason in {"nowhere/a.png": "there is no folder", "file/a.png": "there is no folder", "folder.png": "directory",
-                          "x" * 300 + ".png": "File name too long"}.items():
+    for place, reason in {"nowhere/a.png": "there is no folder", "file/a.png": "there is no folder",
+                          "folder.png": "directory", "x" * 300 + ".png": "File name too long"}.items():
         line = refused(capsys, "manifold", files["chain"], "-o", tmp_path / place)
         assert f"cannot write {tmp_path}" in line and reason in line
     assert {path.name for path in tmp_path.iterdir()} == {"file", "folder.png"}
@@ -164,15 +164,16 @@ CHAIN = dict(source="chain", features=4, tau=dict(mode="fixed", percentile=50.0)
 
 
 @pytest.mark.parametrize("name, value", [
-    ("provenance", dict(CHAIN, source="elsewhere")), ("provenance", dict(CHAIN, source=[])), ("provenance", dict(tau=CHAIN["tau"])),
-    ("provenance", dict(source="chain")), ("provenance", dict(CHAIN, tau=[])), ("provenance", dict(CHAIN, tau=dict(mode="fixed", percentile="x"))),
-    ("provenance", dict(CHAIN, tau=dict(mode="fixed", percentile=1e300))), ("provenance", dict(CHAIN, tau=dict(mode=[], percentile=1))),
-    ("provenance", dict(CHAIN, of=3)), ("provenance", dict(CHAIN, of=dict(source="chain", data=[]))), ("provenance", [1]), ("provenance", 0),
-    ("laplacian", np.full((4, 4), np.nan)), ("laplacian", np.zeros((4, 4))), ("laplacian", np.diag([0.0, 1, 1, 1])), ("laplacian", np.eye(4)),
-    ("laplacian", np.zeros(4)), ("vectors", np.zeros((2, 4))), ("vectors", np.zeros((0, 3))), ("vectors", np.zeros(4)),
-    ("vectors", np.zeros((0, 4), "<U1")), ("counts", np.zeros(3, int)), ("counts", np.zeros(0)), ("tokens", np.zeros(3, int)),
-    ("tokens", np.zeros(0, "<U1")), ("labels", np.zeros(3, "<U1")), ("labels", np.zeros(4))],
-    ids=lambda value: str(value).replace("\n", " ")[:60])
+    *(("provenance", value) for value in (
+        dict(CHAIN, source="elsewhere"), dict(CHAIN, source=[]), dict(tau=CHAIN["tau"]), dict(source="chain"),
+        dict(CHAIN, tau=[]), dict(CHAIN, of=3), dict(CHAIN, of=dict(source="chain", data=[])), [1], 0,
+        dict(CHAIN, tau=dict(mode="fixed", percentile="x")), dict(CHAIN, tau=dict(mode="fixed", percentile=1e300)),
+        dict(CHAIN, tau=dict(mode=[], percentile=1)))),
+    *(("laplacian", value) for value in (
+        np.full((4, 4), np.nan), np.zeros((4, 4)), np.diag([0.0, 1, 1, 1]), np.eye(4), np.zeros(4))),
+    *(("vectors", value) for value in (np.zeros((2, 4)), np.zeros((0, 3)), np.zeros(4), np.zeros((0, 4), "<U1"))),
+    ("counts", np.zeros(3, int)), ("counts", np.zeros(0)), ("tokens", np.zeros(3, int)), ("tokens", np.zeros(0, "<U1")),
+    ("labels", np.zeros(3, "<U1")), ("labels", np.zeros(4))], ids=lambda value: str(value).replace("\n", " ")[:60])
 def test_arrays_that_do_not_fit(tmp_path, capsys, name, value):
     from_chain(4).save(tmp_path / "a.npz")
     with np.load(tmp_path / "a.npz") as stored:
@@ -280,12 +281,13 @@ def test_groups_of_one_output_are_drawn_over_t():
 
 @pytest.mark.parametrize("arguments, message", [
     (["-o", "a.jpg"], "a.jpg must end in .png, .gif or .mp4"), (["-o", "a.gif"], "an animation needs at least 2 checkpoints, got 1"),
-    (["-o", "a.png", "--layer", "0"], "has no splanifolds in layer 0"), (["-o", "a.png", "--groups", "0"], "--groups must be from 1"),
-    (["-o", "a.png", "--groups", "1000000"], "--groups must be from 1"), (["-o", "a.png", "--layer", "1", "-1"], "--layer must be from 0"),
-    (["-o", "a.png", "--tokens", str(10 ** 30)], "--tokens must be from 1"), (["-o", "a.png", "--tokens", "1e3"], "invalid int value"),
-    (["-o", "a.png", "--size", "nan"], "--size must be from 0.1"), (["-o", "a.png", "--size", "inf"], "--size must be from 0.1"),
-    (["-o", "a.png", "--size", "0"], "--size must be from 0.1"), (["-o", "a.png", "--groups", "16", "--size", "50"], "pixels"),
-    (["-o", "a.png", "--data", "nowhere"], "no val shards"), (["--groups", "2"], "required: -o/--output"),
+    (["-o", "a.png", "--layer", "0"], "has no splanifolds in layer 0"), (["--groups", "2"], "required: -o/--output"),
+    *((["-o", "a.png", "--groups", number], "--groups must be from 1") for number in ("0", "-1", "1000000")),
+    *((["-o", "a.png", "--size", number], "--size must be from 0.1") for number in ("0", "nan", "inf", "1e300")),
+    (["-o", "a.png", "--layer", "1", "-1"], "--layer must be from 0"),
+    (["-o", "a.png", "--tokens", "1" * 30], "--tokens must be from 1"),
+    (["-o", "a.png", "--tokens", "1e3"], "invalid int value"), (["-o", "a.png", "--data", "nowhere"], "no val shards"),
+    (["-o", "a.png", "--groups", "16", "--size", "50"], "pixels takes"),
     (["-o", "no/such/folder/a.png"], "cannot write")])
 def test_faults_of_splanifolds(checkpoints, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
@@ -297,24 +299,27 @@ def test_a_run_by_its_name(checkpoints, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("RANK", "x")
     folder = Path(checkpoints[0]).parent
+    small = ["--log-dir", folder, "--groups", 1, "--size", 1, "-o"]
     for name in ("a", "last"):
-        assert run("splanifold", name, "--log-dir", folder, "-o", tmp_path / f"{name}.png", "--groups", 1, "--size", 1) == 0
+        assert run("splanifold", name, *small, tmp_path / f"{name}.png") == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "last.png").read_bytes() and capsys.readouterr().err == ""
-    assert "there is no checkpoint of a run 'b'" in refused(capsys, "splanifold", "b", "--log-dir", folder, "-o", tmp_path / "b.png")
+    assert "there is no checkpoint of a run 'b'" in refused(capsys, "splanifold", "b", *small, tmp_path / "b.png")
     assert "no stream statistics" in refused(capsys, "stream", "a", "--log-dir", folder, "-o", tmp_path / "b.png")
     write_changed(checkpoints[2], tmp_path / "c.pt", sources={"variants.splanifold_mlp": "0" * 64})
-    assert run("splanifold", tmp_path / "c.pt", "-o", tmp_path / "c.png", "--groups", 1, "--size", 1) == 0
+    assert run("splanifold", tmp_path / "c.pt", *small, tmp_path / "c.png") == 0
     assert "the code of variants.splanifold_mlp has changed" in capsys.readouterr().err
 
 
 def write_changed(source: str, path: Path, **changes):
     """A checkpoint with other contents, its digest in order."""
     saved = train_gpt.read_checkpoint(source)
-    train_gpt.write_checkpoint(path, {name: value for name, value in saved.items() if name not in ("format", "digest")} | changes)
+    contents = {name: value for name, value in saved.items() if name not in ("format", "digest")}
+    train_gpt.write_checkpoint(path, contents | changes)
 
 
 def test_checkpoints_of_two_runs(checkpoints, files, tmp_path, capsys):
-    write_changed(checkpoints[1], tmp_path / "b.pt", config=train_gpt.read_checkpoint(checkpoints[1])["config"] | dict(seed=2))
+    config = train_gpt.read_checkpoint(checkpoints[1])["config"] | dict(seed=2)
+    write_changed(checkpoints[1], tmp_path / "b.pt", config=config)
     assert run("splanifold", checkpoints[0], tmp_path / "b.pt", "-o", tmp_path / "a.gif") == 1
     assert "b.pt is of another run than the checkpoints before it" in capsys.readouterr().err
     assert run("splanifold", *checkpoints[:2], "-o", tmp_path / "a.png") == 1
@@ -349,9 +354,10 @@ def test_stream(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("{", "is damaged, not a JSON object"), ("[]", "holds a JSON list"), ("{}", "has no list config.variant"), ("[" * 100_000, "is damaged"),
-    ('{"seed": ' + "9" * 5000 + "}", "is damaged"), ("\xff", "is damaged"), ('{"config": {"variant": []}, "seed": 1, "curve": [{"step": 0}]}',
-     "has no stream statistics; train with --stream_statistics")], ids=range(7))
+    ("{", "is damaged, not a JSON object"), ("[]", "holds a JSON list"), ("{}", "has no list config.variant"),
+    ("[" * 100_000, "is damaged"), ('{"seed": ' + "9" * 5000 + "}", "is damaged"), ("\xff", "is damaged"),
+    ('{"config": {"variant": []}, "seed": 1, "curve": [{"step": 0}]}', "has no stream statistics; train with")],
+    ids=range(7))
 def test_stream_faults(tmp_path, capsys, text, message):
     path = tmp_path / "run.json"
     path.write_bytes(text.encode("latin-1"))
@@ -375,7 +381,7 @@ def test_stream_numbers_that_are_none(tmp_path, capsys):
             if value is None:
                 del owner[key]
             path.write_text(json.dumps(content).replace('"HERE"', str(value)).replace("nan", "NaN"))
-            if (key, value) in (("variant", "[]"), ("stream", "[]"), ("stream", "{}"), ("stream", "null"), ("stream", None)):
+            if (key, value) == ("variant", "[]") or key == "stream" and value in ("[]", "{}", "null", None):
                 continue  # no variant, and a step without statistics
             assert "run.json" in refused(capsys, "stream", path, "-o", tmp_path / "a.png"), (key, value)
             count += 1
