@@ -28,7 +28,9 @@ import codecs
 import hashlib
 import json
 import os
+import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -248,6 +250,7 @@ class Tokenizer:
 # Checkpoints
 
 WEIGHTS, SETTINGS, FORMAT = "model.safetensors", "config.json", "knotgpt-1"
+UNFINISHED = ".export-"  # the beginning of a folder that an export fills
 AGAIN = "export the model again, or give a run's .pt file"
 
 
@@ -256,6 +259,8 @@ def read_model(path: str) -> dict:
     A checkpoint's contents, from a .pt file or an exported folder: config, model (name -> tensor) and, where it is
     known, sources. RunError, one line, if it is neither or damaged; nothing in it is executed.
     """
+    require(Path(path).is_dir() or Path(path).is_file() or not Path(path).exists(),
+            f"{path} is neither a file nor a folder; give a .pt file, or a folder that --export made")
     saved = read_export(Path(path)) if Path(path).is_dir() else read_checkpoint(path)
     tensors = saved.get("model")
     require(isinstance(tensors, dict) and all(isinstance(tensor, Tensor) for tensor in tensors.values()),
@@ -349,28 +354,34 @@ def export(saved: dict, config: Config, folder: Path, checkpoint: Path, tokenize
             f"--export {folder} is the checkpoint's own folder; give another one")
     tokenizer_files = sorted(path for path in (tokenizer_folder / "meta.json", *tokenizer_folder.glob("*.tiktoken"))
                              if path.is_file())
-    tensors, shared = share_tensors(saved["model"])
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        present = {path.name for path in folder.iterdir()}
+        present = {path.name for path in folder.iterdir() if not path.name.startswith(UNFINISHED)}
         earlier = {name for name in present if name in (SETTINGS, WEIGHTS, "meta.json") or name.endswith(".tiktoken")}
         others = ", ".join(sorted(present - earlier or present))
         require(not present or present == earlier and earlier >= {SETTINGS, WEIGHTS}, f"--export {folder} holds other "
                 f"files ({others[:80]}); give a new folder, an empty one or that of an earlier export")
         contents = {path.name: path.read_bytes() for path in tokenizer_files}
-        for name in earlier - contents.keys() - {SETTINGS, WEIGHTS}:
+
+        # the weights, and what is said of all
+        tensors, shared = share_tensors(saved["model"])
+        contents[WEIGHTS] = safetensors_library().torch.save(
+            {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()})
+        settings = dict(format=FORMAT, config=asdict(config), sources=saved.get("sources", {}), shared=shared,
+                        files={name: hashlib.sha256(content).hexdigest() for name, content in contents.items()})
+        settings = json.loads(json.dumps(settings))  # as it will be read: lists for tuples
+        contents[SETTINGS] = json.dumps(settings | dict(sha256=digest_of(settings)), indent=1).encode() + b"\n"
+
+        # all files under another name first: where the disk is full, an earlier export stays as it is
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as unfinished:
+            for name, content in contents.items():
+                train_gpt.write_atomically(Path(unfinished, name), lambda file, content=content: file.write(content))
+            for name in contents:
+                os.replace(Path(unfinished, name), folder / name)
+        for name in earlier - contents.keys():
             (folder / name).unlink()
     except OSError as error:
         raise RunError(f"cannot export to {folder}: {error.strerror}; choose another folder") from None
-    library = safetensors_library()
-    contents[WEIGHTS] = library.torch.save({name: tensor.clone(memory_format=torch.contiguous_format)
-                                            for name, tensor in tensors.items()})
-    settings = dict(format=FORMAT, config=asdict(config), sources=saved.get("sources", {}), shared=shared,
-                    files={name: hashlib.sha256(content).hexdigest() for name, content in contents.items()})
-    settings = json.loads(json.dumps(settings))  # as it will be read: lists for tuples
-    contents[SETTINGS] = json.dumps(settings | dict(sha256=digest_of(settings)), indent=1).encode() + b"\n"
-    for name, content in contents.items():
-        train_gpt.write_atomically(folder / name, lambda file, content=content: file.write(content))
 
 
 def load_model(saved: dict, config: Config, ranks: Ranks, path: str) -> GPT:
@@ -453,6 +464,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *arguments, formatter_class=argparse.RawDescriptionHelpFormatter, **settings):
         super().__init__(*arguments, formatter_class=formatter_class, allow_abbrev=False, **settings)
 
+    def parse_args(self, words: list[str] | None = None, namespace=None) -> argparse.Namespace:
+        words = sys.argv[1:] if words is None else words
+        for word in words:  # argparse makes an empty list of such a value
+            require(not re.fullmatch("--?[a-z-]+=--", word), f"{word} is no option with a value; see --help")
+        return super().parse_args(words, namespace)
+
     def error(self, message: str):
         raise RunError(f"{message[:200]}; see --help")
 
@@ -464,7 +481,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     where.add_argument("--checkpoint", required=True, metavar="RUN",
                        help="a run's .pt file, its id, the beginning of its id, `last`, or a folder that --export made")
     where.add_argument("--log-dir", default=Config.log_dir, metavar="DIR", help="folder of runs (default: %(default)s)")
-    where.add_argument("--data", type=Path, metavar="DIR",
+    where.add_argument("--data", default="", metavar="DIR",
                        help="folder with the tokenizer (default: the training's data)")
     where.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
     say = parser.add_argument_group("what to say")
@@ -528,14 +545,16 @@ def generate(options: argparse.Namespace):
     # the model and its tokenizer
     path = find_checkpoint(options.checkpoint, options.log_dir)
     saved = read_model(str(path))
-    config = replace(config_from(saved.get("config"), str(path)), compile="off", device=options.device)
-    data = options.data or (path if path.is_dir() else config.data)
+    config = config_from(saved.get("config"), str(path))
+    data = data_folder(options.data or (str(path) if path.is_dir() else config.data))
+    require(not options.data or data.is_dir(), f"--data {options.data} is no folder; give that of the training shards")
     if options.export:
-        export(saved, config, options.export, path, data_folder(str(data)))
+        export(saved, config, options.export, path, data)
         warn(saved, path)
         print(f"{options.export}: {sum(tensor.numel() for tensor in saved['model'].values()):,} numbers")
         return
-    tokenizer, text = Tokenizer.of(data_folder(str(data)), config), read_prompt(options)
+    tokenizer, text = Tokenizer.of(data, config), read_prompt(options)
+    config = replace(config, compile="off", device=options.device)
     ranks = single_process(config)
     variants.apply(config.variant, config)
     model = load_model(saved, config, ranks, str(path))
@@ -596,7 +615,7 @@ def run_command(script: str, command: Callable[[], None]) -> int:
             command()
             code = 0
         except RunError as error:
-            print(f"{script}: error: {error}", file=sys.stderr)
+            print(f"{script}: error: {' '.join(str(error).split())[:1000]}", file=sys.stderr)
             code = 1
         except KeyboardInterrupt:
             print(f"\n{script}: interrupted", file=sys.stderr)
@@ -622,7 +641,8 @@ def run_command(script: str, command: Callable[[], None]) -> int:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if isinstance(error, BrokenPipeError):
             return 141
-        print(f"{script}: error: cannot write {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
+        print(f"{script}: error: cannot write {str(error.filename or 'the output')[:300]}: {error.strerror}",
+              file=sys.stderr)
         return 1
 
 

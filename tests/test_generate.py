@@ -236,6 +236,8 @@ def test_text_to_the_terminal(run, capsys):
 def test_exported_models_give_identical_logits(run, capsys, tmp_path):
     code, out, _ = command(capsys, "--checkpoint", run / "run.pt", "--export", tmp_path / "model")
     assert code == 0 and sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "meta.json", "model.safetensors"]
+    config = train_gpt.config_from(train_gpt.read_checkpoint(run / "run.pt")["config"], "run.pt")
+    assert train_gpt.config_from(generate.read_model(str(tmp_path / "model"))["config"], "model") == config
     logits = []
     for path in (run / "run.pt", tmp_path / "model"):
         saved = generate.read_model(str(path))
@@ -285,6 +287,10 @@ def test_bad_input_is_one_line(run, capsys, tmp_path, monkeypatch):
         (["--checkpoint", "other.pt", "--data", run / "data"], "does not fit the model"),
         (["--checkpoint", "newer.pt"], "does not know (wings)"),
         (["--checkpoint", "exported"], "exported has no model.safetensors"),
+        (["--checkpoint", "/dev/zero"], "/dev/zero is neither a file nor a folder"),
+        ([*good, "--data", "nowhere"], "--data nowhere is no folder"), ([*good, "--data", "latin.txt"], "is no folder"),
+        ([*good, "--data=--"], "--data=-- is no option with a value"), ([*good, "--batc", 2], "unrecognized arguments"),
+        (["--checkpoint", "x\ny"], "there is no checkpoint of a run"),
         (["--checkpoint", "none", "--log-dir", run], "there is no checkpoint of a run 'none'"),
         ([*good, "--prompt", ""], "the prompt is empty"),
         ([*good, "--prompt", "\udcff"], "cannot read --prompt as UTF-8"),
@@ -536,7 +542,7 @@ def test_the_umask_holds_for_exported_files(run, capsys, tmp_path):
     assert modes == dict.fromkeys(("config.json", "model.safetensors", "meta.json"), 0o640)
 
 
-def test_an_export_never_damages_a_folder(run, capsys, tmp_path):
+def test_an_export_never_damages_a_folder(run, capsys, tmp_path, monkeypatch):
     model, logs = tmp_path / "model", tmp_path / "logs"
     logs.mkdir()
     (logs / "run.pt").write_bytes((run / "run.pt").read_bytes())
@@ -550,6 +556,18 @@ def test_an_export_never_damages_a_folder(run, capsys, tmp_path):
                            (model, tmp_path), (logs / "run.pt", logs), (logs / "run.pt", tmp_path), (model, logs),
                            (model, run / "data")):
         assert f"--export {target.resolve()}" in refused(capsys, "--checkpoint", source, "--export", target)
+    assert contents() == before
+
+    # a full disk, at any file: the earlier export stays, nothing is left behind
+    for file in ("meta.json", "model.safetensors", "config.json"):
+        def fill(path, write, file=file):
+            if path.name == file:
+                raise train_gpt.RunError(f"cannot write {path}: No space left on device")
+            write_atomically(path, write)
+        write_atomically = train_gpt.write_atomically
+        with monkeypatch.context() as patch:
+            patch.setattr(train_gpt, "write_atomically", fill)
+            assert "No space left" in refused(capsys, "--checkpoint", logs / "run.pt", "--export", model)
     assert contents() == before
 
     # an earlier export is replaced, with what only it had
