@@ -295,8 +295,8 @@ def read_export(folder: Path) -> dict:
     files = settings.get("files", {})
     require(old or WEIGHTS in files, f"{origin} names no checksum of {WEIGHTS}; {AGAIN}")
     for name, expected in files.items():
-        require((folder / name).is_file(), f"{folder} has no {name}; {AGAIN}")
         try:
+            require((folder / name).is_file(), f"{folder} has no {name}; {AGAIN}")
             held = sha256_of_file(folder / name) == expected
         except OSError as error:
             raise RunError(f"cannot read {folder / name}: {error.strerror}; {AGAIN}") from None
@@ -310,10 +310,10 @@ def read_export(folder: Path) -> dict:
     for name, first in shared.items():
         require(first in tensors and name not in tensors, f"{origin}: {name} cannot share {first}; {AGAIN}")
     tensors |= {name: tensors[first] for name, first in shared.items()}
-    return dict(config=settings["config"], model=tensors, sources=settings.get("sources", {}), checked=not old)
+    return dict(config=settings.get("config"), model=tensors, sources=settings.get("sources", {}), checked=not old)
 
 
-def safetensors_library():
+def import_safetensors():
     """The module safetensors.torch. RunError where it is not installed."""
     try:
         import safetensors.torch
@@ -324,7 +324,7 @@ def safetensors_library():
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. RunError for any other."""
-    library = safetensors_library()
+    library = import_safetensors()
     require(path.is_file(), f"{path.parent} has no {path.name}; {AGAIN}")
     try:
         return library.torch.load_file(path)
@@ -365,7 +365,7 @@ def export(saved: dict, config: Config, folder: Path, checkpoint: Path, tokenize
 
         # the weights, and what is said of all
         tensors, shared = share_tensors(saved["model"])
-        contents[WEIGHTS] = safetensors_library().torch.save(
+        contents[WEIGHTS] = import_safetensors().torch.save(
             {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()})
         settings = dict(format=FORMAT, config=asdict(config), sources=saved.get("sources", {}), shared=shared,
                         files={name: hashlib.sha256(content).hexdigest() for name, content in contents.items()})
@@ -412,7 +412,7 @@ def warn(saved: dict, path: Path):
               "be another thing now", file=sys.stderr)
 
 
-def single_process(config: Config) -> Ranks:
+def start_alone(config: Config) -> Ranks:
     """This process alone, whatever the environment says of ranks."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
@@ -551,11 +551,12 @@ def generate(options: argparse.Namespace):
     if options.export:
         export(saved, config, options.export, path, data)
         warn(saved, path)
-        print(f"{options.export}: {sum(tensor.numel() for tensor in saved['model'].values()):,} numbers")
+        numbers = sum(tensor.numel() for tensor in share_tensors(saved["model"])[0].values())
+        print(f"{options.export}: {numbers:,} numbers")
         return
     tokenizer, text = Tokenizer.of(data, config), read_prompt(options)
     config = replace(config, compile="off", device=options.device)
-    ranks = single_process(config)
+    ranks = start_alone(config)
     variants.apply(config.variant, config)
     model = load_model(saved, config, ranks, str(path))
 
@@ -625,7 +626,8 @@ def run_command(script: str, command: Callable[[], None]) -> int:
         except OSError:
             raise
         except Exception as error:
-            fault = variants.blame(error)
+            full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+            fault = f"there is too little memory ({error!s:.200}); ask for less" if full else variants.blame(error)
             if fault is None:
                 raise
             print(f"{script}: error: {fault}", file=sys.stderr)
@@ -641,8 +643,8 @@ def run_command(script: str, command: Callable[[], None]) -> int:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if isinstance(error, BrokenPipeError):
             return 141
-        print(f"{script}: error: cannot write {str(error.filename or 'the output')[:300]}: {error.strerror}",
-              file=sys.stderr)
+        what = f"cannot use {error.filename}"[:300] if error.filename else "cannot write the output"
+        print(f"{script}: error: {what}: {error.strerror}", file=sys.stderr)
         return 1
 
 

@@ -36,7 +36,7 @@ import variants
 import numpy as np
 import torch
 from data.manifold import TAU_MODES, Manifold, read_manifold
-from generate import Parser, load_model, read_model, run_command, single_process, warn
+from generate import Parser, load_model, read_model, run_command, start_alone, warn
 from kernels.splanifold import splanifold
 from train_gpt import (Config, RunError, adopt_vocabulary, check_value, checked, config_from, find_checkpoint,
                        find_shards, open_shard, read_json, require, validation_batches, write_atomically)
@@ -244,7 +244,7 @@ def splanifolds_of(path: Path, layers: list[int], groups: int, tokens: int, data
             f"{path} is of another run than the checkpoints before it; give those of one run")
     inputs = {}
     with variants.applied(config.variant, config), torch.no_grad():
-        model = load_model(saved, config, single_process(config), str(path))
+        model = load_model(saved, config, start_alone(config), str(path))
         chosen = {layer: block.mlp for layer, block in enumerate(model.blocks)
                   if isinstance(block.mlp, SplanifoldMLP) and (not layers or layer in layers)}
         missing = [f" in layer {layer}" for layer in sorted(set(layers) - chosen.keys())]

@@ -290,7 +290,8 @@ def test_bad_input_is_one_line(run, capsys, tmp_path, monkeypatch):
         (["--checkpoint", "/dev/zero"], "/dev/zero is neither a file nor a folder"),
         ([*good, "--data", "nowhere"], "--data nowhere is no folder"), ([*good, "--data", "latin.txt"], "is no folder"),
         ([*good, "--data=--"], "--data=-- is no option with a value"), ([*good, "--batc", 2], "unrecognized arguments"),
-        (["--checkpoint", "x\ny"], "there is no checkpoint of a run"),
+        (["--checkpoint", "x\ny"], "there is no checkpoint of a run"), (["--checkpoint", "x" * 300], "no checkpoint"),
+        (["--checkpoint", "x" * 300 + ".pt"], "File name too long"), (["--checkpoint", "./" + "x" * 300], "too long"),
         (["--checkpoint", "none", "--log-dir", run], "there is no checkpoint of a run 'none'"),
         ([*good, "--prompt", ""], "the prompt is empty"),
         ([*good, "--prompt", "\udcff"], "cannot read --prompt as UTF-8"),
@@ -360,6 +361,16 @@ def test_what_does_not_fit_is_refused_with_its_bytes(run, capsys, monkeypatch, e
     line = refused(capsys, "--checkpoint", run / "run.pt", *extreme)
     needed = int(line.split("at least ")[1].split(" bytes")[0].replace(",", ""))
     assert needed > 2 ** 33 and "8,589,934,592; lower" in line
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError("Unable to allocate 9 GiB"), torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
+def test_memory_that_others_took(run, capsys, monkeypatch, error):
+    def fail(*arguments):
+        raise error
+    monkeypatch.setattr(generate, "decodes_from_cache", fail)
+    assert f"there is too little memory ({error}); ask for less" in refused(capsys, "--checkpoint", run / "run.pt")
 
 
 # ---- where the model comes from
