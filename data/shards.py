@@ -1,19 +1,23 @@
 """
-Writing a folder of shards: the one place that knows what the trainer expects to find there.
+Writing and checking a folder of shards: the one place that knows what the trainer expects to find there.
 
     NAME_train_%06d.bin, NAME_val_%06d.bin    256 int32 header [20240520, 1, number of tokens, 2, 0, ...], then uint16 tokens
-    meta.json                                 vocab_size, tokenizer, where the text came from, tokens, bytes and sha256; written last
+    meta.json                                 vocab_size, end_of_text, tokenizer, where the text came from, tokens, bytes and sha256; written last
     NAME.tiktoken                             the tokenizer's merges, where it has any (for bits per byte, and to turn tokens back into text)
+    .digests.json                             the sha256 of files that were read already, so that no file is read twice (check_folder)
 
-A document begins with the end-of-text token, which is the last id of the vocabulary.
+A document begins with the end-of-text token, whose id meta.json gives as end_of_text; in folders that this file writes it is the last id of the
+vocabulary. A file belongs to a split whose name, train or val, stands between separators (_ . -) of the file's name.
 Format: modded-nanogpt's and llm.c's; the header's fourth number, bytes a token, is ignored there.
 """
 
 import base64
 import hashlib
+import io
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,9 +25,56 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts beside this file are run by their path
-from train_gpt import HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, RunError, open_shard, write_atomically  # noqa: F401
+from train_gpt import HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, RunError, check_value, open_shard, read_json, require, write_atomically  # noqa: F401
 
 SHARD_TOKENS = 100_000_000
+MOST_SHARDS = 10 ** 6   # of one split: six digits
+MERGES_BYTES = 2 ** 26  # the largest file of merges that is read; GPT-4o's, with four times the ids that shards can hold, has 3.6 MB
+SPLITS = ("train", "val")
+
+
+def run_script(name: str, work: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+    """
+    Run a script's work and return its exit code: what `work` returns (None is 0), 1 for a fault, which becomes one line on stderr, or 130 for an
+    interrupt. A console that is closed while it is written to, as by head, ends the script without a word. Characters that a console cannot show
+    are replaced.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        code = work() or 0
+        sys.stdout.flush()
+        return code
+    except RunError as error:
+        message = str(error)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left once more at its end
+        return 0
+    except OSError as error:
+        message = f"{error.filename or 'a file'} cannot be used: {error.strerror or error}; check its name and its rights, or give another"
+    except MemoryError as error:
+        message = f"this machine has too little memory for that ({error}); ask for less"
+    except KeyboardInterrupt:
+        print(f"{name}: {interrupted}", file=sys.stderr)
+        return 130
+    print(f"{name}: error: {' '.join(message.splitlines())}", file=sys.stderr)
+    return 1
+
+
+def check_option(options, name: str, least: int, most: int):
+    """Raise RunError, which names the option, unless the whole number options.NAME lies between least and most, both allowed."""
+    check_value(int, getattr(options, name), f"--{name}", (least, most))
+
+
+def check_space(folder: Path, tokens: int, what: str, remedy: str):
+    """Raise RunError unless the disk of a folder, which need not exist yet, has room for shards of so many tokens. what: words for the message."""
+    existing = next(parent for parent in (Path(folder), *Path(folder).absolute().parents) if parent.exists())
+    needed, free = 2 * tokens, shutil.disk_usage(existing).free
+    require(needed <= free, f"{what} need {needed / 1e9:,.1f} GB and {folder} has {free / 1e9:,.1f} GB free; {remedy}, free some space or give "
+                            "another folder with -o")
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------------
+# Shards
 
 
 def as_uint16(tokens) -> np.ndarray:
@@ -45,18 +96,35 @@ def write_shard(path: Path, tokens: np.ndarray):
     write_atomically(Path(path), write)
 
 
+def splits_in(name: str) -> set[str]:
+    """The splits that a file's name stands for: train and val, where they stand between separators or at an end of the name."""
+    return set(SPLITS).intersection(re.split(r"[_.-]", name))
+
+
+def is_numbered(name: str) -> bool:
+    """Whether a file's name ends in a number, as those of shards do; the trainer takes others, as llm.c's NAME_val.bin, only where there are none."""
+    return re.search(r"[_.-]\d+\.bin$", name) is not None
+
+
+def files_of(folder: Path, name: str, splits: Iterable[str] = SPLITS) -> list[Path]:
+    """The shards called NAME of some splits in a folder, finished or not, and what an interrupted write left of them."""
+    ours = re.compile(rf"\.?{re.escape(name)}_({'|'.join(splits)})_\d{{6}}\.bin(\.part)?(\.\d+)?")
+    return [path for path in Path(folder).iterdir() if ours.fullmatch(path.name)]
+
+
 def claim_folder(folder: Path, name: str):
     """Make the folder for shards called NAME. RunError if that fails, or if the trainer would take others for these, or one split for the other."""
     folder = Path(folder)
-    if not re.fullmatch(r"[\w.-]+", name) or "train" in name or "val" in name:
-        raise RunError(f"shards cannot be called {name!r}: use letters, digits, '_', '.' and '-', but not 'train' or 'val', which name the splits")
+    require(re.fullmatch(r"[\w.-]+", name) and len(name.encode()) <= 200,
+            f"shards cannot be called {name[:60]!r}: use up to 200 letters, digits, '_', '.' and '-'")
+    require(not splits_in(name), f"shards cannot be called {name!r}: between '_', '.' or '-' the words train and val name the splits; leave them out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        others = sorted(path.name for path in folder.glob("*.bin") if not re.fullmatch(rf"{re.escape(name)}_(train|val)_\d{{6}}\.bin", path.name))
+        others = {path.name for path in folder.glob("*.bin")} - {path.name for path in files_of(folder, name)}
     except OSError as error:
         raise RunError(f"cannot write to {folder}: {error.strerror}; give another folder with -o") from None
-    if others:
-        raise RunError(f"{folder} holds {others[0]}, which the trainer would mix with {name}'s shards; give another folder with -o, or delete it")
+    mixed = sorted(other for other in others if splits_in(other) == set(SPLITS) or splits_in(other) and is_numbered(other))
+    require(not mixed, f"{folder} holds {''.join(mixed[:1])}, which the trainer would mix with {name}'s shards; give another folder with -o, or delete it")
 
 
 class ShardWriter:
@@ -66,11 +134,10 @@ class ShardWriter:
         self.folder, self.name, self.split, self.end_of_text, self.shard_tokens = Path(folder), name, split, end_of_text, shard_tokens
         self.held, self.held_tokens, self.parts = [], 0, []
         self.documents, self.tokens, self.text_bytes = 0, 0, 0
-        if shard_tokens < 1:
-            raise RunError(f"a shard holds at least 1 token, got {shard_tokens}")
+        require(1 <= shard_tokens < 2 ** 31, f"a shard holds at least 1 token and less than 2^31, as its header counts them; got {shard_tokens}")
         claim_folder(self.folder, name)
         try:
-            for old in [self.folder / "meta.json", *self.folder.glob(f"{name}_{split}_*.bin*")]:  # a shorter corpus must not leave old shards behind
+            for old in [self.folder / "meta.json", *files_of(self.folder, name, [split])]:  # a shorter corpus must not leave old shards behind
                 old.unlink(missing_ok=True)
         except OSError as error:
             raise RunError(f"cannot replace {old}: {error.strerror}; give another folder with -o") from None
@@ -89,6 +156,7 @@ class ShardWriter:
             self.held_tokens += len(tokens)
 
     def _flush(self):
+        require(len(self.parts) < MOST_SHARDS, f"{self.tokens:,} tokens make more than {MOST_SHARDS:,} shards of {self.shard_tokens:,}; make shards larger")
         self.parts.append(self.folder / f"{self.name}_{self.split}_{len(self.parts):06d}.bin.part")
         write_shard(self.parts[-1], np.concatenate(self.held))
         self.held, self.held_tokens = [], 0
@@ -110,30 +178,30 @@ class ShardWriter:
 
 
 def write_folder(folder: Path, name: str, documents: Iterable[tuple], end_of_text: int, merges: dict[bytes, int] | None = None,
-                 shard_tokens: int = SHARD_TOKENS, **facts) -> dict:
+                 shard_tokens: int = SHARD_TOKENS, beside: Iterable[str] = (), **facts) -> dict:
     """
     A whole folder: shards of both splits, the merges if there are any, and meta.json with the facts. Returns the meta data.
-    documents yields (split, tokens, text_bytes, begins), see ShardWriter.add. Whatever interrupts it, no shard and no meta.json is left.
-    RunError if a split gets no document.
+    documents yields (split, tokens, text_bytes, begins), see ShardWriter.add. beside: names of other files that it writes into the folder, whose
+    sha256 is recorded too. Whatever interrupts it, no shard and no meta.json is left. RunError if a split gets no document.
     """
     folder, own_merges = Path(folder), Path(folder) / f"{name}.tiktoken"
-    writers = {split: ShardWriter(folder, name, split, end_of_text, shard_tokens) for split in ("train", "val")}
+    writers = {split: ShardWriter(folder, name, split, end_of_text, shard_tokens) for split in SPLITS}
     for other in set(folder.glob("*.tiktoken")) - {own_merges} if merges else ():
-        if read_merges(other) != merges:
-            raise RunError(f"{other} holds other merges than this tokenizer's, and the trainer could count bytes by them; "
-                           "give another folder with -o, or delete it")
+        require(read_merges(other) == merges, f"{other} holds other merges than this tokenizer's, and the trainer could count bytes by them; "
+                                              "give another folder with -o, or delete it")
     try:
         for split, *document in documents:
             writers[split].add(*document)
         for split, writer in writers.items():
-            if not writer.documents:
-                count = sum(w.documents for w in writers.values())
-                raise RunError(f"none of {count} documents fell to the {split} set; give more text or another --val_fraction")
+            count = sum(w.documents for w in writers.values())
+            require(writer.documents, f"none of {count} documents fell to the {split} set; give more text or another --val_fraction")
         if merges:
             write_merges(own_merges, merges)
+            beside = [*beside, own_merges.name]
         else:
             own_merges.unlink(missing_ok=True)
-        meta = dict(vocab_size=end_of_text + 1, **facts, **{split: writer.close() for split, writer in writers.items()})
+        recorded = dict(beside=dict(sha256=sha256_of([folder / other for other in beside]))) if beside else {}
+        meta = dict(vocab_size=end_of_text + 1, end_of_text=end_of_text, **facts, **recorded, **{split: w.close() for split, w in writers.items()})
         write_meta(folder, **meta)
         return meta
     except BaseException:
@@ -141,18 +209,127 @@ def write_folder(folder: Path, name: str, documents: Iterable[tuple], end_of_tex
             writer.discard()
         raise
 
+# ---------------------------------------------------------------------------------------------------------------------------------------------------
+# meta.json and checksums
+
+
+def check_meta(meta: dict, path: Path):
+    """
+    Raise RunError, which names the file, unless the fields of a meta.json that have a meaning here are of their types and ranges.
+
+        vocab_size        number of token ids, 1 to 65,536
+        end_of_text       id of the token that begins every document, below vocab_size; may be missing
+        tokenizer, source   words; may be missing
+        train, val        facts of a split: documents, tokens, utf8_bytes, shards, and sha256 {file name: 64 hexadecimal digits}; all may be missing
+        beside            sha256 of other files, likewise
+    """
+    remedy = "make the folder again, or mend the file; where there is no such file the trainer takes --vocab_size"
+
+    def check(holds, field, wanted, value):
+        got = f"a {type(value).__name__}" if isinstance(value, dict | list) else repr(value)[:60]
+        require(holds, f"{path}: {field} must be {wanted}, got {got}; {remedy}")
+
+    def is_integer(value, least, most):
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+    size = meta.get("vocab_size")
+    check(is_integer(size, 1, 2 ** 16), "vocab_size", "an integer from 1 to 65536", size)
+    end = meta.get("end_of_text", 0)
+    check(is_integer(end, 0, size - 1), "end_of_text", f"an integer from 0 to {size - 1}, below vocab_size", end)
+    for field in ("tokenizer", "source"):
+        value = meta.get(field, "")
+        check(isinstance(value, str), field, "text", value)
+    for section in (*SPLITS, "beside"):
+        facts = meta.get(section, {})
+        check(isinstance(facts, dict), section, "an object", facts)
+        for field in ("documents", "tokens", "utf8_bytes", "shards"):
+            value = facts.get(field, 0)
+            check(is_integer(value, 0, 2 ** 62), f"{section}.{field}", "an integer, 0 or more", value)
+        digests = facts.get("sha256", {})
+        check(isinstance(digests, dict), f"{section}.sha256", "an object", digests)
+        for name, digest in digests.items():
+            check(not re.search(r"[/\\\0]", name) and name not in ("", ".", ".."), f"{section}.sha256", "of files of this folder", name)
+            check(isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest), f"{section}.sha256", "64 hexadecimal digits a file", digest)
+
+
+def read_meta(folder: Path) -> dict:
+    """The meta.json of a folder of shards, every field checked, or {} where there is none. RunError for anything wrong with it."""
+    path = Path(folder) / "meta.json"
+    if not os.path.lexists(path):
+        return {}
+    meta = read_json(path, "make the folder again, or delete this file and give --vocab_size")
+    check_meta(meta, path)
+    return meta
+
 
 def write_meta(folder: Path, **facts):
-    """meta.json of a folder of shards; vocab_size and tokenizer must be among the facts."""
-    missing = {"vocab_size", "tokenizer"} - set(facts)
+    """meta.json of a folder of shards; vocab_size and tokenizer must be among the facts. RunError for facts that read_meta would refuse."""
+    path, missing = Path(folder) / "meta.json", {"vocab_size", "tokenizer"} - set(facts)
     if missing:
         raise ValueError(f"meta.json needs {sorted(missing)}")
-    write_atomically(Path(folder) / "meta.json", lambda file: file.write(json.dumps(facts, indent=1).encode()))
+    check_meta(facts, path)
+    write_atomically(path, lambda file: file.write(json.dumps(facts, indent=1).encode()))
 
 
-def sha256_of(shards: list[Path]) -> dict[str, str]:
+def check_folder(folder: Path):
+    """
+    Raise RunError unless the files whose sha256 meta.json records are there and unchanged, and each split that has such records holds no other
+    shards. Without meta.json, or without records in it, there is nothing to check. Files are read once, see digests_of.
+    """
+    folder, meta = Path(folder), read_meta(folder)
+    for section in (*SPLITS, "beside"):
+        recorded = meta.get(section, {}).get("sha256", {})
+        lost = [name for name in recorded if not os.path.isfile(folder / name)]
+        require(not lost, f"{folder} lacks {''.join(lost[:1])}, which its meta.json records; fetch or make the folder again")
+        digests = digests_of(folder, recorded)
+        changed = [name for name in recorded if digests[name] != recorded[name]]
+        require(not changed, f"{folder / ''.join(changed[:1])} has changed since it was written: its sha256 is not the one in meta.json; fetch or make "
+                             "it again")
+        if recorded and section in SPLITS:
+            present = {path.name for path in folder.glob("*.bin") if section in splits_in(path.name) and is_numbered(path.name)}
+            others = sorted(present - set(recorded))
+            require(not others, f"{folder} holds {''.join(others[:1])}, which its meta.json does not record; move it away, or make the folder again")
+
+
+def digests_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """
+    {name: sha256} of files in a folder. What was read is kept in .digests.json beside them, by size and times of change, where the folder can be
+    written; a file that changes is read again. RunError for a file that cannot be read.
+    """
+    store, digests = Path(folder) / ".digests.json", {}
+    try:
+        kept = read_json(store, "")
+    except RunError:  # there is none, or it is damaged: all files are read
+        kept = {}
+    before = dict(kept)
+    for name in names:
+        path = Path(folder) / name
+        try:
+            status = path.stat()
+            key = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+            entry = kept.get(name)
+            if not isinstance(entry, list) or len(entry) != 4 or entry[:3] != key:
+                kept[name] = [*key, *sha256_of([path]).values()]
+        except OSError as error:
+            raise RunError(f"cannot read {path}: {error.strerror}; fetch or make it again") from None
+        digests[name] = kept[name][3]
+    if kept != before:
+        try:
+            write_atomically(store, lambda file: file.write(json.dumps(kept).encode()))
+        except RunError:  # a folder that cannot be written: files are read again next time
+            pass
+    return digests
+
+
+def sha256_of(shards: Iterable[Path]) -> dict[str, str]:
     """{name: sha256} of files."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in shards}
+    digests = {}
+    for path in shards:
+        with open(path, "rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------------
+# Tokenizers
 
 
 def encode_bytes(text: bytes) -> np.ndarray:
@@ -162,16 +339,20 @@ def encode_bytes(text: bytes) -> np.ndarray:
 
 def read_merges(path: Path) -> dict[bytes, int]:
     """{token: id} of a .tiktoken file. RunError if it is none, or if its ids are not 0, 1, .. n-1 with every single byte among the tokens."""
-    import tiktoken.load
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        merges = tiktoken.load.load_tiktoken_bpe(str(path), digest)  # tiktoken caches by path: only the hash makes it notice a changed file
+        with open(path, "rb") as file:
+            content = file.read(MERGES_BYTES + 1)
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}; --tokenizer takes gpt2, bytes or a .tiktoken file") from None
-    except ValueError:
-        raise RunError(f"{path} is no .tiktoken file: its lines must be a token in base64, a space and its id") from None
-    if sorted(merges.values()) != list(range(len(merges))) or not all(bytes([b]) in merges for b in range(256)):
-        raise RunError(f"{path} is no whole set of merges: ids must be 0 to n-1, each once, with all 256 single bytes; got {len(merges)} tokens")
+    require(len(content) <= MERGES_BYTES, f"{path} is no .tiktoken file: it has more than {MERGES_BYTES:,} bytes; give gpt2, bytes or another file")
+    merges = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        match = re.fullmatch(rb"((?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?) ([0-9]{1,9})", line)
+        require(match or not line, f"{path} is no .tiktoken file: its lines must be a token in base64, a space and its id, and line {number} is not")
+        if match:
+            merges[base64.b64decode(match[1])] = int(match[2])
+    require(sorted(merges.values()) == list(range(len(merges))) and all(bytes([b]) in merges for b in range(256)) and b"" not in merges,
+            f"{path} is no whole set of merges: ids must be 0 to n-1, each once, with all 256 single bytes; got {len(merges)} tokens")
     return merges
 
 
@@ -194,8 +375,8 @@ def gpt2_merges() -> dict[bytes, int]:
 def load_merges(tokenizer: str) -> dict[bytes, int] | None:
     """{token: id} of a tokenizer, None for bytes. RunError if there is no such tokenizer or its ids do not fit in 16 bits."""
     merges = None if tokenizer == "bytes" else gpt2_merges() if tokenizer == "gpt2" else read_merges(Path(tokenizer))
-    if merges and len(merges) + 1 > 2 ** 16:
-        raise RunError(f"{tokenizer} has {len(merges)} tokens besides the end of text, and shards hold at most 65535; give a smaller vocabulary")
+    require(not merges or len(merges) < 2 ** 16,
+            f"{tokenizer} has {len(merges or ())} tokens besides the end of text, and shards hold at most 65535; give a smaller vocabulary")
     return merges
 
 

@@ -2,12 +2,14 @@
 Text to token shards for the trainer.
 
     python data/tokenize_text.py FILES... -o DIR [--tokenizer gpt2|bytes|PATH.tiktoken] [--val_fraction 0.01] [--name NAME] [--shard_tokens N]
-                                 [--text_field text]
+                                 [--text_field text] [--separator TEXT]
 
-FILES    .jsonl: a document on every line, in --text_field; .parquet: a document in every row, in the column --text_field; any other file: one
-         document, UTF-8, kept byte for byte. A folder is searched for .txt, .md, .jsonl and .parquet. hub:OWNER/NAME[/FOLDER]: the parquet files of
-         a data set on the Hugging Face Hub (its .jsonl files if it has none), downloaded one by one into the Hub's cache. Empty documents are left
-         out; half of a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD.
+FILES    .jsonl, .ndjson, .jsonlines, .json: a document on every line, in --text_field. .parquet: a document in every row, in the column --text_field.
+         Any other file is plain text, UTF-8, kept byte for byte: one document, or with --separator as many as stand between that text. A line end
+         after a separator belongs to it: --separator '<|endoftext|>' for files like TinyStories'. All but .parquet may be compressed, with .gz, .zst or
+         .zstd after the name. A folder is searched for .txt, .md and the endings above (.json only compressed). hub:OWNER/NAME[/FOLDER]: the parquet
+         files of a data set on the Hugging Face Hub (its files of JSON lines if it has none), downloaded one by one into the Hub's cache. Empty
+         documents are left out; half of a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD. A document may have 1 GiB.
 Split    a document goes to validation if its hash (sha256 of its bytes) is below val_fraction, so that equal documents stay together and the order
          does not matter; where none is, the one with the lowest hash goes. A single document is cut instead: its last val_fraction is for validation,
          from byte int(length * (1 - val_fraction)) on with bytes, from the beginning of that byte's character on with merges.
@@ -19,24 +21,46 @@ for a fault.
 """
 
 import argparse
+import gzip
 import hashlib
+import io
 import json
+import os
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.shards import SHARD_TOKENS, RunError, encoder, load_merges, write_folder
+from data.shards import SHARD_TOKENS, RunError, encoder, load_merges, require, run_script, write_folder
 
-EXTENSIONS = (".txt", ".md", ".jsonl", ".parquet")
+JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".json")
+SEARCHED = (".txt", ".md", ".jsonl", ".ndjson", ".jsonlines", ".parquet")  # in a folder; a .json there mostly describes it
+COMPRESSIONS = (".gz", ".zst", ".zstd")
+MOST_BYTES = 2 ** 30  # of one document: a few kilobytes of compressed zeros must not fill the memory
+TABLE = "write its texts as JSON lines ({\"text\": ...} on every line) or as parquet, and give that file"
+REFUSED = {".csv": TABLE, ".tsv": TABLE, ".arrow": TABLE, ".xlsx": TABLE} | dict.fromkeys(
+    (".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".lz4"), "unpack it, and give its files or their folder")
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------------
 # Documents
+
+
+def kind_of(name: str) -> tuple[str, str]:
+    """(ending, compression) of a file's name in small letters: (".jsonl", ".gz") of a.jsonl.gz. The compression is "" where there is none."""
+    stem, compression = os.path.splitext(name.lower())
+    return (os.path.splitext(stem)[1], compression) if compression in COMPRESSIONS else (compression, "")
+
+
+def is_searched(path: Path) -> bool:
+    """Whether a file in a folder counts as text."""
+    ending, compression = kind_of(path.name)
+    return (ending in SEARCHED or ending == ".json" and compression != "") and path.is_file()
 
 
 def find_files(inputs: list[str]) -> list[tuple[str, Callable[[], Path]]]:
@@ -44,17 +68,20 @@ def find_files(inputs: list[str]) -> list[tuple[str, Callable[[], Path]]]:
     found = {}
     for given in inputs:
         path = Path(given)
+        require(given, "one of FILES is an empty name; write . for the folder you are in")
         if given.startswith("hub:"):
             found |= hub_files(given)
         elif path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-            if not files:
-                raise RunError(f"no {', '.join(EXTENSIONS)} file in {path}; name other files one by one")
+            files = sorted(p for p in path.rglob("*") if is_searched(p))
+            require(files, f"no {', '.join(SEARCHED)} file in {path}; name other files one by one")
             found |= {str(p): partial(Path, p) for p in files}
-        elif path.exists():
-            found[given] = partial(Path, path)
         else:
-            raise RunError(f"there is no file {given}; for a data set of the Hugging Face Hub write hub:OWNER/NAME")
+            require(path.exists(), f"there is no file {given}; for a data set of the Hugging Face Hub write hub:OWNER/NAME")
+            found[given] = partial(Path, path)
+    for name in found:
+        ending, compression = kind_of(name)
+        require(ending not in REFUSED, f"{name} is a {ending} file, which is not read: {REFUSED.get(ending)}")
+        require(not compression or ending != ".parquet", f"{name} is compressed parquet, which is not read: unpack it, and give the .parquet file")
     return list(found.items())
 
 
@@ -77,34 +104,74 @@ def hub_files(given: str) -> dict[str, Callable[[], Path]]:
             raise RunError(f"cannot get {given} from the Hugging Face Hub ({type(error).__name__}); check the name and the network "
                            "(HF_TOKEN for a closed data set), or download its files elsewhere and give those") from None
     files = [file for file in sorted(ask(huggingface_hub.list_repo_files, f"{owner}/{name}")) if file.startswith(f"{folder}/" if folder else "")]
-    chosen = [file for file in files if file.endswith(".parquet")] or [file for file in files if file.endswith(".jsonl")]
-    if not chosen:
-        raise RunError(f"{given} has no .parquet or .jsonl file; download what it has and give those files")
+    lines = [file for file in files if kind_of(file)[0] in JSON_LINES[:-1] or kind_of(file)[0] == ".json" and kind_of(file)[1]]
+    chosen = [file for file in files if file.endswith(".parquet")] or lines
+    require(chosen, f"{given} has no .parquet or .jsonl file; download what it has and give those files")
     return {f"hub:{owner}/{name}/{file}": lambda file=file: Path(ask(huggingface_hub.hf_hub_download, f"{owner}/{name}", file)) for file in chosen}
 
 
-def read_text(path: Path, name: str, field: str) -> Iterator[bytes]:
-    text = path.read_bytes()
-    try:
-        text.decode()
-    except UnicodeDecodeError as error:
-        raise RunError(f"{name} is not UTF-8 text: byte {error.start} is 0x{text[error.start]:02x}; convert it (iconv) or leave it out") from None
-    yield text
+def open_file(path: Path, compression: str) -> io.BufferedReader:
+    """A file as a stream of bytes, decompressed on the way. RunError where a package is missing."""
+    if compression == ".gz":
+        return io.BufferedReader(gzip.open(path))
+    if compression:
+        try:
+            import pyarrow
+        except ImportError:
+            raise RunError(f"reading {path} needs the package pyarrow: pip install pyarrow; or unpack it (unzstd)") from None
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return open(path, "rb")
 
 
-def read_jsonl(path: Path, name: str, field: str) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError:  # of JSON or of UTF-8
-                raise RunError(f"line {number} of {name} is not JSON in UTF-8; mend or delete it") from None
-            if not isinstance(row, dict) or field not in row:
-                got = f"the fields {', '.join(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-                raise RunError(f"line {number} of {name} has no field {field!r} but {got}; give --text_field")
-            yield utf8(row[field], f"line {number} of {name}", field)
+def read_text(file: io.BufferedReader, name: str, separator: bytes) -> Iterator[bytes]:
+    """The documents of plain text, one without a separator, the empty ones too. RunError for text that is not UTF-8 or a document that is too long."""
+    start = 0  # of the document in the file
+    for number, document in enumerate(cut(file, separator, name)):
+        try:
+            document.decode()
+            wrong = document.find(0)
+        except UnicodeDecodeError as error:
+            wrong = error.start
+        require(wrong < 0, f"{name} is not UTF-8 text: byte {start + wrong} is 0x{document[wrong:wrong + 1].hex()}; convert it (iconv) or leave it out")
+        start += len(document) + len(separator)
+        if number > 0:  # a separator came before
+            document = document.removeprefix(b"\n" if document[:1] == b"\n" else b"\r\n")
+        yield document
+
+
+def cut(file: io.BufferedReader, separator: bytes, name: str) -> Iterator[bytes]:
+    """What stands between separators, read piece by piece; all of the file without one. RunError for more than MOST_BYTES."""
+    held, seen = bytearray(), 0  # what is read but not yielded, and how much of it holds no beginning of a separator
+    while piece := file.read(1 << 20):
+        held += piece
+        start = 0
+        while separator and (end := held.find(separator, max(start, seen))) >= 0:
+            yield bytes(held[start:end])
+            start = seen = end + len(separator)
+        del held[:start]
+        seen = max(0, len(held) - len(separator) + 1)
+        require(len(held) <= MOST_BYTES, f"{name} holds a document of more than {MOST_BYTES:,} bytes; cut it with --separator, or into several files")
+    yield bytes(held)
+
+
+def read_json_lines(file: io.BufferedReader, name: str, field: str) -> Iterator[bytes]:
+    """The text of every line's object. RunError for a line that has none."""
+    require(file.peek(1).lstrip()[:1] != b"[", f"{name} holds a JSON array, not a document on every line; write its items on lines of their own "
+                                               "(jq -c .[] does), and give that file")
+    for number in count(1):
+        line = file.readline(MOST_BYTES + 1)
+        require(len(line) <= MOST_BYTES, f"line {number} of {name} has more than {MOST_BYTES:,} bytes; cut that document")
+        if not line:
+            return
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # of JSON or of UTF-8
+            raise RunError(f"line {number} of {name} is not JSON in UTF-8; every line holds one document (jq -c . writes so); mend or delete it") from None
+        got = f"the fields {', '.join(row)[:200]}" if isinstance(row, dict) else f"a {type(row).__name__}"
+        require(isinstance(row, dict) and field in row, f"line {number} of {name} has no field {field!r} but {got}; give --text_field")
+        yield utf8(row[field], f"line {number} of {name}", field)
 
 
 def read_parquet(path: Path, name: str, field: str) -> Iterator[bytes]:
@@ -114,51 +181,73 @@ def read_parquet(path: Path, name: str, field: str) -> Iterator[bytes]:
         raise RunError(f"reading {name} needs the package pyarrow: pip install pyarrow") from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
-                raise RunError(f"{name} has no column {field!r} but {', '.join(file.schema_arrow.names)}; give --text_field")
+            columns = file.schema_arrow.names
+            require(field in columns, f"{name} has no column {field!r} but {', '.join(columns)[:200]}; give --text_field")
             for number in range(file.num_row_groups):
                 for rows in file.iter_batches(batch_size=1024, row_groups=[number], columns=[field]):
                     yield from (utf8(text, f"row group {number} of {name}", field) for text in rows.column(0).to_pylist())
-    except (ValueError, OSError, pyarrow.ArrowException) as error:
+    except (ValueError, OSError, MemoryError, pyarrow.ArrowException) as error:
         raise RunError(f"{name} is not a whole parquet file ({type(error).__name__}); fetch or make it again") from None
 
 
 def utf8(text, place: str, field: str) -> bytes:
     """Text as UTF-8, None as nothing. RunError for anything else."""
-    if not isinstance(text, str | None):
-        raise RunError(f"{field!r} in {place} is a {type(text).__name__}, not text; give another --text_field")
+    require(isinstance(text, str | None), f"{field!r} in {place} is a {type(text).__name__}, not text; give another --text_field")
     try:
         return (text or "").encode()
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
-def read_documents(files: list[tuple[str, Callable[[], Path]]], field: str, bar: tqdm) -> Iterator[bytes]:
-    """Every document that is not empty, in UTF-8. RunError for a file that cannot be read."""
+def read_file(path: Path, name: str, field: str, separator: bytes) -> Iterator[bytes]:
+    """The documents of one file, by the ending of its name. RunError for a file that cannot be read."""
+    ending, compression = kind_of(name)
+    if ending == ".parquet":
+        yield from read_parquet(path, name, field)
+        return
+    try:
+        with open_file(path, compression) as file:
+            yield from read_json_lines(file, name, field) if ending in JSON_LINES else read_text(file, name, separator)
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # of the disk or of what unpacks
+        fault = getattr(error, "strerror", None) or error
+        raise RunError(f"cannot read {name}: {fault}; check it, fetch it again or leave it out") from None
+
+
+def read_documents(files: list[tuple[str, Callable[[], Path]]], field: str, separator: bytes, bar: tqdm) -> Iterator[bytes]:
+    """Every document that is not empty, in UTF-8. RunError for a file that cannot be read, and for a separator that stands in none."""
+    texts, separators = 0, 0  # files of plain text, and what was found in them
     for number, (name, fetch) in enumerate(files, 1):
         bar.set_postfix_str(f"file {number} of {len(files)}", refresh=False)
-        reader = {".jsonl": read_jsonl, ".parquet": read_parquet}.get(Path(name).suffix.lower(), read_text)
-        try:
-            for text in reader(fetch(), name, field):
-                bar.update(len(text))
-                if text.strip():
-                    yield text
-        except OSError as error:
-            raise RunError(f"cannot read {name}: {error.strerror or error}; check it or leave it out") from None
+        is_plain, documents, marks = kind_of(name)[0] not in (*JSON_LINES, ".parquet"), 0, 0
+
+        for text in read_file(fetch(), name, field, separator):
+            bar.update(len(text))
+            documents += 1
+            if is_plain:
+                marks += text.count(b"<|endoftext|>\n")
+            if text.strip():
+                yield text
+
+        if is_plain:
+            texts, separators = texts + 1, separators + documents - 1
+        if marks > 1 and not separator:
+            print(f"tokenize_text.py: warning: {name} has {marks:,} lines that end in <|endoftext|>, which are taken as text; "
+                  "--separator '<|endoftext|>' cuts there", file=sys.stderr)
+    require(not separator or separators, f"--separator {separator.decode(errors='replace')!r} stands nowhere in {texts} files of plain text; "
+                                         "give what stands between the documents (a shell writes a line end as $'\\n')")
 
 
 def split_documents(texts: Iterator[bytes], val_fraction: float, whole_characters: bool) -> Iterator[tuple[str, bytes]]:
     """(train or val, document) for every document, by the rule at the top. RunError if there is none, or a single one is too short to cut."""
     first = list(islice(texts, 2))
-    if not first:
-        raise RunError("every document is empty; give files with text in them")
+    require(first, "every document is empty; give files with text in them")
     if len(first) == 1:
         text, = first
         cut = int(len(text) * (1 - val_fraction))
         while whole_characters and 0 < cut < len(text) and text[cut] & 0xC0 == 0x80:  # inside a character
             cut -= 1
-        if not 0 < cut < len(text):
-            raise RunError(f"the only document has {len(text)} bytes, not to be cut at {1 - val_fraction:g}; give more text or other --val_fraction")
+        require(0 < cut < len(text),
+                f"the only document has {len(text)} bytes, not to be cut at {1 - val_fraction:g}; give more text or other --val_fraction")
         yield from (("train", text[:cut]), ("val", text[cut:]))
         return
     waiting, validated = [], False  # [(hash, document)] of the lowest hash, for validation if no other document goes there
@@ -211,11 +300,12 @@ def encode_documents(documents: Iterable[tuple[str, bytes]], merges: dict[bytes,
 
 def tokenize(options: argparse.Namespace) -> dict:
     """Everything; returns the meta data. RunError for whatever the user can mend."""
-    if not 0 < options.val_fraction < 1:
-        raise RunError(f"--val_fraction must lie between 0 and 1, got {options.val_fraction:g}")
-    merges, files = load_merges(options.tokenizer), find_files(options.files)
+    require(0 < options.val_fraction < 1, f"--val_fraction must lie between 0 and 1, got {options.val_fraction:g}")
+    require(options.separator != "", "--separator must not be empty; leave it out where a file is one document")
+    merges, files, separator = load_merges(options.tokenizer), find_files(options.files), os.fsencode(options.separator or "")
     with tqdm(unit="B", unit_scale=True, disable=None) as bar:  # None: only on a terminal
-        documents = split_documents(read_documents(files, options.text_field, bar), options.val_fraction, whole_characters=bool(merges))
+        texts = read_documents(files, options.text_field, separator, bar)
+        documents = split_documents(texts, options.val_fraction, whole_characters=bool(merges))
         end_of_text = len(merges) if merges else 256
         return write_folder(options.output, options.name, encode_documents(documents, merges), end_of_text, merges, options.shard_tokens,
                             tokenizer=Path(options.tokenizer).name, sources=options.files, val_fraction=options.val_fraction)
@@ -230,20 +320,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--val_fraction", type=float, default=0.01, help="part of the documents for validation")
     parser.add_argument("--name", default="text", help="first part of the shards' file names")
     parser.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens of one shard")
-    parser.add_argument("--text_field", default="text", help="field of .jsonl or column of .parquet that holds the text")
+    parser.add_argument("--text_field", default="text", help="field of JSON lines or column of .parquet that holds the text")
+    parser.add_argument("--separator", metavar="TEXT", help="what stands between the documents of plain text (default: a file is one document)")
     options = parser.parse_args(argv)
-    try:
+
+    def work():
         meta = tokenize(options)
-    except RunError as error:
-        print(f"tokenize_text.py: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"tokenize_text.py: interrupted; {options.output} holds no shards of this run", file=sys.stderr)
-        return 130
-    print(f"{options.output}: vocabulary {meta['vocab_size']}, " + ", ".join(
-        f"{split} {facts['tokens']:,} tokens in {facts['documents']:,} documents ({facts['utf8_bytes']:,} bytes)"
-        for split, facts in meta.items() if split in ("train", "val")))
-    return 0
+        print(f"{options.output}: vocabulary {meta['vocab_size']}, " + ", ".join(
+            f"{split} {facts['tokens']:,} tokens in {facts['documents']:,} documents ({facts['utf8_bytes']:,} bytes)"
+            for split, facts in meta.items() if split in ("train", "val")))
+    return run_script("tokenize_text.py", work, f"interrupted; {options.output} holds no shards of this run")
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def test_a_full_disk_at_the_meta_data(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["retrieval", "training", "a/b", "", "a b", "*"])
+@pytest.mark.parametrize("name", ["my_val", "train", "train.v2", "a-val-b", "a/b", "", "a b", "*", "x" * 300])
 def test_names_that_would_confuse_the_splits(tmp_path, name):
     with pytest.raises(RunError, match="cannot be called"):
         claim_folder(tmp_path, name)

@@ -1,5 +1,7 @@
 """Text in, the same text out of the shards; the split; every kind of input; every fault's one line."""
+import gzip
 import hashlib
+import io
 import json
 import os
 import random
@@ -164,6 +166,112 @@ def test_another_field(tmp_path, capsys):
     assert "'id' in line 1" in fault(capsys, *files, "--text_field", "id")
 
 
+def lines_of(texts) -> bytes:
+    return "".join(json.dumps(dict(text=text)) + "\n" for text in texts).encode()
+
+
+def packed(content: bytes, compression: str) -> bytes:
+    """Content as a compressed file, in two parts one after the other, as tools that work in parallel write it."""
+    if compression == ".gz":
+        return gzip.compress(content[:100]) + gzip.compress(content[100:])
+    if compression:
+        pyarrow = pytest.importorskip("pyarrow")
+        return b"".join(pyarrow.compress(part, codec="zstd", asbytes=True) for part in (content[:100], content[100:]))
+    return content
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst", ".zstd"])
+@pytest.mark.parametrize("ending", [".jsonl", ".ndjson", ".jsonlines", ".json", ".JSONL", ".txt"])
+def test_every_ending_under_every_compression(tmp_path, ending, compression):
+    source, out = tmp_path / f"a{ending}{compression}", tmp_path / "out"
+    content = b"<|end|>\n".join(text.encode() for text in TEXTS) if ending == ".txt" else lines_of(TEXTS)
+    source.write_bytes(packed(content, compression))
+    cut = ["--separator", "<|end|>"] if ending == ".txt" else []
+    assert main([str(source), "-o", str(out), "--tokenizer", "bytes", "--val_fraction", "0.1", *cut]) == 0
+    assert sorted(decoded(out, "train") + decoded(out, "val")) == sorted(text.encode() for text in TEXTS)
+    meta = json.loads((out / "meta.json").read_text())
+    assert meta["end_of_text"] == 256 and meta["vocab_size"] == 257
+
+
+def test_a_folder_of_every_ending(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number, ending in enumerate([".jsonl", ".ndjson", ".jsonlines", ".json.gz", ".jsonl.gz"]):
+        (folder / f"a{ending}").write_bytes(packed(lines_of([f"{number}", f"{number} again"]), Path(ending).suffix if ending.endswith(".gz") else ""))
+    (folder / "b.txt.gz").write_bytes(gzip.compress(b"story"))
+    (folder / "dataset_info.json").write_text("{\n}")
+    assert main([str(folder), "-o", str(tmp_path / "out"), "--tokenizer", "bytes"]) == 0
+    got = decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val")
+    assert sorted(got) == sorted([*(f"{i}{more}".encode() for i in range(5) for more in ("", " again")), b"story"])
+
+
+@pytest.mark.parametrize("content, separator, documents", [
+    (b"One.\n<|endoftext|>\nTwo.\n<|endoftext|>\n", "<|endoftext|>", [b"One.\n", b"Two.\n"]),
+    (b"One.<|endoftext|>Two.", "<|endoftext|>", [b"One.", b"Two."]),
+    (b"One.\r\n<|endoftext|>\r\nTwo.\r\n", "<|endoftext|>", [b"One.\r\n", b"Two.\r\n"]),
+    (b"a\n\nb\nc\n\n\nd", "\n\n", [b"a", b"b\nc", b"d"]), ("eins§zwei".encode(), "§", [b"eins", b"zwei"])])
+def test_a_separator_cuts_plain_text(tmp_path, content, separator, documents):
+    (tmp_path / "a.txt").write_bytes(content)
+    assert main([str(tmp_path / "a.txt"), "-o", str(tmp_path / "out"), "--tokenizer", "bytes", "--separator", separator]) == 0
+    assert sorted(decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val")) == sorted(documents)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 1 << 20])
+def test_separators_wherever_a_read_ends(size):
+    generator = random.Random(size)
+    for _ in range(100):
+        content = bytes(generator.choices(b"ab-", k=60))
+
+        class Stream(io.BytesIO):
+            def read(self, _count):
+                return super().read(size)
+        for separator in (b"--", b"-a-", b"aba", b""):
+            expected = content.split(separator) if separator else [content]
+            assert list(tokenize_text.cut(Stream(content), separator, "a")) == expected
+
+
+def test_a_separator_that_cuts_nothing(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("One.\nTwo.\n")
+    out = ["-o", tmp_path / "out", "--tokenizer", "bytes", "--separator"]
+    assert "'\\\\n' stands nowhere in 1 files of plain text" in fault(capsys, tmp_path / "a.txt", *out, "\\n")
+    assert "stands nowhere in 0 files of plain text" in fault(capsys, jsonl(tmp_path / "a.jsonl", TEXTS), *out, "One")
+    assert "must not be empty" in fault(capsys, tmp_path / "a.txt", *out, "")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_file_of_stories_as_one_document_is_noticed(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("One.\n<|endoftext|>\n" * 3)
+    assert main([str(tmp_path / "a.txt"), "-o", str(tmp_path / "out"), "--tokenizer", "bytes"]) == 0
+    assert "a.txt has 3 lines that end in <|endoftext|>, which are taken as text; --separator" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.csv", b"text\nx\n", "is a .csv file, which is not read: write its texts as JSON lines"), ("a.tsv.gz", b"", "is a .tsv file"),
+    ("a.json", b' [{"text": "x"}]', "holds a JSON array, not a document on every line"), ("a.jsonl", b"[1]", "holds a JSON array"),
+    ("a.json", b'{\n "text": "x"\n}\n', "line 1 of"), ("a.zip", b"PK", "is a .zip file, which is not read: unpack it"),
+    ("a.tar.gz", b"", "is a .tar file"), ("a.jsonl.xz", b"", "is a .xz file"), ("a.parquet.gz", b"", "is compressed parquet"),
+    ("a.jsonl", b'{"text": ' + b"[" * 100_000, "is not JSON in UTF-8"), ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "is not JSON in UTF-8"),
+    ("a.jsonl.gz", b"no gzip", "Not a gzipped file"), ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 9)[:-9], "ended before"),
+    ("a.txt.zst", b"no zstd", "decompress failed")])
+def test_files_that_are_refused_by_name_or_content(tmp_path, capsys, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    assert message in fault(capsys, tmp_path / name, "-o", tmp_path / "out", "--tokenizer", "bytes")
+
+
+def test_a_decompression_bomb_is_not_unpacked_whole(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tokenize_text, "MOST_BYTES", 1 << 22)
+    read = []
+    for name, content in dict(text=b"a" * (1 << 26), json=b'{"text": "' + b"a" * (1 << 26)).items():
+        path = tmp_path / (f"{name}.txt.gz" if name == "text" else f"{name}.jsonl.gz")
+        path.write_bytes(gzip.compress(content))
+        assert path.stat().st_size < 1 << 17
+        stream = gzip.open(path)
+        monkeypatch.setattr(tokenize_text.gzip, "open", lambda path, stream=stream: read.append(stream) or stream)
+        monkeypatch.setattr(stream, "close", lambda: None)
+        assert "more than 4,194,304 bytes" in fault(capsys, path, "-o", tmp_path / "out", "--tokenizer", "bytes")
+        assert read[-1].tell() < 1 << 25
+
+
 def test_pieces_have_the_whole_texts_tokens(tiny_merges):
     encode, generator = encoder(read_merges(GPT2) if GPT2.exists() else tiny_merges), random.Random(0)
     parts = ["a", "The", "\n", "\n", " ", "  ", "'s", "'", " \n", "\n\n", "é", "\u3000", "\u00a0", "\x85", "\x1c", "1", "!", "中", "\t", "\r\n",
@@ -234,7 +342,7 @@ def test_gpt2_out_of_reach(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("content, message", [
     (b"", "every document is empty"), (b" \n\t", "every document is empty"), (b"caf\xe9", "a.txt is not UTF-8 text: byte 3 is 0xe9"),
-    (b"x", "has 1 bytes, not to be cut at 0.99")])
+    ("Käse".encode("utf-16"), "byte 0 is 0xff"), ("plain".encode("utf-16-le"), "byte 1 is 0x00"), (b"x", "has 1 bytes, not to be cut at 0.99")])
 def test_text_that_cannot_be_used(tmp_path, capsys, content, message):
     (tmp_path / "a.txt").write_bytes(content)
     assert message in fault(capsys, tmp_path / "a.txt", "-o", tmp_path / "out", "--tokenizer", "bytes")
@@ -254,7 +362,7 @@ def test_input_and_options_that_cannot_be_used(tmp_path, capsys, tiny_merges):
     (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
     write_merges(tmp_path / "large.tiktoken", tiny_merges | {i.to_bytes(3, "big"): i for i in range(261, 65536)})
     assert "there is no file" in fault(capsys, tmp_path / "missing.txt", *out, "bytes")
-    assert "no .txt, .md, .jsonl, .parquet file in" in fault(capsys, tmp_path / "none", *out, "bytes")
+    assert "no .txt, .md, .jsonl, .ndjson, .jsonlines, .parquet file in" in fault(capsys, tmp_path / "none", *out, "bytes")
     assert "is not a whole parquet file" in fault(capsys, tmp_path / "b.parquet", *out, "bytes")
     assert "cannot read no_such_name: No such file" in fault(capsys, source, *out, "no_such_name")
     assert "is no .tiktoken file" in fault(capsys, source, *out, source)
@@ -262,7 +370,7 @@ def test_input_and_options_that_cannot_be_used(tmp_path, capsys, tiny_merges):
     for fraction in ("0", "1", "-1", "nan"):
         assert "--val_fraction must lie between 0 and 1" in fault(capsys, source, *out, "bytes", "--val_fraction", fraction)
     assert "at least 1 token" in fault(capsys, source, *out, "bytes", "--shard_tokens", "0")
-    assert "cannot be called 'retrieval'" in fault(capsys, source, *out, "bytes", "--name", "retrieval")
+    assert "cannot be called 'my_val'" in fault(capsys, source, *out, "bytes", "--name", "my_val")
     assert "fell to the train set" in fault(capsys, source, *out, "bytes", "--val_fraction", "0.9999999999")
     assert not list(tmp_path.glob("out/*"))
 
