@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.shards import RunError, encode_bytes, write_folder
+from data.shards import RunError, encode_bytes, require, run_script, write_folder
 
 # Absent from some distributions, generated at build time, or not source text.
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "lib2to3", "ensurepip", "__pycache__", "pydoc_data",
@@ -47,25 +47,22 @@ def documents(files: list[tuple[str, Path]]) -> Iterator[tuple]:
 def build(folder: Path) -> dict:
     """Write the shards; returns the meta data. RunError if this Python has no library source."""
     files = library_files()
-    if len(files) < 100:
-        raise RunError(f"only {len(files)} source files found in {sysconfig.get_paths()['stdlib']}: this Python has no library source; "
-                       "give --data another folder of shards")
+    require(len(files) >= 100, f"only {len(files)} source files found in {sysconfig.get_paths()['stdlib']}: this Python has no library source; "
+                               "give --data another folder of shards")
     source = f"standard library of Python {platform.python_version()}"
     return write_folder(folder, "python", documents(files), end_of_text=256, tokenizer="bytes", source=source)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="local_corpus.py", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="local_corpus.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).resolve().parent / "python_bytes", help="folder to write")
     folder = parser.parse_args(argv).output
-    try:
+
+    def work():
         meta = build(folder)
-    except RunError as error:
-        print(f"local_corpus.py: error: {error}", file=sys.stderr)
-        return 1
-    print(f"{folder}: {meta['source']}, " + ", ".join(
-        f"{split} {meta[split]['tokens']:,} tokens in {meta[split]['documents']} documents" for split in ("train", "val")))
-    return 0
+        print(f"{folder}: {meta['source']}, " + ", ".join(
+            f"{split} {meta[split]['tokens']:,} tokens in {meta[split]['documents']} documents" for split in ("train", "val")))
+    return run_script("local_corpus.py", work, f"interrupted; {folder} holds no shards of this run")
 
 
 if __name__ == "__main__":

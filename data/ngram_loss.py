@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.shards import RunError, open_shard
+from data.shards import check_option, open_shard, require, run_script
 from train_gpt import Config, adopt_vocabulary, checked, find_shards, token_bytes
 
 
@@ -33,8 +33,7 @@ def first_tokens(config: Config, split: str, count: int) -> np.ndarray:
     for file in find_shards(config, split):
         parts.append(open_shard(file)[:count - sum(map(len, parts))])
     tokens = checked(np.concatenate(parts), config)
-    if len(tokens) < 2:
-        raise RunError(f"{len(tokens)} {split} tokens of {config.data} are too few for a bigram; ask for at least 2, or give more data")
+    require(len(tokens) >= 2, f"{len(tokens)} {split} tokens of {config.data} are too few for a bigram; ask for at least 2, or give more data")
     return tokens
 
 
@@ -58,22 +57,13 @@ def bigram(train: np.ndarray, previous: np.ndarray, following: np.ndarray, p: np
     return np.where(context_count > 0, seen, p[following])
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="ngram_loss.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", metavar="DIR", help="folder of shards")
-    parser.add_argument("--train_tokens", type=int, default=10_000_000, help="training tokens to fit on")
-    parser.add_argument("--val_tokens", type=int, default=10_485_760, help="validation tokens to predict")
-    options = parser.parse_args(argv)
+def report(options: argparse.Namespace):
+    """Print both losses. RunError for data that are too few, or not there."""
+    for name in ("train_tokens", "val_tokens"):
+        check_option(options, name, 1, 10 ** 15)
     config = Config(data=options.folder)
-    try:
-        for name in ("train_tokens", "val_tokens"):
-            if getattr(options, name) < 1:
-                raise RunError(f"--{name} must be at least 1, got {getattr(options, name)}")
-        adopt_vocabulary(config)
-        train, val = first_tokens(config, "train", options.train_tokens), first_tokens(config, "val", options.val_tokens + 1)
-    except RunError as error:
-        print(f"ngram_loss.py: error: {error}", file=sys.stderr)
-        return 1
+    adopt_vocabulary(config)
+    train, val = first_tokens(config, "train", options.train_tokens), first_tokens(config, "val", options.val_tokens + 1)
     previous, following = val[:-1], val[1:]
     sizes = token_bytes(config)[following].sum() if config.vocab_size == 257 else 0
     p = unigram(train, config.vocab_size)
@@ -81,7 +71,16 @@ def main(argv: list[str] | None = None) -> int:
     for name, probability in dict(unigram=p[following], bigram=bigram(train, previous, following, p)).items():
         loss = -np.log(probability).mean()
         print(f"{name:8} {loss:.4f} nats/token" + (f"  {loss * len(following) / math.log(2) / sizes:.4f} bits/byte" if sizes else ""))
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line. Returns the exit code: 0, 1 for a fault (one line on stderr), 130 when interrupted."""
+    parser = argparse.ArgumentParser(prog="ngram_loss.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="DIR", help="folder of shards")
+    parser.add_argument("--train_tokens", type=int, default=10_000_000, help="training tokens to fit on")
+    parser.add_argument("--val_tokens", type=int, default=10_485_760, help="validation tokens to predict")
+    options = parser.parse_args(argv)
+    return run_script("ngram_loss.py", lambda: report(options))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ Exit code 1 and one line for a fault. Source: Arora et al., Zoology, 2023, arxiv
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -37,8 +36,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt
 import variants
-from data.shards import RunError, write_folder
-from train_gpt import Config, Ranks, find_shards, read_checkpoint
+from data.shards import RunError, check_option, check_space, read_meta, require, run_script, write_folder
+from train_gpt import RANGES, Config, Ranks, check_value, find_shards, read_checkpoint
 
 STREAMS = dict(train=0, val=1, evaluate=2)  # of random numbers: no sequence of one is drawn for another
 
@@ -53,17 +52,20 @@ class Recall:
     sequence_length: int = 0  # tokens of a document; 0: as few as possible
 
     def __post_init__(self):
+        for name, value in asdict(self).items():
+            check_value(int, value, f"--{name}", None)
         shortest = 1 + 2 * self.pairs + 2 * self.queries
         object.__setattr__(self, "sequence_length", self.sequence_length or shortest)
-        faults = [
-            (not 1 <= self.pairs <= self.keys, f"--pairs must lie between 1 and --keys {self.keys}, got {self.pairs}: the keys of a document differ"),
-            (not 1 <= self.queries <= self.pairs, f"--queries must lie between 1 and --pairs {self.pairs}, got {self.queries}: every pair is asked for once"),
-            (self.values < 1, f"--values must be at least 1, got {self.values}"),
-            (self.sequence_length < shortest, f"--sequence_length {self.sequence_length} is less than the {shortest} tokens of the end of text, the pairs and the queries"),
-            (self.vocab_size > 2 ** 16, f"--keys {self.keys} and --values {self.values} make {self.vocab_size} token ids, and shards hold at most 65536"),
-            (self.vocab_size == 257, "--keys and --values together must not be 255: the trainer takes a vocabulary of 257 for bytes")]
-        if message := next((message for fault, message in faults if fault), None):
-            raise RunError(message)
+        require(1 <= self.pairs <= self.keys, f"--pairs must lie between 1 and --keys {self.keys}, got {self.pairs}: the keys of a document differ")
+        require(1 <= self.queries <= self.pairs,
+                f"--queries must lie between 1 and --pairs {self.pairs}, got {self.queries}: every pair is asked for once")
+        require(self.values >= 1, f"--values must be at least 1, got {self.values}")
+        require(self.sequence_length >= shortest, f"--sequence_length {self.sequence_length} is less than the {shortest} tokens of the end of text, "
+                                                  "the pairs and the queries")
+        require(self.vocab_size <= 2 ** 16,
+                f"--keys {self.keys} and --values {self.values} make {self.vocab_size} token ids, and shards hold at most 65536")
+        check_option(self, "sequence_length", *RANGES["sequence_length"])
+        require(self.vocab_size != 257, "--keys and --values together must not be 255: the trainer takes a vocabulary of 257 for bytes")
 
     @property
     def vocab_size(self) -> int:
@@ -106,15 +108,16 @@ def sequences(task: Recall, count: int, rng: np.random.Generator) -> tuple[np.nd
 
 def batches(task: Recall, count: int, seed: int, stream: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """`count` sequences of a stream, some at a time. RunError for a count below 1."""
-    if count < 1:
-        raise RunError(f"the number of sequences must be at least 1, got {count}")
+    require(count >= 1, f"the number of sequences must be at least 1, got {count}")
+    check_value(int, seed, "--seed", RANGES["seed"])
     rng, size = np.random.default_rng([seed, STREAMS[stream]]), max(1, 2 ** 21 // (task.sequence_length + task.keys))
     for start in range(0, count, size):
         yield sequences(task, min(size, count - start), rng)
 
 
 def make(folder: Path, task: Recall, count: int, val_count: int, seed: int) -> dict:
-    """Write the shards; returns the meta data. RunError for a count below 1 or a folder that cannot be written."""
+    """Write the shards; returns the meta data. RunError for a count below 1, a full disk or a folder that cannot be written."""
+    check_space(folder, (max(count, 0) + max(val_count, 0)) * task.sequence_length, "these sequences", "ask for a lower --count or --val_count")
     documents = ((split, document[1:], 0, True) for split, number in (("train", count), ("val", val_count))
                  for tokens, _ in batches(task, number, seed, split) for document in tokens)
     return write_folder(folder, "recall", documents, end_of_text=task.vocab_size - 1, tokenizer="recall", source="data/recall.py", recall=asdict(task), seed=seed,
@@ -123,11 +126,13 @@ def make(folder: Path, task: Recall, count: int, val_count: int, seed: int) -> d
 
 def read_task(config: Config) -> Recall:
     """The task of a data folder. RunError if it holds none."""
-    meta = find_shards(config, "train")[0].with_name("meta.json")
+    folder = find_shards(config, "train")[0].parent
     try:
-        return Recall(**json.loads(meta.read_text())["recall"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise RunError(f"{meta} does not describe a recall task; give --data a folder that data/recall.py made") from None
+        task = read_meta(folder).get("recall")
+        require(isinstance(task, dict) and set(task) == set(Recall.__dataclass_fields__), "it has no settings of one")
+        return Recall(**task)
+    except RunError as error:
+        raise RunError(f"{folder / 'meta.json'} does not describe a recall task; give --data a folder that data/recall.py made ({error})") from None
 
 
 @torch.no_grad()
@@ -150,8 +155,8 @@ def evaluate(checkpoint: str, data: str = "", count: int = 512, seed: int = 1, d
     config = Config(**saved["config"])
     config = replace(config, compile="off", device=device, data=data or config.data)
     task = read_task(config)
-    if task.vocab_size != config.vocab_size:
-        raise RunError(f"{checkpoint} was trained on {config.vocab_size} token ids, and the task in {config.data} has {task.vocab_size}; give the --data of its run")
+    require(task.vocab_size == config.vocab_size, f"{checkpoint} was trained on {config.vocab_size} token ids, and the task in {config.data} has "
+                                                  f"{task.vocab_size}; give the --data of its run")
     ranks, right, losses = Ranks.start(config), [], []
     rows = max(1, config.micro_batch_tokens // task.sequence_length)
     with variants.applied(config.variant, config):
@@ -201,15 +206,7 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("--seed", type=int, default=1, help="of the random numbers")
         command.set_defaults(run=run)
     options = parser.parse_args(argv)
-    try:
-        options.run(options)
-    except RunError as error:
-        print(f"recall.py: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("recall.py: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return run_script("recall.py", lambda: options.run(options))
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def test_no_bits_per_byte_where_tokens_are_words(tmp_path, capsys):
     assert all(len(numbers) == 1 for numbers in losses(capsys, tmp_path)[1].values())
 
 
-@pytest.mark.parametrize("arguments, message", [(["--val_tokens", "0"], "--val_tokens must be at least 1"),
+@pytest.mark.parametrize("arguments, message", [(["--val_tokens", "0"], "--val_tokens must be from 1 to"),
                                                 (["--train_tokens", "1"], "too few for a bigram")])
 def test_faults(tmp_path, capsys, arguments, message):
     folder_of(tmp_path, np.arange(100), np.arange(100), 257)
