@@ -4,43 +4,67 @@ FineWeb as GPT-2 tokens, ready-made, from the Hugging Face Hub: the validation s
     python data/cached_fineweb10B.py [N] [--dataset fineweb10B|fineweb100B|finewebedu10B] [-o DIR]
 
 A shard holds 100 million tokens in 200 MB; N is 9 unless given. DIR is data/<dataset> unless given. Shards that are there and whole stay, damaged
-ones are fetched again, and an interrupted download goes on where it stopped. Beside the shards: meta.json, and gpt2.tiktoken if tiktoken can get
-GPT-2's merges. meta.json has the sha256 of the validation shard only, which is what runs are compared by. Exit code 1 and one line for a fault.
+ones are fetched again, and an interrupted download goes on where it stopped. Whole is a shard whose sha256 is the Hub's; while the Hub cannot be
+asked, one that has the size its header promises, and a line says so. Beside the shards: meta.json, with every shard's sha256, and gpt2.tiktoken if
+tiktoken can get GPT-2's merges. Exit code 1 and one line for a fault.
 Sources: the data sets kjj0/fineweb10B-gpt2, kjj0/fineweb100B-gpt2 and kjj0/finewebedu10B-gpt2, which modded-nanogpt trains on.
 """
 
 import argparse
 import errno
-import json
-import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.shards import HEADER_INTS, SHARD_TOKENS, RunError, claim_folder, gpt2_merges, open_shard, sha256_of, write_merges, write_meta
+from data.shards import (SHARD_TOKENS, SPLITS, RunError, check_space, claim_folder, digests_of, files_of, gpt2_merges, open_shard, read_meta, require,
+                         run_script, write_merges, write_meta)
 
 DATASETS = {  # name: (repository, first part of the file names, training shards there are)
     "fineweb10B": ("kjj0/fineweb10B-gpt2", "fineweb", 103),
     "fineweb100B": ("kjj0/fineweb100B-gpt2", "fineweb", 1030),
     "finewebedu10B": ("kjj0/finewebedu10B-gpt2", "finewebedu", 99),
 }
-SHARD_BYTES = 4 * HEADER_INTS + 2 * SHARD_TOKENS
+END_OF_TEXT = 50256  # of GPT-2
 
 
-def is_whole(path: Path) -> bool:
-    try:
-        return len(open_shard(path)) > 0
-    except RunError:
-        return False
-
-
-def fetch(repository: str, path: Path):
-    """Download one shard to path. RunError for whatever goes wrong; then nothing is left at path."""
+def quiet_hub():
+    """The package huggingface_hub, which does not log: its retries would hide the one line that counts."""
     import huggingface_hub.utils
-    huggingface_hub.utils.logging.set_verbosity_error()  # its retries would hide the one line that counts
+    huggingface_hub.utils.logging.set_verbosity_error()
+    return huggingface_hub
+
+
+def hub_digests(repository: str, names: list[str]) -> dict[str, str]:
+    """{name: sha256} of the files among `names` that the Hub has. RunError if it cannot be asked."""
+    api, digests = quiet_hub().HfApi(), {}
+    try:
+        for start in range(0, len(names), 100):
+            for info in api.get_paths_info(repository, names[start:start + 100], repo_type="dataset"):
+                if getattr(info, "lfs", None):
+                    digests[info.path] = info.lfs.sha256
+        return digests
+    except Exception as error:  # of the network or the hub, in whatever library it came up
+        raise RunError(f"the Hub cannot be asked for the sha256 of {repository} ({type(error).__name__}), so shards are checked by their size "
+                       "only; run this again with a network") from None
+
+
+def fault_of(path: Path, digests: dict[str, str]) -> str:
+    """What is wrong with a shard, "" for nothing. digests: {name: sha256} as far as they are known."""
+    try:
+        open_shard(path)
+        wanted = digests.get(path.name)
+        if wanted and digests_of(path.parent, [path.name])[path.name] != wanted:
+            return f"its sha256 is not {wanted}"
+    except RunError as error:
+        return str(error)
+    return ""
+
+
+def fetch(repository: str, path: Path, digests: dict[str, str]):
+    """Download one shard to path. RunError for whatever goes wrong; then nothing is left at path."""
     path.unlink(missing_ok=True)
     try:
-        huggingface_hub.hf_hub_download(repository, path.name, repo_type="dataset", local_dir=path.parent)
+        quiet_hub().hf_hub_download(repository, path.name, repo_type="dataset", local_dir=path.parent)
     except Exception as error:  # of the network, the hub or the disk, in whatever library it came up
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise RunError(f"no space left for {path}; free some or give another folder with -o; finished shards are kept") from None
@@ -48,44 +72,53 @@ def fetch(repository: str, path: Path):
             raise RunError(f"cannot write {path}: {error.strerror}; give another folder with -o") from None
         raise RunError(f"cannot fetch {path.name} of {repository} ({type(error).__name__}); check the network and run this again: "
                        "finished shards are kept") from None
-    try:
-        open_shard(path)
-    except RunError as error:
+    fault = fault_of(path, digests)
+    if fault:
         path.unlink(missing_ok=True)
-        raise RunError(f"what came for {path.name} of {repository} was damaged; run this again: finished shards are kept ({error})") from None
+        raise RunError(f"what came for {path.name} of {repository} was damaged; run this again: finished shards are kept ({fault})")
 
 
 def download(dataset: str, count: int, folder: Path) -> dict:
     """The validation shard, `count` training shards, meta.json and the merges into folder; returns the splits' facts. RunError for any fault."""
     repository, name, available = DATASETS[dataset]
-    if not 1 <= count <= available:
-        raise RunError(f"{dataset} has 1 to {available} training shards to fetch, got {count}")
+    require(1 <= count <= available, f"{dataset} has 1 to {available} training shards to fetch, got {count}")
     claim_folder(folder, name)
-    try:
-        source = json.loads((folder / "meta.json").read_text()).get("source", "elsewhere")
-    except (OSError, ValueError):
-        source = repository
-    if source != repository:
-        raise RunError(f"{folder} holds shards from {source}, whose names are the same; give another folder with -o")
-    paths = [folder / f"{name}_val_{0:06d}.bin"] + [folder / f"{name}_train_{i:06d}.bin" for i in range(1, count + 1)]
-    missing = [path for path in paths if not is_whole(path)]
-    if (needed := len(missing) * SHARD_BYTES) > (free := shutil.disk_usage(folder).free):
-        raise RunError(f"{len(missing)} shards need {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free; ask for fewer shards, "
-                       "free some space or give another folder with -o")
+    meta = read_meta(folder)
+    source = meta.get("source", "elsewhere") if meta else repository
+    require(source == repository, f"{folder} holds shards from {source}, whose names are the same; give another folder with -o")
+
+    # what is missing: by the Hub's sha256, which an earlier call may have left in meta.json
+    wanted = {f"{name}_val_{0:06d}.bin", *(f"{name}_train_{i:06d}.bin" for i in range(1, count + 1))}
+    paths = [folder / file for file in sorted(wanted | {path.name for path in files_of(folder, name) if path.suffix == ".bin"},
+                                              key=lambda file: ("_val_" not in file, file))]
+    digests = {file: digest for split in SPLITS for file, digest in meta.get(split, {}).get("sha256", {}).items() if meta.get("verified") is True}
+    if not {path.name for path in paths} <= set(digests):
+        try:
+            digests = hub_digests(repository, [path.name for path in paths])
+        except RunError as error:
+            print(f"cached_fineweb10B.py: warning: {error}", file=sys.stderr)
+    missing = [path for path in paths if fault_of(path, digests)]
+    check_space(folder, len(missing) * SHARD_TOKENS, f"{len(missing)} shards", "ask for fewer shards")
     if len(missing) < len(paths):
         print(f"{folder}: {len(paths) - len(missing)} of {len(paths)} shards are there", flush=True)
+
     for number, path in enumerate(missing, 1):
         print(f"fetching {path.name} ({number} of {len(missing)})", flush=True)
-        fetch(repository, path)
-    shards = {split: sorted(folder.glob(f"{name}_{split}_*.bin")) for split in ("train", "val")}  # all that the trainer finds, of earlier calls too
-    facts = {split: dict(shards=len(files), tokens=sum(len(open_shard(file)) for file in files)) for split, files in shards.items()}
-    facts["val"]["sha256"] = sha256_of(shards["val"])
-    if not (merges := folder / "gpt2.tiktoken").exists():
+        fetch(repository, path, digests)
+    facts = {}
+    for split in SPLITS:
+        shards = [path for path in paths if f"_{split}_" in path.name]
+        facts[split] = dict(shards=len(shards), tokens=sum(len(open_shard(path)) for path in shards),
+                            sha256=digests_of(folder, [path.name for path in shards]))
+
+    merges = folder / "gpt2.tiktoken"
+    if not merges.exists():
         try:
             write_merges(merges, gpt2_merges())
         except RunError as error:
             print(f"cached_fineweb10B.py: warning: bits per byte will be missing: {error}", file=sys.stderr)
-    write_meta(folder, vocab_size=50257, tokenizer="gpt2", source=repository, **facts)
+    write_meta(folder, vocab_size=END_OF_TEXT + 1, end_of_text=END_OF_TEXT, tokenizer="gpt2", source=repository,
+               verified={path.name for path in paths} <= set(digests), **facts)
     return facts
 
 
@@ -97,17 +130,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, help="folder to write (default: data/<dataset>)")
     options = parser.parse_args(argv)
     folder = options.output or Path(__file__).resolve().parent / options.dataset
-    try:
+
+    def work():
         facts = download(options.dataset, options.shards, folder)
-    except RunError as error:
-        print(f"cached_fineweb10B.py: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("cached_fineweb10B.py: interrupted; finished shards are kept, run this again to go on", file=sys.stderr)
-        return 130
-    train, val = facts["train"], facts["val"]
-    print(f"{folder}: {train['tokens']:,} training tokens in {train['shards']} shards, {val['tokens']:,} validation tokens")
-    return 0
+        train, val = facts["train"], facts["val"]
+        print(f"{folder}: {train['tokens']:,} training tokens in {train['shards']} shards, {val['tokens']:,} validation tokens")
+    return run_script("cached_fineweb10B.py", work, "interrupted; finished shards are kept, run this again to go on")
 
 
 if __name__ == "__main__":

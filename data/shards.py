@@ -287,7 +287,8 @@ def check_folder(folder: Path):
         if recorded and section in SPLITS:
             present = {path.name for path in folder.glob("*.bin") if section in splits_in(path.name) and is_numbered(path.name)}
             others = sorted(present - set(recorded))
-            require(not others, f"{folder} holds {''.join(others[:1])}, which its meta.json does not record; move it away, or make the folder again")
+            require(not others, f"{folder} holds {''.join(others[:1])}, which its meta.json does not record; move it away, or run the script again "
+                                "that made the folder")
 
 
 def digests_of(folder: Path, names: Iterable[str]) -> dict[str, str]:

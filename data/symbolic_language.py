@@ -44,11 +44,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt
 import variants
-from data.shards import SHARD_TOKENS, RunError, write_folder
+from data.shards import SHARD_TOKENS, RunError, check_option, check_space, check_value, read_meta, require, run_script, write_folder
 from data.symbolic_proofs import IDS, LABELS, PAD, PROPOSITIONS, SETS, TEMPLATES, VARIABLES, VOCAB_SIZE, VOCABULARY, Parser, Verdict, check, normalised, rendered, split_of, \
     split_words, symbolic_words
 from generate import Decoder, config_of, decodes_from_cache, sample
-from train_gpt import Ranks, find_shards, read_checkpoint, write_atomically
+from train_gpt import RANGES, Ranks, find_shards, read_checkpoint, write_atomically
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------------
 # Families: a function of random numbers and a difficulty -> (problem, trace, what is shown, number of possible answers)
@@ -186,6 +186,11 @@ FAMILIES = dict(add=make_add, mul=make_mul, mod=make_mod, chain=make_chain, orde
 MOST = dict(chain=31, contra=31, order=12, set=49)  # depths whose length set of twice as many still has names
 
 
+MOST_DIGITS = 500  # of training: a problem of twice as many is still read and written by Python's own numbers
+SHORTEST = 8       # tokens, less than any problem has
+PARTS = ("test", "x1.5", "x2")
+
+
 @dataclass(frozen=True)
 class Task:
     """What a corpus holds. RunError for settings that contradict each other."""
@@ -198,18 +203,20 @@ class Task:
 
     def __post_init__(self):
         object.__setattr__(self, "families", tuple(self.families))
-        unknown = next((family for family in self.families if family not in FAMILIES), None)
-        narrow = next((family for family in self.families if self.depth > MOST.get(family, self.depth)), "")
-        faults = [
-            (unknown is not None or not self.families or len(set(self.families)) < len(self.families),
-             f"--families takes some of {','.join(FAMILIES)}, each once; got {','.join(self.families)!r}"),
-            (self.rendering not in TEMPLATES, f"--rendering must be one of {', '.join(TEMPLATES)}; got {self.rendering!r}"),
-            (self.digit_order not in ("most", "least"), f"--digit_order must be most or least; got {self.digit_order!r}"),
-            (self.digits < 1 or self.depth < 1, f"--digits and --depth must be at least 1, got {self.digits} and {self.depth}"),
-            (narrow, f"--depth {self.depth} leaves too few names for {narrow} at twice that; it goes up to {MOST.get(narrow)}"),
-            (self.sequence_length < 2, f"--sequence_length must be at least 2, got {self.sequence_length}")]
-        if message := next((message for fault, message in faults if fault), None):
-            raise RunError(message)
+        families = ",".join(map(str, self.families))
+        require(self.families and set(self.families) <= set(FAMILIES) and len(set(self.families)) == len(self.families),
+                f"--families takes some of {','.join(FAMILIES)}, each once; got {families[:200]!r}")
+        require(self.rendering in TEMPLATES, f"--rendering must be one of {', '.join(TEMPLATES)}; got {self.rendering!r}")
+        require(self.digit_order in ("most", "least"), f"--digit_order must be most or least; got {self.digit_order!r}")
+        for name in ("digits", "depth", "sequence_length"):
+            check_value(int, getattr(self, name), f"--{name}", None)
+        require(self.digits >= 1 and self.depth >= 1, f"--digits and --depth must be at least 1, got {self.digits} and {self.depth}")
+        check_option(self, "digits", 1, MOST_DIGITS)
+        for family in self.families:
+            require(self.depth <= MOST.get(family, self.depth),
+                    f"--depth {self.depth} leaves too few names for {family} at twice that; it goes up to {MOST.get(family)}")
+        require(self.sequence_length >= 2, f"--sequence_length must be at least 2, got {self.sequence_length}")
+        check_option(self, "sequence_length", *RANGES["sequence_length"])
 
     def most(self, family: str) -> int:
         """The highest difficulty of training."""
@@ -257,7 +264,7 @@ def problems(task: Task, split: str, count: int, seed: int) -> Iterator[Problem]
 def held_out(task: Task, count: int, seed: int) -> Iterator[tuple[str, Problem]]:
     """(test, x1.5 or x2, problem): `count` different problems of every family for each. RunError if there are not so many."""
     for family in task.families:
-        for part, factor in (("test", None), ("x1.5", 1.5), ("x2", 2)):
+        for part, factor in zip(PARTS, (None, 1.5, 2)):
             rng, most, seen, tries = random.Random(f"{family} {part} {seed}"), task.most(family), set(), 0
             while len(seen) < count:
                 problem = drawn(family, rng, math.ceil(factor * most) if factor else rng.randint(1, most))
@@ -293,9 +300,11 @@ def packed(task: Task, split: str, found: Iterable[Problem]) -> Iterator[tuple]:
 
 def make(folder: Path, task: Task, count: int, val_count: int, test_count: int, seed: int) -> dict:
     """Write the shards and the tests; returns the meta data. RunError for a count below 1, a task without enough problems, or a folder that cannot be written."""
-    for name, number in (("count", count), ("val_count", val_count), ("test_count", test_count)):
-        if number < 1:
-            raise RunError(f"--{name} must be at least 1, got {number}")
+    for name, number, most in (("count", count, 10 ** 12), ("val_count", val_count, 10 ** 12), ("test_count", test_count, 10 ** 6)):
+        require(number >= 1, f"--{name} must be at least 1, got {number}")
+        check_value(int, number, f"--{name}", (1, most))
+    check_value(int, seed, "--seed", RANGES["seed"])
+    check_space(folder, SHORTEST * (count + val_count), "these problems, the shortest there are,", "ask for a lower --count or --val_count")
 
     def documents():
         (folder / TESTS).unlink(missing_ok=True)
@@ -307,7 +316,7 @@ def make(folder: Path, task: Task, count: int, val_count: int, test_count: int, 
             yield from packed(task, split, problems(task, split, number, seed))
         write_atomically(folder / TESTS, lambda file: file.writelines(json.dumps(test, ensure_ascii=False).encode() + b"\n" for test in tests))
     return write_folder(folder, "symbolic", documents(), end_of_text=VOCAB_SIZE - 1, shard_tokens=max(1, SHARD_TOKENS // task.sequence_length) * task.sequence_length,
-                        tokenizer="symbolic_language", source="data/symbolic_language.py", symbolic_language=asdict(task) | dict(families=list(task.families)), seed=seed, loss_on="all",
+                        beside=[TESTS], tokenizer="symbolic_language", source="data/symbolic_language.py", symbolic_language=asdict(task) | dict(families=list(task.families)), seed=seed, loss_on="all",
                         vocabulary=hashlib.sha256("\n".join(VOCABULARY).encode()).hexdigest())
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------------
@@ -386,20 +395,38 @@ def tables(tests: list[dict], task: Task) -> dict[tuple[str, str], dict]:
     return {key: summary(groups[key], task) for key in sorted(groups, key=lambda key: (order.index(key[0]), key[1][0]))}
 
 
+def read_test(line: str, task: Task, number: int) -> dict:
+    """A test from its line of JSON. RunError if it is none of the task's."""
+    kinds = dict(part=str, family=str, difficulty=int, choices=int, prompt=str, solution=str)
+    try:
+        test = json.loads(line)
+    except (ValueError, RecursionError):
+        test = None
+    require(isinstance(test, dict) and set(test) == set(kinds) and all(type(test[name]) is kind for name, kind in kinds.items())
+            and test["part"] in PARTS and test["family"] in task.families and 1 <= test["difficulty"] <= 2 * task.most(test["family"])
+            and test["choices"] >= 1 and test["prompt"] and test["solution"] and set((test["prompt"] + " " + test["solution"]).split()) <= set(IDS),
+            f"line {number} of {TESTS} is no test of this task")
+    return test
+
+
 def read_tests(folder: Path, count: int, seed: int, length_count: int | None = None) -> tuple[Task, list[dict]]:
     """(task, tests) of a data folder: `count` of every family, `length_count` (None: as many) in each of its length sets, or all. RunError if it holds none or another version's."""
+    remedy = "give --data a folder that data/symbolic_language.py made"
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        task, vocabulary = Task(**meta["symbolic_language"]), meta["vocabulary"]
-        tests = [json.loads(line) for line in (folder / TESTS).read_text().splitlines()]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise RunError(f"{folder} does not hold a task of the symbolic language; give --data a folder that data/symbolic_language.py made") from None
-    if vocabulary != hashlib.sha256("\n".join(VOCABULARY).encode()).hexdigest():
-        raise RunError(f"{folder} was made with another vocabulary; make it again, or use the version that made it")
+        meta = read_meta(folder)
+        settings = meta.get("symbolic_language")
+        require(isinstance(settings, dict) and set(settings) == set(Task.__dataclass_fields__) and isinstance(settings["families"], list),
+                "meta.json has no settings of one")
+        task = Task(**settings)
+        tests = [read_test(line, task, number) for number, line in enumerate((folder / TESTS).read_text(encoding="utf-8").splitlines(), 1)]
+        require(tests, f"{TESTS} is empty")
+    except (OSError, ValueError, TypeError, RunError) as error:
+        raise RunError(f"{folder} does not hold a task of the symbolic language; {remedy} ({str(error)[:200]})") from None
+    require(meta.get("vocabulary") == hashlib.sha256("\n".join(VOCABULARY).encode()).hexdigest(),
+            f"{folder} was made with another vocabulary; make it again, or use the version that made it")
     length_count = count if length_count is None else length_count
     for name, number in (("count", count), ("length_count", length_count)):
-        if number < 1:
-            raise RunError(f"--{name} must be at least 1, got {number}")
+        require(number >= 1, f"--{name} must be at least 1, got {number}")
     groups = {}
     for test in random.Random(seed).sample(tests, len(tests)):
         groups.setdefault((test["family"], test["part"]), []).append(test)
@@ -424,8 +451,8 @@ def evaluate(checkpoint: str, data: str = "", count: int = 1000, seed: int = 1, 
     config = config_of(saved, checkpoint)
     config = replace(config, compile="off", device=device, data=data or config.data)
     task, tests = read_tests(find_shards(config, "train")[0].parent, count, seed, length_count)
-    if config.vocab_size != VOCAB_SIZE:
-        raise RunError(f"{checkpoint} was trained on {config.vocab_size} token ids, and the symbolic language has {VOCAB_SIZE}; give a checkpoint of a run on {config.data}")
+    require(config.vocab_size == VOCAB_SIZE, f"{checkpoint} was trained on {config.vocab_size} token ids, and the symbolic language has "
+                                             f"{VOCAB_SIZE}; give a checkpoint of a run on {config.data}")
     ranks = Ranks.start(config)
     with variants.applied(config.variant, config):
         model = train_gpt.trained_model(saved, config, ranks)
@@ -452,6 +479,7 @@ def run_make(options: argparse.Namespace) -> int:
 
 def run_show(options: argparse.Namespace) -> int:
     task = task_of(options)
+    check_option(options, "count", 1, 10 ** 12)
     for family in task.families:
         for problem in problems(replace(task, families=(family,)), "train", options.count, options.seed):
             print(" ".join(word for words in problem.text(task) for word in words))
@@ -460,8 +488,8 @@ def run_show(options: argparse.Namespace) -> int:
 
 def run_check(options: argparse.Namespace) -> int:
     try:
-        lines = options.file.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = options.file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
         raise RunError(f"cannot read {options.file} ({type(error).__name__}); give a text file in UTF-8 with a program on every line") from None
     rejected = 0
     for number, line in enumerate(lines, 1):
@@ -512,14 +540,7 @@ def main(argv: list[str] | None = None) -> int:
     evaluating.add_argument("--length_count", type=int, help="of the sets of longer problems (default: as many)")
     evaluating.add_argument("--device", choices=train_gpt.CHOICES["device"], default="auto")
     options = parser.parse_args(argv)
-    try:
-        return options.run(options)
-    except RunError as error:
-        print(f"symbolic_language.py: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("symbolic_language.py: interrupted", file=sys.stderr)
-        return 130
+    return run_script("symbolic_language.py", lambda: options.run(options))
 
 
 if __name__ == "__main__":

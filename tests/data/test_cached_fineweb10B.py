@@ -1,5 +1,6 @@
 """Ready-made shards from the hub: what is fetched, kept, fetched again and refused. The hub is a function that writes small shards."""
 import errno
+import hashlib
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from data import cached_fineweb10B as cached
-from data.shards import read_merges, sha256_of, write_shard
+from data.shards import check_folder, read_merges, sha256_of, write_shard
 from train_gpt import Config, RunError, adopt_vocabulary, find_shards, open_shard
 
 SCRIPT = Path(cached.__file__)
@@ -29,6 +30,7 @@ class Hub:
     """hf_hub_download; `fault(path)` may damage what it has written or raise."""
     def __init__(self):
         self.asked, self.repositories, self.fault = [], set(), lambda path: None
+        self.offline, self.checked = False, []  # whether it can be asked for sha256; the names it was asked for
 
     def __call__(self, repo_id, filename, *, repo_type, local_dir):
         assert repo_type == "dataset"
@@ -40,13 +42,27 @@ class Hub:
         self.fault(path)
         return str(path)
 
+    def get_paths_info(self, repo_id, paths, *, repo_type):
+        assert repo_type == "dataset" and repo_id.startswith("kjj0/")
+        if self.offline:
+            raise ConnectionError("a long story\nof many lines")
+        self.checked += paths
+        return [SimpleNamespace(path=name, lfs=SimpleNamespace(sha256=digest_of(name))) for name in paths]
+
+
+def digest_of(name: str) -> str:
+    """sha256 of the shard that the hub has under a name."""
+    tokens = tokens_of(name).astype("<u2")
+    return hashlib.sha256(np.array([20240520, 1, len(tokens), 2, *[0] * 252], dtype="<i4").tobytes() + tokens.tobytes()).hexdigest()
+
 
 @pytest.fixture
 def hub(monkeypatch, tiny_merges):
     hub = Hub()
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub)
+    monkeypatch.setattr(huggingface_hub.HfApi, "get_paths_info", lambda _api, *arguments, **named: hub.get_paths_info(*arguments, **named))
     monkeypatch.setattr(cached, "gpt2_merges", lambda: tiny_merges)
-    monkeypatch.setattr(cached.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10 ** 12))
+    monkeypatch.setattr("data.shards.shutil.disk_usage", lambda folder: SimpleNamespace(free=10 ** 12))
     return hub
 
 
@@ -71,8 +87,9 @@ def test_validation_and_training_shards(tmp_path, hub, capsys, tiny_merges):
         assert (open_shard(folder / name) == tokens_of(name)).all()
     meta = json.loads((folder / "meta.json").read_text())
     assert (meta["vocab_size"], meta["tokenizer"], meta["source"]) == (50257, "gpt2", "kjj0/fineweb10B-gpt2")
-    assert meta["train"] == dict(shards=3, tokens=102 + 103 + 104) and meta["val"]["tokens"] == 101
-    assert meta["val"]["sha256"] == sha256_of([folder / "fineweb_val_000000.bin"])
+    assert meta["train"] == dict(shards=3, tokens=102 + 103 + 104, sha256={name: digest_of(name) for name in hub.asked[1:]})
+    assert meta["val"] == dict(shards=1, tokens=101, sha256=sha256_of([folder / "fineweb_val_000000.bin"])) and meta["end_of_text"] == 50256
+    check_folder(folder)
     assert read_merges(folder / "gpt2.tiktoken") == tiny_merges
     assert "fetching fineweb_train_000003.bin (4 of 4)" in capsys.readouterr().out
     config = Config(data=str(folder))
@@ -120,11 +137,50 @@ def test_a_damaged_shard_is_fetched_again(tmp_path, hub, damage):
     assert hub.asked == ["fineweb_train_000001.bin"] and (open_shard(tmp_path / hub.asked[0]) == tokens_of(hub.asked[0])).all()
 
 
+def flip(path):
+    """Change one bit of the last token: header and size stay right."""
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_changed_token_is_fetched_again(tmp_path, hub):
+    assert run(tmp_path, 2) == 0
+    hub.asked.clear()
+    hub.checked.clear()
+    assert run(tmp_path, 2) == 0 and hub.asked == hub.checked == []  # all is known to be whole: no network
+    flip(tmp_path / "fineweb_train_000001.bin")
+    assert run(tmp_path, 2) == 0 and hub.asked == ["fineweb_train_000001.bin"] and hub.checked == []
+    check_folder(tmp_path)
+
+
+def test_a_changed_token_comes(tmp_path, hub, capsys):
+    hub.fault = lambda path: flip(path) if path.name == "fineweb_train_000001.bin" else None
+    error = fault(capsys, tmp_path, 1)
+    assert "what came for fineweb_train_000001.bin" in error and f"its sha256 is not {digest_of('fineweb_train_000001.bin')}" in error
+    assert not (tmp_path / "fineweb_train_000001.bin").exists()
+
+
+def test_shards_that_the_hub_could_not_vouch_for_are_checked_later(tmp_path, hub, capsys):
+    hub.offline, hub.fault = True, lambda path: flip(path) if path.name == "fineweb_train_000001.bin" else None
+    assert run(tmp_path, 1) == 0
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "warning: the Hub cannot be asked for the sha256 of kjj0/fineweb10B-gpt2 (ConnectionError)" in error
+    hub.offline, hub.fault, hub.asked = False, lambda path: None, []
+    assert run(tmp_path, 1) == 0 and hub.asked == ["fineweb_train_000001.bin"] and capsys.readouterr().err == ""
+    assert sha256_of([tmp_path / "fineweb_train_000001.bin"]) == {"fineweb_train_000001.bin": digest_of("fineweb_train_000001.bin")}
+
+
+def test_a_damaged_meta_file(tmp_path, hub, capsys):
+    (tmp_path / "meta.json").write_text("[]")
+    assert "meta.json holds a JSON list, not an object; make the folder again, or delete this file" in fault(capsys, tmp_path, 1)
+
+
 def test_a_truncated_file_comes(tmp_path, hub, capsys):
     hub.fault = lambda path: os.truncate(path, 1100) if path.name == "fineweb_train_000002.bin" else None
     error = fault(capsys, tmp_path, 3)
     assert "what came for fineweb_train_000002.bin" in error and "truncated" in error
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["fineweb_train_000001.bin", "fineweb_val_000000.bin"]
+    assert sorted(path.name for path in tmp_path.glob("fineweb*")) == ["fineweb_train_000001.bin", "fineweb_val_000000.bin"]
     hub.fault, hub.asked = lambda path: None, []
     assert run(tmp_path, 3) == 0 and hub.asked == ["fineweb_train_000002.bin", "fineweb_train_000003.bin"]
 
@@ -142,11 +198,11 @@ def test_network_and_disk_fail(tmp_path, hub, capsys, error, message):
             raise error
     hub.fault = fail
     assert message in fault(capsys, tmp_path, 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["fineweb_val_000000.bin"]  # finished shards are kept
+    assert [path.name for path in tmp_path.glob("fineweb*")] == ["fineweb_val_000000.bin"]  # finished shards are kept
 
 
 def test_too_little_space_is_known_beforehand(tmp_path, hub, capsys, monkeypatch):
-    monkeypatch.setattr(cached.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3 * 10 ** 8))
+    monkeypatch.setattr("data.shards.shutil.disk_usage", lambda folder: SimpleNamespace(free=3 * 10 ** 8))
     assert "3 shards need 0.6 GB" in (error := fault(capsys, tmp_path, 2)) and "has 0.3 GB free" in error
     assert hub.asked == []
     for name in ("fineweb_val_000000.bin", "fineweb_train_000001.bin"):
