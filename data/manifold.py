@@ -38,6 +38,7 @@ import argparse
 import hashlib
 import json
 import sys
+import zipfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -50,12 +51,14 @@ from scipy.sparse.linalg import svds
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt
 import variants
-from data.shards import RunError, open_shard, read_merges, sha256_of, write_atomically
-from train_gpt import Config, Ranks, adopt_vocabulary, checked, find_shards, read_checkpoint, validation_batches
+from data.shards import RunError, check_value, open_shard, read_merges, require, run_script, sha256_of, write_atomically
+from train_gpt import RANGES, Config, Ranks, adopt_vocabulary, checked, find_shards, read_checkpoint, validation_batches
 from variants.topological_attention import chain_laplacian, read_laplacian
 
 SMOOTHING, KEPT_KEYS, TAU_FLOOR = 0.75, 8192, 1e-10
 TAU_MODES = ("fixed", "median", "mean", "percentile")
+MOST_FEATURES = 4096     # the width of a head: matrices of F x F numbers and their eigenvalues are still a matter of seconds
+MOST_BYTES = 2 ** 31     # of a file's arrays: a few kilobytes of compressed zeros must not fill the memory
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,9 @@ class Graph:
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            if not value > 0:
-                raise RunError(f"--{name} must be above 0, got {value}")
+            require(value > 0, f"--{name} must be above 0, got {value}")
+        for name, most in dict(eps=1e6, k=10 ** 9, topk=10 ** 9, p=100.0, sigma=1e6).items():
+            check_value(type(most), getattr(self, name), f"--{name}", (0, most))
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,9 @@ class Tau:
     percentile: float = 50.0
 
     def __post_init__(self):
-        if not 0 <= self.percentile <= 100:
-            raise RunError(f"--percentile must lie between 0 and 100, got {self.percentile}")
+        require(self.mode in TAU_MODES, f"--tau must be one of {', '.join(TAU_MODES)}; got {self.mode!r:.60}")
+        check_value(float, self.percentile, "--percentile", None)
+        require(0 <= self.percentile <= 100, f"--percentile must lie between 0 and 100, got {self.percentile}")
 
     def choose(self, energies: np.ndarray, counts: np.ndarray) -> float:
         """tau of energies (n,) that occur counts (n,) times."""
@@ -116,16 +121,49 @@ class Manifold:
         write_atomically(Path(path), lambda file: np.savez(file, **arrays))
 
 
+def unpacked_size(path: Path) -> int:
+    """Bytes of a zip archive's files when they are unpacked; 0 for what is no archive, which its reader will say."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(entry.file_size for entry in archive.infolist())
+    except Exception:  # of the disk or the archive
+        return 0
+
+
 def read_manifold(path: Path) -> Manifold:
     """RunError if the file is damaged or not of this script."""
+    size = unpacked_size(path)
+    require(size <= MOST_BYTES, f"{path} unpacks to {size:,} bytes, more than the {MOST_BYTES:,} that such a file may have; give another file")
     try:
         laplacian = read_laplacian(str(path))
         with np.load(path) as file:
-            return Manifold(laplacian, json.loads(str(file["provenance"])), *(file[name] for name in ("vectors", "counts", "tokens", "labels")))
+            manifold = Manifold(laplacian, json.loads(str(file["provenance"])), *(file[name] for name in ("vectors", "counts", "tokens", "labels")))
     except ValueError as error:  # read_laplacian's names the option of the variant
         raise RunError(str(error).removeprefix("laplacian=domain:")) from None
     except Exception as error:  # of the archive or its arrays
         raise RunError(f"{path} was not made by data/manifold.py, or is damaged ({type(error).__name__}); make it again") from None
+    check_manifold(manifold, path)
+    return manifold
+
+
+def check_manifold(manifold: Manifold, path: Path):
+    """Raise RunError, which names the file, unless the arrays and the provenance fit each other."""
+    vectors, counts, provenance = manifold.vectors, manifold.counts, manifold.provenance
+    F, n = len(manifold.laplacian), counts.size
+
+    def check(holds, what):
+        require(holds, f"{path} was not made by data/manifold.py, or is damaged: {what}; make it again")
+    check(vectors.shape == (n, F) and vectors.dtype == np.float32 and np.isfinite(vectors).all(), f"its vectors are no {n} x {F} numbers")
+    check(counts.shape == (n,) and counts.dtype.kind == "i" and (counts > 0).all(), "its counts are no numbers above 0")
+    check(manifold.tokens.shape in ((n,), (0,)) and manifold.tokens.dtype.kind == "i", f"its tokens are no {n} ids")
+    check(manifold.labels.shape in ((F,), (0,)) and manifold.labels.dtype.kind == "U", f"its labels are no {F} words")
+    tau = provenance.get("tau")
+    check(isinstance(provenance.get("source"), str), "its provenance names no source")
+    check(isinstance(tau, dict) and set(tau) == set(Tau.__dataclass_fields__), "its provenance does not say how tau was chosen")
+    try:
+        Tau(**tau)
+    except RunError as error:
+        check(False, error)
 
 
 # ---- graph
@@ -161,11 +199,13 @@ def weights(cosine: np.ndarray, graph: Graph) -> np.ndarray:
     edges = np.zeros((n, n), dtype=bool)
     np.put_along_axis(edges, nearest, np.take_along_axis(others, nearest, 1) > -np.inf, 1)
     edges |= edges.T
-    parts, part = connected_components(edges, directed=False)
-    if parts > 1:
-        raise RunError(f"the graph of {n} nodes and {edges.sum() // 2} edges falls into {parts} components, the largest of {np.bincount(part).max()} nodes; "
-                       "raise --eps, --k or --topk")
-    return np.where(edges, 1 / (1 + (distance / graph.sigma) ** graph.p), 0)
+    components, component = connected_components(edges, directed=False)
+    require(components == 1, f"the graph of {n} nodes and {edges.sum() // 2} edges falls into {components} components, the largest of "
+                             f"{np.bincount(component).max()} nodes; raise --eps, --k or --topk")
+    with np.errstate(over="ignore"):
+        weight = np.where(edges, 1 / (1 + (distance / graph.sigma) ** graph.p), 0)
+    require((weight[edges] > 0).all(), f"an edge of distance {distance[edges].max():.3g} has the weight 0; raise --sigma or lower --p")
+    return weight
 
 
 def laplacian_of(weights: np.ndarray) -> np.ndarray:
@@ -281,9 +321,11 @@ def readable(token: bytes) -> str:
 def from_corpus(folder: str, features: int = 64, window: int = 5, vocabulary: int = 16384, min_count: int = 100, tokens: int = 10_000_000, seed: int = 1,
                 graph: Graph = Graph(), tau: Tau = Tau()) -> Manifold:
     """The manifold of a folder of shards. RunError for too little data, or a graph in parts."""
-    for name, value, least in (("features", features, 2), ("window", window, 1), ("vocabulary", vocabulary, 1), ("min_count", min_count, 1), ("tokens", tokens, 1)):
-        if value < least:
-            raise RunError(f"--{name} must be at least {least}, got {value}")
+    for name, value, least, most in (("features", features, 2, MOST_FEATURES), ("window", window, 1, 10_000), ("vocabulary", vocabulary, 1, 2 ** 16),
+                                     ("min_count", min_count, 1, 10 ** 15), ("tokens", tokens, 1, 10 ** 15)):
+        require(value >= least, f"--{name} must be at least {least}, got {value}")
+        check_value(int, value, f"--{name}", (least, most))
+    check_value(int, seed, "--seed", RANGES["seed"])
     config = Config(data=folder)
     adopt_vocabulary(config)
     text, shards = read_tokens(config, tokens)
@@ -291,9 +333,8 @@ def from_corpus(folder: str, features: int = 64, window: int = 5, vocabulary: in
     counts[config.end_of_text] = 0
     frequent = np.argsort(-counts, kind="stable")[:vocabulary]
     kept = np.sort(frequent[counts[frequent] >= min_count])
-    if len(kept) <= features:
-        raise RunError(f"{len(kept)} tokens of the vocabulary occur {min_count} times or more among the {len(text):,} read from {folder}, and {features} features "
-                       "need more; give more data or a higher --vocabulary, or lower --min_count or --features")
+    require(len(kept) > features, f"{len(kept)} tokens of the vocabulary occur {min_count} times or more among the {len(text):,} read from {folder}, "
+                                  f"and {features} features need more; give more data or a higher --vocabulary, or lower --min_count or --features")
     place = np.full(config.vocab_size, -1, dtype=np.int32)
     place[kept] = np.arange(len(kept))
     vectors = embedding(place[text], np.cumsum(text == config.end_of_text, dtype=np.int32), len(kept), features, window, seed)
@@ -340,6 +381,8 @@ def keys_of(saved: dict, config: Config, layer: int) -> np.ndarray:
 def from_checkpoint(path: str, layer: int = -1, head: int = -1, data: str = "", tokens: int = 65_536, seed: int = 1,
                     graph: Graph = Graph(), tau: Tau = Tau(), device: str = "auto") -> Manifold:
     """The manifold of a layer's keys, of all heads or (head >= 0) of one. RunError if they cannot be had, or for a graph in parts."""
+    check_value(int, tokens, "--tokens", RANGES["val_tokens"])
+    check_value(int, seed, "--seed", RANGES["seed"])
     saved = read_checkpoint(path)
     config = Config(**saved["config"])
     config = replace(config, compile="off", device=device, data=data or config.data, val_tokens=tokens)
@@ -358,9 +401,10 @@ def from_checkpoint(path: str, layer: int = -1, head: int = -1, data: str = "", 
 
 def from_random(path: str, seed: int = 1) -> Manifold:
     """The control of a stored manifold: its spectrum and vectors, with another matrix."""
+    check_value(int, seed, "--seed", RANGES["seed"])
     original = read_manifold(path)
-    if original.provenance["source"] == "random":
-        raise RunError(f"{path} is such a control already; give the file that it was made from, with another --seed")
+    require(original.provenance["source"] != "random",
+            f"{path} is such a control already; give the file that it was made from, with another --seed")
     provenance = dict(source="random", matrix="eigenvalues of `of`, random eigenvectors but for the constant one: not made from a graph", seed=seed,
                       sha256={Path(path).name: hashlib.sha256(Path(path).read_bytes()).hexdigest()}, of=original.provenance, tau=original.provenance["tau"])
     return replace(original, laplacian=random_laplacian(original.laplacian, seed), provenance=provenance)
@@ -368,8 +412,8 @@ def from_random(path: str, seed: int = 1) -> Manifold:
 
 def from_chain(features: int = 64) -> Manifold:
     """The chain of `features` nodes."""
-    if features < 2:
-        raise RunError(f"--features must be at least 2, got {features}")
+    require(features >= 2, f"--features must be at least 2, got {features}")
+    check_value(int, features, "--features", (2, MOST_FEATURES))
     return Manifold(chain_laplacian(features).double().numpy(), dict(source="chain", features=features, tau=asdict(Tau("fixed"))),
                     np.zeros((0, features), np.float32), np.zeros(0, np.int64))
 
@@ -420,21 +464,18 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("-o", "--output", metavar="FILE.npz", type=Path, required=True)
     given = vars(parser.parse_args(argv))
     make, output = dict(corpus=from_corpus, checkpoint=from_checkpoint, random=from_random, chain=from_chain)[given.pop("command")], given.pop("output")
-    try:
+
+    def work():
+        require(output.parent.is_dir() and not output.is_dir() and len(output.name.encode()) <= 200,
+                f"cannot write {output}: it must be a file of up to 200 letters in a folder that is there; give another -o")
         if "tau" in given:
             given["tau"] = Tau(given["tau"], given.pop("percentile"))
             given["graph"] = Graph(**{name: given.pop(name) for name in asdict(Graph())})
         source = [given.pop("source")] if "source" in given else []
         manifold = make(*source, **given)
         manifold.save(output)
-    except RunError as error:
-        print(f"manifold.py: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("manifold.py: interrupted", file=sys.stderr)
-        return 130
-    print(f"{output}: {summary(manifold)}")
-    return 0
+        print(f"{output}: {summary(manifold)}")
+    return run_script("manifold.py", work)
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ MOST = dict(chain=31, contra=31, order=12, set=49)  # depths whose length set of
 
 
 MOST_DIGITS = 500  # of training: a problem of twice as many is still read and written by Python's own numbers
-SHORTEST = 8       # tokens, less than any problem has
+SHORTEST = 16      # tokens, less than any problem has with its end of text
 PARTS = ("test", "x1.5", "x2")
 
 
@@ -281,20 +281,26 @@ def held_out(task: Task, count: int, seed: int) -> Iterator[tuple[str, Problem]]
 TESTS = "symbolic_test.jsonl"  # beside them
 
 
+def document_of(task: Task, problem: Problem) -> tuple[list[int], int]:
+    """(tokens, bytes of text) of a problem and its solution. RunError for a document, with the end of text, that is longer than a row."""
+    words = [word for part in problem.text(task) for word in part]
+    length = len(words) + 1
+    require(length <= task.sequence_length, f"a document of {problem.family} has {length} tokens and a row {task.sequence_length}: raise "
+                                            "--sequence_length, or lower --digits or --depth")
+    return [IDS[word] for word in words], len(" ".join(words).encode())
+
+
 def packed(task: Task, split: str, found: Iterable[Problem]) -> Iterator[tuple]:
     """(split, tokens, bytes of text, True) as ShardWriter.add takes it: rows of whole documents, then pads. RunError for a document longer than a row."""
     held, size, room = None, 0, task.sequence_length
     for problem in found:
-        prompt, solution = problem.text(task)
-        tokens = [IDS[word] for word in prompt + solution]
+        tokens, text_bytes = document_of(task, problem)
         length = len(tokens) + 1
-        if length > task.sequence_length:
-            raise RunError(f"a document of {problem.family} has {length} tokens and a row {task.sequence_length}: raise --sequence_length, or lower --digits or --depth")
         if held is not None:
             if length > room:
                 held, room = held + [IDS[PAD]] * room, task.sequence_length
             yield split, held, size, True
-        held, size, room = tokens, len(" ".join(prompt + solution).encode()), room - length
+        held, size, room = tokens, text_bytes, room - length
     yield split, held + [IDS[PAD]] * room, size, True
 
 
@@ -304,6 +310,8 @@ def make(folder: Path, task: Task, count: int, val_count: int, test_count: int, 
         require(number >= 1, f"--{name} must be at least 1, got {number}")
         check_value(int, number, f"--{name}", (1, most))
     check_value(int, seed, "--seed", RANGES["seed"])
+    for family in task.families:  # the longest first: nobody waits for the tests only to learn that rows are too short
+        document_of(task, drawn(family, random.Random(seed), task.most(family)))
     check_space(folder, SHORTEST * (count + val_count), "these problems, the shortest there are,", "ask for a lower --count or --val_count")
 
     def documents():
