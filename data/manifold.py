@@ -466,7 +466,7 @@ def main(argv: list[str] | None = None) -> int:
     make, output = dict(corpus=from_corpus, checkpoint=from_checkpoint, random=from_random, chain=from_chain)[given.pop("command")], given.pop("output")
 
     def work():
-        require(output.parent.is_dir() and not output.is_dir() and len(output.name.encode()) <= 200,
+        require(len(output.name.encode()) <= 200 and output.parent.is_dir() and not output.is_dir(),
                 f"cannot write {output}: it must be a file of up to 200 letters in a folder that is there; give another -o")
         if "tau" in given:
             given["tau"] = Tau(given["tau"], given.pop("percentile"))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data import local_corpus
+from data.shards import check_folder
 from train_gpt import Config, RunError, TokenLoader, open_shard, validation_batches
 
 SCRIPT = Path(local_corpus.__file__)
@@ -46,7 +47,9 @@ def test_every_module_once_in_its_split_and_order(tmp_path, library):
     assert documents(tmp_path / "out", "train") == [library[name] for name in by_hash if name not in val]
     assert meta["val"]["utf8_bytes"] == sum(len(library[name]) for name in val) and meta["val"]["documents"] == len(val)
     assert meta["train"]["tokens"] == meta["train"]["utf8_bytes"] + meta["train"]["documents"]
-    assert (meta["vocab_size"], meta["tokenizer"]) == (257, "bytes") and sys.version.split()[0].rstrip("+") in meta["source"]
+    assert (meta["vocab_size"], meta["end_of_text"], meta["tokenizer"]) == (257, 256, "bytes")
+    check_folder(tmp_path / "out")
+    assert sys.version.split()[0].rstrip("+") in meta["source"]
 
 
 def test_the_same_wherever_the_library_lies(tmp_path, library, monkeypatch):

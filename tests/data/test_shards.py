@@ -2,12 +2,14 @@
 import hashlib
 import json
 import os
+import re
 import struct
 
 import numpy as np
 import pytest
 
-from data.shards import ShardWriter, claim_folder, encode_bytes, read_merges, sha256_of, write_folder, write_merges, write_meta, write_shard
+from data.shards import (ShardWriter, check_folder, claim_folder, encode_bytes, read_merges, read_meta, sha256_of, write_folder, write_merges,
+                         write_meta, write_shard)
 from train_gpt import RunError, open_shard
 
 ONE_EACH = [("train", [1, 2, 3], 3, True), ("val", [4, 5], 2, True)]
@@ -68,7 +70,8 @@ def test_bytes_as_tokens():
 def test_a_folder_and_its_meta_data(tmp_path, tiny_merges):
     meta = write_folder(tmp_path, "a", ONE_EACH, end_of_text=261, merges=tiny_merges, tokenizer="tiny", source="here")
     assert meta == json.loads((tmp_path / "meta.json").read_text())
-    assert (meta["vocab_size"], meta["tokenizer"], meta["source"], meta["train"]["tokens"], meta["val"]["utf8_bytes"]) == (262, "tiny", "here", 4, 2)
+    assert (meta["vocab_size"], meta["end_of_text"], meta["tokenizer"], meta["source"]) == (262, 261, "tiny", "here")
+    assert (meta["train"]["tokens"], meta["val"]["utf8_bytes"]) == (4, 2)
     assert names(tmp_path) == ["a.tiktoken", "a_train_000000.bin", "a_val_000000.bin", "meta.json"]
     assert tokens_of(tmp_path, "a_val_*") == [261, 4, 5] and read_merges(tmp_path / "a.tiktoken") == tiny_merges
 
@@ -130,6 +133,41 @@ def test_names_that_would_confuse_the_splits(tmp_path, name):
         claim_folder(tmp_path, name)
 
 
+@pytest.mark.parametrize("name", ["medieval", "retrieval", "training", "evaluation.v2", "strain-1", "intervals"])
+def test_names_that_hold_a_split_inside_a_word(tmp_path, name):
+    write_folder(tmp_path, name, ONE_EACH, end_of_text=256, tokenizer="bytes")
+    assert names(tmp_path) == sorted([f"{name}_train_000000.bin", f"{name}_val_000000.bin", "meta.json"])
+    check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("other, refused", [
+    ("llm_val.bin", False), ("weights.bin", False), ("medieval.bin", False), ("b_000001.bin", False), ("a_train_000000.bin.part", False),
+    ("b_val_000001.bin", True), ("val-7.bin", True), ("train.val.bin", True), ("a_train_val_000000.bin", True), ("a_train_1.bin", True)])
+def test_which_other_files_the_trainer_would_take(tmp_path, other, refused):
+    (tmp_path / other).write_bytes(b"x")
+    if refused:
+        with pytest.raises(RunError, match=f"holds {re.escape(other)}, which the trainer would mix"):
+            claim_folder(tmp_path, "a")
+    else:
+        claim_folder(tmp_path, "a")
+
+
+def test_what_a_killed_write_left_goes_and_nothing_else(tmp_path):
+    left = ["a_train_000003.bin", "a_val_000001.bin.part", ".a_train_000000.bin.part.4711", ".a_val_000000.bin.part.1"]
+    others = ["a_train_notes.txt", "a_train_000000.bin.txt", "b_val.bin", "aa_train_000000.bin.part"]
+    for name in (*left, *others):
+        (tmp_path / name).write_text("x")
+    write_folder(tmp_path, "a", ONE_EACH, end_of_text=256, tokenizer="bytes")
+    assert names(tmp_path) == sorted([*others, "a_train_000000.bin", "a_val_000000.bin", "meta.json"])
+
+
+def test_more_shards_than_six_digits_count(tmp_path):
+    writer = ShardWriter(tmp_path, "a", "train", 256, shard_tokens=1)
+    writer.parts = [tmp_path / "none"] * 10 ** 6
+    with pytest.raises(RunError, match="more than 1,000,000 shards of 1; make shards larger"):
+        writer.add([], 0)
+
+
 def test_shards_of_another_name_are_refused_and_kept(tmp_path):
     write_folder(tmp_path, "a", ONE_EACH, end_of_text=256, tokenizer="bytes")
     before = names(tmp_path)
@@ -154,6 +192,64 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 def test_meta_data_needs_vocabulary_and_tokenizer(tmp_path):
     with pytest.raises(ValueError, match="tokenizer"):
         write_meta(tmp_path, vocab_size=257)
+
+
+def test_meta_data_that_could_not_be_read_is_not_written(tmp_path):
+    with pytest.raises(RunError, match="end_of_text must be an integer from 0 to 256, below vocab_size, got 257"):
+        write_meta(tmp_path, vocab_size=257, end_of_text=257, tokenizer="bytes")
+    assert names(tmp_path) == []
+
+
+def test_no_meta_data(tmp_path):
+    assert read_meta(tmp_path) == {}
+    check_folder(tmp_path)
+    write_shard(tmp_path / "a_train_000000.bin", [1])
+    write_meta(tmp_path, vocab_size=2, tokenizer="elsewhere")  # and nothing recorded
+    check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda folder: (folder / "a_val_000000.bin").unlink(), "lacks a_val_000000.bin, which its meta.json records"),
+    (lambda folder: write_shard(folder / "a_val_000000.bin", [261, 4, 6]), "a_val_000000.bin has changed since it was written"),
+    (lambda folder: write_shard(folder / "a_train_000001.bin", [261, 4, 5]), "holds a_train_000001.bin, which its meta.json does not record"),
+    (lambda folder: (folder / "a.tiktoken").write_bytes((folder / "a.tiktoken").read_bytes().replace(b" 256", b" 261")), "a.tiktoken has changed"),
+    (lambda folder: (folder / "vocabulary.txt").write_text("another"), "vocabulary.txt has changed")])
+def test_a_changed_folder(tmp_path, tiny_merges, change, message):
+    (tmp_path / "vocabulary.txt").write_text("words")
+    facts = dict(end_of_text=261, merges=tiny_merges, beside=["vocabulary.txt"], tokenizer="tiny")
+    write_folder(tmp_path, "a", ONE_EACH, **facts)
+    check_folder(tmp_path)
+    change(tmp_path)
+    with pytest.raises(RunError, match=message):
+        check_folder(tmp_path)
+    write_folder(tmp_path, "a", ONE_EACH, **facts)
+    check_folder(tmp_path)
+
+
+def test_files_are_read_once(tmp_path, monkeypatch):
+    write_folder(tmp_path, "a", ONE_EACH, end_of_text=256, tokenizer="bytes")
+    read = []
+
+    def counted(paths):
+        read.extend(path.name for path in paths)
+        return sha256_of(paths)
+    monkeypatch.setattr("data.shards.sha256_of", counted)
+    for _ in range(3):
+        check_folder(tmp_path)
+    assert sorted(read) == ["a_train_000000.bin", "a_val_000000.bin"]
+
+    read.clear()  # a file with new times is read again
+    shard = tmp_path / "a_val_000000.bin"
+    shard.write_bytes(shard.read_bytes())
+    check_folder(tmp_path)
+    assert read == ["a_val_000000.bin"]
+
+    read.clear()  # as are all where the notes are damaged, or cannot be kept
+    monkeypatch.setattr("data.shards.write_atomically", lambda path, write: (_ for _ in ()).throw(RunError("read-only")))
+    for content in ("[", "{}", '{"a_train_000000.bin": 3, "a_val_000000.bin": [1, 2]}'):
+        (tmp_path / ".digests.json").write_text(content)
+        check_folder(tmp_path)
+    assert len(read) == 6
 
 
 @pytest.mark.parametrize("damage, message", [
@@ -183,7 +279,11 @@ def test_merges_round_trip_and_a_changed_file_is_noticed(tmp_path, tiny_merges):
 @pytest.mark.parametrize("change, message", [
     (lambda text: text.replace(b" 259\n", b" 300\n"), "no whole set"), (lambda text: text.split(b"\n", 1)[1], "no whole set"),
     (lambda text: text + text.splitlines()[-1].replace(b" 260", b" 261"), "no whole set"), (lambda text: b"", "no whole set"),
-    (lambda text: b"hello\n" + text, "no .tiktoken file"), (lambda text: b"a b c\n", "no .tiktoken file")])
+    (lambda text: b"hello\n" + text, "no .tiktoken file"), (lambda text: b"a b c\n", "no .tiktoken file"),
+    (lambda text: text + b"YQ= 261\n", "line 262 is not"), (lambda text: text + b"YWI= x\n", "line 262 is not"),
+    (lambda text: text + b"YWI= 261.0\n", "line 262 is not"), (lambda text: text + b"YWI= -1\n", "line 262 is not"),
+    (lambda text: text + b"YWI= " + b"9" * 5000, "line 262 is not"), (lambda text: text + b" 261\n", "no whole set"),
+    (lambda text: text + b"YQ== 261\n", "no whole set"), (lambda text: text + b"YWI= 260\n", "no whole set"), (lambda text: bytes(1000), "line 1 is")])
 def test_damaged_merges(tiny_tiktoken, change, message):
     tiny_tiktoken.write_bytes(change(tiny_tiktoken.read_bytes()))
     with pytest.raises(RunError, match=message):
