@@ -4,7 +4,6 @@ Writing and checking a folder of shards: the one place that knows what the train
     NAME_train_%06d.bin, NAME_val_%06d.bin    256 int32 header [20240520, 1, number of tokens, 2, 0, ...], then uint16 tokens
     meta.json                                 vocab_size, end_of_text, tokenizer, where the text came from, tokens, bytes and sha256; written last
     NAME.tiktoken                             the tokenizer's merges, where it has any (for bits per byte, and to turn tokens back into text)
-    .digests.json                             the sha256 of files that were read already, so that no file is read twice (check_folder)
 
 A document begins with the end-of-text token, whose id meta.json gives as end_of_text; in folders that this file writes it is the last id of the
 vocabulary. A file belongs to a split whose name, train or val, stands between separators (_ . -) of the file's name.
@@ -25,7 +24,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts beside this file are run by their path
-from train_gpt import HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, RunError, check_value, open_shard, read_json, require, write_atomically  # noqa: F401
+from train_gpt import (HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, Config, RunError, check_shards, check_value,  # noqa: F401
+                       find_shards, is_of_split, open_shard, read_meta, require, write_atomically)
 
 SHARD_TOKENS = 100_000_000
 MOST_SHARDS = 10 ** 6   # of one split: six digits
@@ -97,13 +97,8 @@ def write_shard(path: Path, tokens: np.ndarray):
 
 
 def splits_in(name: str) -> set[str]:
-    """The splits that a file's name stands for: train and val, where they stand between separators or at an end of the name."""
-    return set(SPLITS).intersection(re.split(r"[_.-]", name))
-
-
-def is_numbered(name: str) -> bool:
-    """Whether a file's name ends in a number, as those of shards do; the trainer takes others, as llm.c's NAME_val.bin, only where there are none."""
-    return re.search(r"[_.-]\d+\.bin$", name) is not None
+    """The splits that a shard's file name stands for, as the trainer reads it."""
+    return {split for split in SPLITS if is_of_split(Path(name), split)}
 
 
 def files_of(folder: Path, name: str, splits: Iterable[str] = SPLITS) -> list[Path]:
@@ -117,13 +112,15 @@ def claim_folder(folder: Path, name: str):
     folder = Path(folder)
     require(re.fullmatch(r"[\w.-]+", name) and len(name.encode()) <= 200,
             f"shards cannot be called {name[:60]!r}: use up to 200 letters, digits, '_', '.' and '-'")
-    require(not splits_in(name), f"shards cannot be called {name!r}: between '_', '.' or '-' the words train and val name the splits; leave them out")
+    require(not splits_in(f"{name}.bin"), f"shards cannot be called {name!r}: between '_', '.' or '-' the words train and val name the splits; leave them out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         others = {path.name for path in folder.glob("*.bin")} - {path.name for path in files_of(folder, name)}
     except OSError as error:
         raise RunError(f"cannot write to {folder}: {error.strerror}; give another folder with -o") from None
-    mixed = sorted(other for other in others if splits_in(other) == set(SPLITS) or splits_in(other) and is_numbered(other))
+    # of a split the trainer takes the files whose names end in a number, and others only where there are none
+    mixed = sorted(other for other in others
+                   if len(splits_in(other)) == 2 or splits_in(other) and Path(other).stem[-1].isdigit())
     require(not mixed, f"{folder} holds {''.join(mixed[:1])}, which the trainer would mix with {name}'s shards; give another folder with -o, or delete it")
 
 
@@ -213,112 +210,51 @@ def write_folder(folder: Path, name: str, documents: Iterable[tuple], end_of_tex
 # meta.json and checksums
 
 
-def check_meta(meta: dict, path: Path):
-    """
-    Raise RunError, which names the file, unless the fields of a meta.json that have a meaning here are of their types and ranges.
-
-        vocab_size        number of token ids, 1 to 65,536
-        end_of_text       id of the token that begins every document, below vocab_size; may be missing
-        tokenizer, source   words; may be missing
-        train, val        facts of a split: documents, tokens, utf8_bytes, shards, and sha256 {file name: 64 hexadecimal digits}; all may be missing
-        beside            sha256 of other files, likewise
-    """
-    remedy = "make the folder again, or mend the file; where there is no such file the trainer takes --vocab_size"
-
-    def check(holds, field, wanted, value):
-        got = f"a {type(value).__name__}" if isinstance(value, dict | list) else repr(value)[:60]
-        require(holds, f"{path}: {field} must be {wanted}, got {got}; {remedy}")
-
-    def is_integer(value, least, most):
-        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-    size = meta.get("vocab_size")
-    check(is_integer(size, 1, 2 ** 16), "vocab_size", "an integer from 1 to 65536", size)
-    end = meta.get("end_of_text", 0)
-    check(is_integer(end, 0, size - 1), "end_of_text", f"an integer from 0 to {size - 1}, below vocab_size", end)
-    for field in ("tokenizer", "source"):
-        value = meta.get(field, "")
-        check(isinstance(value, str), field, "text", value)
-    for section in (*SPLITS, "beside"):
-        facts = meta.get(section, {})
-        check(isinstance(facts, dict), section, "an object", facts)
-        for field in ("documents", "tokens", "utf8_bytes", "shards"):
-            value = facts.get(field, 0)
-            check(is_integer(value, 0, 2 ** 62), f"{section}.{field}", "an integer, 0 or more", value)
-        digests = facts.get("sha256", {})
-        check(isinstance(digests, dict), f"{section}.sha256", "an object", digests)
-        for name, digest in digests.items():
-            check(not re.search(r"[/\\\0]", name) and name not in ("", ".", ".."), f"{section}.sha256", "of files of this folder", name)
-            check(isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest), f"{section}.sha256", "64 hexadecimal digits a file", digest)
-
-
-def read_meta(folder: Path) -> dict:
-    """The meta.json of a folder of shards, every field checked, or {} where there is none. RunError for anything wrong with it."""
-    path = Path(folder) / "meta.json"
-    if not os.path.lexists(path):
-        return {}
-    meta = read_json(path, "make the folder again, or delete this file and give --vocab_size")
-    check_meta(meta, path)
-    return meta
-
-
 def write_meta(folder: Path, **facts):
-    """meta.json of a folder of shards; vocab_size and tokenizer must be among the facts. RunError for facts that read_meta would refuse."""
-    path, missing = Path(folder) / "meta.json", {"vocab_size", "tokenizer"} - set(facts)
+    """meta.json of a folder of shards; vocab_size and tokenizer must be among the facts."""
+    missing = {"vocab_size", "tokenizer"} - set(facts)
     if missing:
         raise ValueError(f"meta.json needs {sorted(missing)}")
-    check_meta(facts, path)
-    write_atomically(path, lambda file: file.write(json.dumps(facts, indent=1).encode()))
+    write_atomically(Path(folder) / "meta.json", lambda file: file.write(json.dumps(facts, indent=1).encode()))
+
+
+def recorded_in(meta: dict, section: str, path: Path) -> dict[str, str]:
+    """{file name: sha256} of a section (train, val, beside) of a folder's meta data. RunError, which names meta.json, for another kind of value."""
+    facts = meta.get(section, {})
+    digests = facts.get("sha256", {}) if isinstance(facts, dict) else None
+    require(isinstance(digests, dict)
+            and all(re.fullmatch(r"[^/\\\0]{1,255}", name) and name not in (".", "..") for name in digests)
+            and all(isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) for digest in digests.values()),
+            f"{path}: {section} has no list of files of this folder and their sha256; make the shards again, or give "
+            "--vocab_size and delete it")
+    return digests
 
 
 def check_folder(folder: Path):
     """
-    Raise RunError unless the files whose sha256 meta.json records are there and unchanged, and each split that has such records holds no other
-    shards. Without meta.json, or without records in it, there is nothing to check. Files are read once, see digests_of.
+    Raise RunError unless all files whose sha256 meta.json records are there and unchanged, and each split that has such
+    records holds no other shards. Where meta.json records nothing, or is not there, there is nothing to check.
     """
-    folder, meta = Path(folder), read_meta(folder)
-    for section in (*SPLITS, "beside"):
-        recorded = meta.get(section, {}).get("sha256", {})
-        lost = [name for name in recorded if not os.path.isfile(folder / name)]
-        require(not lost, f"{folder} lacks {''.join(lost[:1])}, which its meta.json records; fetch or make the folder again")
-        digests = digests_of(folder, recorded)
-        changed = [name for name in recorded if digests[name] != recorded[name]]
-        require(not changed, f"{folder / ''.join(changed[:1])} has changed since it was written: its sha256 is not the one in meta.json; fetch or make "
-                             "it again")
-        if recorded and section in SPLITS:
-            present = {path.name for path in folder.glob("*.bin") if section in splits_in(path.name) and is_numbered(path.name)}
-            others = sorted(present - set(recorded))
-            require(not others, f"{folder} holds {''.join(others[:1])}, which its meta.json does not record; move it away, or run the script again "
-                                "that made the folder")
+    folder = Path(folder)
+    meta, config = read_meta(folder), Config(data=str(folder.absolute()))
+    recorded = {section: recorded_in(meta, section, folder / "meta.json") for section in (*SPLITS, "beside")}
+    for name in (name for names in recorded.values() for name in names):
+        require(os.path.isfile(folder / name),
+                f"{folder} lacks {name[:200]}, which its meta.json records; fetch or make the folder again")
 
+    # the shards
+    for split in filter(recorded.get, SPLITS):
+        others = sorted({path.name for path in find_shards(config, split)} - set(recorded[split]))
+        require(not others, f"{folder} holds {''.join(others[:1])}, which its meta.json does not record; move it away, or "
+                            "run the script again that made the folder")
+    if any(recorded[split] for split in SPLITS):
+        check_shards(config)
 
-def digests_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """
-    {name: sha256} of files in a folder. What was read is kept in .digests.json beside them, by size and times of change, where the folder can be
-    written; a file that changes is read again. RunError for a file that cannot be read.
-    """
-    store, digests = Path(folder) / ".digests.json", {}
-    try:
-        kept = read_json(store, "")
-    except RunError:  # there is none, or it is damaged: all files are read
-        kept = {}
-    before = dict(kept)
-    for name in names:
-        path = Path(folder) / name
-        try:
-            status = path.stat()
-            key = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-            entry = kept.get(name)
-            if not isinstance(entry, list) or len(entry) != 4 or entry[:3] != key:
-                kept[name] = [*key, *sha256_of([path]).values()]
-        except OSError as error:
-            raise RunError(f"cannot read {path}: {error.strerror}; fetch or make it again") from None
-        digests[name] = kept[name][3]
-    if kept != before:
-        try:
-            write_atomically(store, lambda file: file.write(json.dumps(kept).encode()))
-        except RunError:  # a folder that cannot be written: files are read again next time
-            pass
-    return digests
+    # and what lies beside them
+    digests = sha256_of(folder / name for name in recorded["beside"])
+    changed = [name for name, digest in recorded["beside"].items() if digests[name] != digest]
+    require(not changed, f"{folder / ''.join(changed[:1])} has changed since it was written: its sha256 is not the one in "
+                         "meta.json; fetch or make it again")
 
 
 def sha256_of(shards: Iterable[Path]) -> dict[str, str]:

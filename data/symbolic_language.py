@@ -44,7 +44,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt
 import variants
-from data.shards import SHARD_TOKENS, RunError, check_option, check_space, check_value, read_meta, require, run_script, write_folder
+from data.shards import SHARD_TOKENS, RunError, check_folder, check_option, check_space, check_value, read_meta, require, run_script, write_folder
 from data.symbolic_proofs import IDS, LABELS, PAD, PROPOSITIONS, SETS, TEMPLATES, VARIABLES, VOCAB_SIZE, VOCABULARY, Parser, Verdict, check, normalised, rendered, split_of, \
     split_words, symbolic_words
 from generate import Decoder, config_of, decodes_from_cache, sample
@@ -426,6 +426,7 @@ def read_tests(folder: Path, count: int, seed: int, length_count: int | None = N
         require(isinstance(settings, dict) and set(settings) == set(Task.__dataclass_fields__) and isinstance(settings["families"], list),
                 "meta.json has no settings of one")
         task = Task(**settings)
+        check_folder(folder)
         tests = [read_test(line, task, number) for number, line in enumerate((folder / TESTS).read_text(encoding="utf-8").splitlines(), 1)]
         require(tests, f"{TESTS} is empty")
     except (OSError, ValueError, TypeError, RunError) as error:

@@ -142,13 +142,19 @@ def flip(path):
     content = bytearray(path.read_bytes())
     content[-2] ^= 1
     path.write_bytes(content)
+    os.utime(path, (1, 1))  # a time of its own, however coarse the clock of the disk
 
 
-def test_a_changed_token_is_fetched_again(tmp_path, hub):
+def test_a_changed_token_is_fetched_again(tmp_path, hub, monkeypatch):
     assert run(tmp_path, 2) == 0
     hub.asked.clear()
     hub.checked.clear()
-    assert run(tmp_path, 2) == 0 and hub.asked == hub.checked == []  # all is known to be whole: no network
+    with monkeypatch.context() as patch:  # all is known to be whole: no network, and no file is read again
+        patch.setattr(cached, "sha256_of", lambda paths: pytest.fail("read again"))
+        assert run(tmp_path, 2) == 0 and hub.asked == hub.checked == []
+    for content in ("[", "{}", '{"fineweb_train_000001.bin": 3}', '{"fineweb_train_000001.bin": [1, 2]}'):
+        (tmp_path / ".checked.json").write_text(content)
+        assert run(tmp_path, 2) == 0 and hub.asked == []
     flip(tmp_path / "fineweb_train_000001.bin")
     assert run(tmp_path, 2) == 0 and hub.asked == ["fineweb_train_000001.bin"] and hub.checked == []
     check_folder(tmp_path)
@@ -173,7 +179,7 @@ def test_shards_that_the_hub_could_not_vouch_for_are_checked_later(tmp_path, hub
 
 def test_a_damaged_meta_file(tmp_path, hub, capsys):
     (tmp_path / "meta.json").write_text("[]")
-    assert "meta.json holds a JSON list, not an object; make the folder again, or delete this file" in fault(capsys, tmp_path, 1)
+    assert "meta.json holds a JSON list, not an object; make the shards again" in fault(capsys, tmp_path, 1)
 
 
 def test_a_truncated_file_comes(tmp_path, hub, capsys):

@@ -93,7 +93,7 @@ def test_the_trainer_opens_the_folder(tmp_path, tiny_tiktoken):
     jsonl(tmp_path / "a.jsonl", TEXTS)
     assert main([str(tmp_path / "a.jsonl"), "-o", str(tmp_path / "out"), "--tokenizer", str(tiny_tiktoken), "--val_fraction", "0.2"]) == 0
     config = Config(data=str(tmp_path / "out"), vocab_size=262, sequence_length=64, batch_tokens=256, val_tokens=640)
-    assert TokenLoader(config).next_batch()[0].shape == (4, 65) and validation_batches(config).shape[-1] == 65
+    assert TokenLoader(config).next_batch()[0].shape == (4, 65) and validation_batches(config)[0].shape[-1] == 65
 
 
 def test_the_split_depends_on_the_document_alone(tmp_path):
