@@ -3,10 +3,11 @@ FineWeb as GPT-2 tokens, ready-made, from the Hugging Face Hub: the validation s
 
     python data/cached_fineweb10B.py [N] [--dataset fineweb10B|fineweb100B|finewebedu10B] [-o DIR]
 
-A shard holds 100 million tokens in 200 MB; N is 9 unless given. DIR is data/<dataset> unless given. Shards that are there and whole stay, damaged
-ones are fetched again, and an interrupted download goes on where it stopped. Whole is a shard whose sha256 is the Hub's; while the Hub cannot be
-asked, one that has the size its header promises, and a line says so. Beside the shards: meta.json, with every shard's sha256, and gpt2.tiktoken if
-tiktoken can get GPT-2's merges. Exit code 1 and one line for a fault.
+A shard holds 100 million tokens in 200 MB; N is 9 unless given. DIR is data/<dataset> unless given. Shards that are
+there and whole stay, damaged ones are fetched again, and an interrupted download goes on where it stopped. Whole is a
+shard whose sha256 is the Hub's; while the Hub cannot be asked, one that has the size its header promises, and a line
+says so. Beside the shards: meta.json, with every shard's sha256, and gpt2.tiktoken if tiktoken can get GPT-2's merges.
+Exit code 1 and one line for a fault.
 Sources: the data sets kjj0/fineweb10B-gpt2, kjj0/fineweb100B-gpt2 and kjj0/finewebedu10B-gpt2, which modded-nanogpt trains on.
 """
 
@@ -47,14 +48,15 @@ def hub_digests(repository: str, names: list[str]) -> dict[str, str]:
                     digests[info.path] = info.lfs.sha256
         return digests
     except Exception as error:  # of the network or the hub, in whatever library it came up
-        raise RunError(f"the Hub cannot be asked for the sha256 of {repository} ({type(error).__name__}), so shards are checked by their size "
+        raise RunError(f"the Hub cannot be asked for the sha256 of {repository} ({type(error).__name__}), so shards "
+                       "are checked by their size "
                        "only; run this again with a network") from None
 
 
 def digests_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """
-    {name: sha256} of files in a folder. Each is read once: the trainer's .checked.json, which this file reads and writes
-    too, knows files by their size and time, where the folder can be written. RunError for a file that cannot be read.
+    {name: sha256} of files in a folder. Each is read once: the trainer's .checked.json, which this script reads and
+    writes too, knows files by their size and time. RunError for a file that cannot be read.
     """
     store, digests = Path(folder) / ".checked.json", {}
     try:
@@ -107,7 +109,8 @@ def fetch(repository: str, path: Path, digests: dict[str, str]):
     fault = fault_of(path, digests)
     if fault:
         path.unlink(missing_ok=True)
-        raise RunError(f"what came for {path.name} of {repository} was damaged; run this again: finished shards are kept ({fault})")
+        raise RunError(f"what came for {path.name} of {repository} was damaged; run this again: finished shards are "
+                       f"kept ({fault})")
 
 
 def download(dataset: str, count: int, folder: Path) -> dict:
@@ -117,13 +120,17 @@ def download(dataset: str, count: int, folder: Path) -> dict:
     claim_folder(folder, name)
     meta = read_meta(folder)
     source = meta.get("source", "elsewhere") if meta else repository
-    require(source == repository, f"{folder} holds shards from {source}, whose names are the same; give another folder with -o")
+    require(source == repository,
+            f"{folder} holds shards from {source}, whose names are the same; give another folder with -o")
 
     # what is missing: by the Hub's sha256, which an earlier call may have left in meta.json
     wanted = {f"{name}_val_{0:06d}.bin", *(f"{name}_train_{i:06d}.bin" for i in range(1, count + 1))}
-    paths = [folder / file for file in sorted(wanted | {path.name for path in files_of(folder, name) if path.suffix == ".bin"},
-                                              key=lambda file: ("_val_" not in file, file))]
-    digests = {file: digest for split in SPLITS for file, digest in meta.get(split, {}).get("sha256", {}).items() if meta.get("verified") is True}
+    present = {path.name for path in files_of(folder, name) if path.suffix == ".bin"}
+    paths = [folder / file for file in sorted(wanted | present, key=lambda file: ("_val_" not in file, file))]
+    digests = {}
+    if meta.get("verified") is True:
+        for split in SPLITS:
+            digests |= meta.get(split, {}).get("sha256", {})
     if not {path.name for path in paths} <= set(digests):
         try:
             digests = hub_digests(repository, [path.name for path in paths])
@@ -166,7 +173,8 @@ def main(argv: list[str] | None = None) -> int:
     def work():
         facts = download(options.dataset, options.shards, folder)
         train, val = facts["train"], facts["val"]
-        print(f"{folder}: {train['tokens']:,} training tokens in {train['shards']} shards, {val['tokens']:,} validation tokens")
+        print(f"{folder}: {train['tokens']:,} training tokens in {train['shards']} shards, {val['tokens']:,} "
+              "validation tokens")
     return run_script("cached_fineweb10B.py", work, "interrupted; finished shards are kept, run this again to go on")
 
 

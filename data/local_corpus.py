@@ -47,21 +47,25 @@ def documents(files: list[tuple[str, Path]]) -> Iterator[tuple]:
 def build(folder: Path) -> dict:
     """Write the shards; returns the meta data. RunError if this Python has no library source."""
     files = library_files()
-    require(len(files) >= 100, f"only {len(files)} source files found in {sysconfig.get_paths()['stdlib']}: this Python has no library source; "
-                               "give --data another folder of shards")
+    require(len(files) >= 100,
+            f"only {len(files)} source files found in {sysconfig.get_paths()['stdlib']}: this Python has "
+            "no library source; "
+            "give --data another folder of shards")
     source = f"standard library of Python {platform.python_version()}"
     return write_folder(folder, "python", documents(files), end_of_text=256, tokenizer="bytes", source=source)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="local_corpus.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="local_corpus.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).resolve().parent / "python_bytes", help="folder to write")
     folder = parser.parse_args(argv).output
 
     def work():
         meta = build(folder)
         print(f"{folder}: {meta['source']}, " + ", ".join(
-            f"{split} {meta[split]['tokens']:,} tokens in {meta[split]['documents']} documents" for split in ("train", "val")))
+            f"{split} {meta[split]['tokens']:,} tokens "
+            f"in {meta[split]['documents']} documents" for split in ("train", "val")))
     return run_script("local_corpus.py", work, f"interrupted; {folder} holds no shards of this run")
 
 

@@ -57,8 +57,8 @@ from variants.topological_attention import chain_laplacian, read_laplacian
 
 SMOOTHING, KEPT_KEYS, TAU_FLOOR = 0.75, 8192, 1e-10
 TAU_MODES = ("fixed", "median", "mean", "percentile")
-MOST_FEATURES = 4096     # the width of a head: matrices of F x F numbers and their eigenvalues are still a matter of seconds
-MOST_BYTES = 2 ** 31     # of a file's arrays: a few kilobytes of compressed zeros must not fill the memory
+MOST_FEATURES = 4096  # the width of a head
+MOST_BYTES = 2 ** 31  # of a file's arrays: a few kilobytes of compressed zeros must not fill the memory
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,14 @@ def unpacked_size(path: Path) -> int:
 def read_manifold(path: Path) -> Manifold:
     """RunError if the file is damaged or not of this script."""
     size = unpacked_size(path)
-    require(size <= MOST_BYTES, f"{path} unpacks to {size:,} bytes, more than the {MOST_BYTES:,} that such a file may have; give another file")
+    require(size <= MOST_BYTES,
+            f"{path} unpacks to {size:,} bytes, more than the {MOST_BYTES:,} that such a file may have; "
+            "give another file")
     try:
         laplacian = read_laplacian(str(path))
         with np.load(path) as file:
-            manifold = Manifold(laplacian, json.loads(str(file["provenance"])), *(file[name] for name in ("vectors", "counts", "tokens", "labels")))
+            arrays = (file[name] for name in ("vectors", "counts", "tokens", "labels"))
+            manifold = Manifold(laplacian, json.loads(str(file["provenance"])), *arrays)
     except ValueError as error:  # read_laplacian's names the option of the variant
         raise RunError(str(error).removeprefix("laplacian=domain:")) from None
     except Exception as error:  # of the archive or its arrays
@@ -153,13 +156,15 @@ def check_manifold(manifold: Manifold, path: Path):
 
     def check(holds, what):
         require(holds, f"{path} was not made by data/manifold.py, or is damaged: {what}; make it again")
-    check(vectors.shape == (n, F) and vectors.dtype == np.float32 and np.isfinite(vectors).all(), f"its vectors are no {n} x {F} numbers")
+    check(vectors.shape == (n, F) and vectors.dtype == np.float32 and np.isfinite(vectors).all(),
+          f"its vectors are no {n} x {F} numbers")
     check(counts.shape == (n,) and counts.dtype.kind == "i" and (counts > 0).all(), "its counts are no numbers above 0")
     check(manifold.tokens.shape in ((n,), (0,)) and manifold.tokens.dtype.kind == "i", f"its tokens are no {n} ids")
     check(manifold.labels.shape in ((F,), (0,)) and manifold.labels.dtype.kind == "U", f"its labels are no {F} words")
     tau = provenance.get("tau")
     check(isinstance(provenance.get("source"), str), "its provenance names no source")
-    check(isinstance(tau, dict) and set(tau) == set(Tau.__dataclass_fields__), "its provenance does not say how tau was chosen")
+    check(isinstance(tau, dict) and set(tau) == set(Tau.__dataclass_fields__),
+          "its provenance does not say how tau was chosen")
     try:
         Tau(**tau)
     except RunError as error:
@@ -200,11 +205,13 @@ def weights(cosine: np.ndarray, graph: Graph) -> np.ndarray:
     np.put_along_axis(edges, nearest, np.take_along_axis(others, nearest, 1) > -np.inf, 1)
     edges |= edges.T
     components, component = connected_components(edges, directed=False)
-    require(components == 1, f"the graph of {n} nodes and {edges.sum() // 2} edges falls into {components} components, the largest of "
-                             f"{np.bincount(component).max()} nodes; raise --eps, --k or --topk")
+    require(components == 1,
+            f"the graph of {n} nodes and {edges.sum() // 2} edges falls into {components} components, the largest of "
+            f"{np.bincount(component).max()} nodes; raise --eps, --k or --topk")
     with np.errstate(over="ignore"):
         weight = np.where(edges, 1 / (1 + (distance / graph.sigma) ** graph.p), 0)
-    require((weight[edges] > 0).all(), f"an edge of distance {distance[edges].max():.3g} has the weight 0; raise --sigma or lower --p")
+    require((weight[edges] > 0).all(),
+            f"an edge of distance {distance[edges].max():.3g} has the weight 0; raise --sigma or lower --p")
     return weight
 
 
@@ -321,8 +328,9 @@ def readable(token: bytes) -> str:
 def from_corpus(folder: str, features: int = 64, window: int = 5, vocabulary: int = 16384, min_count: int = 100, tokens: int = 10_000_000, seed: int = 1,
                 graph: Graph = Graph(), tau: Tau = Tau()) -> Manifold:
     """The manifold of a folder of shards. RunError for too little data, or a graph in parts."""
-    for name, value, least, most in (("features", features, 2, MOST_FEATURES), ("window", window, 1, 10_000), ("vocabulary", vocabulary, 1, 2 ** 16),
-                                     ("min_count", min_count, 1, 10 ** 15), ("tokens", tokens, 1, 10 ** 15)):
+    for name, value, least, most in (("features", features, 2, MOST_FEATURES), ("window", window, 1, 10_000),
+                                     ("vocabulary", vocabulary, 1, 2 ** 16), ("min_count", min_count, 1, 10 ** 15),
+                                     ("tokens", tokens, 1, 10 ** 15)):
         require(value >= least, f"--{name} must be at least {least}, got {value}")
         check_value(int, value, f"--{name}", (least, most))
     check_value(int, seed, "--seed", RANGES["seed"])
@@ -333,8 +341,11 @@ def from_corpus(folder: str, features: int = 64, window: int = 5, vocabulary: in
     counts[config.end_of_text] = 0
     frequent = np.argsort(-counts, kind="stable")[:vocabulary]
     kept = np.sort(frequent[counts[frequent] >= min_count])
-    require(len(kept) > features, f"{len(kept)} tokens of the vocabulary occur {min_count} times or more among the {len(text):,} read from {folder}, "
-                                  f"and {features} features need more; give more data or a higher --vocabulary, or lower --min_count or --features")
+    require(len(kept) > features,
+            f"{len(kept)} tokens of the vocabulary occur {min_count} times or more among the {len(text):,} "
+            f"read from {folder}, "
+            f"and {features} features need more; give more data or a higher --vocabulary, or lower "
+            "--min_count or --features")
     place = np.full(config.vocab_size, -1, dtype=np.int32)
     place[kept] = np.arange(len(kept))
     vectors = embedding(place[text], np.cumsum(text == config.end_of_text, dtype=np.int32), len(kept), features, window, seed)
@@ -467,7 +478,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def work():
         require(len(output.name.encode()) <= 200 and output.parent.is_dir() and not output.is_dir(),
-                f"cannot write {output}: it must be a file of up to 200 letters in a folder that is there; give another -o")
+                f"cannot write {output}: it must be a file of up to 200 letters in a folder that is "
+                "there; give another -o")
         if "tau" in given:
             given["tau"] = Tau(given["tau"], given.pop("percentile"))
             given["graph"] = Graph(**{name: given.pop(name) for name in asdict(Graph())})

@@ -33,7 +33,9 @@ def first_tokens(config: Config, split: str, count: int) -> np.ndarray:
     for file in find_shards(config, split):
         parts.append(open_shard(file)[:count - sum(map(len, parts))])
     tokens = checked(np.concatenate(parts), config)
-    require(len(tokens) >= 2, f"{len(tokens)} {split} tokens of {config.data} are too few for a bigram; ask for at least 2, or give more data")
+    require(len(tokens) >= 2,
+            f"{len(tokens)} {split} tokens of {config.data} are too few for a bigram; ask for at least 2, or "
+            "give more data")
     return tokens
 
 
@@ -63,7 +65,8 @@ def report(options: argparse.Namespace):
         check_option(options, name, 1, 10 ** 15)
     config = Config(data=options.folder)
     adopt_vocabulary(config)
-    train, val = first_tokens(config, "train", options.train_tokens), first_tokens(config, "val", options.val_tokens + 1)
+    train = first_tokens(config, "train", options.train_tokens)
+    val = first_tokens(config, "val", options.val_tokens + 1)
     previous, following = val[:-1], val[1:]
     sizes = token_bytes(config)[following].sum() if config.vocab_size == 257 else 0
     p = unigram(train, config.vocab_size)
@@ -75,7 +78,8 @@ def report(options: argparse.Namespace):
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line. Returns the exit code: 0, 1 for a fault (one line on stderr), 130 when interrupted."""
-    parser = argparse.ArgumentParser(prog="ngram_loss.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="ngram_loss.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="DIR", help="folder of shards")
     parser.add_argument("--train_tokens", type=int, default=10_000_000, help="training tokens to fit on")
     parser.add_argument("--val_tokens", type=int, default=10_485_760, help="validation tokens to predict")

@@ -56,16 +56,21 @@ class Recall:
             check_value(int, value, f"--{name}", None)
         shortest = 1 + 2 * self.pairs + 2 * self.queries
         object.__setattr__(self, "sequence_length", self.sequence_length or shortest)
-        require(1 <= self.pairs <= self.keys, f"--pairs must lie between 1 and --keys {self.keys}, got {self.pairs}: the keys of a document differ")
+        require(1 <= self.pairs <= self.keys,
+                f"--pairs must lie between 1 and --keys {self.keys}, got {self.pairs}: the keys of a document differ")
         require(1 <= self.queries <= self.pairs,
-                f"--queries must lie between 1 and --pairs {self.pairs}, got {self.queries}: every pair is asked for once")
+                f"--queries must lie between 1 and --pairs {self.pairs}, got {self.queries}: every pair is "
+                "asked for once")
         require(self.values >= 1, f"--values must be at least 1, got {self.values}")
-        require(self.sequence_length >= shortest, f"--sequence_length {self.sequence_length} is less than the {shortest} tokens of the end of text, "
-                                                  "the pairs and the queries")
+        require(self.sequence_length >= shortest,
+                f"--sequence_length {self.sequence_length} is less than the {shortest} tokens of the end of text, "
+                "the pairs and the queries")
         require(self.vocab_size <= 2 ** 16,
-                f"--keys {self.keys} and --values {self.values} make {self.vocab_size} token ids, and shards hold at most 65536")
+                f"--keys {self.keys} and --values {self.values} make {self.vocab_size} token ids, and shards "
+                "hold at most 65536")
         check_option(self, "sequence_length", *RANGES["sequence_length"])
-        require(self.vocab_size != 257, "--keys and --values together must not be 255: the trainer takes a vocabulary of 257 for bytes")
+        require(self.vocab_size != 257,
+                "--keys and --values together must not be 255: the trainer takes a vocabulary of 257 for bytes")
 
     @property
     def vocab_size(self) -> int:
@@ -116,8 +121,12 @@ def batches(task: Recall, count: int, seed: int, stream: str) -> Iterator[tuple[
 
 
 def make(folder: Path, task: Recall, count: int, val_count: int, seed: int) -> dict:
-    """Write the shards; returns the meta data. RunError for a count below 1, a full disk or a folder that cannot be written."""
-    check_space(folder, (max(count, 0) + max(val_count, 0)) * task.sequence_length, "these sequences", "ask for a lower --count or --val_count")
+    """
+    Write the shards; returns the meta data. RunError for a count below 1, a disk without room or a folder that cannot
+    be written.
+    """
+    check_space(folder, (max(count, 0) + max(val_count, 0)) * task.sequence_length, "these sequences",
+                "ask for a lower --count or --val_count")
     documents = ((split, document[1:], 0, True) for split, number in (("train", count), ("val", val_count))
                  for tokens, _ in batches(task, number, seed, split) for document in tokens)
     return write_folder(folder, "recall", documents, end_of_text=task.vocab_size - 1, tokenizer="recall", source="data/recall.py", recall=asdict(task), seed=seed,
@@ -132,7 +141,8 @@ def read_task(config: Config) -> Recall:
         require(isinstance(task, dict) and set(task) == set(Recall.__dataclass_fields__), "it has no settings of one")
         return Recall(**task)
     except RunError as error:
-        raise RunError(f"{folder / 'meta.json'} does not describe a recall task; give --data a folder that data/recall.py made ({error})") from None
+        raise RunError(f"{folder / 'meta.json'} does not describe a recall task; give --data a folder that "
+                       f"data/recall.py made ({error})") from None
 
 
 @torch.no_grad()
@@ -155,8 +165,9 @@ def evaluate(checkpoint: str, data: str = "", count: int = 512, seed: int = 1, d
     config = Config(**saved["config"])
     config = replace(config, compile="off", device=device, data=data or config.data)
     task = read_task(config)
-    require(task.vocab_size == config.vocab_size, f"{checkpoint} was trained on {config.vocab_size} token ids, and the task in {config.data} has "
-                                                  f"{task.vocab_size}; give the --data of its run")
+    require(task.vocab_size == config.vocab_size,
+            f"{checkpoint} was trained on {config.vocab_size} token ids, and the task in {config.data} has "
+            f"{task.vocab_size}; give the --data of its run")
     ranks, right, losses = Ranks.start(config), [], []
     rows = max(1, config.micro_batch_tokens // task.sequence_length)
     with variants.applied(config.variant, config):

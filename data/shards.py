@@ -1,12 +1,14 @@
 """
 Writing and checking a folder of shards: the one place that knows what the trainer expects to find there.
 
-    NAME_train_%06d.bin, NAME_val_%06d.bin    256 int32 header [20240520, 1, number of tokens, 2, 0, ...], then uint16 tokens
-    meta.json                                 vocab_size, end_of_text, tokenizer, where the text came from, tokens, bytes and sha256; written last
-    NAME.tiktoken                             the tokenizer's merges, where it has any (for bits per byte, and to turn tokens back into text)
+    NAME_train_%06d.bin, NAME_val_%06d.bin
+                     256 int32 header [20240520, 1, number of tokens, 2, 0, ...], then uint16 tokens
+    meta.json        vocab_size, end_of_text, tokenizer, where the text came from, tokens, bytes, sha256; written last
+    NAME.tiktoken    the tokenizer's merges, where it has any, for bits per byte and to turn tokens back into text
 
-A document begins with the end-of-text token, whose id meta.json gives as end_of_text; in folders that this file writes it is the last id of the
-vocabulary. A file belongs to a split whose name, train or val, stands between separators (_ . -) of the file's name.
+A document begins with the end-of-text token, whose id meta.json gives as end_of_text; in folders that this file writes
+it is the last id of the vocabulary. A file belongs to a split whose name, train or val, stands between separators
+(_ . -) of the file's name.
 Format: modded-nanogpt's and llm.c's; the header's fourth number, bytes a token, is ignored there.
 """
 
@@ -24,20 +26,20 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts beside this file are run by their path
-from train_gpt import (HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, Config, RunError, check_shards, check_value,  # noqa: F401
-                       find_shards, is_of_split, open_shard, read_meta, require, write_atomically)
+from train_gpt import (HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, Config, RunError, check_shards, check_value,
+                       find_shards, is_of_split, open_shard, read_meta, require, write_atomically)  # noqa: F401
 
 SHARD_TOKENS = 100_000_000
 MOST_SHARDS = 10 ** 6   # of one split: six digits
-MERGES_BYTES = 2 ** 26  # the largest file of merges that is read; GPT-4o's, with four times the ids that shards can hold, has 3.6 MB
+MERGES_BYTES = 2 ** 26  # the largest file of merges that is read; GPT-4o's 200,000 merges have 3.6 MB
 SPLITS = ("train", "val")
 
 
 def run_script(name: str, work: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """
-    Run a script's work and return its exit code: what `work` returns (None is 0), 1 for a fault, which becomes one line on stderr, or 130 for an
-    interrupt. A console that is closed while it is written to, as by head, ends the script without a word. Characters that a console cannot show
-    are replaced.
+    Run a script's work and return its exit code: what `work` returns (None is 0), 1 for a fault, which becomes one line
+    on stderr, or 130 for an interrupt. A console that is closed while it is written to, as by head, ends the script
+    without a word. Characters that a console cannot show are replaced.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
@@ -48,10 +50,12 @@ def run_script(name: str, work: Callable[[], int | None], interrupted: str = "in
     except RunError as error:
         message = str(error)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left once more at its end
+        # Python writes what is left once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        message = f"{error.filename or 'a file'} cannot be used: {error.strerror or error}; check its name and its rights, or give another"
+        file, fault = error.filename or "a file", error.strerror or error
+        message = f"{file} cannot be used: {fault}; check its name and its rights, or give another"
     except MemoryError as error:
         message = f"this machine has too little memory for that ({error}); ask for less"
     except KeyboardInterrupt:
@@ -62,18 +66,23 @@ def run_script(name: str, work: Callable[[], int | None], interrupted: str = "in
 
 
 def check_option(options, name: str, least: int, most: int):
-    """Raise RunError, which names the option, unless the whole number options.NAME lies between least and most, both allowed."""
+    """Raise RunError, which names the option, unless the whole number options.NAME lies between least and most."""
     check_value(int, getattr(options, name), f"--{name}", (least, most))
 
 
 def check_space(folder: Path, tokens: int, what: str, remedy: str):
-    """Raise RunError unless the disk of a folder, which need not exist yet, has room for shards of so many tokens. what: words for the message."""
+    """
+    Raise RunError unless the disk of a folder, which need not exist yet, has room for shards of so many tokens. what:
+    what needs the room, and remedy: how to need less, in the words of the message.
+    """
     existing = next(parent for parent in (Path(folder), *Path(folder).absolute().parents) if parent.exists())
     needed, free = 2 * tokens, shutil.disk_usage(existing).free
-    require(needed <= free, f"{what} need {needed / 1e9:,.1f} GB and {folder} has {free / 1e9:,.1f} GB free; {remedy}, free some space or give "
-                            "another folder with -o")
+    require(needed <= free,
+            f"{what} need {needed / 1e9:,.1f} GB and {folder} has {free / 1e9:,.1f} GB free; {remedy}, free "
+            "some space or give "
+            "another folder with -o")
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Shards
 
 
@@ -102,7 +111,7 @@ def splits_in(name: str) -> set[str]:
 
 
 def files_of(folder: Path, name: str, splits: Iterable[str] = SPLITS) -> list[Path]:
-    """The shards called NAME of some splits in a folder, finished or not, and what an interrupted write left of them."""
+    """The shards called NAME of some splits in a folder, finished or not, and what a killed process left of them."""
     ours = re.compile(rf"\.?{re.escape(name)}_({'|'.join(splits)})_\d{{6}}\.bin(\.part)?(\.\d+)?")
     return [path for path in Path(folder).iterdir() if ours.fullmatch(path.name)]
 
@@ -112,7 +121,9 @@ def claim_folder(folder: Path, name: str):
     folder = Path(folder)
     require(re.fullmatch(r"[\w.-]+", name) and len(name.encode()) <= 200,
             f"shards cannot be called {name[:60]!r}: use up to 200 letters, digits, '_', '.' and '-'")
-    require(not splits_in(f"{name}.bin"), f"shards cannot be called {name!r}: between '_', '.' or '-' the words train and val name the splits; leave them out")
+    require(not splits_in(f"{name}.bin"),
+            f"shards cannot be called {name!r}: between '_', '.' or '-' the words train and val name the "
+            "splits; leave them out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         others = {path.name for path in folder.glob("*.bin")} - {path.name for path in files_of(folder, name)}
@@ -121,7 +132,9 @@ def claim_folder(folder: Path, name: str):
     # of a split the trainer takes the files whose names end in a number, and others only where there are none
     mixed = sorted(other for other in others
                    if len(splits_in(other)) == 2 or splits_in(other) and Path(other).stem[-1].isdigit())
-    require(not mixed, f"{folder} holds {''.join(mixed[:1])}, which the trainer would mix with {name}'s shards; give another folder with -o, or delete it")
+    require(not mixed,
+            f"{folder} holds {', '.join(mixed)[:200]}, which the trainer would mix with {name}'s shards; give another "
+            "folder with -o, or delete it")
 
 
 class ShardWriter:
@@ -131,10 +144,12 @@ class ShardWriter:
         self.folder, self.name, self.split, self.end_of_text, self.shard_tokens = Path(folder), name, split, end_of_text, shard_tokens
         self.held, self.held_tokens, self.parts = [], 0, []
         self.documents, self.tokens, self.text_bytes = 0, 0, 0
-        require(1 <= shard_tokens < 2 ** 31, f"a shard holds at least 1 token and less than 2^31, as its header counts them; got {shard_tokens}")
+        require(1 <= shard_tokens < 2 ** 31,
+                f"a shard holds at least 1 token and less than 2^31, as its header counts them; got {shard_tokens}")
         claim_folder(self.folder, name)
         try:
-            for old in [self.folder / "meta.json", *files_of(self.folder, name, [split])]:  # a shorter corpus must not leave old shards behind
+            # a shorter corpus must not leave old shards behind
+            for old in [self.folder / "meta.json", *files_of(self.folder, name, [split])]:
                 old.unlink(missing_ok=True)
         except OSError as error:
             raise RunError(f"cannot replace {old}: {error.strerror}; give another folder with -o") from None
@@ -153,7 +168,9 @@ class ShardWriter:
             self.held_tokens += len(tokens)
 
     def _flush(self):
-        require(len(self.parts) < MOST_SHARDS, f"{self.tokens:,} tokens make more than {MOST_SHARDS:,} shards of {self.shard_tokens:,}; make shards larger")
+        require(len(self.parts) < MOST_SHARDS,
+                f"{self.tokens:,} tokens make more than {MOST_SHARDS:,} shards of {self.shard_tokens:,}; "
+                "make shards larger")
         self.parts.append(self.folder / f"{self.name}_{self.split}_{len(self.parts):06d}.bin.part")
         write_shard(self.parts[-1], np.concatenate(self.held))
         self.held, self.held_tokens = [], 0
@@ -177,28 +194,32 @@ class ShardWriter:
 def write_folder(folder: Path, name: str, documents: Iterable[tuple], end_of_text: int, merges: dict[bytes, int] | None = None,
                  shard_tokens: int = SHARD_TOKENS, beside: Iterable[str] = (), **facts) -> dict:
     """
-    A whole folder: shards of both splits, the merges if there are any, and meta.json with the facts. Returns the meta data.
-    documents yields (split, tokens, text_bytes, begins), see ShardWriter.add. beside: names of other files that it writes into the folder, whose
-    sha256 is recorded too. Whatever interrupts it, no shard and no meta.json is left. RunError if a split gets no document.
+    A whole folder: shards of both splits, the merges if there are any, and meta.json with the facts. Returns the meta
+    data. documents yields (split, tokens, text_bytes, begins), see ShardWriter.add. beside: names of other files that
+    it writes into the folder, whose sha256 is recorded too. Whatever interrupts it, no shard and no meta.json is left.
+    RunError if a split gets no document.
     """
     folder, own_merges = Path(folder), Path(folder) / f"{name}.tiktoken"
     writers = {split: ShardWriter(folder, name, split, end_of_text, shard_tokens) for split in SPLITS}
     for other in set(folder.glob("*.tiktoken")) - {own_merges} if merges else ():
-        require(read_merges(other) == merges, f"{other} holds other merges than this tokenizer's, and the trainer could count bytes by them; "
-                                              "give another folder with -o, or delete it")
+        require(read_merges(other) == merges,
+                f"{other} holds other merges than this tokenizer's, and the trainer could count bytes by them; "
+                "give another folder with -o, or delete it")
     try:
         for split, *document in documents:
             writers[split].add(*document)
         for split, writer in writers.items():
             count = sum(w.documents for w in writers.values())
-            require(writer.documents, f"none of {count} documents fell to the {split} set; give more text or another --val_fraction")
+            require(writer.documents,
+                    f"none of {count} documents fell to the {split} set; give more text or another --val_fraction")
         if merges:
             write_merges(own_merges, merges)
             beside = [*beside, own_merges.name]
         else:
             own_merges.unlink(missing_ok=True)
         recorded = dict(beside=dict(sha256=sha256_of([folder / other for other in beside]))) if beside else {}
-        meta = dict(vocab_size=end_of_text + 1, end_of_text=end_of_text, **facts, **recorded, **{split: w.close() for split, w in writers.items()})
+        splits = {split: writer.close() for split, writer in writers.items()}
+        meta = dict(vocab_size=end_of_text + 1, end_of_text=end_of_text, **facts, **recorded, **splits)
         write_meta(folder, **meta)
         return meta
     except BaseException:
@@ -206,7 +227,7 @@ def write_folder(folder: Path, name: str, documents: Iterable[tuple], end_of_tex
             writer.discard()
         raise
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # meta.json and checksums
 
 
@@ -219,7 +240,10 @@ def write_meta(folder: Path, **facts):
 
 
 def recorded_in(meta: dict, section: str, path: Path) -> dict[str, str]:
-    """{file name: sha256} of a section (train, val, beside) of a folder's meta data. RunError, which names meta.json, for another kind of value."""
+    """
+    {file name: sha256} that a section (train, val, beside) of a folder's meta data records. RunError, which names
+    meta.json, for another kind of value.
+    """
     facts = meta.get(section, {})
     digests = facts.get("sha256", {}) if isinstance(facts, dict) else None
     require(isinstance(digests, dict)
@@ -245,16 +269,18 @@ def check_folder(folder: Path):
     # the shards
     for split in filter(recorded.get, SPLITS):
         others = sorted({path.name for path in find_shards(config, split)} - set(recorded[split]))
-        require(not others, f"{folder} holds {''.join(others[:1])}, which its meta.json does not record; move it away, or "
-                            "run the script again that made the folder")
+        require(not others,
+                f"{folder} holds {', '.join(others)[:200]}, which its meta.json does not record; move it away, or "
+                "run the script again that made the folder")
     if any(recorded[split] for split in SPLITS):
         check_shards(config)
 
     # and what lies beside them
     digests = sha256_of(folder / name for name in recorded["beside"])
     changed = [name for name, digest in recorded["beside"].items() if digests[name] != digest]
-    require(not changed, f"{folder / ''.join(changed[:1])} has changed since it was written: its sha256 is not the one in "
-                         "meta.json; fetch or make it again")
+    require(not changed,
+            f"{folder}: {', '.join(changed)[:200]} has changed since it was written: its sha256 is not the one in "
+            "meta.json; fetch or make it again")
 
 
 def sha256_of(shards: Iterable[Path]) -> dict[str, str]:
@@ -265,7 +291,7 @@ def sha256_of(shards: Iterable[Path]) -> dict[str, str]:
             digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Tokenizers
 
 
@@ -281,15 +307,20 @@ def read_merges(path: Path) -> dict[bytes, int]:
             content = file.read(MERGES_BYTES + 1)
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}; --tokenizer takes gpt2, bytes or a .tiktoken file") from None
-    require(len(content) <= MERGES_BYTES, f"{path} is no .tiktoken file: it has more than {MERGES_BYTES:,} bytes; give gpt2, bytes or another file")
+    require(len(content) <= MERGES_BYTES,
+            f"{path} is no .tiktoken file: it has more than {MERGES_BYTES:,} bytes; give gpt2, bytes or another file")
     merges = {}
     for number, line in enumerate(content.splitlines(), 1):
         match = re.fullmatch(rb"((?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?) ([0-9]{1,9})", line)
-        require(match or not line, f"{path} is no .tiktoken file: its lines must be a token in base64, a space and its id, and line {number} is not")
+        require(match or not line,
+                f"{path} is no .tiktoken file: its lines must be a token in base64, a space and its id, and line "
+                f"{number} is not")
         if match:
             merges[base64.b64decode(match[1])] = int(match[2])
-    require(sorted(merges.values()) == list(range(len(merges))) and all(bytes([b]) in merges for b in range(256)) and b"" not in merges,
-            f"{path} is no whole set of merges: ids must be 0 to n-1, each once, with all 256 single bytes; got {len(merges)} tokens")
+    whole = sorted(merges.values()) == list(range(len(merges))) and all(bytes([b]) in merges for b in range(256))
+    require(whole and b"" not in merges,
+            f"{path} is no whole set of merges: ids must be 0 to n-1, each once, with all 256 single bytes; got "
+            f"{len(merges)} tokens")
     return merges
 
 
@@ -313,7 +344,8 @@ def load_merges(tokenizer: str) -> dict[bytes, int] | None:
     """{token: id} of a tokenizer, None for bytes. RunError if there is no such tokenizer or its ids do not fit in 16 bits."""
     merges = None if tokenizer == "bytes" else gpt2_merges() if tokenizer == "gpt2" else read_merges(Path(tokenizer))
     require(not merges or len(merges) < 2 ** 16,
-            f"{tokenizer} has {len(merges or ())} tokens besides the end of text, and shards hold at most 65535; give a smaller vocabulary")
+            f"{tokenizer} has {len(merges or ())} tokens besides the end of text, and shards hold at most 65535; give "
+            "a smaller vocabulary")
     return merges
 
 

@@ -44,7 +44,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt
 import variants
-from data.shards import SHARD_TOKENS, RunError, check_folder, check_option, check_space, check_value, read_meta, require, run_script, write_folder
+from data.shards import (SHARD_TOKENS, RunError, check_folder, check_option, check_space, check_value, read_meta,
+                         require, run_script, write_folder)
 from data.symbolic_proofs import IDS, LABELS, PAD, PROPOSITIONS, SETS, TEMPLATES, VARIABLES, VOCAB_SIZE, VOCABULARY, Parser, Verdict, check, normalised, rendered, split_of, \
     split_words, symbolic_words
 from generate import Decoder, config_of, decodes_from_cache, sample
@@ -206,15 +207,18 @@ class Task:
         families = ",".join(map(str, self.families))
         require(self.families and set(self.families) <= set(FAMILIES) and len(set(self.families)) == len(self.families),
                 f"--families takes some of {','.join(FAMILIES)}, each once; got {families[:200]!r}")
-        require(self.rendering in TEMPLATES, f"--rendering must be one of {', '.join(TEMPLATES)}; got {self.rendering!r}")
+        require(self.rendering in TEMPLATES,
+                f"--rendering must be one of {', '.join(TEMPLATES)}; got {self.rendering!r}")
         require(self.digit_order in ("most", "least"), f"--digit_order must be most or least; got {self.digit_order!r}")
         for name in ("digits", "depth", "sequence_length"):
             check_value(int, getattr(self, name), f"--{name}", None)
-        require(self.digits >= 1 and self.depth >= 1, f"--digits and --depth must be at least 1, got {self.digits} and {self.depth}")
+        require(self.digits >= 1 and self.depth >= 1,
+                f"--digits and --depth must be at least 1, got {self.digits} and {self.depth}")
         check_option(self, "digits", 1, MOST_DIGITS)
         for family in self.families:
             require(self.depth <= MOST.get(family, self.depth),
-                    f"--depth {self.depth} leaves too few names for {family} at twice that; it goes up to {MOST.get(family)}")
+                    f"--depth {self.depth} leaves too few names for {family} at twice that; it goes up to "
+                    f"{MOST.get(family)}")
         require(self.sequence_length >= 2, f"--sequence_length must be at least 2, got {self.sequence_length}")
         check_option(self, "sequence_length", *RANGES["sequence_length"])
 
@@ -282,11 +286,12 @@ TESTS = "symbolic_test.jsonl"  # beside them
 
 
 def document_of(task: Task, problem: Problem) -> tuple[list[int], int]:
-    """(tokens, bytes of text) of a problem and its solution. RunError for a document, with the end of text, that is longer than a row."""
+    """(tokens, bytes of text) of a problem and its solution. RunError if a row is too short for them."""
     words = [word for part in problem.text(task) for word in part]
     length = len(words) + 1
-    require(length <= task.sequence_length, f"a document of {problem.family} has {length} tokens and a row {task.sequence_length}: raise "
-                                            "--sequence_length, or lower --digits or --depth")
+    require(length <= task.sequence_length,
+            f"a document of {problem.family} has {length} tokens and a row {task.sequence_length}: raise "
+            "--sequence_length, or lower --digits or --depth")
     return [IDS[word] for word in words], len(" ".join(words).encode())
 
 
@@ -306,13 +311,15 @@ def packed(task: Task, split: str, found: Iterable[Problem]) -> Iterator[tuple]:
 
 def make(folder: Path, task: Task, count: int, val_count: int, test_count: int, seed: int) -> dict:
     """Write the shards and the tests; returns the meta data. RunError for a count below 1, a task without enough problems, or a folder that cannot be written."""
-    for name, number, most in (("count", count, 10 ** 12), ("val_count", val_count, 10 ** 12), ("test_count", test_count, 10 ** 6)):
+    for name, number, most in (("count", count, 10 ** 12), ("val_count", val_count, 10 ** 12),
+                               ("test_count", test_count, 10 ** 6)):
         require(number >= 1, f"--{name} must be at least 1, got {number}")
         check_value(int, number, f"--{name}", (1, most))
     check_value(int, seed, "--seed", RANGES["seed"])
     for family in task.families:  # the longest first: nobody waits for the tests only to learn that rows are too short
         document_of(task, drawn(family, random.Random(seed), task.most(family)))
-    check_space(folder, SHORTEST * (count + val_count), "these problems, the shortest there are,", "ask for a lower --count or --val_count")
+    check_space(folder, SHORTEST * (count + val_count), "these problems, the shortest there are,",
+                "ask for a lower --count or --val_count")
 
     def documents():
         (folder / TESTS).unlink(missing_ok=True)
@@ -324,7 +331,8 @@ def make(folder: Path, task: Task, count: int, val_count: int, test_count: int, 
             yield from packed(task, split, problems(task, split, number, seed))
         write_atomically(folder / TESTS, lambda file: file.writelines(json.dumps(test, ensure_ascii=False).encode() + b"\n" for test in tests))
     return write_folder(folder, "symbolic", documents(), end_of_text=VOCAB_SIZE - 1, shard_tokens=max(1, SHARD_TOKENS // task.sequence_length) * task.sequence_length,
-                        beside=[TESTS], tokenizer="symbolic_language", source="data/symbolic_language.py", symbolic_language=asdict(task) | dict(families=list(task.families)), seed=seed, loss_on="all",
+                        beside=[TESTS], tokenizer="symbolic_language", source="data/symbolic_language.py", seed=seed,
+                        symbolic_language=asdict(task) | dict(families=list(task.families)), loss_on="all",
                         vocabulary=hashlib.sha256("\n".join(VOCABULARY).encode()).hexdigest())
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------------
@@ -410,10 +418,13 @@ def read_test(line: str, task: Task, number: int) -> dict:
         test = json.loads(line)
     except (ValueError, RecursionError):
         test = None
-    require(isinstance(test, dict) and set(test) == set(kinds) and all(type(test[name]) is kind for name, kind in kinds.items())
-            and test["part"] in PARTS and test["family"] in task.families and 1 <= test["difficulty"] <= 2 * task.most(test["family"])
-            and test["choices"] >= 1 and test["prompt"] and test["solution"] and set((test["prompt"] + " " + test["solution"]).split()) <= set(IDS),
-            f"line {number} of {TESTS} is no test of this task")
+    fault = f"line {number} of {TESTS} is no test of this task"
+    require(isinstance(test, dict) and set(test) == set(kinds), fault)
+    require(all(type(test[name]) is kind for name, kind in kinds.items()), fault)
+    require(test["part"] in PARTS and test["family"] in task.families and test["choices"] >= 1, fault)
+    require(1 <= test["difficulty"] <= 2 * task.most(test["family"]), fault)
+    words = [test["prompt"].split(), test["solution"].split()]
+    require(all(words) and set(words[0] + words[1]) <= set(IDS), fault)
     return test
 
 
@@ -423,14 +434,17 @@ def read_tests(folder: Path, count: int, seed: int, length_count: int | None = N
     try:
         meta = read_meta(folder)
         settings = meta.get("symbolic_language")
-        require(isinstance(settings, dict) and set(settings) == set(Task.__dataclass_fields__) and isinstance(settings["families"], list),
+        require(isinstance(settings, dict) and set(settings) == set(Task.__dataclass_fields__),
                 "meta.json has no settings of one")
+        require(isinstance(settings["families"], list), "families in its meta.json is no list")
         task = Task(**settings)
         check_folder(folder)
-        tests = [read_test(line, task, number) for number, line in enumerate((folder / TESTS).read_text(encoding="utf-8").splitlines(), 1)]
+        lines = (folder / TESTS).read_text(encoding="utf-8").splitlines()
+        tests = [read_test(line, task, number) for number, line in enumerate(lines, 1)]
         require(tests, f"{TESTS} is empty")
     except (OSError, ValueError, TypeError, RunError) as error:
-        raise RunError(f"{folder} does not hold a task of the symbolic language; {remedy} ({str(error)[:200]})") from None
+        raise RunError(f"{folder} does not hold a task of the symbolic language; {remedy} "
+                       f"({str(error)[:200]})") from None
     require(meta.get("vocabulary") == hashlib.sha256("\n".join(VOCABULARY).encode()).hexdigest(),
             f"{folder} was made with another vocabulary; make it again, or use the version that made it")
     length_count = count if length_count is None else length_count
@@ -460,8 +474,9 @@ def evaluate(checkpoint: str, data: str = "", count: int = 1000, seed: int = 1, 
     config = config_of(saved, checkpoint)
     config = replace(config, compile="off", device=device, data=data or config.data)
     task, tests = read_tests(find_shards(config, "train")[0].parent, count, seed, length_count)
-    require(config.vocab_size == VOCAB_SIZE, f"{checkpoint} was trained on {config.vocab_size} token ids, and the symbolic language has "
-                                             f"{VOCAB_SIZE}; give a checkpoint of a run on {config.data}")
+    require(config.vocab_size == VOCAB_SIZE,
+            f"{checkpoint} was trained on {config.vocab_size} token ids, and the symbolic language has "
+            f"{VOCAB_SIZE}; give a checkpoint of a run on {config.data}")
     ranks = Ranks.start(config)
     with variants.applied(config.variant, config):
         model = train_gpt.trained_model(saved, config, ranks)

@@ -4,12 +4,14 @@ Text to token shards for the trainer.
     python data/tokenize_text.py FILES... -o DIR [--tokenizer gpt2|bytes|PATH.tiktoken] [--val_fraction 0.01] [--name NAME] [--shard_tokens N]
                                  [--text_field text] [--separator TEXT]
 
-FILES    .jsonl, .ndjson, .jsonlines, .json: a document on every line, in --text_field. .parquet: a document in every row, in the column --text_field.
-         Any other file is plain text, UTF-8, kept byte for byte: one document, or with --separator as many as stand between that text. A line end
-         after a separator belongs to it: --separator '<|endoftext|>' for files like TinyStories'. All but .parquet may be compressed, with .gz, .zst or
-         .zstd after the name. A folder is searched for .txt, .md and the endings above (.json only compressed). hub:OWNER/NAME[/FOLDER]: the parquet
-         files of a data set on the Hugging Face Hub (its files of JSON lines if it has none), downloaded one by one into the Hub's cache. Empty
-         documents are left out; half of a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD. A document may have 1 GiB.
+FILES    .jsonl, .ndjson, .jsonlines, .json: a document on every line, in --text_field. .parquet: a document in every
+         row, in the column --text_field. Any other file is plain text, UTF-8, kept byte for byte: one document, or with
+         --separator the documents that stand between that text. A line end after a separator belongs to it:
+         --separator '<|endoftext|>' for files like TinyStories'. All but .parquet may be compressed, with .gz, .zst or
+         .zstd after the name. A folder is searched for .txt, .md and the endings above (.json only compressed).
+         hub:OWNER/NAME[/FOLDER]: the parquet files of a data set on the Hugging Face Hub (its files of JSON lines if it
+         has none), downloaded one by one into the Hub's cache. Empty documents are left out; half of a surrogate pair,
+         which JSON can hold and UTF-8 cannot, becomes U+FFFD. A document may have 1 GiB.
 Split    a document goes to validation if its hash (sha256 of its bytes) is below val_fraction, so that equal documents stay together and the order
          does not matter; where none is, the one with the lowest hash goes. A single document is cut instead: its last val_fraction is for validation,
          from byte int(length * (1 - val_fraction)) on with bytes, from the beginning of that byte's character on with merges.
@@ -40,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.shards import SHARD_TOKENS, RunError, encoder, load_merges, require, run_script, write_folder
 
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".json")
-SEARCHED = (".txt", ".md", ".jsonl", ".ndjson", ".jsonlines", ".parquet")  # in a folder; a .json there mostly describes it
+SEARCHED = (".txt", ".md", ".jsonl", ".ndjson", ".jsonlines", ".parquet")  # in a folder, which a .json often describes
 COMPRESSIONS = (".gz", ".zst", ".zstd")
 MOST_BYTES = 2 ** 30  # of one document: a few kilobytes of compressed zeros must not fill the memory
 TABLE = "write its texts as JSON lines ({\"text\": ...} on every line) or as parquet, and give that file"
@@ -52,15 +54,15 @@ REFUSED = {".csv": TABLE, ".tsv": TABLE, ".arrow": TABLE, ".xlsx": TABLE} | dict
 
 
 def kind_of(name: str) -> tuple[str, str]:
-    """(ending, compression) of a file's name in small letters: (".jsonl", ".gz") of a.jsonl.gz. The compression is "" where there is none."""
+    """(ending, compression) of a name in small letters: (".jsonl", ".gz") of a.jsonl.gz, (".txt", "") of a.txt."""
     stem, compression = os.path.splitext(name.lower())
     return (os.path.splitext(stem)[1], compression) if compression in COMPRESSIONS else (compression, "")
 
 
-def is_searched(path: Path) -> bool:
-    """Whether a file in a folder counts as text."""
-    ending, compression = kind_of(path.name)
-    return (ending in SEARCHED or ending == ".json" and compression != "") and path.is_file()
+def is_searched(name: str) -> bool:
+    """Whether a file of this name counts as text where it is not named itself, but its folder or data set."""
+    ending, compression = kind_of(name)
+    return ending in SEARCHED or ending == ".json" and compression != ""
 
 
 def find_files(inputs: list[str]) -> list[tuple[str, Callable[[], Path]]]:
@@ -72,16 +74,18 @@ def find_files(inputs: list[str]) -> list[tuple[str, Callable[[], Path]]]:
         if given.startswith("hub:"):
             found |= hub_files(given)
         elif path.is_dir():
-            files = sorted(p for p in path.rglob("*") if is_searched(p))
+            files = sorted(p for p in path.rglob("*") if is_searched(p.name) and p.is_file())
             require(files, f"no {', '.join(SEARCHED)} file in {path}; name other files one by one")
             found |= {str(p): partial(Path, p) for p in files}
         else:
-            require(path.exists(), f"there is no file {given}; for a data set of the Hugging Face Hub write hub:OWNER/NAME")
+            require(path.exists(),
+                    f"there is no file {given}; for a data set of the Hugging Face Hub write hub:OWNER/NAME")
             found[given] = partial(Path, path)
     for name in found:
         ending, compression = kind_of(name)
         require(ending not in REFUSED, f"{name} is a {ending} file, which is not read: {REFUSED.get(ending)}")
-        require(not compression or ending != ".parquet", f"{name} is compressed parquet, which is not read: unpack it, and give the .parquet file")
+        require(not compression or ending != ".parquet",
+                f"{name} is compressed parquet, which is not read: unpack it, and give the .parquet file")
     return list(found.items())
 
 
@@ -104,8 +108,9 @@ def hub_files(given: str) -> dict[str, Callable[[], Path]]:
             raise RunError(f"cannot get {given} from the Hugging Face Hub ({type(error).__name__}); check the name and the network "
                            "(HF_TOKEN for a closed data set), or download its files elsewhere and give those") from None
     files = [file for file in sorted(ask(huggingface_hub.list_repo_files, f"{owner}/{name}")) if file.startswith(f"{folder}/" if folder else "")]
-    lines = [file for file in files if kind_of(file)[0] in JSON_LINES[:-1] or kind_of(file)[0] == ".json" and kind_of(file)[1]]
-    chosen = [file for file in files if file.endswith(".parquet")] or lines
+    texts = [file for file in files if is_searched(file)]
+    chosen = ([file for file in texts if kind_of(file)[0] == ".parquet"]
+              or [file for file in texts if kind_of(file)[0] in JSON_LINES])
     require(chosen, f"{given} has no .parquet or .jsonl file; download what it has and give those files")
     return {f"hub:{owner}/{name}/{file}": lambda file=file: Path(ask(huggingface_hub.hf_hub_download, f"{owner}/{name}", file)) for file in chosen}
 
@@ -118,13 +123,14 @@ def open_file(path: Path, compression: str) -> io.BufferedReader:
         try:
             import pyarrow
         except ImportError:
-            raise RunError(f"reading {path} needs the package pyarrow: pip install pyarrow; or unpack it (unzstd)") from None
+            raise RunError(f"reading {path} needs the package pyarrow: pip install pyarrow; or "
+                           "unpack it (unzstd)") from None
         return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
     return open(path, "rb")
 
 
 def read_text(file: io.BufferedReader, name: str, separator: bytes) -> Iterator[bytes]:
-    """The documents of plain text, one without a separator, the empty ones too. RunError for text that is not UTF-8 or a document that is too long."""
+    """The documents of plain text, the empty ones too. RunError for text that is not UTF-8, or a document too long."""
     start = 0  # of the document in the file
     for number, document in enumerate(cut(file, separator, name)):
         try:
@@ -132,7 +138,9 @@ def read_text(file: io.BufferedReader, name: str, separator: bytes) -> Iterator[
             wrong = document.find(0)
         except UnicodeDecodeError as error:
             wrong = error.start
-        require(wrong < 0, f"{name} is not UTF-8 text: byte {start + wrong} is 0x{document[wrong:wrong + 1].hex()}; convert it (iconv) or leave it out")
+        require(wrong < 0,
+                f"{name} is not UTF-8 text: byte {start + wrong} is 0x{document[wrong:wrong + 1].hex()}; convert it "
+                "(iconv) or leave it out")
         start += len(document) + len(separator)
         if number > 0:  # a separator came before
             document = document.removeprefix(b"\n" if document[:1] == b"\n" else b"\r\n")
@@ -140,7 +148,7 @@ def read_text(file: io.BufferedReader, name: str, separator: bytes) -> Iterator[
 
 
 def cut(file: io.BufferedReader, separator: bytes, name: str) -> Iterator[bytes]:
-    """What stands between separators, read piece by piece; all of the file without one. RunError for more than MOST_BYTES."""
+    """What stands between separators, without one the whole file, read bit by bit. RunError for too long a document."""
     held, seen = bytearray(), 0  # what is read but not yielded, and how much of it holds no beginning of a separator
     while piece := file.read(1 << 20):
         held += piece
@@ -150,17 +158,21 @@ def cut(file: io.BufferedReader, separator: bytes, name: str) -> Iterator[bytes]
             start = seen = end + len(separator)
         del held[:start]
         seen = max(0, len(held) - len(separator) + 1)
-        require(len(held) <= MOST_BYTES, f"{name} holds a document of more than {MOST_BYTES:,} bytes; cut it with --separator, or into several files")
+        require(len(held) <= MOST_BYTES,
+                f"{name} holds a document of more than {MOST_BYTES:,} bytes; cut it with --separator, or "
+                "into several files")
     yield bytes(held)
 
 
 def read_json_lines(file: io.BufferedReader, name: str, field: str) -> Iterator[bytes]:
     """The text of every line's object. RunError for a line that has none."""
-    require(file.peek(1).lstrip()[:1] != b"[", f"{name} holds a JSON array, not a document on every line; write its items on lines of their own "
-                                               "(jq -c .[] does), and give that file")
+    require(file.peek(1).lstrip()[:1] != b"[",
+            f"{name} holds a JSON array, not a document on every line; write its items on lines of their own "
+            "(jq -c .[] does), and give that file")
     for number in count(1):
         line = file.readline(MOST_BYTES + 1)
-        require(len(line) <= MOST_BYTES, f"line {number} of {name} has more than {MOST_BYTES:,} bytes; cut that document")
+        require(len(line) <= MOST_BYTES,
+                f"line {number} of {name} has more than {MOST_BYTES:,} bytes; cut that document")
         if not line:
             return
         if not line.strip():
@@ -168,9 +180,11 @@ def read_json_lines(file: io.BufferedReader, name: str, field: str) -> Iterator[
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):  # of JSON or of UTF-8
-            raise RunError(f"line {number} of {name} is not JSON in UTF-8; every line holds one document (jq -c . writes so); mend or delete it") from None
+            raise RunError(f"line {number} of {name} is not JSON in UTF-8; every line holds one document (jq -c . "
+                           "writes so); mend or delete it") from None
         got = f"the fields {', '.join(row)[:200]}" if isinstance(row, dict) else f"a {type(row).__name__}"
-        require(isinstance(row, dict) and field in row, f"line {number} of {name} has no field {field!r} but {got}; give --text_field")
+        require(isinstance(row, dict) and field in row,
+                f"line {number} of {name} has no field {field!r} but {got}; give --text_field")
         yield utf8(row[field], f"line {number} of {name}", field)
 
 
@@ -182,7 +196,8 @@ def read_parquet(path: Path, name: str, field: str) -> Iterator[bytes]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
-            require(field in columns, f"{name} has no column {field!r} but {', '.join(columns)[:200]}; give --text_field")
+            require(field in columns,
+                    f"{name} has no column {field!r} but {', '.join(columns)[:200]}; give --text_field")
             for number in range(file.num_row_groups):
                 for rows in file.iter_batches(batch_size=1024, row_groups=[number], columns=[field]):
                     yield from (utf8(text, f"row group {number} of {name}", field) for text in rows.column(0).to_pylist())
@@ -192,7 +207,8 @@ def read_parquet(path: Path, name: str, field: str) -> Iterator[bytes]:
 
 def utf8(text, place: str, field: str) -> bytes:
     """Text as UTF-8, None as nothing. RunError for anything else."""
-    require(isinstance(text, str | None), f"{field!r} in {place} is a {type(text).__name__}, not text; give another --text_field")
+    require(isinstance(text, str | None),
+            f"{field!r} in {place} is a {type(text).__name__}, not text; give another --text_field")
     try:
         return (text or "").encode()
     except UnicodeEncodeError:
@@ -213,8 +229,12 @@ def read_file(path: Path, name: str, field: str, separator: bytes) -> Iterator[b
         raise RunError(f"cannot read {name}: {fault}; check it, fetch it again or leave it out") from None
 
 
-def read_documents(files: list[tuple[str, Callable[[], Path]]], field: str, separator: bytes, bar: tqdm) -> Iterator[bytes]:
-    """Every document that is not empty, in UTF-8. RunError for a file that cannot be read, and for a separator that stands in none."""
+def read_documents(files: list[tuple[str, Callable[[], Path]]], field: str, separator: bytes,
+                   bar: tqdm) -> Iterator[bytes]:
+    """
+    Every document that is not empty, in UTF-8. RunError for a file that cannot be read, and for a separator that stands
+    in no file.
+    """
     texts, separators = 0, 0  # files of plain text, and what was found in them
     for number, (name, fetch) in enumerate(files, 1):
         bar.set_postfix_str(f"file {number} of {len(files)}", refresh=False)
@@ -231,10 +251,12 @@ def read_documents(files: list[tuple[str, Callable[[], Path]]], field: str, sepa
         if is_plain:
             texts, separators = texts + 1, separators + documents - 1
         if marks > 1 and not separator:
-            print(f"tokenize_text.py: warning: {name} has {marks:,} lines that end in <|endoftext|>, which are taken as text; "
+            print(f"tokenize_text.py: warning: {name} has {marks:,} lines that end in <|endoftext|>, which "
+                  "are taken as text; "
                   "--separator '<|endoftext|>' cuts there", file=sys.stderr)
-    require(not separator or separators, f"--separator {separator.decode(errors='replace')!r} stands nowhere in {texts} files of plain text; "
-                                         "give what stands between the documents (a shell writes a line end as $'\\n')")
+    require(not separator or separators,
+            f"--separator {separator.decode(errors='replace')!r} stands nowhere in {texts} files of plain text; "
+            "give what stands between the documents (a shell writes a line end as $'\\n')")
 
 
 def split_documents(texts: Iterator[bytes], val_fraction: float, whole_characters: bool) -> Iterator[tuple[str, bytes]]:
@@ -247,7 +269,8 @@ def split_documents(texts: Iterator[bytes], val_fraction: float, whole_character
         while whole_characters and 0 < cut < len(text) and text[cut] & 0xC0 == 0x80:  # inside a character
             cut -= 1
         require(0 < cut < len(text),
-                f"the only document has {len(text)} bytes, not to be cut at {1 - val_fraction:g}; give more text or other --val_fraction")
+                f"the only document has {len(text)} bytes, not to be cut at {1 - val_fraction:g}; give more text or "
+                "other --val_fraction")
         yield from (("train", text[:cut]), ("val", text[cut:]))
         return
     waiting, validated = [], False  # [(hash, document)] of the lowest hash, for validation if no other document goes there
@@ -302,7 +325,8 @@ def tokenize(options: argparse.Namespace) -> dict:
     """Everything; returns the meta data. RunError for whatever the user can mend."""
     require(0 < options.val_fraction < 1, f"--val_fraction must lie between 0 and 1, got {options.val_fraction:g}")
     require(options.separator != "", "--separator must not be empty; leave it out where a file is one document")
-    merges, files, separator = load_merges(options.tokenizer), find_files(options.files), os.fsencode(options.separator or "")
+    merges, files = load_merges(options.tokenizer), find_files(options.files)
+    separator = os.fsencode(options.separator or "")
     with tqdm(unit="B", unit_scale=True, disable=None) as bar:  # None: only on a terminal
         texts = read_documents(files, options.text_field, separator, bar)
         documents = split_documents(texts, options.val_fraction, whole_characters=bool(merges))
@@ -320,8 +344,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--val_fraction", type=float, default=0.01, help="part of the documents for validation")
     parser.add_argument("--name", default="text", help="first part of the shards' file names")
     parser.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens of one shard")
-    parser.add_argument("--text_field", default="text", help="field of JSON lines or column of .parquet that holds the text")
-    parser.add_argument("--separator", metavar="TEXT", help="what stands between the documents of plain text (default: a file is one document)")
+    parser.add_argument("--text_field", default="text", help="field of JSON lines or column of .parquet that "
+                                                             "holds the text")
+    parser.add_argument("--separator", metavar="TEXT", help="what stands between the documents of plain text (default: "
+                                                            "a file is one document)")
     options = parser.parse_args(argv)
 
     def work():

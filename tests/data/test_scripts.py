@@ -1,4 +1,4 @@
-"""What all scripts of data/ have in common: options without a meaning are one line, and they run in every form, locale and console."""
+"""What all scripts of data/ have in common: options without a meaning are one line; any form, locale and console."""
 import json
 import os
 import runpy
@@ -16,8 +16,8 @@ from data.shards import check_folder, run_script, write_folder
 from train_gpt import RunError, open_shard
 
 ROOT = Path(tokenize_text.__file__).parent.parent
-SCRIPTS = dict(cached_fineweb10B=cached_fineweb10B, local_corpus=local_corpus, manifold=manifold, ngram_loss=ngram_loss, recall=recall,
-               symbolic_language=symbolic_language, tokenize_text=tokenize_text)
+SCRIPTS = dict(cached_fineweb10B=cached_fineweb10B, local_corpus=local_corpus, manifold=manifold, ngram_loss=ngram_loss,
+               recall=recall, symbolic_language=symbolic_language, tokenize_text=tokenize_text)
 HUGE = str(10 ** 30)
 LONG = "x" * 300  # longer than a file's name may be
 TOKENIZE = "tokenize_text text.txt -o out --tokenizer bytes"
@@ -31,7 +31,8 @@ def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("some text\n" * 100, encoding="utf-8")
     tokens = np.random.default_rng(0).integers(0, 20, 2000)
-    write_folder(tmp_path / "shards", "a", [("train", tokens, 2000, True), ("val", tokens, 2000, True)], end_of_text=256, tokenizer="bytes")
+    documents = [(split, tokens, len(tokens), True) for split in ("train", "val")]
+    write_folder(tmp_path / "shards", "a", documents, end_of_text=256, tokenizer="bytes")
     return tmp_path
 
 
@@ -124,7 +125,8 @@ def test_options_without_a_meaning(files, capsys, command, message):
 
 
 @pytest.mark.parametrize("command, end_of_text", [
-    ("tokenize_text text.txt -o out --tokenizer bytes", 256), ("recall make -o out --count 3 --val_count 3", 129), (MAKE, 319)])
+    ("tokenize_text text.txt -o out --tokenizer bytes", 256), ("recall make -o out --count "
+                                                               "3 --val_count 3", 129), (MAKE, 319)])
 def test_documents_begin_with_the_token_that_meta_json_names(files, command, end_of_text):
     name, *argv = command.split()
     assert SCRIPTS[name].main(argv) == 0
@@ -167,7 +169,7 @@ def test_without_docstrings(monkeypatch, capsys, name):
 
 
 def test_a_locale_without_utf8(tmp_path):
-    """An accent in a folder's name, a file's name and its text, where the console knows ASCII only. As a module, from another folder."""
+    """Accents in names and texts, where the console knows ASCII only. As a module, from another folder."""
     folder = tmp_path / "na\u00efve"
     folder.mkdir()
     lines = [json.dumps(dict(text=text), ensure_ascii=False) + "\n" for text in ("caf\u00e9", "the")]
@@ -189,11 +191,14 @@ def test_a_console_that_is_closed(tmp_path):
 
 
 @pytest.mark.parametrize("fault, code, line", [
-    (RunError("one\ntwo"), 1, "a.py: error: one two\n"), (KeyboardInterrupt(), 130, "a.py: interrupted\n"), (None, 0, ""),
-    (PermissionError(13, "Permission denied", "x.txt"), 1, "a.py: error: x.txt cannot be used: Permission denied; check its name and its rights, "
-                                                           "or give another\n"),
-    (MemoryError("Unable to allocate 80 GiB"), 1, "a.py: error: this machine has too little memory for that (Unable to allocate 80 GiB); ask for "
-                                                  "less\n")])
+    (RunError("one\ntwo"), 1, "a.py: error: one two\n"), (KeyboardInterrupt(), 130, "a.py: interrupted\n"), (None, 0,
+                                                                                                             ""),
+    (PermissionError(13, "Permission denied", "x.txt"), 1,
+     "a.py: error: x.txt cannot be used: Permission denied; check its name and its rights, "
+     "or give another\n"),
+    (MemoryError("Unable to allocate 80 GiB"), 1,
+     "a.py: error: this machine has too little memory for that (Unable to allocate 80 GiB); ask for "
+     "less\n")])
 def test_how_a_script_ends(capsys, fault, code, line):
     def work():
         if fault:

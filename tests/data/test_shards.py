@@ -8,8 +8,8 @@ import struct
 import numpy as np
 import pytest
 
-from data.shards import (ShardWriter, check_folder, claim_folder, encode_bytes, read_merges, read_meta, sha256_of, write_folder, write_merges,
-                         write_meta, write_shard)
+from data.shards import (ShardWriter, check_folder, claim_folder, encode_bytes, read_merges, read_meta, sha256_of,
+                         write_folder, write_merges, write_meta, write_shard)
 from train_gpt import RunError, open_shard
 
 ONE_EACH = [("train", [1, 2, 3], 3, True), ("val", [4, 5], 2, True)]
@@ -141,8 +141,9 @@ def test_names_that_hold_a_split_inside_a_word(tmp_path, name):
 
 
 @pytest.mark.parametrize("other, refused", [
-    ("llm_val.bin", False), ("weights.bin", False), ("medieval.bin", False), ("b_000001.bin", False), ("a_train_000000.bin.part", False),
-    ("b_val_000001.bin", True), ("val-7.bin", True), ("train.val.bin", True), ("a_train_val_000000.bin", True), ("a_train_1.bin", True)])
+    ("llm_val.bin", False), ("weights.bin", False), ("medieval.bin", False), ("b_000001.bin", False),
+    ("a_train_000000.bin.part", False), ("b_val_000001.bin", True), ("val-7.bin", True), ("train.val.bin", True),
+    ("a_train_val_000000.bin", True), ("a_train_1.bin", True)])
 def test_which_other_files_the_trainer_would_take(tmp_path, other, refused):
     (tmp_path / other).write_bytes(b"x")
     if refused:
@@ -204,9 +205,12 @@ def test_no_meta_data(tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     (lambda folder: (folder / "a_val_000000.bin").unlink(), "lacks a_val_000000.bin, which its meta.json records"),
-    (lambda folder: write_shard(folder / "a_val_000000.bin", [261, 4, 6]), "a_val_000000.bin is not the file that meta.json beside it describes"),
-    (lambda folder: write_shard(folder / "a_train_000001.bin", [261, 4, 5]), "holds a_train_000001.bin, which its meta.json does not record"),
-    (lambda folder: (folder / "a.tiktoken").write_bytes((folder / "a.tiktoken").read_bytes().replace(b" 256", b" 261")), "a.tiktoken has changed"),
+    (lambda folder: write_shard(folder / "a_val_000000.bin", [261, 4, 6]),
+     "a_val_000000.bin is not the file that meta.json beside it describes"),
+    (lambda folder: write_shard(folder / "a_train_000001.bin", [261, 4, 5]),
+     "holds a_train_000001.bin, which its meta.json does not record"),
+    (lambda folder: (folder / "a.tiktoken").write_bytes((folder / "a.tiktoken").read_bytes().replace(b" 256", b" 261")),
+     "a.tiktoken has changed"),
     (lambda folder: (folder / "vocabulary.txt").write_text("another"), "vocabulary.txt has changed")])
 def test_a_changed_folder(tmp_path, tiny_merges, change, message):
     (tmp_path / "vocabulary.txt").write_text("words")
@@ -252,7 +256,8 @@ def test_merges_round_trip_and_a_changed_file_is_noticed(tmp_path, tiny_merges):
     (lambda text: text + b"YQ= 261\n", "line 262 is not"), (lambda text: text + b"YWI= x\n", "line 262 is not"),
     (lambda text: text + b"YWI= 261.0\n", "line 262 is not"), (lambda text: text + b"YWI= -1\n", "line 262 is not"),
     (lambda text: text + b"YWI= " + b"9" * 5000, "line 262 is not"), (lambda text: text + b" 261\n", "no whole set"),
-    (lambda text: text + b"YQ== 261\n", "no whole set"), (lambda text: text + b"YWI= 260\n", "no whole set"), (lambda text: bytes(1000), "line 1 is")])
+    (lambda text: text + b"YQ== 261\n", "no whole set"), (lambda text: text + b"YWI= 260\n",
+                                                          "no whole set"), (lambda text: bytes(1000), "line 1 is")])
 def test_damaged_merges(tiny_tiktoken, change, message):
     tiny_tiktoken.write_bytes(change(tiny_tiktoken.read_bytes()))
     with pytest.raises(RunError, match=message):

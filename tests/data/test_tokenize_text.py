@@ -197,7 +197,8 @@ def test_a_folder_of_every_ending(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     for number, ending in enumerate([".jsonl", ".ndjson", ".jsonlines", ".json.gz", ".jsonl.gz"]):
-        (folder / f"a{ending}").write_bytes(packed(lines_of([f"{number}", f"{number} again"]), Path(ending).suffix if ending.endswith(".gz") else ""))
+        compression = ".gz" if ending.endswith(".gz") else ""
+        (folder / f"a{ending}").write_bytes(packed(lines_of([f"{number}", f"{number} again"]), compression))
     (folder / "b.txt.gz").write_bytes(gzip.compress(b"story"))
     (folder / "dataset_info.json").write_text("{\n}")
     assert main([str(folder), "-o", str(tmp_path / "out"), "--tokenizer", "bytes"]) == 0
@@ -212,7 +213,8 @@ def test_a_folder_of_every_ending(tmp_path):
     (b"a\n\nb\nc\n\n\nd", "\n\n", [b"a", b"b\nc", b"d"]), ("eins§zwei".encode(), "§", [b"eins", b"zwei"])])
 def test_a_separator_cuts_plain_text(tmp_path, content, separator, documents):
     (tmp_path / "a.txt").write_bytes(content)
-    assert main([str(tmp_path / "a.txt"), "-o", str(tmp_path / "out"), "--tokenizer", "bytes", "--separator", separator]) == 0
+    assert main([str(tmp_path / "a.txt"), "-o", str(tmp_path / "out"), "--tokenizer", "bytes",
+                 "--separator", separator]) == 0
     assert sorted(decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val")) == sorted(documents)
 
 
@@ -242,16 +244,22 @@ def test_a_separator_that_cuts_nothing(tmp_path, capsys):
 def test_a_file_of_stories_as_one_document_is_noticed(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("One.\n<|endoftext|>\n" * 3)
     assert main([str(tmp_path / "a.txt"), "-o", str(tmp_path / "out"), "--tokenizer", "bytes"]) == 0
-    assert "a.txt has 3 lines that end in <|endoftext|>, which are taken as text; --separator" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "a.txt has 3 lines that end in <|endoftext|>, which are taken as text; --separator" in error
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.csv", b"text\nx\n", "is a .csv file, which is not read: write its texts as JSON lines"), ("a.tsv.gz", b"", "is a .tsv file"),
-    ("a.json", b' [{"text": "x"}]', "holds a JSON array, not a document on every line"), ("a.jsonl", b"[1]", "holds a JSON array"),
+    ("a.csv", b"text\nx\n",
+     "is a .csv file, which is not read: write its texts as JSON lines"), ("a.tsv.gz", b"", "is a .tsv file"),
+    ("a.json", b' [{"text": "x"}]', "holds a JSON array, not a document on every line"), ("a.jsonl", b"[1]",
+                                                                                          "holds a JSON array"),
     ("a.json", b'{\n "text": "x"\n}\n', "line 1 of"), ("a.zip", b"PK", "is a .zip file, which is not read: unpack it"),
-    ("a.tar.gz", b"", "is a .tar file"), ("a.jsonl.xz", b"", "is a .xz file"), ("a.parquet.gz", b"", "is compressed parquet"),
-    ("a.jsonl", b'{"text": ' + b"[" * 100_000, "is not JSON in UTF-8"), ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "is not JSON in UTF-8"),
-    ("a.jsonl.gz", b"no gzip", "Not a gzipped file"), ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 9)[:-9], "ended before"),
+    ("a.tar.gz", b"", "is a .tar file"), ("a.jsonl.xz", b"", "is a .xz file"), ("a.parquet.gz", b"",
+                                                                                "is compressed parquet"),
+    ("a.jsonl", b'{"text": ' + b"[" * 100_000, "is not JSON in UTF-8"), ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}",
+                                                                         "is not JSON in UTF-8"),
+    ("a.jsonl.gz", b"no gzip", "Not a gzipped file"), ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 9)[:-9],
+                                                       "ended before"),
     ("a.txt.zst", b"no zstd", "decompress failed")])
 def test_files_that_are_refused_by_name_or_content(tmp_path, capsys, name, content, message):
     (tmp_path / name).write_bytes(content)
@@ -342,7 +350,10 @@ def test_gpt2_out_of_reach(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("content, message", [
     (b"", "every document is empty"), (b" \n\t", "every document is empty"), (b"caf\xe9", "a.txt is not UTF-8 text: byte 3 is 0xe9"),
-    ("Käse".encode("utf-16"), "byte 0 is 0xff"), ("plain".encode("utf-16-le"), "byte 1 is 0x00"), (b"x", "has 1 bytes, not to be cut at 0.99")])
+    ("Käse".encode("utf-16"), "byte 0 is 0xff"), ("plain".encode("utf-16-le"), "byte 1 is 0x00"), (b"x",
+                                                                                                   "has 1 bytes, not "
+                                                                                                   "to be "
+                                                                                                   "cut at 0.99")])
 def test_text_that_cannot_be_used(tmp_path, capsys, content, message):
     (tmp_path / "a.txt").write_bytes(content)
     assert message in fault(capsys, tmp_path / "a.txt", "-o", tmp_path / "out", "--tokenizer", "bytes")
@@ -362,7 +373,8 @@ def test_input_and_options_that_cannot_be_used(tmp_path, capsys, tiny_merges):
     (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
     write_merges(tmp_path / "large.tiktoken", tiny_merges | {i.to_bytes(3, "big"): i for i in range(261, 65536)})
     assert "there is no file" in fault(capsys, tmp_path / "missing.txt", *out, "bytes")
-    assert "no .txt, .md, .jsonl, .ndjson, .jsonlines, .parquet file in" in fault(capsys, tmp_path / "none", *out, "bytes")
+    assert "no .txt, .md, .jsonl, .ndjson, .jsonlines, .parquet file in" in fault(capsys, tmp_path / "none", *out,
+                                                                                  "bytes")
     assert "is not a whole parquet file" in fault(capsys, tmp_path / "b.parquet", *out, "bytes")
     assert "cannot read no_such_name: No such file" in fault(capsys, source, *out, "no_such_name")
     assert "is no .tiktoken file" in fault(capsys, source, *out, source)

@@ -1,8 +1,10 @@
 """
-Files that were changed at random, and what data/ says to them: each is accepted, or refused in one line. The counts are printed (pytest -s).
+Files that were changed at random, and what data/ says to them: each is accepted, or refused in one line. The counts are
+printed (pytest -s).
 
-A change is a flipped bit, a cut, a piece doubled, moved or overwritten; in JSON and in arrays also a field deleted, renamed or given a value that has
-no meaning. The slow form tries 300 of each kind instead of 60. A hang is 20 s of processor time, so that a busy machine makes none.
+A change is a flipped bit, a cut, a piece doubled or overwritten; in JSON and in arrays also a field deleted, renamed or
+given a value that has no meaning. The slow form tries 300 of each kind instead of 60. A hang is 20 s of processor time,
+so that a busy machine makes none.
 """
 import gzip
 import io
@@ -26,8 +28,9 @@ from data.symbolic_language import Task
 from train_gpt import Config, RunError, open_shard
 
 HANG = 20  # seconds of processor time
-STRANGE = [None, True, False, [], {}, "", "x", "x" * 5000, "é\ud800", -1, 0, 1, 257, 65_537, 10 ** 20, -10 ** 20, 0.5, -0.0, 1e308, [[]], [1, "a"],
-           {"a": {"b": []}}, "256", "0" * 64, "../../etc/passwd", "a/b"]
+STRANGE = [None, True, False, [], {}, "", "x", "x" * 5000, "é\ud800", -1, 0, 1, 257, 65_537, 10 ** 20, -10 ** 20, 0.5,
+           -0.0, 1e308, [[]], [1, "a"], {"a": {"b": []}}, "256", "0" * 64, "../../etc/passwd", "a/b"]
+INSERTED = [b"[", b"{", b'"', b"\0", b"\xff\xfe", b"9" * 5000, b"[" * 5000, b"\n", b"NaN"]
 counts = pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.slow)])
 
 
@@ -72,7 +75,9 @@ class Trials:
 
     def close(self):
         """Print the counts; there must be accepted and refused ones only."""
-        words = ", ".join(f"{self.counts[outcome]} {outcome}" for outcome in ("accepted", "refused in one line", "tracebacks", "hangs"))
+        words = ", ".join(f"{self.counts[outcome]} {outcome}" for outcome in ("accepted",
+                                                                              "refused in one "
+                                                                              "line", "tracebacks", "hangs"))
         print(f"\n{self.kind}: {words}")
         assert not self.tracebacks, self.tracebacks[:3]
         assert set(self.counts) <= {"accepted", "refused in one line"} and self.counts["refused in one line"] > 0
@@ -100,7 +105,7 @@ def changed(content: bytes, rng: random.Random) -> bytes:
                 case 5:
                     result[start:start + len(piece)] = bytes(len(piece))
                 case 6:
-                    result[rng.randrange(size):0] = rng.choice([b"[", b"{", b'"', b"\0", b"\xff\xfe", b"9" * 5000, b"[" * 5000, b"\n", b"NaN"])
+                    result[start:start] = rng.choice(INSERTED)
     return bytes(result)
 
 
@@ -128,7 +133,7 @@ def folder_of_shards(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     merges = {bytes([b]): b for b in range(256)} | {b"th": 256, b"the": 257}
     documents = [(split, rng.integers(0, 258, 40), 40, True) for split in ("train", "val") for _ in range(5)]
-    write_folder(folder, "a", documents, end_of_text=258, merges=merges, shard_tokens=100, tokenizer="tiny", source="here")
+    write_folder(folder, "a", documents, end_of_text=258, merges=merges, shard_tokens=100, tokenizer="tiny")
     check_folder(folder)
     return folder
 
@@ -153,10 +158,14 @@ def test_meta_json(tmp_path, count):
     values.close()
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"tokenizer": "bytes"}', '{"vocab_size": 100000}', '{"vocab_size": true}', '{"vocab_size": "257"}',
-                                     '{"vocab_size": 1e2}', '{"vocab_size": 257, "end_of_text": 257}', '{"vocab_size": 257, "end_of_text": -1}',
-                                     '{"vocab_size": 257, "train": []}', '{"vocab_size": 257, "val": {"sha256": {"a.bin": "00"}}}', "[" * 100_000,
-                                     '{"vocab_size": 257, "train": {"sha256": {"../a.bin": "' + "0" * 64 + '"}}}', '{"vocab_size": NaN}', "\xff",
+@pytest.mark.parametrize("content", ["[]", "{", '{"tokenizer": "bytes"}', '{"vocab_size": 100000}',
+                                     '{"vocab_size": true}', '{"vocab_size": "257"}',
+                                     '{"vocab_size": 1e2}', '{"vocab_size": 257, "end_of_text": 257}',
+                                     '{"vocab_size": 257, "end_of_text": -1}',
+                                     '{"vocab_size": 257, "train": []}',
+                                     '{"vocab_size": 257, "val": {"sha256": {"a.bin": "00"}}}', "[" * 100_000,
+                                     '{"vocab_size": 257, "train": {"sha256": {"../a.bin": "' + "0" * 64 + '"}}}',
+                                     '{"vocab_size": NaN}', "\xff",
                                      '{"vocab_size": 257, "beside": 3}', '{"vocab_size": ' + "9" * 5000 + "}"])
 def test_meta_json_of_another_tool(tmp_path, content):
     (tmp_path / "meta.json").write_text(content, encoding="latin-1")
@@ -206,7 +215,8 @@ def inputs(rng: random.Random) -> dict[str, bytes]:
     lines = "".join(json.dumps(dict(text=text)) + "\n" for text in texts).encode()
     table = io.BytesIO()
     parquet.write_table(pyarrow.table({"text": texts}), table)
-    return {"a.txt": "".join(texts).encode(), "a.jsonl": lines, "a.jsonl.gz": gzip.compress(lines), "a.txt.gz": gzip.compress(lines),
+    return {"a.txt": "".join(texts).encode(), "a.jsonl": lines, "a.jsonl.gz": gzip.compress(lines),
+            "a.txt.gz": gzip.compress(lines),
             "a.json.zst": pyarrow.compress(lines, codec="zstd", asbytes=True), "a.parquet": table.getvalue()}
 
 
@@ -268,9 +278,10 @@ def test_laplacians_of_wrong_values(laplacian, count):
     rng, trials = random.Random(6), Trials("laplacians, changed values", lambda: use(laplacian))
     with np.load(laplacian) as file:
         arrays = dict(file)
-    others = [np.zeros(0), np.float64(np.nan), np.array("text"), np.array(["a", "b"]), np.full((6, 6), np.inf), np.eye(6, 5), np.zeros((6, 6)),
-              -np.eye(6), np.arange(30.0), np.zeros((30, 6), np.float32), np.full((30, 6), np.nan, np.float32), np.zeros(30, np.int64),
-              np.array(b"x"), np.zeros((2, 2, 2)), np.array(True), np.array(1 + 2j), np.array(np.datetime64("2024-01-01"))]
+    others = [np.zeros(0), np.float64(np.nan), np.array("text"), np.array(["a", "b"]), np.array(b"x"), np.array(True),
+              np.array(1 + 2j), np.array(np.datetime64("2024-01-01")), np.arange(30.0), np.zeros(30, np.int64),
+              np.eye(6, 5), -np.eye(6), np.zeros((6, 6)), np.full((6, 6), np.inf), np.zeros((2, 2, 2)),
+              np.zeros((30, 6), np.float32), np.full((30, 6), np.nan, np.float32)]
     for _ in range(count):
         wrong, name = dict(arrays), rng.choice(sorted(arrays))
         match rng.randrange(5):
