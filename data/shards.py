@@ -148,8 +148,8 @@ class ShardWriter:
                 f"a shard holds at least 1 token and less than 2^31, as its header counts them; got {shard_tokens}")
         claim_folder(self.folder, name)
         try:
-            # a shorter corpus must not leave old shards behind
-            for old in [self.folder / "meta.json", *files_of(self.folder, name, [split])]:
+            notes = [self.folder / note for note in ("meta.json", ".checked.json")]
+            for old in [*notes, *files_of(self.folder, name, [split])]:  # a shorter corpus must not leave shards behind
                 old.unlink(missing_ok=True)
         except OSError as error:
             raise RunError(f"cannot replace {old}: {error.strerror}; give another folder with -o") from None
