@@ -181,10 +181,11 @@ def test_a_locale_without_utf8(tmp_path):
     assert json.loads((folder / "out" / "meta.json").read_text(encoding="utf-8"))["vocab_size"] == 257
 
 
-def test_a_console_that_is_closed(tmp_path):
+def test_a_console_that_is_closed():
     """As by head: the script ends without a word."""
-    command = [sys.executable, ROOT / "data" / "symbolic_language.py", "show", "--count", "2000", "--families", "add"]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    program = ("from data.shards import run_script\n"
+               "raise SystemExit(run_script('a.py', lambda: [print('a line of many') for _ in range(100_000)] and 3))")
+    run = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
     assert run.stdout.readline()
     run.stdout.close()
     assert run.stderr.read() == b"" and run.wait() == 0
