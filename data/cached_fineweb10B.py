@@ -49,8 +49,7 @@ def hub_digests(repository: str, names: list[str]) -> dict[str, str]:
         return digests
     except Exception as error:  # of the network or the hub, in whatever library it came up
         raise RunError(f"the Hub cannot be asked for the sha256 of {repository} ({type(error).__name__}), so shards "
-                       "are checked by their size "
-                       "only; run this again with a network") from None
+                       "are checked by their size only; run this again with a network") from None
 
 
 def digests_of(folder: Path, names: Iterable[str]) -> dict[str, str]:

@@ -49,8 +49,7 @@ def build(folder: Path) -> dict:
     files = library_files()
     require(len(files) >= 100,
             f"only {len(files)} source files found in {sysconfig.get_paths()['stdlib']}: this Python has "
-            "no library source; "
-            "give --data another folder of shards")
+            "no library source; give --data another folder of shards")
     source = f"standard library of Python {platform.python_version()}"
     return write_folder(folder, "python", documents(files), end_of_text=256, tokenizer="bytes", source=source)
 

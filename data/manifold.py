@@ -343,8 +343,7 @@ def from_corpus(folder: str, features: int = 64, window: int = 5, vocabulary: in
     kept = np.sort(frequent[counts[frequent] >= min_count])
     require(len(kept) > features,
             f"{len(kept)} tokens of the vocabulary occur {min_count} times or more among the {len(text):,} "
-            f"read from {folder}, "
-            f"and {features} features need more; give more data or a higher --vocabulary, or lower "
+            f"read from {folder}, and {features} features need more; give more data or a higher --vocabulary, or lower "
             "--min_count or --features")
     place = np.full(config.vocab_size, -1, dtype=np.int32)
     place[kept] = np.arange(len(kept))

@@ -79,8 +79,7 @@ def check_space(folder: Path, tokens: int, what: str, remedy: str):
     needed, free = 2 * tokens, shutil.disk_usage(existing).free
     require(needed <= free,
             f"{what} need {needed / 1e9:,.1f} GB and {folder} has {free / 1e9:,.1f} GB free; {remedy}, free "
-            "some space or give "
-            "another folder with -o")
+            "some space or give another folder with -o")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Shards

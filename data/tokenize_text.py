@@ -148,7 +148,7 @@ def read_text(file: io.BufferedReader, name: str, separator: bytes) -> Iterator[
 
 
 def cut(file: io.BufferedReader, separator: bytes, name: str) -> Iterator[bytes]:
-    """What stands between separators, without one the whole file, read bit by bit. RunError for too long a document."""
+    """What stands between separators, without one the whole file. RunError for a document that is too long."""
     held, seen = bytearray(), 0  # what is read but not yielded, and how much of it holds no beginning of a separator
     while piece := file.read(1 << 20):
         held += piece
@@ -252,8 +252,7 @@ def read_documents(files: list[tuple[str, Callable[[], Path]]], field: str, sepa
             texts, separators = texts + 1, separators + documents - 1
         if marks > 1 and not separator:
             print(f"tokenize_text.py: warning: {name} has {marks:,} lines that end in <|endoftext|>, which "
-                  "are taken as text; "
-                  "--separator '<|endoftext|>' cuts there", file=sys.stderr)
+                  "are taken as text; --separator '<|endoftext|>' cuts there", file=sys.stderr)
     require(not separator or separators,
             f"--separator {separator.decode(errors='replace')!r} stands nowhere in {texts} files of plain text; "
             "give what stands between the documents (a shell writes a line end as $'\\n')")

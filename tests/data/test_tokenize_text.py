@@ -350,10 +350,8 @@ def test_gpt2_out_of_reach(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("content, message", [
     (b"", "every document is empty"), (b" \n\t", "every document is empty"), (b"caf\xe9", "a.txt is not UTF-8 text: byte 3 is 0xe9"),
-    ("Käse".encode("utf-16"), "byte 0 is 0xff"), ("plain".encode("utf-16-le"), "byte 1 is 0x00"), (b"x",
-                                                                                                   "has 1 bytes, not "
-                                                                                                   "to be "
-                                                                                                   "cut at 0.99")])
+    ("Käse".encode("utf-16"), "byte 0 is 0xff"), ("plain".encode("utf-16-le"), "byte 1 is 0x00"),
+    (b"x", "has 1 bytes, not to be cut at 0.99")])
 def test_text_that_cannot_be_used(tmp_path, capsys, content, message):
     (tmp_path / "a.txt").write_bytes(content)
     assert message in fault(capsys, tmp_path / "a.txt", "-o", tmp_path / "out", "--tokenizer", "bytes")
