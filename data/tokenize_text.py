@@ -343,10 +343,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--val_fraction", type=float, default=0.01, help="part of the documents for validation")
     parser.add_argument("--name", default="text", help="first part of the shards' file names")
     parser.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens of one shard")
-    parser.add_argument("--text_field", default="text", help="field of JSON lines or column of .parquet that "
-                                                             "holds the text")
-    parser.add_argument("--separator", metavar="TEXT", help="what stands between the documents of plain text (default: "
-                                                            "a file is one document)")
+    parser.add_argument("--text_field", default="text", help="field of JSON lines or column of .parquet with the text")
+    parser.add_argument("--separator", metavar="TEXT", help="what stands between documents of plain text")
     options = parser.parse_args(argv)
 
     def work():

@@ -192,8 +192,8 @@ def test_a_truncated_file_comes(tmp_path, hub, capsys):
     hub.fault = lambda path: os.truncate(path, 1100) if path.name == "fineweb_train_000002.bin" else None
     error = fault(capsys, tmp_path, 3)
     assert "what came for fineweb_train_000002.bin" in error and "truncated" in error
-    assert sorted(path.name for path in tmp_path.glob("fineweb*")) == ["fineweb_train_000001.bin",
-                                                                       "fineweb_val_000000.bin"]
+    shards = sorted(path.name for path in tmp_path.glob("fineweb*"))
+    assert shards == ["fineweb_train_000001.bin", "fineweb_val_000000.bin"]
     hub.fault, hub.asked = lambda path: None, []
     assert run(tmp_path, 3) == 0 and hub.asked == ["fineweb_train_000002.bin", "fineweb_train_000003.bin"]
 

@@ -125,8 +125,7 @@ def test_options_without_a_meaning(files, capsys, command, message):
 
 
 @pytest.mark.parametrize("command, end_of_text", [
-    ("tokenize_text text.txt -o out --tokenizer bytes", 256), ("recall make -o out --count "
-                                                               "3 --val_count 3", 129), (MAKE, 319)])
+    (TOKENIZE, 256), ("recall make -o out --count 3 --val_count 3", 129), (MAKE, 319)])
 def test_documents_begin_with_the_token_that_meta_json_names(files, command, end_of_text):
     name, *argv = command.split()
     assert SCRIPTS[name].main(argv) == 0

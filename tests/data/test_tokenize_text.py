@@ -251,13 +251,13 @@ def test_a_file_of_stories_as_one_document_is_noticed(tmp_path, capsys):
 @pytest.mark.parametrize("name, content, message", [
     ("a.csv", b"text\nx\n",
      "is a .csv file, which is not read: write its texts as JSON lines"), ("a.tsv.gz", b"", "is a .tsv file"),
-    ("a.json", b' [{"text": "x"}]', "holds a JSON array, not a document on every line"), ("a.jsonl", b"[1]",
-                                                                                          "holds a JSON array"),
+    ("a.json", b' [{"text": "x"}]', "holds a JSON array, not a document on every line"),
+    ("a.jsonl", b"[1]", "holds a JSON array"),
     ("a.json", b'{\n "text": "x"\n}\n', "line 1 of"), ("a.zip", b"PK", "is a .zip file, which is not read: unpack it"),
-    ("a.tar.gz", b"", "is a .tar file"), ("a.jsonl.xz", b"", "is a .xz file"), ("a.parquet.gz", b"",
-                                                                                "is compressed parquet"),
-    ("a.jsonl", b'{"text": ' + b"[" * 100_000, "is not JSON in UTF-8"), ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}",
-                                                                         "is not JSON in UTF-8"),
+    ("a.tar.gz", b"", "is a .tar file"), ("a.jsonl.xz", b"", "is a .xz file"),
+    ("a.parquet.gz", b"", "is compressed parquet"),
+    ("a.jsonl", b'{"text": ' + b"[" * 100_000, "is not JSON in UTF-8"),
+    ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "is not JSON in UTF-8"),
     ("a.jsonl.gz", b"no gzip", "Not a gzipped file"), ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 9)[:-9],
                                                        "ended before"),
     ("a.txt.zst", b"no zstd", "decompress failed")])
@@ -371,8 +371,8 @@ def test_input_and_options_that_cannot_be_used(tmp_path, capsys, tiny_merges):
     (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
     write_merges(tmp_path / "large.tiktoken", tiny_merges | {i.to_bytes(3, "big"): i for i in range(261, 65536)})
     assert "there is no file" in fault(capsys, tmp_path / "missing.txt", *out, "bytes")
-    assert "no .txt, .md, .jsonl, .ndjson, .jsonlines, .parquet file in" in fault(capsys, tmp_path / "none", *out,
-                                                                                  "bytes")
+    error = fault(capsys, tmp_path / "none", *out, "bytes")
+    assert "no .txt, .md, .jsonl, .ndjson, .jsonlines, .parquet file in" in error
     assert "is not a whole parquet file" in fault(capsys, tmp_path / "b.parquet", *out, "bytes")
     assert "cannot read no_such_name: No such file" in fault(capsys, source, *out, "no_such_name")
     assert "is no .tiktoken file" in fault(capsys, source, *out, source)

@@ -75,10 +75,8 @@ class Trials:
 
     def close(self):
         """Print the counts; there must be accepted and refused ones only."""
-        words = ", ".join(f"{self.counts[outcome]} {outcome}" for outcome in ("accepted",
-                                                                              "refused in one "
-                                                                              "line", "tracebacks", "hangs"))
-        print(f"\n{self.kind}: {words}")
+        outcomes = ("accepted", "refused in one line", "tracebacks", "hangs")
+        print(f"\n{self.kind}: {', '.join(f'{self.counts[outcome]} {outcome}' for outcome in outcomes)}")
         assert not self.tracebacks, self.tracebacks[:3]
         assert set(self.counts) <= {"accepted", "refused in one line"} and self.counts["refused in one line"] > 0
 
