@@ -48,8 +48,8 @@ from data.shards import (SHARD_TOKENS, RunError, check_folder, check_option, che
                          require, run_script, write_folder)
 from data.symbolic_proofs import IDS, LABELS, PAD, PROPOSITIONS, SETS, TEMPLATES, VARIABLES, VOCAB_SIZE, VOCABULARY, Parser, Verdict, check, normalised, rendered, split_of, \
     split_words, symbolic_words
-from generate import Decoder, config_of, decodes_from_cache, sample
-from train_gpt import RANGES, Ranks, find_shards, read_checkpoint, write_atomically
+from generate import Decoder, decodes_from_cache, sample
+from train_gpt import RANGES, Config, Ranks, find_shards, read_checkpoint, write_atomically
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------------
 # Families: a function of random numbers and a difficulty -> (problem, trace, what is shown, number of possible answers)
@@ -471,7 +471,7 @@ def evaluate(checkpoint: str, data: str = "", count: int = 1000, seed: int = 1, 
     longest to answer. data: folder with the tests (default: the checkpoint's). RunError if the checkpoint or the tests cannot be read or do not fit.
     """
     saved = read_checkpoint(checkpoint)
-    config = config_of(saved, checkpoint)
+    config = Config(**saved["config"])
     config = replace(config, compile="off", device=device, data=data or config.data)
     task, tests = read_tests(find_shards(config, "train")[0].parent, count, seed, length_count)
     require(config.vocab_size == VOCAB_SIZE,
