@@ -39,7 +39,7 @@ from pathlib import Path
 import train_gpt  # before torch: it sets how long PyTorch's waiting threads spin
 import variants
 import torch
-from data.shards import encoder, load_merges
+from data.shards import encoder, load_merges, run_script
 from kernels.topological_attention_cache import TokenBuffer, hidden_keys
 from torch import Tensor
 from train_gpt import (AttentionContext, AttentionMask, Config, GPT, Ranks, RunError, changed_sources, check_value,
@@ -602,55 +602,9 @@ def generate(options: argparse.Namespace):
           f"{decoder.bytes_kept:,} bytes kept", file=sys.stderr)
 
 
-def run_command(script: str, command: Callable[[], None]) -> int:
-    """
-    Run a script's command -> its exit code: 0; 1 with one line on stderr for a fault; 130 when interrupted; 141, as of
-    a tool that SIGPIPE ends, when nobody reads the output any more.
-    """
-    streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]  # one that was closed is None
-    for stream in streams:
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a console that is not UTF-8
-    try:
-        try:
-            command()
-            code = 0
-        except RunError as error:
-            print(f"{script}: error: {' '.join(str(error).split())[:1000]}", file=sys.stderr)
-            code = 1
-        except KeyboardInterrupt:
-            print(f"\n{script}: interrupted", file=sys.stderr)
-            code = 130
-        except SystemExit as end:  # argparse's, after --help
-            code = end.code
-        except OSError:
-            raise
-        except Exception as error:
-            full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-            fault = f"there is too little memory ({error!s:.200}); ask for less" if full else variants.blame(error)
-            if fault is None:
-                raise
-            print(f"{script}: error: {fault}", file=sys.stderr)
-            code = 1
-        for stream in streams:
-            stream.flush()
-        return code
-    except OSError as error:  # of the output: nearly all files' are RunErrors by now
-        for stream in streams:  # what is left unwritten must not be tried again when the interpreter ends
-            try:
-                stream.flush()
-            except OSError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        if isinstance(error, BrokenPipeError):
-            return 141
-        what = f"cannot use {error.filename}"[:300] if error.filename else "cannot write the output"
-        print(f"{script}: error: {what}: {error.strerror}", file=sys.stderr)
-        return 1
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line. Returns the exit code, see run_command."""
-    return run_command("generate.py", lambda: generate(parse(argv)))
+    """Run a command line. Returns the exit code, see data.shards.run_script."""
+    return run_script("generate.py", lambda: generate(parse(argv)), explain=variants.blame)
 
 
 if __name__ == "__main__":

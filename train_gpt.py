@@ -16,7 +16,7 @@ Sources, by name; README.md says what is from where: modded-nanogpt, Muon, Polar
 value residual learning, U-net skips, Gemma 2 (logit cap), Liger-Kernel (gradient of the loss in its forward pass), FlexAttention, ZeRO.
 """
 
-import argparse, dataclasses, hashlib, inspect, json, math, os, platform, re, secrets, shutil, signal, subprocess, sys, time, traceback, zipfile, zlib
+import argparse, base64, dataclasses, hashlib, inspect, json, math, os, platform, re, secrets, shutil, signal, subprocess, sys, time, traceback, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -1072,29 +1072,47 @@ def check_document_token(config: Config) -> str | None:
     return f"warning: {text}, or --no-document_mask"
 
 
+def sha256_of_files(folder: Path, names) -> dict[str, str]:
+    """
+    {name: sha256} of files in a folder, each read once: a hidden file there, .checked.json, remembers them by size and times. RunError for a file that
+    cannot be read.
+    """
+    store, digests = folder / ".checked.json", {}
+    try:
+        known = read_json(store, "")
+    except RunError:  # there is none, or it is damaged: all files are read
+        known = {}
+    before = dict(known)
+    for name in names:
+        try:
+            status = (folder / name).stat()
+            mark = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+            entry = known.get(name)
+            if not isinstance(entry, list) or len(entry) != 4 or entry[:3] != mark:
+                known[name] = [*mark, sha256_of_file(folder / name)]
+        except OSError as error:
+            raise RunError(f"cannot read {folder / name}: {error.strerror}; fetch or make it again") from None
+        digests[name] = known[name][3]
+    if known != before:
+        try:
+            write_atomically(store, lambda file: file.write(json.dumps(known).encode()))
+        except RunError:  # a folder that cannot be written: files are read again next time
+            pass
+    return digests
+
+
 def check_shards(config: Config):
-    """RunError unless the folder's shards are those that its meta.json names with a sha256, each read once: a hidden file beside them remembers it."""
+    """RunError unless the folder's shards are those that its meta.json records, by name and sha256; where it records none, any will do."""
     folder = find_shards(config, "train")[0].parent
     meta = read_meta(folder, must=False)
-    remembered, known, fresh = folder / ".checked.json", {}, {}
-    try:
-        known = json.loads(remembered.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        pass
     for split in ("train", "val"):
-        for file in find_shards(config, split):
-            expected = meta.get(split, {}).get("sha256", {}).get(file.name)
-            if expected is None:
-                continue
-            fresh[file.name] = mark = [file.stat().st_size, file.stat().st_mtime_ns, expected]
-            if not isinstance(known, dict) or known.get(file.name) != mark:
-                require(sha256_of_file(file) == expected, f"{file} is not the file that meta.json beside it describes (its sha256 differs); fetch or "
-                        "make it again, or delete meta.json and give --vocab_size")
-    if fresh and fresh != known:
-        try:
-            remembered.write_text(json.dumps(fresh), encoding="utf-8")
-        except OSError:
-            pass  # a folder that may only be read is checked every time
+        recorded = meta.get(split, {}).get("sha256", {})
+        there = {file.name for file in find_shards(config, split)}
+        other = ", ".join(sorted(there ^ set(recorded)))[:200]
+        require(not recorded or not other, f"{folder}: its {split} shards are not those that meta.json records ({other}); fetch or make them again")
+        changed = [name for name, sha256 in sha256_of_files(folder, recorded).items() if sha256 != recorded[name]]
+        require(not changed, f"{folder}: {', '.join(changed)[:200]} is not the file that meta.json describes (its sha256 differs); fetch or make it "
+                "again, or delete meta.json and give --vocab_size")
 
 
 def sha256_of_file(path: Path) -> str:
@@ -1109,6 +1127,33 @@ def identity_of_data(config: Config) -> str:
     return hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:16]
 
 
+MERGES_BYTES = 2 ** 26  # the largest file of merges that is read; GPT-4o's 200,000 merges have 3.6 MB
+
+
+def read_merges(path: Path) -> dict[bytes, int]:
+    """{token: id} of a .tiktoken file. RunError if it is none, or if its ids are not 0, 1, .. n-1 with every single byte among the tokens."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MERGES_BYTES + 1)
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}; --tokenizer takes gpt2, bytes or a .tiktoken file") from None
+    require(len(content) <= MERGES_BYTES,
+            f"{path} is no .tiktoken file: it has more than {MERGES_BYTES:,} bytes; give gpt2, bytes or another file")
+    merges = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        match = re.fullmatch(rb"((?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?) ([0-9]{1,9})", line)
+        require(match or not line,
+                f"{path} is no .tiktoken file: its lines must be a token in base64, a space and its id, and line "
+                f"{number} is not")
+        if match:
+            merges[base64.b64decode(match[1])] = int(match[2])
+    whole = sorted(merges.values()) == list(range(len(merges))) and all(bytes([b]) in merges for b in range(256))
+    require(whole and b"" not in merges,
+            f"{path} is no whole set of merges: ids must be 0 to n-1, each once, with all 256 single bytes; got "
+            f"{len(merges)} tokens")
+    return merges
+
+
 def token_bytes(config: Config) -> np.ndarray | None:
     """
     UTF-8 bytes of every token id, 0 for the end of text; None where there are no merges (*.tiktoken) beside the shards. RunError for damaged ones.
@@ -1118,13 +1163,7 @@ def token_bytes(config: Config) -> np.ndarray | None:
     merges = next(find_shards(config, "val")[0].parent.glob("*.tiktoken"), None)
     if merges is None:
         return None
-    from tiktoken.load import load_tiktoken_bpe
-    try:
-        ranks = load_tiktoken_bpe(str(merges), sha256_of_file(merges))  # the hash: tiktoken's cache knows files by their path
-        require(ranks and max(ranks.values()) < 65_536 and min(ranks.values()) >= 0, f"{merges} has ids outside 0 to 65535; fetch or make it again")
-    except (OSError, ValueError, TypeError, IndexError, OverflowError) as error:
-        raise RunError(f"{merges} is no .tiktoken file ({type(error).__name__}): a line is a token in base64, a space and its id; fetch or make it again"
-                       ) from None
+    ranks = read_merges(merges)
     sizes = np.zeros(max(config.vocab_size, max(ranks.values()) + 1), dtype=np.int64)
     sizes[list(ranks.values())] = [len(token) for token in ranks]
     return sizes
@@ -1241,7 +1280,8 @@ def write_atomically(path: Path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        if os.path.exists(temporary):
+            os.unlink(temporary)
         if not isinstance(error, (OSError, RuntimeError)):  # torch.save makes a RuntimeError of a full disk
             raise
         raise RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; free some space or choose another folder") from None

@@ -36,7 +36,8 @@ import variants
 import numpy as np
 import torch
 from data.manifold import TAU_MODES, Manifold, read_manifold
-from generate import Parser, load_model, read_model, run_command, start_alone, warn
+from data.shards import run_script
+from generate import Parser, load_model, read_model, start_alone, warn
 from kernels.splanifold import splanifold
 from train_gpt import (Config, RunError, adopt_vocabulary, check_value, checked, config_from, find_checkpoint,
                        find_shards, open_shard, read_json, require, validation_batches, write_atomically)
@@ -494,8 +495,8 @@ def visualize(argv: list[str] | None):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line. Returns the exit code, see generate.run_command."""
-    return run_command("visualize.py", lambda: visualize(argv))
+    """Run a command line. Returns the exit code, see data.shards.run_script."""
+    return run_script("visualize.py", lambda: visualize(argv), explain=variants.blame)
 
 
 if __name__ == "__main__":

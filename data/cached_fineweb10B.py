@@ -13,15 +13,13 @@ Sources: the data sets kjj0/fineweb10B-gpt2, kjj0/fineweb100B-gpt2 and kjj0/fine
 
 import argparse
 import errno
-import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.shards import (SHARD_TOKENS, SPLITS, RunError, check_space, claim_folder, files_of, gpt2_merges, open_shard,
-                         read_meta, require, run_script, sha256_of, write_atomically, write_merges, write_meta)
-from train_gpt import read_json
+                         read_meta, require, run_script, write_merges, write_meta)
+from train_gpt import sha256_of_files
 
 DATASETS = {  # name: (repository, first part of the file names, training shards there are)
     "fineweb10B": ("kjj0/fineweb10B-gpt2", "fineweb", 103),
@@ -52,41 +50,12 @@ def hub_digests(repository: str, names: list[str]) -> dict[str, str]:
                        "are checked by their size only; run this again with a network") from None
 
 
-def digests_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """
-    {name: sha256} of files in a folder. Each is read once: the trainer's .checked.json, which this script reads and
-    writes too, knows files by their size and time. RunError for a file that cannot be read.
-    """
-    store, digests = Path(folder) / ".checked.json", {}
-    try:
-        known = read_json(store, "")
-    except RunError:  # there is none, or it is damaged: all files are read
-        known = {}
-    before = dict(known)
-    for name in names:
-        path = Path(folder) / name
-        try:
-            mark = [path.stat().st_size, path.stat().st_mtime_ns]
-            entry = known.get(name)
-            if not isinstance(entry, list) or len(entry) != 3 or entry[:2] != mark:
-                known[name] = [*mark, *sha256_of([path]).values()]
-        except OSError as error:
-            raise RunError(f"cannot read {path}: {error.strerror}; fetch or make it again") from None
-        digests[name] = known[name][2]
-    if known != before:
-        try:
-            write_atomically(store, lambda file: file.write(json.dumps(known).encode()))
-        except RunError:  # a folder that cannot be written: files are read again next time
-            pass
-    return digests
-
-
 def fault_of(path: Path, digests: dict[str, str]) -> str:
     """What is wrong with a shard, "" for nothing. digests: {name: sha256} as far as they are known."""
     try:
         open_shard(path)
         wanted = digests.get(path.name)
-        if wanted and digests_of(path.parent, [path.name])[path.name] != wanted:
+        if wanted and sha256_of_files(path.parent, [path.name])[path.name] != wanted:
             return f"its sha256 is not {wanted}"
     except RunError as error:
         return str(error)
@@ -147,7 +116,7 @@ def download(dataset: str, count: int, folder: Path) -> dict:
     for split in SPLITS:
         shards = [path for path in paths if f"_{split}_" in path.name]
         facts[split] = dict(shards=len(shards), tokens=sum(len(open_shard(path)) for path in shards),
-                            sha256=digests_of(folder, [path.name for path in shards]))
+                            sha256=sha256_of_files(folder, [path.name for path in shards]))
 
     merges = folder / "gpt2.tiktoken"
     if not merges.exists():

@@ -27,42 +27,63 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts beside this file are run by their path
 from train_gpt import (HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, Config, RunError, check_shards, check_value,
-                       find_shards, is_of_split, open_shard, read_meta, require, write_atomically)  # noqa: F401
+                       find_shards, is_of_split, open_shard, read_merges, read_meta, require, write_atomically)  # noqa: F401
 
 SHARD_TOKENS = 100_000_000
 MOST_SHARDS = 10 ** 6   # of one split: six digits
-MERGES_BYTES = 2 ** 26  # the largest file of merges that is read; GPT-4o's 200,000 merges have 3.6 MB
 SPLITS = ("train", "val")
 
 
-def run_script(name: str, work: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+def run_script(name: str, work: Callable[[], int | None], interrupted: str = "interrupted",
+               explain: Callable[[Exception], str | None] = lambda error: None) -> int:
     """
-    Run a script's work and return its exit code: what `work` returns (None is 0), 1 for a fault, which becomes one line
-    on stderr, or 130 for an interrupt. A console that is closed while it is written to, as by head, ends the script
-    without a word. Characters that a console cannot show are replaced.
+    Run a script's work and return its exit code: what `work` returns (None is 0); 1 for a fault, which becomes one line
+    on stderr; 130 for an interrupt; 141, as of a program that SIGPIPE ends, when nobody reads the output any more.
+    Characters that a console cannot show are replaced. explain: the line for an error of another kind, None where it
+    is a defect, which is raised.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
+    streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]  # a closed one is None
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
-        code = work() or 0
-        sys.stdout.flush()
+        code = code_of(name, work, interrupted, explain)
+        for stream in streams:
+            stream.flush()
         return code
-    except RunError as error:
-        message = str(error)
-    except BrokenPipeError:
-        # Python writes what is left once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
-        file, fault = error.filename or "a file", error.strerror or error
-        message = f"{file} cannot be used: {fault}; check its name and its rights, or give another"
-    except MemoryError as error:
-        message = f"this machine has too little memory for that ({error}); ask for less"
+        for stream in streams:  # what is left unwritten must not be tried again when Python ends
+            try:
+                stream.flush()
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 141
+        file = f"{error.filename}"[:300] if error.filename else "the output"
+        fault = f"{file} cannot be used: {error.strerror or error}; check its name and its rights, or give another"
+        print(f"{name}: error: {fault}", file=sys.stderr)
+        return 1
+
+
+def code_of(name: str, work: Callable[[], int | None], interrupted: str, explain: Callable) -> int:
+    """run_script without its care for consoles that are gone."""
+    try:
+        return work() or 0
     except KeyboardInterrupt:
         print(f"{name}: {interrupted}", file=sys.stderr)
         return 130
-    print(f"{name}: error: {' '.join(message.splitlines())}", file=sys.stderr)
-    return 1
+    except SystemExit as end:  # argparse's, after --help
+        return end.code
+    except OSError:
+        raise
+    except Exception as error:
+        fault = str(error) if isinstance(error, RunError) else explain(error)
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "OutOfMemory" in type(error).__name__:
+            fault = f"this machine has too little memory for that ({error!s:.200}); ask for less"
+        if fault is None:
+            raise
+        print(f"{name}: error: {' '.join(fault.split())[:1000]}", file=sys.stderr)
+        return 1
 
 
 def check_option(options, name: str, least: int, most: int):
@@ -259,22 +280,13 @@ def check_folder(folder: Path):
     records holds no other shards. Where meta.json records nothing, or is not there, there is nothing to check.
     """
     folder = Path(folder)
-    meta, config = read_meta(folder), Config(data=str(folder.absolute()))
+    meta = read_meta(folder)
     recorded = {section: recorded_in(meta, section, folder / "meta.json") for section in (*SPLITS, "beside")}
-    for name in (name for names in recorded.values() for name in names):
+    if recorded["train"] or recorded["val"]:
+        check_shards(Config(data=str(folder.absolute())))
+    for name in recorded["beside"]:
         require(os.path.isfile(folder / name),
                 f"{folder} lacks {name[:200]}, which its meta.json records; fetch or make the folder again")
-
-    # the shards
-    for split in filter(recorded.get, SPLITS):
-        others = sorted({path.name for path in find_shards(config, split)} - set(recorded[split]))
-        require(not others,
-                f"{folder} holds {', '.join(others)[:200]}, which its meta.json does not record; move it away, or "
-                "run the script again that made the folder")
-    if any(recorded[split] for split in SPLITS):
-        check_shards(config)
-
-    # and what lies beside them
     digests = sha256_of(folder / name for name in recorded["beside"])
     changed = [name for name, digest in recorded["beside"].items() if digests[name] != digest]
     require(not changed,
@@ -297,30 +309,6 @@ def sha256_of(shards: Iterable[Path]) -> dict[str, str]:
 def encode_bytes(text: bytes) -> np.ndarray:
     """Bytes as tokens 0..255; 256 is the end of text."""
     return np.frombuffer(text, dtype=np.uint8)
-
-
-def read_merges(path: Path) -> dict[bytes, int]:
-    """{token: id} of a .tiktoken file. RunError if it is none, or if its ids are not 0, 1, .. n-1 with every single byte among the tokens."""
-    try:
-        with open(path, "rb") as file:
-            content = file.read(MERGES_BYTES + 1)
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}; --tokenizer takes gpt2, bytes or a .tiktoken file") from None
-    require(len(content) <= MERGES_BYTES,
-            f"{path} is no .tiktoken file: it has more than {MERGES_BYTES:,} bytes; give gpt2, bytes or another file")
-    merges = {}
-    for number, line in enumerate(content.splitlines(), 1):
-        match = re.fullmatch(rb"((?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?) ([0-9]{1,9})", line)
-        require(match or not line,
-                f"{path} is no .tiktoken file: its lines must be a token in base64, a space and its id, and line "
-                f"{number} is not")
-        if match:
-            merges[base64.b64decode(match[1])] = int(match[2])
-    whole = sorted(merges.values()) == list(range(len(merges))) and all(bytes([b]) in merges for b in range(256))
-    require(whole and b"" not in merges,
-            f"{path} is no whole set of merges: ids must be 0 to n-1, each once, with all 256 single bytes; got "
-            f"{len(merges)} tokens")
-    return merges
 
 
 def write_merges(path: Path, merges: dict[bytes, int]):
