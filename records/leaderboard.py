@@ -7,8 +7,13 @@ The leaderboard: runs that count, checked from their logs.
     python records/leaderboard.py stats DIR [--target LOSS]      n, mean, sd, min, max and p of any folder of logs, modded-nanogpt's too
 
 add takes a folder of compare.py, or one whose subfolders (baseline/ and others, or one alone) each hold the logs of an arm. It checks what is to be
-added, copies the logs to records/TRACK/DATE_NAME/ARM/ or, with --negative, to records/negative/DATE_NAME/ARM/, adds README.md and stats.json, and
-renders the tables. The arm that sets a record is the one beside the baseline, or the baseline alone; of several, --arm says which.
+added, writes the record's folder, records/TRACK/DATE_NAME/ or, with --negative, records/negative/DATE_NAME/, and renders the tables.
+The arm that sets a record is the one beside the baseline, or the baseline alone; of several, --arm says which.
+
+    README.md, stats.json            what was found; both say which arm A0 (the baseline), A1, ... is
+    source-0123456789ab.txt          the source of the runs, once for all runs that have it
+    A1/A1-seed3.txt, A1-seed3.json   each run's log, which names its source by hash, and the JSON beside it as the trainer wrote it
+
 records/README.md has the rules. Exit code 1 and one line for a fault.
 """
 
@@ -25,11 +30,11 @@ from pathlib import Path
 RECORDS = Path(__file__).resolve().parent
 sys.path = [str(RECORDS.parent)] + [path for path in sys.path if Path(path).resolve() != RECORDS]  # so that nobody takes statistics.py for Python's own
 from records.report import FORMAT as COMPARISON, MACHINE, equals, escaped, interval, markdown_table, number, p_value, plain, sentence, summarize
-from records.runs import Run, read_folder, read_run
+from records.runs import Run, log_files, read_folder, read_run, stored_text
 from records.statistics import ALPHA, one_sample, summary, welch
 from train_gpt import TRACKS, RunError, make_config, write_atomically
 
-FORMAT = "knotgpt-record-1"
+FORMAT = "knotgpt-record-2"
 CHOSEN = ("format", "name", "date", "track", "what", "kind", "arm", "rules", "settings")  # of stats.json, what does not come from the logs
 ARM = {"name", "folder", "options", "losses", "train_seconds", "seeds", "loss", "time", "p_target", "vs_baseline"}
 BEGIN, END = "<!-- tables: written by leaderboard.py render -->", "<!-- end of tables -->"
@@ -40,7 +45,7 @@ BEGIN, END = "<!-- tables: written by leaderboard.py render -->", "<!-- end of t
 
 def log_folders(folder: Path) -> list[Path]:
     """The subfolders that hold logs, baseline first. RunError if there is none."""
-    found = sorted((path for path in folder.glob("*/") if any(path.glob("*.txt")) or any(path.glob("*.log"))), key=lambda path: (path.name != "baseline", path.name))
+    found = sorted((path for path in folder.glob("*/") if log_files(path)), key=lambda path: (path.name != "baseline", path.name))
     if not found:
         raise RunError(f"{folder}: {'no subfolder with logs' if folder.is_dir() else 'no such folder'}; give one with a subfolder of logs for every arm")
     return found
@@ -104,21 +109,13 @@ def statistics_of(chosen: dict, arms: list[dict]) -> dict:
             raise RunError(f"{chosen['name']}: {name} is not one in all runs ({found[name]}), so their times cannot be compared; run all of them on one machine")
     environment, target = results["environment"], chosen["rules"]["target"]
     rows = []
-    for row, folder in zip(results["arms"], folder_names(arms)):
+    for i, row in enumerate(results["arms"]):
         losses, seconds = ([run[key] for run in row["runs"]] for key in ("val_loss", "train_seconds"))
-        rows.append(dict(name=row["name"], folder=folder, variant=row["variant"], options=row["options"], parameters=row["parameters"],
+        rows.append(dict(name=row["name"], folder=f"A{i}", variant=row["variant"], options=row["options"], parameters=row["parameters"],
                          seeds=[run["seed"] for run in row["runs"]], losses=losses, train_seconds=seconds, loss=summary(losses), time=summary(seconds),
                          p_target=one_sample(losses, target) if target else None, vs_baseline=row["vs_baseline"]))
     return chosen | dict(hardware=f"{found['world_size']} x {found['device']}", val_sha256=environment["val_sha256"],
                          versions={name: environment[name] for name in ("python", "torch", "cuda", "triton")}, arms=rows)
-
-
-def folder_names(arms: list[dict]) -> list[str]:
-    names = [arm["name"] if arm["name"] == "baseline" or len(arms) == 1 else "baseline" if i == 0 else arm["name"] for i, arm in enumerate(arms)]
-    names = [re.sub(r"[^\w.=,+-]+", "_", name).strip(".") or "_" for name in names]
-    if len(set(names)) < len(names):
-        raise RunError(f"arms {', '.join(plain(arm['name']) for arm in arms)} would share a folder ({', '.join(names)}); give them names of their own")
-    return names
 
 
 def track_rules(track: str) -> dict:
@@ -318,11 +315,11 @@ def record_readme(stats: dict, arms: list[dict], standing: dict | None) -> str:
             text += f" The record before it, {place(standing)}, took {number(winner(standing)['time'], 2)} s: {equals(p)} for one that is not faster."
         parts.append(escaped(text))
     parts += [f"- {escaped(sentence(arm, results['arms'][0]))}" for arm in results["arms"][1:]]
-    rows = [[escaped(plain(arm["name"])), str(seed), number(loss, 4), number(seconds, 2)] for arm in stats["arms"]
-            for seed, loss, seconds in zip(arm["seeds"], arm["losses"], arm["train_seconds"])]
-    parts += [markdown_table(["arm", "seed", "final loss", "time s"], rows),
+    rows = [[arm["folder"], escaped(plain(arm["name"])), f"[{seed}]({arm['folder']}/{log_name(arm, seed)}.txt)", number(loss, 4), number(seconds, 2)]
+            for arm in stats["arms"] for seed, loss, seconds in zip(arm["seeds"], arm["losses"], arm["train_seconds"])]
+    parts += [markdown_table(["id", "arm", "seed", "final loss", "time s"], rows),
               escaped(f"Track {stats['track']} on {stats['hardware']}; " + ", ".join(f"{name} {version}" for name, version in stats["versions"].items()) + ". ")
-              + "The logs hold the source, the configuration and every step; stats.json has these numbers and the tests."]
+              + "A seed's link is its log: the configuration and every step; it names its source, a file here, by hash. stats.json has these numbers and the tests."]
     parts += [f"Command:\n\n    {plain(stats['settings']['command'])}"] if stats["settings"].get("command") else []
     return "\n\n".join(parts) + "\n"
 
@@ -352,9 +349,7 @@ def add(root: Path, source: Path, name: str, track: str, what: str, arm: str | N
         for entry, row in zip(arms, stats["arms"]):
             (temporary / row["folder"]).mkdir(parents=True)
             for run in entry["runs"]:
-                for path in (run.path, run.path.with_suffix(".json")):
-                    if path.exists():
-                        shutil.copyfile(path, temporary / row["folder"] / path.name)
+                store(run, temporary, f"{row['folder']}/{log_name(row, run.seed)}")
         (temporary / "README.md").write_text(readme, encoding="utf-8")
         (temporary / "stats.json").write_text(json.dumps(stats, indent=1) + "\n", encoding="utf-8")
         temporary.rename(folder)
@@ -366,9 +361,23 @@ def add(root: Path, source: Path, name: str, track: str, what: str, arm: str | N
     return folder
 
 
+def log_name(arm: dict, seed: int) -> str:
+    """The name of a stored log, without its ending."""
+    return f"{arm['folder']}-seed{seed}"
+
+
+def store(run: Run, folder: Path, name: str):
+    """Write a run into a record's folder: its source if no run before it had the same, its log and, as it is, the JSON beside it."""
+    (folder / run.source_file).write_text(run.source, encoding="utf-8")
+    (folder / f"{name}.txt").write_text(stored_text(run), encoding="utf-8")
+    saved = run.path.with_suffix(".json")
+    if saved.exists():
+        shutil.copyfile(saved, folder / f"{name}.json")
+
+
 def print_stats(folder: Path, target: float | None):
     """The statistics of a folder of logs, or of each of its subfolders where it has none itself."""
-    for path in [folder] if any(path.suffix in (".txt", ".log") for path in folder.glob("*")) else log_folders(folder):
+    for path in [folder] if log_files(folder) else log_folders(folder):
         runs = read_folder(path, strict=True)
         losses, goal = [run.val_loss for run in runs], target or runs[0].config.get("target")
         p = one_sample(losses, goal) if goal else None

@@ -11,6 +11,13 @@ A resumed run adds all of this to its log again, with "resumed from PATH at step
 a validation at N included, which comes after the checkpoint.
 modded-nanogpt's logs have the same shape without facts; those of its track 3 have validations only and times in seconds. Where M is not known
 beforehand (a budget of time), it is an estimate that may change until the last line. Losses are nats a token, as precise as the log's digits.
+
+A log that is stored in records/ names its source in place of each copy of it, in one line:
+
+    source: source-0123456789ab.txt sha256 0123456789ab... (all 64 digits)
+
+The file lies in the record's folder, which is the folder above the log's. Its name has the first 12 digits of the SHA-256
+of its text, and the text is the source exactly as Run.source has it. Reading compares the digits with the text.
 """
 
 import hashlib
@@ -25,6 +32,7 @@ from train_gpt import RunError
 RULE = "=" * 100
 MODULE = re.compile(r"# ---- ([\w.]+)")
 STEP = re.compile(r"step:(\d+)/(\d+) (?:val_loss:(\S+) )?(?:\w+:\S+ )*?train_time:(\d+(?:\.\d+)?)(ms|s) step_avg:\S+ms(?: \w+:\S+)*")
+STORED_SOURCE = re.compile(r"source: (source-[0-9a-f]{12}\.txt) sha256 ([0-9a-f]{64})")
 RESUMED = re.compile(r"resumed from .* at step (\d+)")
 STOPPED = re.compile(r"(stopped by \S+) after step \d+.*")
 MEASURED = {  # attribute of Run: the line that holds it
@@ -103,6 +111,11 @@ class Run:
         return hashlib.sha256(self.source.encode()).hexdigest()
 
     @property
+    def source_file(self) -> str:
+        """The name of the file that holds the source in a stored record."""
+        return f"source-{self.source_sha256[:12]}.txt"
+
+    @property
     def code(self) -> dict[str, str]:
         """{module: sha256 of its part of the source}; {} where the source does not name its modules."""
         parts, name = {}, None
@@ -149,12 +162,20 @@ def read_run(path: Path | str, strict: bool = False) -> Run:
 
 
 def read_folder(folder: Path | str, strict: bool = False) -> list[Run]:
-    """The runs of all .txt and .log files in a folder, by name. RunError if there is none, or for one that read_run refuses."""
+    """The runs of all logs in a folder, by name. RunError if there is none, or for one that read_run refuses."""
     folder = Path(folder)
-    files = sorted(path for path in folder.glob("*") if path.suffix in (".txt", ".log"))
+    files = log_files(folder)
     if not files:
         raise RunError(f"{folder}: {'no log (.txt or .log) in this folder' if folder.is_dir() else 'no such folder'}; give the folder that holds a run's log")
     return [read_run(file, strict) for file in files]
+
+
+def log_files(folder: Path) -> list[Path]:
+    """The .txt and .log files in a folder, by name, without the sources of stored records."""
+    return sorted(
+        path for path in folder.glob("*")
+        if path.suffix in (".txt", ".log") and not re.fullmatch(r"source-[0-9a-f]{12}\.txt", path.name)
+    )
 
 
 def read_lines(path: Path) -> list[str]:
@@ -174,30 +195,79 @@ def read_lines(path: Path) -> list[str]:
     return lines
 
 
-def read_headers(path: Path, lines: list[str]) -> tuple[Run, list[tuple[int, str]]]:
-    """(a Run with source and facts, [(number, line)] after the headers); every header of a resumed run must tell of the same run."""
+@dataclass
+class Header:
+    """Where one header stands in a log, as indices of lines: its source, the line of '=' after it, and the first line after the header."""
+
+    source: int
+    rule: int
+    end: int
+
+
+def find_headers(path: Path, lines: list[str]) -> list[Header]:
+    """The headers of a log: one, and another for each time that the run was resumed. RunError if there is none."""
     starts = [i for i, line in enumerate(lines[:-1]) if line == RULE and lines[i + 1].lower().startswith("running py")]
     if not starts:
         raise RunError(f"{path}: no log of this trainer or modded-nanogpt: no line of 100 '=' with \"Running Python\" or \"Running PyTorch\" after it")
-    run, body, end = None, [], 0
+
+    headers = []
+    end = 0
     for start in starts:
-        source_start = 0
-        if run:
-            source_start = next((i for i in range(end, start) if lines[i] == "# ---- train_gpt"), start)
-            body += enumerate(lines[end:source_start], end + 1)
+        source = 0
+        if headers:
+            source = next((i for i in range(end, start) if lines[i] == "# ---- train_gpt" or STORED_SOURCE.match(lines[i])), start)
         end = next((i + 1 for i in range(start + 1, len(lines)) if lines[i] == RULE), len(lines))
-        source, facts = "\n".join(lines[source_start:start]).removeprefix(RULE).strip("\n"), read_facts(path, lines[start:end])
+        headers.append(Header(source, start, end))
+    return headers
+
+
+def read_headers(path: Path, lines: list[str]) -> tuple[Run, list[tuple[int, str]]]:
+    """(a Run with source and facts, [(number, line)] after the headers); every header of a resumed run must tell of the same run."""
+    run, body, end = None, [], 0
+    for header in find_headers(path, lines):
+        if run:
+            body += enumerate(lines[end:header.source], end + 1)
+        end = header.end
+        source = read_source(path, "\n".join(lines[header.source:header.rule]).removeprefix(RULE).strip("\n"))
+        facts = read_facts(path, lines[header.rule:end])
         if not source.strip():
-            raise RunError(f"{path}: the source of the code is missing before line {start + 1}; a run without its source is no evidence")
+            raise RunError(f"{path}: the source of the code is missing before line {header.rule + 1}; a run without its source is no evidence")
         part = Run(path, source, facts)
         if run:
             for name in ("source", "seed", "variant", "val_sha256"):
                 if getattr(part, name) != getattr(run, name):
-                    raise RunError(f"{path}: resumed with another {name} (line {start + 1}); a run that changes on its way is no evidence, leave it out")
+                    raise RunError(f"{path}: resumed with another {name} (line {header.rule + 1}); a run that changes on its way is no evidence, leave it out")
             if any(facts.get(name) != run.facts.get(name) for name in ("device", "world_size")):
-                raise RunError(f"{path}: resumed on another device (line {start + 1}), so its times mean nothing; leave it out")
+                raise RunError(f"{path}: resumed on another device (line {header.rule + 1}), so its times mean nothing; leave it out")
         run = part
     return run, body + list(enumerate(lines[end:], end + 1))
+
+
+def read_source(path: Path, text: str) -> str:
+    """The source of a header: the text itself or, in a stored record, what the file that it names holds."""
+    match = STORED_SOURCE.fullmatch(text)
+    if not match:
+        return text
+    file = path.absolute().parent.parent / match[1]
+    try:
+        source = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise RunError(f"{path}: its source is missing: there is no text {file}; put the file back from where the record came") from None
+    if hashlib.sha256(source.encode()).hexdigest() != match[2]:
+        raise RunError(f"{path}: its source was altered: {file} has not the SHA-256 that the log names; put the file back from where the record came")
+    return source
+
+
+def stored_text(run: Run) -> str:
+    """The run's log as a record stores it: a line that names the source in place of each copy of it."""
+    lines = read_lines(run.path)
+    stored, end = [], 0
+    for header in find_headers(run.path, lines):
+        stored += lines[end:header.source]
+        stored.append(f"source: {run.source_file} sha256 {run.source_sha256}")
+        stored += lines[header.rule:header.end]
+        end = header.end
+    return "\n".join(stored + lines[end:]) + "\n"
 
 
 def read_facts(path: Path, header: list[str]) -> dict:

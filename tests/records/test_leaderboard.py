@@ -1,5 +1,6 @@
 """The leaderboard: what is added, the rules, every fault's one line, the tables, and the statistics of any folder."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -12,7 +13,7 @@ import pytest
 from records import leaderboard
 from records.leaderboard import BEGIN, END, main
 from records.report import summarize, write_report
-from records.runs import read_folder
+from records.runs import read_folder, read_run
 from train_gpt import TRACKS, make_config
 
 ROOT = Path(leaderboard.__file__).resolve().parent.parent
@@ -84,8 +85,9 @@ def test_first_record_needs_the_target_only(root, write_arm, add, run):
     folder = record(root, "First")
     assert (code, out, err) == (0, f"{folder}\n", "")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_First", folder.name)
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "baseline", "stats.json"]
-    assert sorted(path.name for path in (folder / "baseline").iterdir()) == [f"baseline_{seed}.{kind}" for seed in range(1, 5) for kind in ("json", "txt")]
+    source, = folder.glob("source-*.txt")
+    assert sorted(path.name for path in folder.iterdir()) == ["A0", "README.md", source.name, "stats.json"]
+    assert sorted(path.name for path in (folder / "A0").iterdir()) == [f"A0-seed{seed}.{kind}" for seed in range(1, 5) for kind in ("json", "txt")]
     stats = stats_of(folder)
     arm, = stats["arms"]
     assert arm["losses"] == pytest.approx([TARGET - 0.02 + noise for noise in SPREAD], abs=1e-9) and arm["seeds"] == [1, 2, 3, 4]
@@ -107,7 +109,7 @@ def test_faster_record_and_history(root, write_arm, add, run):
     write_arm("b/baseline")
     assert add(write_arm("b/quick", ms_per_step=90.0, variant=["quick"], modules=[("variants.quick", "x = 1")]), "Second")[0] == 0
     stats = stats_of(record(root, "Second"))
-    assert stats["arm"] == "quick" and [arm["folder"] for arm in stats["arms"]] == ["baseline", "quick"]
+    assert stats["arm"] == "quick" and [arm["folder"] for arm in stats["arms"]] == ["A0", "A1"]
     assert stats["arms"][1]["vs_baseline"]["time"]["verdict"] == "better" and stats["arms"][1]["vs_baseline"]["loss"]["verdict"] == "not distinguishable"
     assert re.search(r"The record before it, cpu/.*_First, took 0.80 ± 0.00 s: p < 0.0001", (record(root, "Second") / "README.md").read_text().replace("\\", ""))
     text = (root / "README.md").read_text()
@@ -131,7 +133,7 @@ def test_negative_results(root, write_arm, add, run):
     write_arm("a/slow", loss=0.1, ms_per_step=150.0, variant=["slow"])
     assert add(write_arm("a/even", loss=-0.0202, variant=["even"]), "Losers", "--negative")[0] == 0
     folder, text = record(root, "Losers", "negative"), (root / "README.md").read_text()
-    assert (folder / "slow" / "slow_1.txt").exists() and stats_of(folder)["arm"] is None
+    assert (folder / "A2" / "A2-seed1.txt").exists() and stats_of(folder)["arm"] is None
     assert "No record yet." in text
     assert re.search(rf"\| cpu \| slow \| what Losers does \| \+0.1200 \| .* \| 4 and 4 \| worse \| \+50.00 \| \[Losers\]\(negative/{folder.name}\) \|", text)
     assert re.search(r"\| cpu \| even \| what Losers does \| -0.0002 \| .* \| not distinguishable \|", text)
@@ -150,7 +152,7 @@ def test_folder_of_compare(root, write_arm, add, run, tmp_path):
     write_report(tmp_path / "compared", results)
     assert add(tmp_path / "compared", "Compared")[0] == 0
     stats = stats_of(record(root, "Compared"))
-    assert stats["settings"] == settings and stats["arms"][1]["options"] == ["--layers", "4"] and stats["arms"][1]["folder"] == "wide_hidden=8_x"
+    assert stats["settings"] == settings and stats["arms"][1]["options"] == ["--layers", "4"] and stats["arms"][1]["folder"] == "A1"
     assert stats["arms"][1]["vs_baseline"] == results["arms"][1]["vs_baseline"] and run("check")[0] == 0
 
 
@@ -160,6 +162,45 @@ def test_arm_of_several(root, write_arm, add):
     assert "which arm sets the record? give --arm and one of baseline, a, b" in refused(add(source, "Best"), root, contents(root))
     assert "which arm sets the record?" in refused(add(source, "Best", "--arm", "c"), root, contents(root))
     assert add(source, "Best", "--arm", "b")[0] == 0 and stats_of(record(root, "Best"))["arm"] == "b"
+
+
+def test_a_source_is_stored_once_and_read_back(root, write_arm, add, tmp_path):
+    """Two arms of one source and one of another: two files, and each stored log gives the run that was added."""
+    write_arm("a/baseline")
+    write_arm("a/same", variant=["same"])
+    assert add(write_arm("a/other", modules=[("variants.other", "x = 1")]), "Sources", "--negative")[0] == 0
+    folder = record(root, "Sources", "negative")
+    assert len(list(folder.glob("source-*.txt"))) == 2
+    rows = {arm["name"]: arm["folder"] for arm in stats_of(folder)["arms"]}
+    assert rows == {"baseline": "A0", "other": "A1", "same": "A2"}
+    readme = (folder / "README.md").read_text()
+    for name, arm in rows.items():
+        assert f"| {arm} | {name} | [2]({arm}/{arm}-seed2.txt) |" in readme
+        for stored, run in zip(read_folder(folder / arm), read_folder(tmp_path / "a" / name)):
+            assert "import torch" not in stored.path.read_text()
+            assert stored.path.with_suffix(".json").read_bytes() == run.path.with_suffix(".json").read_bytes()
+            assert {**vars(stored), "path": None} == {**vars(run), "path": None}
+
+
+def test_a_resumed_log_names_its_source_in_each_header(root, write_arm, write_log, add):
+    write_arm("a/baseline", seeds=(1, 2))
+    write_log({0: 5.0}, "a/baseline", "b", seed=3, steps=8, last_step=4, end="SIGTERM")
+    log = write_log({8: TARGET - 0.02}, "a/baseline", "b", seed=3, resumed_from=4)
+    assert add(log.parent.parent, "Resumed")[0] == 0
+    stored, = record(root, "Resumed").glob("A0/A0-seed3.txt")
+    lines = stored.read_text().splitlines()
+    assert sum(line.startswith("source: source-") for line in lines) == 2 and "import torch" not in lines
+    assert {**vars(read_run(stored)), "path": None} == {**vars(read_run(log)), "path": None}
+
+
+def test_a_record_can_be_added_again(root, write_arm, add, tmp_path):
+    """What is stored is read like any other folder of logs: another leaderboard takes it."""
+    add(write_arm("a/baseline"), "First")
+    (tmp_path / "copy").mkdir()
+    shutil.copytree(record(root, "First"), tmp_path / "copy" / "record")
+    shutil.rmtree(root / "cpu")
+    assert add(tmp_path / "copy" / "record", "Again")[0] == 0
+    assert "import torch" in next(record(root, "Again").glob("source-*.txt")).read_text()
 
 
 # ---- what is refused
@@ -225,9 +266,6 @@ def test_folders_that_will_not_do(root, tmp_path, write_arm, write_log, add):
     lost = dict(format="knotgpt-comparison-1", settings={}, arms=[dict(name="one", options=[], runs=[dict(seed=1, log="one_1.txt"), dict(seed=2, error="killed")])])
     (tmp_path / "b" / "results.json").write_text(json.dumps(lost))
     assert "0 logs of one, seed 2, where one is expected" in refused(add(tmp_path / "b", "No"), root, before)
-    write_arm("c/baseline")
-    write_arm("c/a b")
-    assert "would share a folder (baseline, a_b, a_b)" in refused(add(write_arm("c/a_b"), "No", "--negative"), root, before)
 
 
 def test_names_and_tracks(root, write_arm, add):
@@ -270,7 +308,7 @@ def two_records(root, write_arm, add):
 
 
 def log_without_json(folder) -> Path:
-    path = folder / "quick" / "quick_2.txt"
+    path = folder / "A1" / "A1-seed2.txt"
     path.with_suffix(".json").unlink()
     return path
 
@@ -281,6 +319,17 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new))
 
 
+def name_another_source(folder):
+    """Let one log of the arm name a source of its own, which is whole."""
+    source, = folder.glob("source-*.txt")
+    altered = source.read_text().replace("import torch", "import numpy")
+    digest = hashlib.sha256(altered.encode()).hexdigest()
+    (folder / f"source-{digest[:12]}.txt").write_text(altered)
+    log = log_without_json(folder)
+    line = next(line for line in log.read_text().splitlines() if line.startswith("source: "))
+    edit(log, line, f"source: source-{digest[:12]}.txt sha256 {digest}")
+
+
 def change_stats(folder, change):
     stats = stats_of(folder)
     change(stats)
@@ -288,16 +337,20 @@ def change_stats(folder, change):
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (lambda folder: edit(folder / "quick/quick_2.txt", "val_loss:2.0000", "val_loss:1.9000"), "tampered: quick_2.json has another curve than the log"),
-    (lambda folder: edit(folder / "quick/quick_2.txt", f"val_loss:{TARGET - 0.02:.4f}", f"val_loss:{TARGET - 0.03:.4f}"), "tampered: quick_2.json has another val_loss, curve than the log"),
+    (lambda folder: edit(folder / "A1/A1-seed2.txt", "val_loss:2.0000", "val_loss:1.9000"), "tampered: A1-seed2.json has another curve than the log"),
+    (lambda folder: edit(folder / "A1/A1-seed2.txt", f"val_loss:{TARGET - 0.02:.4f}", f"val_loss:{TARGET - 0.03:.4f}"), "tampered: A1-seed2.json has another val_loss, curve than the log"),
     (lambda folder: edit(log_without_json(folder), f"val_loss:{TARGET - 0.02:.4f}", f"val_loss:{TARGET - 0.03:.4f}"), "stats.json: arms[1].losses[1] is not what the logs say"),
     (lambda folder: edit(log_without_json(folder), "val_loss:2.0000", "val_loss:1.9000"), None),
     (lambda folder: edit(log_without_json(folder), "step:5/8 train_time:450ms step_avg:90.00ms\n", ""), "step 5 is missing"),
-    (lambda folder: edit(log_without_json(folder), "import torch", "import numpy"), "ran different code"),
+    (lambda folder: edit(log_without_json(folder), "python_val_000000.bin", "other_val_000000.bin"), "validated on different data"),
     (lambda folder: edit(log_without_json(folder), "b" * 64, "c" * 64), "validated on different data"),
-    (lambda folder: (folder / "quick/quick_2.txt").unlink(), "arms[1].seeds is not what the logs say"),
-    (lambda folder: shutil.rmtree(folder / "baseline"), "stats.json has the arms baseline, quick, the folder quick"),
-    (lambda folder: shutil.copytree(folder / "quick", folder / "third"), "the folder baseline, quick, third"),
+    (lambda folder: (folder / "A1/A1-seed2.txt").unlink(), "arms[1].seeds is not what the logs say"),
+    (lambda folder: shutil.rmtree(folder / "A0"), "stats.json has the arms A0, A1, the folder A1"),
+    (lambda folder: shutil.copytree(folder / "A1", folder / "third"), "the folder A0, A1, third"),
+    (lambda folder: next(folder.glob("source-*.txt")).unlink(), "A0-seed1.txt: its source is missing: there is no text"),
+    (lambda folder: edit(next(folder.glob("source-*.txt")), "import torch", "import numpy"), "A0-seed1.txt: its source was altered:"),
+    (lambda folder: next(folder.glob("source-*.txt")).write_bytes(b"\xff"), "A0-seed1.txt: its source is missing: there is no text"),
+    (lambda folder: name_another_source(folder), "ran different code"),
     (lambda folder: change_stats(folder, lambda stats: stats["arms"][1]["time"].update(mean=0.5)), "arms[1].time.mean is not what the logs say"),
     (lambda folder: change_stats(folder, lambda stats: stats["rules"].update(target=9.0)), "p_target is not what the logs say"),
     (lambda folder: change_stats(folder, lambda stats: stats.update(hardware="8 x H100")), "stats.json: hardware is not what the logs say"),
