@@ -52,9 +52,12 @@ def log_folders(folder: Path) -> list[Path]:
 
 
 def read_arms(folder: Path) -> tuple[dict, list[dict]]:
-    """(settings, arms) as report.summarize takes them, from a folder of compare.py or one with a subfolder of logs for every arm."""
+    """(settings, arms) as report.summarize takes them, from a folder of compare.py, a record's, or one with a subfolder of logs for every arm."""
     if (folder / "results.json").exists():
         return read_comparison(folder)
+    if (folder / "stats.json").exists():
+        stats = read_stats(folder)
+        return stats["settings"], stored_arms(folder, stats)
     folders = log_folders(folder)
     if len(folders) > 1 and folders[0].name != "baseline":
         raise RunError(f"{folder}: no baseline among {', '.join(path.name for path in folders)}; call the baseline's subfolder baseline")
@@ -182,7 +185,7 @@ def record_folders(root: Path) -> list[Path]:
 
 
 def read_stats(folder: Path) -> dict:
-    """stats.json of a record. RunError if it is damaged, or that of another folder."""
+    """stats.json of a record. RunError if it is damaged."""
     try:
         stats = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
         whole = set(CHOSEN) <= stats.keys() and isinstance(stats["settings"], dict) and all(ARM <= arm.keys() for arm in stats["arms"])
@@ -194,9 +197,29 @@ def read_stats(folder: Path) -> dict:
         raise RunError(f"{folder}: no stats.json; add the runs again with leaderboard.py add") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
         raise RunError(f"{folder / 'stats.json'}: damaged; delete the folder and add the runs again with leaderboard.py add") from None
+    return stats
+
+
+def standing_records(root: Path) -> list[dict]:
+    """stats.json of every record. RunError for one that is damaged or stands in another record's folder."""
+    records = [read_stats(folder) for folder in record_folders(root)]
+    for stats, folder in zip(records, record_folders(root)):
+        check_place(stats, folder)
+    return records
+
+
+def check_place(stats: dict, folder: Path):
     if place(stats) != f"{folder.parent.name}/{folder.name}":
         raise RunError(f"{folder / 'stats.json'}: belongs to {place(stats)}; give the folder its name back")
-    return stats
+
+
+def stored_arms(folder: Path, stats: dict) -> list[dict]:
+    """The arms of a record from its logs. RunError unless the folder holds those of stats.json and no others."""
+    names = [arm["folder"] for arm in stats["arms"]]
+    folders = {path.name: path for path in log_folders(folder)}
+    if set(names) != folders.keys():
+        raise RunError(f"{folder}: stats.json has the arms {', '.join(sorted(names))}, the folder {', '.join(sorted(folders))}")
+    return [arm_of(arm["name"], read_folder(folders[arm["folder"]], strict=True), arm["options"]) for arm in stats["arms"]]
 
 
 def disagreement(ours, theirs, name: str = "") -> str | None:
@@ -214,12 +237,10 @@ def disagreement(ours, theirs, name: str = "") -> str | None:
 def check_folder(folder: Path, records: list[dict]) -> dict:
     """Everything about one record again from its logs; returns its stats. RunError for the first fault."""
     stats = read_stats(folder)
+    check_place(stats, folder)
     if not (folder / "README.md").exists():
         raise RunError(f"{folder}: no README.md; delete the folder and add the runs again with leaderboard.py add")
-    names, folders = [arm["folder"] for arm in stats["arms"]], {path.name: path for path in log_folders(folder)}
-    if set(names) != folders.keys():
-        raise RunError(f"{folder}: stats.json has the arms {', '.join(sorted(names))}, the folder {', '.join(sorted(folders))}")
-    arms = [arm_of(arm["name"], read_folder(folders[arm["folder"]], strict=True), arm["options"]) for arm in stats["arms"]]
+    arms = stored_arms(folder, stats)
     fresh = json.loads(json.dumps(statistics_of({name: stats[name] for name in CHOSEN}, arms)))
     if name := disagreement(fresh, stats):
         raise RunError(f"{folder / 'stats.json'}: {name} is not what the logs say; put the right one back, or add the runs again")
@@ -330,7 +351,7 @@ def add(root: Path, source: Path, name: str, track: str, what: str, arm: str | N
         raise RunError(f"--name takes letters, digits, _ and -, and --what a line of text; got {name!r} and {what!r}")
     rules = track_rules(track)
     split_readme(root)
-    records = [read_stats(folder) for folder in record_folders(root)]
+    records = standing_records(root)
     settings, arms = read_arms(source)
     names = [entry["name"] for entry in arms]
     if not negative and (arm not in names if arm else len(arms) > 2):
@@ -412,7 +433,7 @@ def main(argv: list[str] | None = None) -> int:
         elif options.command == "check":
             return 1 if check(options.records) else 0
         elif options.command == "render":
-            render(options.records, [read_stats(folder) for folder in record_folders(options.records)])
+            render(options.records, standing_records(options.records))
         else:
             print_stats(options.folder, options.target)
     except RunError as error:
