@@ -4,7 +4,8 @@ The leaderboard: runs that count, checked from their logs.
     python records/leaderboard.py add DIR --name NAME --track TRACK --what "one line" [--arm ARM] [--negative]
     python records/leaderboard.py check           every record again from its logs, a line each; exit code 1 if one fails
     python records/leaderboard.py render          the tables of records/README.md from the records' stats.json
-    python records/leaderboard.py stats DIR [--target LOSS]      n, mean, sd, min, max and p of any folder of logs, modded-nanogpt's too
+    python records/leaderboard.py stats DIR [--target LOSS]
+                                                  n, mean, sd, min, max and p of each arm in any folder of logs, modded-nanogpt's too
 
 add takes a folder of compare.py, or one whose subfolders (baseline/ and others, or one alone) each hold the logs of an arm. It checks what is to be
 added, writes the record's folder, records/TRACK/DATE_NAME/ or, with --negative, records/negative/DATE_NAME/, and renders the tables.
@@ -29,14 +30,17 @@ from pathlib import Path
 
 RECORDS = Path(__file__).resolve().parent
 sys.path = [str(RECORDS.parent)] + [path for path in sys.path if Path(path).resolve() != RECORDS]  # so that nobody takes statistics.py for Python's own
-from records.report import FORMAT as COMPARISON, MACHINE, equals, escaped, interval, markdown_table, number, p_value, plain, sentence, summarize
-from records.runs import Run, log_files, read_folder, read_run, stored_text
+from records.fields import RESULTS, STATS, read_fields
+from records.report import FORMAT as COMPARISON
+from records.report import (
+    MACHINE, differing, equals, escaped, interval, markdown_table, number, p_value, plain, sentence, settled, summarize,
+)
+from records.runs import Run, log_files, prepare_console, read_folder, read_run, read_usable, stored_text
 from records.statistics import ALPHA, one_sample, summary, welch
-from train_gpt import TRACKS, RunError, make_config, write_atomically
+from train_gpt import TRACKS, RunError, make_config, require, write_atomically
 
 FORMAT = "knotgpt-record-2"
 CHOSEN = ("format", "name", "date", "track", "what", "kind", "arm", "rules", "settings")  # of stats.json, what does not come from the logs
-ARM = {"name", "folder", "options", "losses", "train_seconds", "seeds", "loss", "time", "p_target", "vs_baseline"}
 BEGIN, END = "<!-- tables: written by leaderboard.py render -->", "<!-- end of tables -->"
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------------
@@ -75,23 +79,26 @@ def arm_of(name: str, runs: list[Run], options: list[str] | None = None) -> dict
 
 def read_comparison(folder: Path) -> tuple[dict, list[dict]]:
     """(settings, arms) of a folder of compare.py, runs from its logs. RunError if a run is missing or unfinished."""
-    try:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        if results["format"] != COMPARISON:
-            raise ValueError
-        settings, wanted = results["settings"], [(arm["name"], arm["options"], [(run["seed"], run.get("log")) for run in arm["runs"]]) for arm in results["arms"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise RunError(f"{folder / 'results.json'}: no results of compare.py; give its folder, or one with a subfolder of logs for every arm") from None
+    results = read_results(folder)
     arms = []
-    for name, options, logs in wanted:
+    for arm in results["arms"]:
         runs = []
-        for seed, log in logs:
-            found = [path for path in folder.rglob("*.txt") if path.name == log]
-            if len(found) != 1:
-                raise RunError(f"{folder}: {len(found)} logs of {plain(name)}, seed {seed}, where one is expected; run compare.py again, which does what is missing")
+        for run in arm["runs"]:
+            found = [path for path in folder.rglob("*.txt") if path.name == run.get("log")]
+            require(len(found) == 1, f"{folder}: {len(found)} logs of {plain(arm['name'])}, seed {run['seed']}, where one is expected; "
+                                     "run compare.py again, which does what is missing")
             runs.append(read_run(found[0], strict=True))
-        arms.append(arm_of(name, runs, options))
-    return settings, arms
+        require(runs, f"{folder}: no run of {plain(arm['name'])}; run compare.py again, which does what is missing")
+        arms.append(arm_of(arm["name"], runs, arm["options"]))
+    return results["settings"], arms
+
+
+def read_results(folder: Path) -> dict:
+    """results.json of a comparison. RunError if it is none."""
+    path, remedy = folder / "results.json", "give compare.py's folder, or one with a subfolder of logs for every arm"
+    results = read_fields(path, remedy, RESULTS)
+    require(results["format"] == COMPARISON, f"{path}: no results of compare.py, but of format {plain(results['format'])}; {remedy}")
+    return results
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------------
 # A record's statistics and rules
@@ -105,6 +112,7 @@ def statistics_of(chosen: dict, arms: list[dict]) -> dict:
                 raise RunError(f"{run.path}: does not say which validation data it used; only logs of this trainer can be added")
             if run.track != chosen["track"]:
                 raise RunError(f"{run.path}: a run of track {run.track}, not {chosen['track']}; name its own with --track")
+    check_alike(arms)
     results = summarize(chosen["settings"], arms)
     found = {name: ", ".join(map(str, results["environment_differs"].get(name, [results["environment"][name]]))) for name in MACHINE}
     for name in MACHINE:
@@ -119,6 +127,18 @@ def statistics_of(chosen: dict, arms: list[dict]) -> dict:
                          p_target=one_sample(losses, target) if target else None, vs_baseline=row["vs_baseline"]))
     return chosen | dict(hardware=f"{found['world_size']} x {found['device']}", val_sha256=environment["val_sha256"],
                          versions={name: environment[name] for name in ("python", "torch", "cuda", "triton")}, arms=rows)
+
+
+def check_alike(arms: list[dict]):
+    """RunError unless every run has a seed, arms have names of their own, and all runs were scored on equally many tokens."""
+    names = [plain(arm["name"]) for arm in arms]
+    require(len(set(names)) == len(names), f"two arms have the same name among {', '.join(names)}; give them names of their own")
+    runs = [run for arm in arms for run in arm["runs"]]
+    for run in runs:
+        require(run.seed is not None, f"{run.path}: does not say its seed; only logs of this trainer can be added")
+        scored = [each.facts.get("val_tokens") for each in (runs[0], run)]
+        require(scored[0] == scored[1], f"{runs[0].path} and {run.path} were scored on {scored[0]} and {scored[1]} tokens of the validation data, so "
+                                        "their losses cannot be compared; run one of them again with the other's settings")
 
 
 def track_rules(track: str) -> dict:
@@ -186,17 +206,16 @@ def record_folders(root: Path) -> list[Path]:
 
 def read_stats(folder: Path) -> dict:
     """stats.json of a record. RunError if it is damaged."""
-    try:
-        stats = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
-        whole = set(CHOSEN) <= stats.keys() and isinstance(stats["settings"], dict) and all(ARM <= arm.keys() for arm in stats["arms"])
-        if stats["format"] != FORMAT or stats["kind"] not in ("record", "negative") or not whole:
-            raise ValueError
-        if stats["kind"] == "record":
-            winner(stats)
-    except FileNotFoundError:
-        raise RunError(f"{folder}: no stats.json; add the runs again with leaderboard.py add") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
-        raise RunError(f"{folder / 'stats.json'}: damaged; delete the folder and add the runs again with leaderboard.py add") from None
+    path, remedy = folder / "stats.json", "delete the folder and add the runs again with leaderboard.py add"
+    require(path.exists(), f"{folder}: no stats.json; add the runs again with leaderboard.py add")
+    stats = read_fields(path, remedy, STATS)
+    names = [arm["name"] for arm in stats["arms"]]
+    kinds = {"record": stats["arm"] in names, "negative": len(names) > 1 and all(arm["vs_baseline"] for arm in stats["arms"][1:])}
+    require(stats["format"] == FORMAT, f"{path}: damaged: its format is {plain(stats['format'])}, not {FORMAT}; {remedy}")
+    require(kinds.get(stats["kind"]), f"{path}: damaged: its arms are not those of a {plain(stats['kind'])}; {remedy}")
+    require(stats["track"] in TRACKS, f"{path}: damaged: there is no track {plain(stats['track'])}; {remedy}")
+    require(all(len(arm["seeds"]) == len(arm["losses"]) == len(arm["train_seconds"]) for arm in stats["arms"]),
+            f"{path}: damaged: an arm has not as many losses and times as seeds; {remedy}")
     return stats
 
 
@@ -292,7 +311,7 @@ def split_readme(root: Path) -> tuple[str, str, str]:
 
 
 def rendered(records: list[dict]) -> str:
-    """The tables of all records: for each track, hardware and validation data the history, slowest first; then the negative results."""
+    """The tables of all records: for each track, hardware and validation data the history, slowest first; then the comparisons."""
     parts, groups = [], []
     for stats in sorted((stats for stats in records if stats["kind"] == "record"), key=lambda stats: (list(TRACKS).index(stats["track"]), stats["hardware"])):
         group = next((group for group in groups if comparable(group[0], stats)), None)
@@ -311,7 +330,8 @@ def rendered(records: list[dict]) -> str:
              f"{arm['loss']['n']} and {stats['arms'][0]['loss']['n']}", test["verdict"], number(time["difference"], 2, signed=True), f"[{escaped(stats['name'])}]({place(stats)})"]
             for stats in sorted((stats for stats in records if stats["kind"] == "negative"), key=place)
             for arm in stats["arms"][1:] for test, time in [(arm["vs_baseline"]["loss"], arm["vs_baseline"]["time"])]]
-    parts += ["### Negative and undecided results",
+    parts += ["### Comparisons that set no record",
+              "Each arm against the baseline of its own comparison, whatever came of it; the verdict is on the loss.",
               markdown_table(["date", "track", "arm", "what", "loss difference", "95 %", "p after Holm", "n", "verdict", "ms/step difference", "logs"], rows) if rows else "None yet."]
     return "\n\n" + "\n\n".join(parts) + "\n\n"
 
@@ -397,17 +417,73 @@ def store(run: Run, folder: Path, name: str):
 
 
 def print_stats(folder: Path, target: float | None):
-    """The statistics of a folder of logs, or of each of its subfolders where it has none itself."""
+    """
+    The statistics of each arm of a folder of logs, or of each of its subfolders where it has none itself, as far as the logs can
+    be read: what is left out and what a reader must know of the rest is said. RunError where nothing is left.
+    """
+    names = arm_names(folder)
+    counted, reasons = 0, []
     for path in [folder] if log_files(folder) else log_folders(folder):
-        runs = read_folder(path, strict=True)
-        losses, goal = [run.val_loss for run in runs], target or runs[0].config.get("target")
-        p = one_sample(losses, goal) if goal else None
-        print(f"{path}: runs {len(runs)}, different sources {len({run.source_sha256 for run in runs})}")
-        for title, values, digits, end in (("val_loss", losses, 5, "" if p is None else f"  p {p:.3g} (one-sided t test, mean below {goal:g})"),
-                                           ("train_seconds", [run.train_ms / 1000 for run in runs], 3, "")):
-            s = summary(values)
-            sd = "-" if s["sd"] is None else f"{s['sd']:.{digits}f}"
-            print(f"  {title:13}  n {s['n']}  mean {s['mean']:.{digits}f}  sd {sd}  min {s['min']:.{digits}f}  max {s['max']:.{digits}f}{end}")
+        runs, left_out = read_usable(path)
+        counted += len(runs)
+        reasons += left_out
+        for name, group in arms_of(runs, names):
+            print(f"{path}{f', {plain(name)}' if name else ''}: runs {len(group)}, different sources {len({run.source_sha256 for run in group})}")
+            print_summary(group, target or group[0].config.get("target"))
+        for reason in left_out:
+            print(f"  left out: {plain(reason)}")
+    require(counted, f"{folder}: no log gives a final loss: {reasons[0] if reasons else 'there is none'}")
+
+
+def arm_names(folder: Path) -> dict[str, str]:
+    """{log's or subfolder's name: arm's name} as a comparison's results.json or a record's stats.json has it; {} without them."""
+    if (folder / "results.json").exists():
+        arms = read_results(folder)["arms"]
+        return {run["log"]: arm["name"] for arm in arms for run in arm["runs"] if "log" in run}
+    if (folder / "stats.json").exists():
+        return {arm["folder"]: arm["name"] for arm in read_stats(folder)["arms"]}
+    return {}
+
+
+def arms_of(runs: list[Run], names: dict[str, str]) -> list[tuple[str, list[Run]]]:
+    """
+    The runs by arm, [(name, runs)], in the order of their first runs. A run's arm is the one that is named for it, else all runs of
+    its variants and settings; these are its name where there are several. Runs of other trainers are one arm.
+    """
+    groups, given = {}, {}
+    for run in runs:
+        name = names.get(run.path.name, names.get(run.path.parent.name))
+        key = json.dumps([name, run.variant, settled(run)], sort_keys=True)
+        groups.setdefault(key, []).append(run)
+        given[key] = name
+    firsts = [group[0] for group in groups.values()]
+    settings = sorted({setting for run in firsts for setting in differing(settled(firsts[0]), settled(run))} - {"variant"})
+    arms = []
+    for key, group in groups.items():
+        described = ["+".join(group[0].variant) or "baseline", *(f"--{setting} {settled(group[0]).get(setting)}" for setting in settings)]
+        arms.append((given[key] or ("" if len(groups) == 1 else " ".join(described)), group))
+    return arms
+
+
+def print_summary(runs: list[Run], goal: float | None):
+    """Three lines: losses, times, and what must be known of the runs."""
+    losses = [run.val_loss for run in runs]
+    seconds = [run.train_ms / 1000 for run in runs if run.train_ms is not None]
+    p = one_sample(losses, goal) if goal else None
+    tested = "" if p is None else f"  p {p:.3g} (one-sided t test, mean below {goal:g})"
+    for title, values, digits, end in (("val_loss", losses, 5, tested), ("train_seconds", seconds, 3, "")):
+        if not values:
+            print(f"  {title:13}  not known")
+            continue
+        s = summary(values)
+        sd = "-" if s["sd"] is None else f"{s['sd']:.{digits}f}"
+        print(f"  {title:13}  n {s['n']}  mean {s['mean']:.{digits}f}  sd {sd}  min {s['min']:.{digits}f}  max {s['max']:.{digits}f}{end}")
+    notes = [re.sub(r"^trial \d+ of .*", "one of several runs in a file", note) for run in runs for note in run.notes]
+    for note in dict.fromkeys(notes):
+        print(f"  {notes.count(note)} of {len(runs)}: {note}")
+    ends = sorted({run.last_step for run in runs})
+    if len(ends) > 1 and not any(run.facts for run in runs):
+        print(f"  their last steps differ: {ends[0]} to {ends[-1]}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -443,4 +519,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    prepare_console()
     sys.exit(main())
