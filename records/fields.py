@@ -117,10 +117,16 @@ def check_object(value: dict, shape: dict, prefix: str):
             check_fields(value[key], part, f"{prefix}{key}")
 
 
-def check_depth(value):
-    """Raise RunError for more than DEPTH levels: what walks through the value recursively must come to an end."""
+def check_content(value):
+    """
+    Raise RunError for what no field may be, those without a shape included: more than DEPTH levels, since what walks through the
+    value recursively must come to an end, and numbers that are too large to count with.
+    """
     level = [value]
     for _ in range(DEPTH):
+        for item in level:
+            if isinstance(item, int | float):
+                require(abs(item) <= NUMBER[2], f"it holds the number {item!r:.60}")
         containers = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
         level = [child for container in containers for child in container]
         if not level:
@@ -144,7 +150,7 @@ def parse_fields(text: str, path: Path, name: str, remedy: str, shape: dict) -> 
 
 def checked(content, path: Path, remedy: str, shape: dict) -> dict:
     try:
-        check_depth(content)
+        check_content(content)
         check_fields(content, shape, "")
     except RunError as error:
         raise RunError(f"{path}: damaged: {error}; {remedy}") from None

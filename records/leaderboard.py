@@ -98,6 +98,7 @@ def read_results(folder: Path) -> dict:
     path, remedy = folder / "results.json", "give compare.py's folder, or one with a subfolder of logs for every arm"
     results = read_fields(path, remedy, RESULTS)
     require(results["format"] == COMPARISON, f"{path}: no results of compare.py, but of format {plain(results['format'])}; {remedy}")
+    require(results["arms"], f"{path}: damaged: it has no arms; {remedy}")
     return results
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------------
@@ -260,6 +261,8 @@ def check_folder(folder: Path, records: list[dict]) -> dict:
     if not (folder / "README.md").exists():
         raise RunError(f"{folder}: no README.md; delete the folder and add the runs again with leaderboard.py add")
     arms = stored_arms(folder, stats)
+    unused = sorted({path.name for path in folder.glob("source-*.txt")} - {run.source_file for arm in arms for run in arm["runs"]})
+    require(not unused, f"{folder}: {', '.join(unused)} is no run's source; delete it")
     fresh = json.loads(json.dumps(statistics_of({name: stats[name] for name in CHOSEN}, arms)))
     if name := disagreement(fresh, stats):
         raise RunError(f"{folder / 'stats.json'}: {name} is not what the logs say; put the right one back, or add the runs again")

@@ -432,8 +432,8 @@ def read_line(run: Run, events: list[Event], number: int, line: str):
                 val_loss = float(val_loss)
             except ValueError:
                 val_loss = math.nan
-            if not math.isfinite(val_loss):
-                raise RunError(f"{run.path}: val_loss is not a number at step {step} (line {number}: {match[3]}); the run is of no use, leave it out")
+            if not abs(val_loss) < 1e30:  # NaN is not
+                raise RunError(f"{run.path}: val_loss is not a number at step {step} (line {number}: {match[3]:.20}); the run is of no use, leave it out")
         events.append(Event(step, steps, val_loss, milliseconds, number))
     elif re.match(r"step:\d", line):
         raise RunError(f"{run.path}: damaged: line {number} is cut or no line of steps; copy the log again or leave it out")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -140,6 +141,17 @@ def test_negative_results(root, write_arm, add, run):
     assert run("check") == (0, f"negative/{folder.name}: ok\n{root / 'README.md'}: ok\n", "")
 
 
+def test_a_better_arm_stands_under_no_heading_of_negative_results(root, write_arm, add):
+    """It sets no record, for instance because it is slower to the target, and is better than its baseline all the same."""
+    write_arm("a/baseline")
+    add(write_arm("a/slow_but_good", loss=-0.1, ms_per_step=150.0), "Better", "--negative")
+    lines = (root / "README.md").read_text().splitlines()
+    row = next(i for i, line in enumerate(lines) if "| better |" in line)
+    headings = [line for line in lines[:row] if line.startswith("#")]
+    assert headings[-1] == "### Comparisons that set no record" and not any("negative" in heading.lower() for heading in headings)
+    assert record(root, "Better", "negative").is_dir()
+
+
 def test_folder_of_compare(root, write_arm, add, run, tmp_path):
     seeds = (9, 10, 11, 12)  # by name, 10 comes before 9
     write_arm("compared/logs/baseline", seeds=seeds)
@@ -246,6 +258,37 @@ def test_runs_that_are_not_alike(root, write_arm, write_log, add):
         assert message in refused(add(source, "No"), root, before)
 
 
+@pytest.mark.parametrize("scored", [65_537, None])
+def test_arms_that_were_scored_on_different_numbers_of_tokens(root, write_arm, write_log, add, scored):
+    """The setting is the same: the trainer left out rows that filled no whole batch."""
+    write_arm("a/baseline", scored=65_536)
+    source, before = write_arm("a/other", scored=scored), contents(root)
+    if scored is None:  # a log that does not say
+        for path in (source / "other").glob("*.txt"):
+            edit(path, ', "val_tokens": null', "")
+            path.with_suffix(".json").unlink()
+    err = refused(add(source, "No", "--negative"), root, before)
+    assert "baseline_1.txt" in err and "other_1.txt" in err and f"were scored on 65536 and {scored} tokens" in err
+
+
+def test_a_record_whose_arms_were_scored_on_different_numbers_of_tokens(two_records, run):
+    """check finds it, too."""
+    for path in (two_records / "A1").glob("*.txt"):
+        edit(path, '"val_tokens": 65536}', '"val_tokens": 65537}')
+        path.with_suffix(".json").unlink()
+    code, out, _ = run("check")
+    assert code == 1 and "were scored on 65536 and 65537 tokens of the validation data" in out
+
+
+def test_arms_of_one_name(root, write_arm, add, tmp_path):
+    write_arm("compared/logs/baseline")
+    write_arm("compared/logs/other")
+    arms = [dict(name="baseline", options=[], runs=[dict(seed=1, log=f"{folder}_1.txt")]) for folder in ("baseline", "other")]
+    (tmp_path / "compared" / "results.json").write_text(json.dumps(dict(format="knotgpt-comparison-1", settings={}, arms=arms)))
+    err = refused(add(tmp_path / "compared", "No", "--negative"), root, contents(root))
+    assert "two arms have the same name among baseline, baseline; give them names of their own" in err
+
+
 def test_a_negative_result_on_two_machines_says_nothing_of_time(root, write_arm, add, run):
     write_arm("a/baseline")
     assert add(write_arm("a/slow", loss=0.1, ms_per_step=120.0, variant=["slow"], device="H200"), "Two", "--negative")[0] == 0
@@ -261,8 +304,8 @@ def test_folders_that_will_not_do(root, tmp_path, write_arm, write_log, add):
     write_arm("a/one")
     assert "no baseline among one, two" in refused(add(write_arm("a/two"), "No"), root, before)
     assert "one arm alone is no comparison" in refused(add(write_arm("b/one"), "No", "--negative"), root, before)
-    (tmp_path / "b" / "results.json").write_text('{"format": "other"}')
-    assert "results.json: no results of compare.py" in refused(add(tmp_path / "b", "No"), root, before)
+    (tmp_path / "b" / "results.json").write_text('{"format": "other", "settings": {}, "arms": []}')
+    assert "results.json: no results of compare.py, but of format other" in refused(add(tmp_path / "b", "No"), root, before)
     lost = dict(format="knotgpt-comparison-1", settings={}, arms=[dict(name="one", options=[], runs=[dict(seed=1, log="one_1.txt"), dict(seed=2, error="killed")])])
     (tmp_path / "b" / "results.json").write_text(json.dumps(lost))
     assert "0 logs of one, seed 2, where one is expected" in refused(add(tmp_path / "b", "No"), root, before)
@@ -351,6 +394,7 @@ def change_stats(folder, change):
     (lambda folder: edit(next(folder.glob("source-*.txt")), "import torch", "import numpy"), "A0-seed1.txt: its source was altered:"),
     (lambda folder: next(folder.glob("source-*.txt")).write_bytes(b"\xff"), "A0-seed1.txt: its source is missing: there is no text"),
     (lambda folder: name_another_source(folder), "ran different code"),
+    (lambda folder: (folder / "source-0123456789ab.txt").write_text("x = 1"), "source-0123456789ab.txt is no run's source; delete it"),
     (lambda folder: change_stats(folder, lambda stats: stats["arms"][1]["time"].update(mean=0.5)), "arms[1].time.mean is not what the logs say"),
     (lambda folder: change_stats(folder, lambda stats: stats["rules"].update(target=9.0)), "p_target is not what the logs say"),
     (lambda folder: change_stats(folder, lambda stats: stats.update(hardware="8 x H100")), "stats.json: hardware is not what the logs say"),
@@ -358,7 +402,11 @@ def change_stats(folder, change):
     (lambda folder: change_stats(folder, lambda stats: stats.update(arm="third")), "stats.json: damaged"),
     (lambda folder: change_stats(folder, lambda stats: stats.pop("what")), "stats.json: damaged"),
     (lambda folder: change_stats(folder, lambda stats: stats["arms"][0].pop("folder")), "stats.json: damaged"),
-    (lambda folder: (folder / "stats.json").write_text("[]"), "stats.json: damaged"),
+    (lambda folder: (folder / "stats.json").write_text("[]"), "stats.json holds a JSON list, not an object"),
+    (lambda folder: change_stats(folder, lambda stats: stats.update(format="knotgpt-record-1")), "its format is knotgpt-record-1, not knotgpt-record-2"),
+    (lambda folder: change_stats(folder, lambda stats: stats.update(track="nowhere")), "stats.json: damaged: there is no track nowhere"),
+    (lambda folder: change_stats(folder, lambda stats: stats["arms"][1]["losses"].pop()), "an arm has not as many losses and times as seeds"),
+    (lambda folder: change_stats(folder, lambda stats: stats["arms"][1]["time"].update(mean="fast")), "stats.json: damaged: arms[1].time.mean must be a number"),
     (lambda folder: (folder / "stats.json").unlink(), "no stats.json"),
     (lambda folder: (folder / "README.md").unlink(), "no README.md"),
     (lambda folder: folder.rename(folder.with_name("2020-01-01_Third")), "_Second; give the folder its name back"),
@@ -428,6 +476,16 @@ def test_the_script_leaves_other_modules_alone():
     assert "records" not in subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.parametrize("command", [["-m", "records.leaderboard"], [str(ROOT / "records" / "leaderboard.py")]])
+def test_as_a_module_and_as_a_script(command, write_arm, tmp_path):
+    """From the checkout by -m, from anywhere by its path; on a console that is not UTF-8, too."""
+    source = write_arm("a/größer")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    folder = ROOT if command[0] == "-m" else tmp_path
+    done = subprocess.run([sys.executable, *command, "stats", os.fsencode(source)], cwd=folder, env=environment, capture_output=True)
+    assert done.returncode == 0 and done.stderr == b"" and b"er: runs 4, different sources 1" in done.stdout
+
+
 # ---- statistics of a folder
 
 def test_stats(write_arm, run, tmp_path):
@@ -449,3 +507,66 @@ def test_stats_of_one_foreign_log(tmp_path, run):
     (tmp_path / "log.txt").write_text("s:0 tel:10.968871\n")
     code, _, err = run("stats", tmp_path)
     assert code == 1 and err.startswith("leaderboard.py: error: ") and "no log of this trainer or modded-nanogpt" in err
+
+
+def rows_of(out: str) -> dict[str, tuple[int, float]]:
+    """{arm: (n, mean loss)} of what stats printed."""
+    found = re.findall(r"^\S+, (.*): runs (\d+), .*\n +val_loss +n \d+  mean (\S+)", out, re.M)
+    return {name: (int(n), float(mean)) for name, n, mean in found}
+
+
+def test_stats_of_a_comparison_has_a_row_for_each_arm(write_arm, run, tmp_path):
+    """Its logs lie in one folder. Named as the comparison names them or, in that folder itself, by variants and settings."""
+    arms = dict(baseline=(-0.02, dict()), wide=(-0.05, dict(variant=["wide"])), thin=(0.1, dict(mlp_hidden=64)))
+    for name, (loss, options) in arms.items():
+        write_arm(f"source/{name}", loss=loss, **options)
+    logs = tmp_path / "compared" / "logs"
+    logs.mkdir(parents=True)
+    for path in (tmp_path / "source").rglob("*_?.*"):
+        shutil.copy(path, logs)
+    results = dict(format="knotgpt-comparison-1", settings={}, arms=[
+        dict(name=f"the {name}", options=[], runs=[dict(seed=seed, log=f"{name}_{seed}.txt") for seed in (1, 2, 3, 4)]) for name in arms
+    ])
+    (tmp_path / "compared" / "results.json").write_text(json.dumps(results))
+    means = {name: (4, pytest.approx(TARGET + loss + sum(SPREAD) / 4, abs=1e-5)) for name, (loss, _) in arms.items()}
+
+    code, out, err = run("stats", tmp_path / "compared")
+    assert (code, err) == (0, "") and rows_of(out) == {f"the {name}": mean for name, mean in means.items()}
+    code, out, err = run("stats", logs)
+    assert (code, err) == (0, "")
+    assert rows_of(out) == {"baseline --mlp_hidden 512": means["baseline"], "wide --mlp_hidden 512": means["wide"], "baseline --mlp_hidden 64": means["thin"]}
+
+
+def test_stats_of_a_record_has_its_arms_names(root, write_arm, add, run):
+    write_arm("a/baseline")
+    add(write_arm("a/other", loss=0.1), "Two", "--negative")
+    code, out, _ = run("stats", record(root, "Two", "negative"))
+    assert code == 0 and rows_of(out).keys() == {"baseline", "other"}
+
+
+def test_stats_goes_on_without_the_logs_that_are_no_good(write_arm, run, tmp_path):
+    folder = write_arm("a/baseline") / "baseline"
+    edit(folder / "baseline_3.txt", "step:5/8 train_time", "step:5/8 train_t")
+    (folder / "requirements.txt").write_text("numpy\n")
+    code, out, err = run("stats", folder)
+    assert (code, err) == (0, "") and "runs 3, different sources 1" in out
+    assert re.findall(r"^  left out: (\S+): (.{12})", out, re.M) == [(f"{folder}/baseline_3.txt", "damaged: lin"), (f"{folder}/requirements.txt", "no log of th")]
+
+
+def test_stats_says_what_must_be_known_of_others_runs(tmp_path, run):
+    lines = [f"step:{step}/13 train_time:{step * 5 if step < 11 else (step - 10) * 5}ms step_avg:5.00ms" for step in range(1, 13)]
+    for name, loss in (("a", 3.0), ("b", 3.1)):
+        text = "\n".join(["import os", "=" * 100, "Running PyTorch 2.9", "=" * 100, *lines, f"step:12/13 val_loss:{loss} train_time:10ms step_avg:5.00ms"])
+        (tmp_path / f"{name}.txt").write_text(text + "\n")
+    assert run("stats", tmp_path) == (0, f"""{tmp_path}: runs 2, different sources 1
+  val_loss       n 2  mean 3.05000  sd 0.07071  min 3.00000  max 3.10000
+  train_seconds  n 2  mean 0.010  sd 0.000  min 0.010  max 0.010
+  2 of 2: the clock starts at step 11
+  2 of 2: ends at step 12 of 13
+""", "")
+    for path in tmp_path.glob("*.txt"):
+        edit(path, "train_time:10ms step_avg:5.00ms\nstep:12/13 val", "train_time:6ms step_avg:5.00ms\nstep:12/13 val")
+        edit(path, "step:11/13 train_time:5ms", "step:11/13 train_time:4ms")
+        edit(path, "step:12/13 train_time:6ms", "step:12/13 train_time:3ms")
+    code, out, _ = run("stats", tmp_path)
+    assert code == 0 and "  train_seconds  not known\n  2 of 2: no time is known\n" in out and "mean 3.05000" in out

@@ -237,6 +237,7 @@ def test_damaged_lines(write_log):
     ("step:6/8 train_time:600ms", "step:6/8 train_time:499ms", "train_time falls from 500 to 499 ms at step 6 (line 19)"),
     ("step:6/8 train", "step:6/9 train", "8 steps become 9 at step 6 (line 19)"),
     ("val_loss:2.5000", "val_loss:nan", "val_loss is not a number at step 4 (line 16: nan)"),
+    ("val_loss:2.5000", "val_loss:1e300", "val_loss is not a number at step 4 (line 16: 1e300)"),
     ("val_loss:2.5000", "val_loss:inf", "val_loss is not a number at step 4 (line 16: inf)"),
     ("val_loss:2.5000", "val_loss:2.5.0", "val_loss is not a number at step 4 (line 16: 2.5.0)"),
 ])
