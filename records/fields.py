@@ -56,13 +56,14 @@ FACTS = {  # of a log's header
     "git_commit?": str, "git_dirty?": bool, "dtype?": str, "compile?": str,
     "parameters?": COUNT, "parameters_without_embeddings?": COUNT, "flops_per_token?": Maybe(POSITIVE), "peak_flops?": Maybe(POSITIVE),
     "train_tokens_available?": COUNT, "val_tokens?": COUNT, "val_bytes_per_token?": Maybe(POSITIVE), "val_sha256?": {str: str},
+    "train_data?": str, "target?": POSITIVE, "sources?": {str: str},
 }
 POINT = {
     "step": COUNT, "tokens?": Maybe(COUNT), "train_ms?": POSITIVE, "val_loss": NUMBER, "val_bits_per_byte?": Maybe(NUMBER),
     "train_loss?": Maybe(NUMBER),
 }
 SAVED = FACTS | {  # the JSON beside a log
-    "curve?": [POINT], "step?": COUNT, "val_loss?": NUMBER, "val_bits_per_byte?": Maybe(NUMBER), "train_seconds?": POSITIVE,
+    "curve?": [POINT], "train_curve?": [[NUMBER]], "step?": COUNT, "val_loss?": NUMBER, "val_bits_per_byte?": Maybe(NUMBER), "train_seconds?": POSITIVE,
     "warmup_seconds?": Maybe(POSITIVE), "ms_per_step?": Maybe(POSITIVE), "tokens_per_second?": Maybe(POSITIVE), "mfu?": Maybe(POSITIVE),
     "peak_memory_mib?": Maybe(COUNT), "peak_memory_reserved_mib?": Maybe(COUNT),
 }

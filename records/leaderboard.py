@@ -69,7 +69,7 @@ def read_arms(folder: Path) -> tuple[dict, list[dict]]:
     first = arms[0]["runs"][0]
     budget = first.config.get("time_budget", 0)
     return dict(track=first.track, seeds=sorted({run.seed for arm in arms for run in arm["runs"] if run.seed is not None}), budget="time" if budget else "tokens",
-                budget_seconds=budget, target=first.config.get("target", 0), command=first.facts.get("command", ""), order=[], sweep=None, tried=len(arms) - 1, overhead=None), arms
+                budget_seconds=budget, target=first.target, command=first.facts.get("command", ""), order=[], sweep=None, tried=len(arms) - 1, overhead=None), arms
 
 
 def arm_of(name: str, runs: list[Run], options: list[str] | None = None) -> dict:
@@ -184,6 +184,8 @@ def check_rules(stats: dict, arms: list[dict], standing: dict | None):
         for run in (run for entry in arms for run in entry["runs"]):
             if run.config.get(name) != value:
                 raise RunError(f"{where}{run.path.name} has {name} {run.config.get(name)}, the track {value}; run it with the track's own")
+    for run in (run for entry in arms for run in entry["runs"]):
+        require(run.target == rules["target"], f"{where}{run.path.name} was validated on data for which the track's target is not known; use the track's own data")
     n, mean, p = arm["loss"]["n"], arm["loss"]["mean"], arm["p_target"]
     if n < 2:
         raise RunError(f"{where}one run alone, and no test can be made of it; train more seeds")
@@ -432,7 +434,7 @@ def print_stats(folder: Path, target: float | None):
         reasons += left_out
         for name, group in arms_of(runs, names):
             print(f"{path}{f', {plain(name)}' if name else ''}: runs {len(group)}, different sources {len({run.source_sha256 for run in group})}")
-            print_summary(group, target or group[0].config.get("target"))
+            print_summary(group, target or group[0].target)
         for reason in left_out:
             print(f"  left out: {plain(reason)}")
     require(counted, f"{folder}: no log gives a final loss: {reasons[0] if reasons else 'there is none'}")

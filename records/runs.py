@@ -42,6 +42,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from records.fields import FACTS, SAVED, parse_fields, read_fields
 from train_gpt import RunError, require
 
@@ -126,6 +131,11 @@ class Run:
     @property
     def track(self) -> str | None:
         return self.config.get("track")
+
+    @property
+    def target(self) -> float:
+        """The loss that the track asks for on these validation data, 0 where none is known."""
+        return self.facts.get("target", self.config.get("target", 0.0))
 
     @property
     def val_sha256(self) -> dict[str, str]:
@@ -380,6 +390,7 @@ def read_headers(path: Path, lines: list[str]) -> tuple[Run, list[tuple[int, str
         facts = read_facts(path, lines[header.rule:end])
         if not source.strip():
             raise RunError(f"{path}: the source of the code is missing before line {header.rule + 1}; a run without its source is no evidence")
+        check_source(path, source, facts.get("sources", {}))
         part = Run(path, source, facts)
         if run:
             for name in ("source", "seed", "variant", "val_sha256"):
@@ -404,6 +415,21 @@ def read_source(path: Path, text: str) -> str:
     if hashlib.sha256(source.encode()).hexdigest() != match[2]:
         raise RunError(f"{path}: its source was altered: {file} has not the SHA-256 that the log names; put the file back from where the record came")
     return source
+
+
+def check_source(path: Path, source: str, sources: dict[str, str]):
+    """RunError unless the source is that of the modules {name: sha256} which the facts name; older logs name none."""
+    lines = source.split("\n")
+    starts = []
+    for name in sources:
+        start = next((i for i in range(starts[-1] + 1 if starts else 0, len(lines)) if lines[i] == f"# ---- {name}"), None)
+        require(start is not None, f"{path}: its source lacks the module {name}, which its facts name; {COPY}")
+        starts.append(start)
+    for (name, digest), start, end in zip(sources.items(), starts, starts[1:] + [len(lines)]):
+        text = "\n".join(lines[start + 1:end])
+        texts = [text] if end < len(lines) else [text + "\n" * ends for ends in range(3)]  # line ends at the end of a source are not kept
+        require(digest in [hashlib.sha256(text.encode()).hexdigest() for text in texts],
+                f"{path}: the source of {name} was altered: it has not the SHA-256 that the facts name; {COPY}")
 
 
 def stored_text(run: Run) -> str:
@@ -515,7 +541,7 @@ def list_runs(folder: Path) -> tuple[list[dict], list[str]]:
 
 
 def listed_run(path: Path, saved: dict) -> dict:
-    """A row of the list. A run that says "running" may have been cut off: nobody is left to say so."""
+    """A row of the list."""
     config = saved["config"]
     last = saved["curve"][-1] if saved.get("curve") else {}
     return dict(
@@ -525,8 +551,22 @@ def listed_run(path: Path, saved: dict) -> dict:
         variant="+".join(config.get("variant", [])) or "baseline",
         val_loss=saved.get("val_loss", last.get("val_loss")),
         bits_per_byte=saved.get("val_bits_per_byte", last.get("val_bits_per_byte")),
-        status="running or cut off" if saved["status"] == "running" else " ".join(saved["status"].split()),
+        status=running_or_cut_off(path.with_suffix(".txt")) if saved["status"] == "running" else " ".join(saved["status"].split()),
     )
+
+
+def running_or_cut_off(log: Path) -> str:
+    """What became of a run whose JSON says "running". The trainer locks its log as long as it runs."""
+    if fcntl is None:
+        return "running or cut off"
+    try:
+        with open(log, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return "cut off"
+    except BlockingIOError:
+        return "running"
+    except OSError:
+        return "cut off" if not log.exists() else "running or cut off"
 
 
 def main(argv: list[str] | None = None) -> int:

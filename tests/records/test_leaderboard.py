@@ -223,6 +223,7 @@ def test_a_record_can_be_added_again(root, write_arm, add, tmp_path):
     (dict(seeds=(1,)), "one run alone, and no test can be made of it"),
     (dict(target=5.0), f"has target 5.0, the track {TARGET}"),
     (dict(val_tokens=64), "has val_tokens 64, the track"),
+    (dict(known_target=0.0), "was validated on data for which the track's target is not known"),
     (dict(val_sha256={}), "does not say which validation data it used"),
     (dict(track="short"), "a run of track short, not cpu"),
     (dict(end="SIGTERM", steps=8, last_step=4), "stopped by SIGTERM after step 4 of 8; only finished runs count"),
@@ -265,7 +266,7 @@ def test_arms_that_were_scored_on_different_numbers_of_tokens(root, write_arm, w
     source, before = write_arm("a/other", scored=scored), contents(root)
     if scored is None:  # a log that does not say
         for path in (source / "other").glob("*.txt"):
-            edit(path, ', "val_tokens": null', "")
+            edit(path, '"val_tokens": null, ', "")
             path.with_suffix(".json").unlink()
     err = refused(add(source, "No", "--negative"), root, before)
     assert "baseline_1.txt" in err and "other_1.txt" in err and f"were scored on 65536 and {scored} tokens" in err
@@ -274,7 +275,7 @@ def test_arms_that_were_scored_on_different_numbers_of_tokens(root, write_arm, w
 def test_a_record_whose_arms_were_scored_on_different_numbers_of_tokens(two_records, run):
     """check finds it, too."""
     for path in (two_records / "A1").glob("*.txt"):
-        edit(path, '"val_tokens": 65536}', '"val_tokens": 65537}')
+        edit(path, '"val_tokens": 65536, "target"', '"val_tokens": 65537, "target"')
         path.with_suffix(".json").unlink()
     code, out, _ = run("check")
     assert code == 1 and "were scored on 65536 and 65537 tokens of the validation data" in out

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from records.runs import Point, main, read_folder, read_run, read_trials, read_usable
+from records.runs import Point, list_runs, main, read_folder, read_run, read_trials, read_usable
 from train_gpt import RunError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,6 +76,24 @@ def test_source_and_its_parts(write_log):
     assert run.code == {name: hashlib.sha256(text).hexdigest() for name, text in {"train_gpt": b"import torch", "variants": b"", "variants.a": b"x = 1"}.items()}
     other = read_run(write_log(LOSSES, "other", source="import numpy", modules=[("variants", ""), ("variants.a", "x = 1")]))
     assert other.source_sha256 != run.source_sha256 and {name for name in run.code if run.code[name] != other.code[name]} == {"train_gpt"}
+
+
+def test_a_source_that_was_altered(write_log):
+    """A log of the present trainer names the SHA-256 of each module's text; ends of lines at the very end are not kept."""
+    modules = {"train_gpt": "import torch\n", "variants": "", "variants.a": "# ---- variants\nx = 1\n\n"}
+    digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in modules.items()}
+    others = [(name, modules[name]) for name in ("variants", "variants.a")]
+    path = write_log(LOSSES, source=modules["train_gpt"], modules=others, sources=digests)
+    assert read_run(path, strict=True).facts["sources"] == digests
+    whole = path.read_text()
+    for old, new, message in (
+        ("import torch", "import  torch", "the source of train_gpt was altered"),
+        ("x = 1", "x = 2", "the source of variants.a was altered"),
+        ("x = 1\n", "x = 1\n\n\n\n\ny = 1", "the source of variants.a was altered"),
+        ("# ---- variants.a", "# ---- variants.b", "its source lacks the module variants.a"),
+    ):
+        path.write_text(whole.replace(old, new, 1))
+        assert message in error_of(path)
 
 
 def test_steps_in_the_source_are_not_steps(write_log):
@@ -542,12 +560,23 @@ def test_list_of_past_runs(past_runs, capsys):
         ["d_first", "cpu", "0.9000", "1.2985", "baseline", "finished"],
         ["c_stopped", "cpu", "3.0000", "4.3284", "baseline", "stopped by SIGTERM"],
         ["b_failed", "cpu", "5.0000", "7.2140", "baseline", "failed: the training loss is nan"],
-        ["a_running", "cpu", "0.8000", "1.1542", "wide+deep", "running or cut off"],
+        ["a_running", "cpu", "0.8000", "1.1542", "wide+deep", "cut off"],
     ]
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", row[1]) for row in rows)
     bad, meta = err.splitlines()
     assert bad.startswith(f"left out: {past_runs / 'bad.json'} is damaged, not a JSON object")
     assert meta.startswith(f"left out: {past_runs / 'meta.json'}: no run's: it has no config and status")
+
+
+def test_list_tells_a_run_from_one_that_was_cut_off(past_runs, capsys):
+    """By the lock that the trainer holds on its log."""
+    fcntl = pytest.importorskip("fcntl")
+    with open(past_runs / "a_running.txt", "rb") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        assert list_runs(past_runs)[0][-1]["status"] == "running"
+    assert list_runs(past_runs)[0][-1]["status"] == "cut off"
+    (past_runs / "a_running.txt").unlink()
+    assert list_runs(past_runs)[0][-1]["status"] == "cut off"
 
 
 def test_list_of_past_runs_for_scripts(past_runs, capsys):
