@@ -1,5 +1,5 @@
 """
-What the fields of JSON files are: the one place where a value that was read from a file is checked before anything uses it.
+What the fields of JSON files are: the one place where a value that was read from a file is checked before it is used.
 
 A shape says what a value must be:
     int, float, bool, str       a value of that type; a text is printable, a float may be written as an integer
@@ -7,7 +7,7 @@ A shape says what a value must be:
     TEXT                        any text, of several lines too
     Maybe(shape)                the same or null
     [shape]                     a list of such values
-    {"name": shape}             an object with this field; "name?" where it may be missing; other fields are not looked at
+    {"name": shape}             an object with this field, or "name?" where it may be missing; it may have others
     {str: shape}                an object whose fields all have this shape
     a function                  which gets value and name, and raises RunError
 """
@@ -37,45 +37,53 @@ def TEXT(value, name: str):
     require(isinstance(value, str), f"{name} must be text, got {value!r:.60}")
 
 
-def config(value, name: str):
-    """A run's configuration. Settings of other versions of the trainer may be there, too: values and lists of values."""
-    require(isinstance(value, dict), f"{name} must be an object of settings, got {value!r:.60}")
+def config(settings, name: str):
+    """A run's configuration. It may hold settings of other versions of the trainer, too: values and lists of values."""
+    require(isinstance(settings, dict), f"{name} must be an object of settings, got {settings!r:.60}")
     kinds = {field.name: field.type for field in dataclasses.fields(Config)}
-    for setting, item in value.items():
+    for setting, item in settings.items():
         check_value(str, setting, f"a setting's name in {name}", None)
-        items = item if isinstance(item, list) else [item]
         if setting in kinds:
-            check_value(kinds[setting], tuple(item) if isinstance(item, list) else item, f"{name}.{setting}", RANGES.get(setting))
-        for single in items:
-            require(not isinstance(single, dict | list), f"{name}.{setting} must be a value or a list of values, got {item!r:.60}")
+            value = tuple(item) if isinstance(item, list) else item
+            check_value(kinds[setting], value, f"{name}.{setting}", RANGES.get(setting))
+        for single in item if isinstance(item, list) else [item]:
+            require(not isinstance(single, dict | list),
+                    f"{name}.{setting} must be a value or a list of values, got {item!r:.60}")
 
 
 FACTS = {  # of a log's header
     "run_id?": str, "status?": TEXT, "config?": config, "command?": TEXT, "seed?": COUNT, "replaced?": {str: [str]},
-    "python?": str, "torch?": str, "cuda?": Maybe(str), "triton?": Maybe(str), "platform?": str, "device?": str, "world_size?": (int, 1, 2 ** 20),
-    "git_commit?": str, "git_dirty?": bool, "dtype?": str, "compile?": str,
-    "parameters?": COUNT, "parameters_without_embeddings?": COUNT, "flops_per_token?": Maybe(POSITIVE), "peak_flops?": Maybe(POSITIVE),
-    "train_tokens_available?": COUNT, "val_tokens?": COUNT, "val_bytes_per_token?": Maybe(POSITIVE), "val_sha256?": {str: str},
-    "train_data?": str, "target?": POSITIVE, "sources?": {str: str},
+    "python?": str, "torch?": str, "cuda?": Maybe(str), "triton?": Maybe(str), "platform?": str,
+    "device?": str, "world_size?": (int, 1, 2 ** 20), "dtype?": str, "compile?": str,
+    "git_commit?": str, "git_dirty?": bool, "sources?": {str: str},
+    "parameters?": COUNT, "parameters_without_embeddings?": COUNT,
+    "flops_per_token?": Maybe(POSITIVE), "peak_flops?": Maybe(POSITIVE),
+    "train_data?": str, "train_tokens_available?": COUNT, "target?": POSITIVE,
+    "val_tokens?": COUNT, "val_bytes_per_token?": Maybe(POSITIVE), "val_sha256?": {str: str},
 }
 POINT = {
-    "step": COUNT, "tokens?": Maybe(COUNT), "train_ms?": POSITIVE, "val_loss": NUMBER, "val_bits_per_byte?": Maybe(NUMBER),
-    "train_loss?": Maybe(NUMBER),
+    "step": COUNT, "tokens?": Maybe(COUNT), "train_ms?": POSITIVE,
+    "val_loss": NUMBER, "val_bits_per_byte?": Maybe(NUMBER), "train_loss?": Maybe(NUMBER),
 }
 SAVED = FACTS | {  # the JSON beside a log
-    "curve?": [POINT], "train_curve?": [[NUMBER]], "step?": COUNT, "val_loss?": NUMBER, "val_bits_per_byte?": Maybe(NUMBER), "train_seconds?": POSITIVE,
-    "warmup_seconds?": Maybe(POSITIVE), "ms_per_step?": Maybe(POSITIVE), "tokens_per_second?": Maybe(POSITIVE), "mfu?": Maybe(POSITIVE),
-    "peak_memory_mib?": Maybe(COUNT), "peak_memory_reserved_mib?": Maybe(COUNT),
+    "curve?": [POINT], "train_curve?": [[NUMBER]],
+    "step?": COUNT, "val_loss?": NUMBER, "val_bits_per_byte?": Maybe(NUMBER), "train_seconds?": POSITIVE,
+    "warmup_seconds?": Maybe(POSITIVE), "ms_per_step?": Maybe(POSITIVE), "tokens_per_second?": Maybe(POSITIVE),
+    "mfu?": Maybe(POSITIVE), "peak_memory_mib?": Maybe(COUNT), "peak_memory_reserved_mib?": Maybe(COUNT),
 }
 SUMMARY = {"mean": NUMBER, "sd": Maybe(POSITIVE), "n": (int, 1, 2 ** 31), "min": NUMBER, "max": NUMBER}
-TEST = {"difference": Maybe(NUMBER), "low": Maybe(NUMBER), "high": Maybe(NUMBER), "p_holm": Maybe(SHARE), "verdict": str}
+TEST = {
+    "difference": Maybe(NUMBER), "low": Maybe(NUMBER), "high": Maybe(NUMBER), "p_holm": Maybe(SHARE), "verdict": str,
+}
 SETTINGS = {"command?": TEXT, "target?": Maybe(NUMBER)}
 STATS = {  # stats.json of a record
-    "format": str, "name": str, "date": str, "track": str, "what": TEXT, "kind": str, "arm": Maybe(TEXT), "hardware": str,
-    "rules": {"target": POSITIVE, "val_tokens": COUNT}, "settings": SETTINGS, "val_sha256": {str: str}, "versions": {str: Maybe(str)},
+    "format": str, "name": str, "date": str, "track": str, "what": TEXT, "kind": str, "arm": Maybe(TEXT),
+    "rules": {"target": POSITIVE, "val_tokens": COUNT}, "settings": SETTINGS,
+    "hardware": str, "val_sha256": {str: str}, "versions": {str: Maybe(str)},
     "arms": [{
-        "name": TEXT, "folder": str, "variant": [str], "options": [TEXT], "parameters": Maybe(COUNT), "seeds": [COUNT], "losses": [NUMBER],
-        "train_seconds": [POSITIVE], "loss": SUMMARY, "time": SUMMARY, "p_target": Maybe(SHARE),
+        "name": TEXT, "folder": str, "variant": [str], "options": [TEXT], "parameters": Maybe(COUNT),
+        "seeds": [COUNT], "losses": [NUMBER], "train_seconds": [POSITIVE],
+        "loss": SUMMARY, "time": SUMMARY, "p_target": Maybe(SHARE),
         "vs_baseline": Maybe({"loss": TEST, "time": TEST}),
     }],
 }
@@ -120,23 +128,24 @@ def check_object(value: dict, shape: dict, prefix: str):
 
 def check_content(value):
     """
-    Raise RunError for what no field may be, those without a shape included: more than DEPTH levels, since what walks through the
-    value recursively must come to an end, and numbers that are too large to count with.
+    Raise RunError for what no field may be, those without a shape included: more than DEPTH levels, since what walks
+    through the value recursively must come to an end, and numbers that are too large to count with.
     """
     level = [value]
     for _ in range(DEPTH):
         for item in level:
             if isinstance(item, int | float):
                 require(abs(item) <= NUMBER[2], f"it holds the number {item!r:.60}")
-        containers = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
-        level = [child for container in containers for child in container]
+        objects = [list(item.values()) for item in level if isinstance(item, dict)]
+        lists = [item for item in level if isinstance(item, list)]
+        level = [child for children in objects + lists for child in children]
         if not level:
             return
     raise RunError(f"its objects and lists nest more than {DEPTH} levels deep")
 
 
 def read_fields(path: Path, remedy: str, shape: dict) -> dict:
-    """The JSON object of a file that has the shape. RunError, one line with the file's name and what to do, for all else."""
+    """Return the JSON object of a file. RunError, one line with the file's name and the remedy, unless it has the shape."""
     return checked(read_json(path, remedy), path, remedy, shape)
 
 

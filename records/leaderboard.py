@@ -5,15 +5,17 @@ The leaderboard: runs that count, checked from their logs.
     python records/leaderboard.py check           every record again from its logs, a line each; exit code 1 if one fails
     python records/leaderboard.py render          the tables of records/README.md from the records' stats.json
     python records/leaderboard.py stats DIR [--target LOSS]
-                                                  n, mean, sd, min, max and p of each arm in any folder of logs, modded-nanogpt's too
+                                                  n, mean, sd, min, max and p of each arm in any folder of logs,
+                                                  modded-nanogpt's too
 
 add takes a folder of compare.py, or one whose subfolders (baseline/ and others, or one alone) each hold the logs of an arm. It checks what is to be
-added, writes the record's folder, records/TRACK/DATE_NAME/ or, with --negative, records/negative/DATE_NAME/, and renders the tables.
-The arm that sets a record is the one beside the baseline, or the baseline alone; of several, --arm says which.
+added, writes the record's folder, records/TRACK/DATE_NAME/ or, with --negative, records/negative/DATE_NAME/, and
+renders the tables. The arm that sets a record is the one beside the baseline, or the baseline alone; of several, --arm
+says which.
 
     README.md, stats.json            what was found; both say which arm A0 (the baseline), A1, ... is
     source-0123456789ab.txt          the source of the runs, once for all runs that have it
-    A1/A1-seed3.txt, A1-seed3.json   each run's log, which names its source by hash, and the JSON beside it as the trainer wrote it
+    A1/A1-seed3.txt, A1-seed3.json   each run's log, which names its source by hash, and its JSON as it was written
 
 records/README.md has the rules. Exit code 1 and one line for a fault.
 """
@@ -49,14 +51,19 @@ BEGIN, END = "<!-- tables: written by leaderboard.py render -->", "<!-- end of t
 
 def log_folders(folder: Path) -> list[Path]:
     """The subfolders that hold logs, baseline first. RunError if there is none."""
-    found = sorted((path for path in folder.glob("*/") if log_files(path)), key=lambda path: (path.name != "baseline", path.name))
+    found = sorted(
+        (path for path in folder.glob("*/") if log_files(path)), key=lambda path: (path.name != "baseline", path.name)
+    )
     if not found:
         raise RunError(f"{folder}: {'no subfolder with logs' if folder.is_dir() else 'no such folder'}; give one with a subfolder of logs for every arm")
     return found
 
 
 def read_arms(folder: Path) -> tuple[dict, list[dict]]:
-    """(settings, arms) as report.summarize takes them, from a folder of compare.py, a record's, or one with a subfolder of logs for every arm."""
+    """
+    (settings, arms) as report.summarize takes them, from a folder of compare.py, a record's, or one with a subfolder of
+    logs for every arm.
+    """
     if (folder / "results.json").exists():
         return read_comparison(folder)
     if (folder / "stats.json").exists():
@@ -68,8 +75,12 @@ def read_arms(folder: Path) -> tuple[dict, list[dict]]:
     arms = [arm_of(path.name, read_folder(path, strict=True)) for path in folders]
     first = arms[0]["runs"][0]
     budget = first.config.get("time_budget", 0)
-    return dict(track=first.track, seeds=sorted({run.seed for arm in arms for run in arm["runs"] if run.seed is not None}), budget="time" if budget else "tokens",
-                budget_seconds=budget, target=first.target, command=first.facts.get("command", ""), order=[], sweep=None, tried=len(arms) - 1, overhead=None), arms
+    settings = dict(
+        track=first.track, seeds=sorted({run.seed for arm in arms for run in arm["runs"] if run.seed is not None}),
+        budget="time" if budget else "tokens", budget_seconds=budget, target=first.target,
+        command=first.facts.get("command", ""), order=[], sweep=None, tried=len(arms) - 1, overhead=None,
+    )
+    return settings, arms
 
 
 def arm_of(name: str, runs: list[Run], options: list[str] | None = None) -> dict:
@@ -85,8 +96,9 @@ def read_comparison(folder: Path) -> tuple[dict, list[dict]]:
         runs = []
         for run in arm["runs"]:
             found = [path for path in folder.rglob("*.txt") if path.name == run.get("log")]
-            require(len(found) == 1, f"{folder}: {len(found)} logs of {plain(arm['name'])}, seed {run['seed']}, where one is expected; "
-                                     "run compare.py again, which does what is missing")
+            require(len(found) == 1,
+                    f"{folder}: {len(found)} logs of {plain(arm['name'])}, seed {run['seed']}, where one is expected; "
+                    "run compare.py again, which does what is missing")
             runs.append(read_run(found[0], strict=True))
         require(runs, f"{folder}: no run of {plain(arm['name'])}; run compare.py again, which does what is missing")
         arms.append(arm_of(arm["name"], runs, arm["options"]))
@@ -97,7 +109,8 @@ def read_results(folder: Path) -> dict:
     """results.json of a comparison. RunError if it is none."""
     path, remedy = folder / "results.json", "give compare.py's folder, or one with a subfolder of logs for every arm"
     results = read_fields(path, remedy, RESULTS)
-    require(results["format"] == COMPARISON, f"{path}: no results of compare.py, but of format {plain(results['format'])}; {remedy}")
+    require(results["format"] == COMPARISON,
+            f"{path}: no results of compare.py, but of format {plain(results['format'])}; {remedy}")
     require(results["arms"], f"{path}: damaged: it has no arms; {remedy}")
     return results
 
@@ -123,23 +136,26 @@ def statistics_of(chosen: dict, arms: list[dict]) -> dict:
     rows = []
     for i, row in enumerate(results["arms"]):
         losses, seconds = ([run[key] for run in row["runs"]] for key in ("val_loss", "train_seconds"))
-        rows.append(dict(name=row["name"], folder=f"A{i}", variant=row["variant"], options=row["options"], parameters=row["parameters"],
-                         seeds=[run["seed"] for run in row["runs"]], losses=losses, train_seconds=seconds, loss=summary(losses), time=summary(seconds),
+        rows.append(dict(name=row["name"], folder=f"A{i}", variant=row["variant"], options=row["options"],
+                         parameters=row["parameters"], seeds=[run["seed"] for run in row["runs"]],
+                         losses=losses, train_seconds=seconds, loss=summary(losses), time=summary(seconds),
                          p_target=one_sample(losses, target) if target else None, vs_baseline=row["vs_baseline"]))
     return chosen | dict(hardware=f"{found['world_size']} x {found['device']}", val_sha256=environment["val_sha256"],
                          versions={name: environment[name] for name in ("python", "torch", "cuda", "triton")}, arms=rows)
 
 
 def check_alike(arms: list[dict]):
-    """RunError unless every run has a seed, arms have names of their own, and all runs were scored on equally many tokens."""
+    """RunError unless runs have seeds, arms have names of their own, and all were scored on equally many tokens."""
     names = [plain(arm["name"]) for arm in arms]
-    require(len(set(names)) == len(names), f"two arms have the same name among {', '.join(names)}; give them names of their own")
+    require(len(set(names)) == len(names),
+            f"two arms have the same name among {', '.join(names)}; give them names of their own")
     runs = [run for arm in arms for run in arm["runs"]]
     for run in runs:
         require(run.seed is not None, f"{run.path}: does not say its seed; only logs of this trainer can be added")
         scored = [each.facts.get("val_tokens") for each in (runs[0], run)]
-        require(scored[0] == scored[1], f"{runs[0].path} and {run.path} were scored on {scored[0]} and {scored[1]} tokens of the validation data, so "
-                                        "their losses cannot be compared; run one of them again with the other's settings")
+        require(scored[0] == scored[1],
+                f"{runs[0].path} and {run.path} were scored on {scored[0]} and {scored[1]} tokens of the validation "
+                "data, so their losses cannot be compared; run one of them again with the other's settings")
 
 
 def track_rules(track: str) -> dict:
@@ -185,7 +201,8 @@ def check_rules(stats: dict, arms: list[dict], standing: dict | None):
             if run.config.get(name) != value:
                 raise RunError(f"{where}{run.path.name} has {name} {run.config.get(name)}, the track {value}; run it with the track's own")
     for run in (run for entry in arms for run in entry["runs"]):
-        require(run.target == rules["target"], f"{where}{run.path.name} was validated on data for which the track's target is not known; use the track's own data")
+        require(run.target == rules["target"], f"{where}{run.path.name} was validated on data for which the track's "
+                                               "target is not known; use the track's own data")
     n, mean, p = arm["loss"]["n"], arm["loss"]["mean"], arm["p_target"]
     if n < 2:
         raise RunError(f"{where}one run alone, and no test can be made of it; train more seeds")
@@ -213,9 +230,11 @@ def read_stats(folder: Path) -> dict:
     require(path.exists(), f"{folder}: no stats.json; add the runs again with leaderboard.py add")
     stats = read_fields(path, remedy, STATS)
     names = [arm["name"] for arm in stats["arms"]]
-    kinds = {"record": stats["arm"] in names, "negative": len(names) > 1 and all(arm["vs_baseline"] for arm in stats["arms"][1:])}
-    require(stats["format"] == FORMAT, f"{path}: damaged: its format is {plain(stats['format'])}, not {FORMAT}; {remedy}")
-    require(kinds.get(stats["kind"]), f"{path}: damaged: its arms are not those of a {plain(stats['kind'])}; {remedy}")
+    compared = len(names) > 1 and all(arm["vs_baseline"] for arm in stats["arms"][1:])
+    whole = {"record": stats["arm"] in names, "negative": compared}
+    require(stats["format"] == FORMAT,
+            f"{path}: damaged: its format is {plain(stats['format'])}, not {FORMAT}; {remedy}")
+    require(whole.get(stats["kind"]), f"{path}: damaged: its arms are not those of a {plain(stats['kind'])}; {remedy}")
     require(stats["track"] in TRACKS, f"{path}: damaged: there is no track {plain(stats['track'])}; {remedy}")
     require(all(len(arm["seeds"]) == len(arm["losses"]) == len(arm["train_seconds"]) for arm in stats["arms"]),
             f"{path}: damaged: an arm has not as many losses and times as seeds; {remedy}")
@@ -240,8 +259,11 @@ def stored_arms(folder: Path, stats: dict) -> list[dict]:
     names = [arm["folder"] for arm in stats["arms"]]
     folders = {path.name: path for path in log_folders(folder)}
     if set(names) != folders.keys():
-        raise RunError(f"{folder}: stats.json has the arms {', '.join(sorted(names))}, the folder {', '.join(sorted(folders))}")
-    return [arm_of(arm["name"], read_folder(folders[arm["folder"]], strict=True), arm["options"]) for arm in stats["arms"]]
+        raise RunError(f"{folder}: stats.json has the arms {', '.join(sorted(names))}, "
+                       f"the folder {', '.join(sorted(folders))}")
+    return [
+        arm_of(arm["name"], read_folder(folders[arm["folder"]], strict=True), arm["options"]) for arm in stats["arms"]
+    ]
 
 
 def disagreement(ours, theirs, name: str = "") -> str | None:
@@ -263,7 +285,8 @@ def check_folder(folder: Path, records: list[dict]) -> dict:
     if not (folder / "README.md").exists():
         raise RunError(f"{folder}: no README.md; delete the folder and add the runs again with leaderboard.py add")
     arms = stored_arms(folder, stats)
-    unused = sorted({path.name for path in folder.glob("source-*.txt")} - {run.source_file for arm in arms for run in arm["runs"]})
+    sources = {run.source_file for arm in arms for run in arm["runs"]}
+    unused = sorted({path.name for path in folder.glob("source-*.txt")} - sources)
     require(not unused, f"{folder}: {', '.join(unused)} is no run's source; delete it")
     fresh = json.loads(json.dumps(statistics_of({name: stats[name] for name in CHOSEN}, arms)))
     if name := disagreement(fresh, stats):
@@ -316,7 +339,7 @@ def split_readme(root: Path) -> tuple[str, str, str]:
 
 
 def rendered(records: list[dict]) -> str:
-    """The tables of all records: for each track, hardware and validation data the history, slowest first; then the comparisons."""
+    """The tables of all records: the history of each track, hardware and validation data; then the comparisons."""
     parts, groups = [], []
     for stats in sorted((stats for stats in records if stats["kind"] == "record"), key=lambda stats: (list(TRACKS).index(stats["track"]), stats["hardware"])):
         group = next((group for group in groups if comparable(group[0], stats)), None)
@@ -361,11 +384,15 @@ def record_readme(stats: dict, arms: list[dict], standing: dict | None) -> str:
             text += f" The record before it, {place(standing)}, took {number(winner(standing)['time'], 2)} s: {equals(p)} for one that is not faster."
         parts.append(escaped(text))
     parts += [f"- {escaped(sentence(arm, results['arms'][0]))}" for arm in results["arms"][1:]]
-    rows = [[arm["folder"], escaped(plain(arm["name"])), f"[{seed}]({arm['folder']}/{log_name(arm, seed)}.txt)", number(loss, 4), number(seconds, 2)]
-            for arm in stats["arms"] for seed, loss, seconds in zip(arm["seeds"], arm["losses"], arm["train_seconds"])]
+    rows = []
+    for arm in stats["arms"]:
+        for seed, loss, seconds in zip(arm["seeds"], arm["losses"], arm["train_seconds"]):
+            link = f"[{seed}]({arm['folder']}/{log_name(arm, seed)}.txt)"
+            rows.append([arm["folder"], escaped(plain(arm["name"])), link, number(loss, 4), number(seconds, 2)])
     parts += [markdown_table(["id", "arm", "seed", "final loss", "time s"], rows),
               escaped(f"Track {stats['track']} on {stats['hardware']}; " + ", ".join(f"{name} {version}" for name, version in stats["versions"].items()) + ". ")
-              + "A seed's link is its log: the configuration and every step; it names its source, a file here, by hash. stats.json has these numbers and the tests."]
+              + "A seed's link is its log: the configuration and every step; it names its source, a file here, by "
+                "hash. stats.json has these numbers and the tests."]
     parts += [f"Command:\n\n    {plain(stats['settings']['command'])}"] if stats["settings"].get("command") else []
     return "\n\n".join(parts) + "\n"
 
@@ -413,7 +440,7 @@ def log_name(arm: dict, seed: int) -> str:
 
 
 def store(run: Run, folder: Path, name: str):
-    """Write a run into a record's folder: its source if no run before it had the same, its log and, as it is, the JSON beside it."""
+    """Write a run into a record's folder: its source, which others may share, its log and, as it is, its JSON."""
     (folder / run.source_file).write_text(run.source, encoding="utf-8")
     (folder / f"{name}.txt").write_text(stored_text(run), encoding="utf-8")
     saved = run.path.with_suffix(".json")
@@ -423,8 +450,8 @@ def store(run: Run, folder: Path, name: str):
 
 def print_stats(folder: Path, target: float | None):
     """
-    The statistics of each arm of a folder of logs, or of each of its subfolders where it has none itself, as far as the logs can
-    be read: what is left out and what a reader must know of the rest is said. RunError where nothing is left.
+    Print the statistics of each arm of a folder of logs, or of each of its subfolders where it has none itself, as far
+    as the logs can be read, with what is left out and what must be known of the rest. RunError where nothing is left.
     """
     names = arm_names(folder)
     counted, reasons = 0, []
@@ -433,7 +460,9 @@ def print_stats(folder: Path, target: float | None):
         counted += len(runs)
         reasons += left_out
         for name, group in arms_of(runs, names):
-            print(f"{path}{f', {plain(name)}' if name else ''}: runs {len(group)}, different sources {len({run.source_sha256 for run in group})}")
+            title = f"{path}, {plain(name)}" if name else path
+            sources = len({run.source_sha256 for run in group})
+            print(f"{title}: runs {len(group)}, different sources {sources}")
             print_summary(group, target or group[0].target)
         for reason in left_out:
             print(f"  left out: {plain(reason)}")
@@ -441,7 +470,7 @@ def print_stats(folder: Path, target: float | None):
 
 
 def arm_names(folder: Path) -> dict[str, str]:
-    """{log's or subfolder's name: arm's name} as a comparison's results.json or a record's stats.json has it; {} without them."""
+    """{log's or subfolder's name: arm's name}, from a comparison's results.json or a record's stats.json; else {}."""
     if (folder / "results.json").exists():
         arms = read_results(folder)["arms"]
         return {run["log"]: arm["name"] for arm in arms for run in arm["runs"] if "log" in run}
@@ -452,8 +481,9 @@ def arm_names(folder: Path) -> dict[str, str]:
 
 def arms_of(runs: list[Run], names: dict[str, str]) -> list[tuple[str, list[Run]]]:
     """
-    The runs by arm, [(name, runs)], in the order of their first runs. A run's arm is the one that is named for it, else all runs of
-    its variants and settings; these are its name where there are several. Runs of other trainers are one arm.
+    The runs by arm, [(name, runs)], in the order of their first runs. A run's arm is the one that is named for it,
+    else all runs of its variants and settings; these are its name where there are several. Runs of other trainers are
+    one arm.
     """
     groups, given = {}, {}
     for run in runs:
@@ -461,12 +491,13 @@ def arms_of(runs: list[Run], names: dict[str, str]) -> list[tuple[str, list[Run]
         key = json.dumps([name, run.variant, settled(run)], sort_keys=True)
         groups.setdefault(key, []).append(run)
         given[key] = name
-    firsts = [group[0] for group in groups.values()]
-    settings = sorted({setting for run in firsts for setting in differing(settled(firsts[0]), settled(run))} - {"variant"})
+    configs = [settled(group[0]) for group in groups.values()]
+    settings = sorted({setting for config in configs for setting in differing(configs[0], config)} - {"variant"})
     arms = []
-    for key, group in groups.items():
-        described = ["+".join(group[0].variant) or "baseline", *(f"--{setting} {settled(group[0]).get(setting)}" for setting in settings)]
-        arms.append((given[key] or ("" if len(groups) == 1 else " ".join(described)), group))
+    for (key, group), config in zip(groups.items(), configs):
+        variants = "+".join(group[0].variant) or "baseline"
+        described = " ".join([variants, *(f"--{setting} {config.get(setting)}" for setting in settings)])
+        arms.append((given[key] or (described if len(groups) > 1 else ""), group))
     return arms
 
 
@@ -482,7 +513,8 @@ def print_summary(runs: list[Run], goal: float | None):
             continue
         s = summary(values)
         sd = "-" if s["sd"] is None else f"{s['sd']:.{digits}f}"
-        print(f"  {title:13}  n {s['n']}  mean {s['mean']:.{digits}f}  sd {sd}  min {s['min']:.{digits}f}  max {s['max']:.{digits}f}{end}")
+        mean, least, most = (f"{s[name]:.{digits}f}" for name in ("mean", "min", "max"))
+        print(f"  {title:13}  n {s['n']}  mean {mean}  sd {sd}  min {least}  max {most}{end}")
     notes = [re.sub(r"^trial \d+ of .*", "one of several runs in a file", note) for run in runs for note in run.notes]
     for note in dict.fromkeys(notes):
         print(f"  {notes.count(note)} of {len(runs)}: {note}")

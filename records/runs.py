@@ -12,22 +12,23 @@ a validation at N included, which comes after the checkpoint.
 modded-nanogpt's logs have the same shape without facts; those of its track 3 have validations only and times in seconds. Where M is not known
 beforehand (a budget of time), it is an estimate that may change until the last line. Losses are nats a token, as precise as the log's digits.
 
-read_run takes one sound run and refuses all else: what is compared or stored passes through it. read_trials and read_usable are for statistics
-of logs that others wrote. They take as much as is sound, and Run.notes says what a reader must know about a run:
+read_run takes one sound run and refuses all else: what is compared or stored passes through it. read_trials and
+read_usable are for statistics of logs that others wrote. They take as much as is sound, and Run.notes says what a
+reader must know about a run:
 
     the clock starts at step 11      train_time falls once, at step 11: the ten steps before it are not in the time
     no time is known                 train_time falls elsewhere, or more than once
     trial I of N                     each new step:0 with a validation begins another run
     ends at step N of M              the last line of steps is a validation, before the last step
     the last line has no end         the file was cut; a last line that is not complete is not used
-    no header, no source             no line "Running Python" or "Running PyTorch"; no line of "=" either, or nothing before it
+    no header, no source             no line "Running Python" or "Running PyTorch"; nothing before a line of "=" either
 
 A log that is stored in records/ names its source in place of each copy of it, in one line:
 
     source: source-0123456789ab.txt sha256 0123456789ab... (all 64 digits)
 
-The file lies in the record's folder, which is the folder above the log's. Its name has the first 12 digits of the SHA-256
-of its text, and the text is the source exactly as Run.source has it. Reading compares the digits with the text.
+The file lies in the record's folder, which is the folder above the log's. Its name has the first 12 digits of the
+SHA-256 of its text, and the text is the source exactly as Run.source has it. Reading compares the digits with the text.
 """
 
 import argparse
@@ -54,7 +55,8 @@ RULE = "=" * 100
 MODULE = re.compile(r"# ---- ([\w.]+)")
 NUMBER = r"\d{1,15}(?:\.\d{1,15})?"  # longer ones are damage
 STEP = re.compile(
-    rf"step:(\d{{1,15}})/(\d{{1,15}}) (?:val_loss:(\S+) )?(?:\w+:\S+ )*?train_time:({NUMBER})(ms|s) step_avg:\S+ms(?: \w+:\S+)*"
+    rf"step:(\d{{1,15}})/(\d{{1,15}}) (?:val_loss:(\S+) )?(?:\w+:\S+ )*?"
+    rf"train_time:({NUMBER})(ms|s) step_avg:\S+ms(?: \w+:\S+)*"
 )
 STORED_SOURCE = re.compile(r"source: (source-[0-9a-f]{12}\.txt) sha256 ([0-9a-f]{64})")
 RESUMED = re.compile(r"resumed from .* at step (\d{1,15})")
@@ -68,6 +70,7 @@ MEASURED = {  # attribute of Run: the line that holds it
     "mfu": re.compile(rf"ms_per_step:.* mfu:({NUMBER}).*"),
 }
 COPY = "copy the log again or leave it out"
+RESTORE = "put the file back from where the record came"
 LATE_CLOCK = 11  # the step from which modded-nanogpt's trainers of 2024 count their time
 
 
@@ -98,7 +101,7 @@ class Run:
     ms_per_step: float | None = None
     bits_per_byte: float | None = None
     notes: list[str] = field(default_factory=list)              # what a reader of another's log must know about it
-    clock_start: int | None = 1                                 # the step from which the time counts; None: no time is known
+    clock_start: int | None = 1                                 # the step from which the time counts; None: not known
 
     @property
     def finished(self) -> bool:
@@ -176,8 +179,8 @@ class Event:
 
 def read_run(path: Path | str, strict: bool = False) -> Run:
     """
-    The run of one log. RunError for a log that is none, is damaged, holds several runs or contradicts itself or its JSON;
-    with strict for an unfinished one, too.
+    The run of one log. RunError for a log that is none, is damaged, holds several runs or contradicts itself or its
+    JSON; with strict for an unfinished one, too.
     """
     path = Path(path)
     text = read_text(path)
@@ -213,8 +216,8 @@ def take_events(run: Run, events: list[Event]):
 
 def read_trials(path: Path | str) -> list[Run]:
     """
-    The runs of one log, this trainer's or another's, each with its notes. A log of this trainer holds one and must be finished.
-    RunError where no loss can be had of any.
+    The runs of one log, this trainer's or another's, each with its notes. A log of this trainer holds one and must be
+    finished. RunError where no loss can be had of any.
     """
     path = Path(path)
     text = read_text(path)
@@ -241,10 +244,10 @@ def read_trials(path: Path | str) -> list[Run]:
         read_line(whole, events, number, line)
     require(any(event.val_loss is not None for event in events),
             f"{path}: no log of this trainer or modded-nanogpt: no line of steps with a val_loss after its header")
-    starts = [i for i, event in enumerate(events) if i == 0 or event.step == 0 and events[i - 1].step > 0] + [len(events)]
+    starts = [i for i, event in enumerate(events) if i == 0 or event.step == 0 and events[i - 1].step > 0]
     trials = []
-    for trial, (start, end) in enumerate(zip(starts, starts[1:]), 1):
-        count = [f"trial {trial} of {len(starts) - 1}"] if len(starts) > 2 else []
+    for trial, (start, end) in enumerate(zip(starts, starts[1:] + [len(events)]), 1):
+        count = [f"trial {trial} of {len(starts)}"] if len(starts) > 1 else []
         run = dataclasses.replace(whole, notes=count + notes)
         read_trial(run, events[start:end])
         trials.append(run)
@@ -273,7 +276,7 @@ def read_trial(run: Run, events: list[Event]):
 
 
 def read_headless(path: Path, lines: list[str]) -> tuple[Run, list[tuple[int, str]]]:
-    """What read_headers gives, of a log without a header: its source is what stands before a line of '=', its steps are what follows."""
+    """What read_headers gives, of a log without a header: what stands before a line of '=' is its source."""
     first = next((i for i, line in enumerate(lines) if STEP.fullmatch(line)), None)
     require(first is not None, f"{path}: no log of this trainer or modded-nanogpt: it has no line of steps")
     rule = next((i for i in range(first - 1, -1, -1) if lines[i] == RULE), 0)
@@ -282,8 +285,8 @@ def read_headless(path: Path, lines: list[str]) -> tuple[Run, list[tuple[int, st
 
 def read_usable(folder: Path | str) -> tuple[list[Run], list[str]]:
     """
-    The runs of all logs in a folder that give a final loss, by name, and a line for each log or run that is left out, with
-    the reason. One run whose log lies there twice (a copy, or what the console showed) is one run.
+    The runs of all logs in a folder that give a final loss, by name, and a line for each log or run that is left out,
+    with the reason. A run whose log lies there twice (a copy, or what the console showed) counts once.
     """
     runs, left_out = [], []
     for file in log_files(Path(folder)):
@@ -297,7 +300,8 @@ def read_usable(folder: Path | str) -> tuple[list[Run], list[str]]:
                 runs.append(run)
             else:
                 last = f"its last validation is of step {run.points[-1].step}" if run.points else "it has no validation"
-                left_out.append(", ".join([f"{file}: {last}, the last line of steps of step {run.last_step} of {run.steps}", *run.notes]))
+                ends = f"the last line of steps of step {run.last_step} of {run.steps}"
+                left_out.append(", ".join([f"{file}: {last}", ends, *run.notes]))
 
     unique = {}
     for run in sorted(runs, key=lambda run: -len(run.points)):
@@ -313,7 +317,7 @@ def read_usable(folder: Path | str) -> tuple[list[Run], list[str]]:
 
 
 def same_curve(a: Run, b: Run) -> bool:
-    """Whether two logs show one run: equal losses and times at every validation that both have. The last, which both have, took some time."""
+    """Whether two logs of equal ends show one run: equal losses and times at every validation that both have."""
     points = [{point.step: point for point in run.points} for run in (a, b)]
     shared = points[0].keys() & points[1].keys()
     return bool(a.train_ms) and all(points[0][step] == points[1][step] for step in shared)
@@ -351,7 +355,7 @@ def read_text(path: Path) -> str:
 
 @dataclass
 class Header:
-    """Where one header stands in a log, as indices of lines: its source, the line of '=' after it, and the first line after the header."""
+    """Where a header stands, as indices of lines: its source, the line of '=' after that, the line after the header."""
 
     source: int
     rule: int
@@ -373,7 +377,8 @@ def find_headers(path: Path, lines: list[str]) -> list[Header]:
     for start in starts:
         source = 0
         if headers:
-            source = next((i for i in range(end, start) if lines[i] == "# ---- train_gpt" or STORED_SOURCE.match(lines[i])), start)
+            begins = [i for i in range(end, start) if lines[i] == "# ---- train_gpt" or STORED_SOURCE.match(lines[i])]
+            source = begins[0] if begins else start
         end = next((i + 1 for i in range(start + 1, len(lines)) if lines[i] == RULE), len(lines))
         headers.append(Header(source, start, end))
     return headers
@@ -389,15 +394,18 @@ def read_headers(path: Path, lines: list[str]) -> tuple[Run, list[tuple[int, str
         source = read_source(path, "\n".join(lines[header.source:header.rule]).removeprefix(RULE).strip("\n"))
         facts = read_facts(path, lines[header.rule:end])
         if not source.strip():
-            raise RunError(f"{path}: the source of the code is missing before line {header.rule + 1}; a run without its source is no evidence")
+            raise RunError(f"{path}: the source of the code is missing before line {header.rule + 1}; "
+                           "a run without its source is no evidence")
         check_source(path, source, facts.get("sources", {}))
         part = Run(path, source, facts)
         if run:
             for name in ("source", "seed", "variant", "val_sha256"):
                 if getattr(part, name) != getattr(run, name):
-                    raise RunError(f"{path}: resumed with another {name} (line {header.rule + 1}); a run that changes on its way is no evidence, leave it out")
+                    raise RunError(f"{path}: resumed with another {name} (line {header.rule + 1}); "
+                                   "a run that changes on its way is no evidence, leave it out")
             if any(facts.get(name) != run.facts.get(name) for name in ("device", "world_size")):
-                raise RunError(f"{path}: resumed on another device (line {header.rule + 1}), so its times mean nothing; leave it out")
+                raise RunError(f"{path}: resumed on another device (line {header.rule + 1}), so its times mean "
+                               "nothing; leave it out")
         run = part
     return run, body + list(enumerate(lines[end:], end + 1))
 
@@ -411,9 +419,9 @@ def read_source(path: Path, text: str) -> str:
     try:
         source = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        raise RunError(f"{path}: its source is missing: there is no text {file}; put the file back from where the record came") from None
+        raise RunError(f"{path}: its source is missing: there is no text {file}; {RESTORE}") from None
     if hashlib.sha256(source.encode()).hexdigest() != match[2]:
-        raise RunError(f"{path}: its source was altered: {file} has not the SHA-256 that the log names; put the file back from where the record came")
+        raise RunError(f"{path}: its source was altered: {file} has not the SHA-256 that the log names; {RESTORE}")
     return source
 
 
@@ -422,12 +430,13 @@ def check_source(path: Path, source: str, sources: dict[str, str]):
     lines = source.split("\n")
     starts = []
     for name in sources:
-        start = next((i for i in range(starts[-1] + 1 if starts else 0, len(lines)) if lines[i] == f"# ---- {name}"), None)
-        require(start is not None, f"{path}: its source lacks the module {name}, which its facts name; {COPY}")
-        starts.append(start)
+        after = starts[-1] + 1 if starts else 0
+        require(f"# ---- {name}" in lines[after:],
+                f"{path}: its source lacks the module {name}, which its facts name; {COPY}")
+        starts.append(lines.index(f"# ---- {name}", after))
     for (name, digest), start, end in zip(sources.items(), starts, starts[1:] + [len(lines)]):
         text = "\n".join(lines[start + 1:end])
-        texts = [text] if end < len(lines) else [text + "\n" * ends for ends in range(3)]  # line ends at the end of a source are not kept
+        texts = [text] if end < len(lines) else [text + "\n" * ends for ends in range(3)]  # the last ends are not kept
         require(digest in [hashlib.sha256(text.encode()).hexdigest() for text in texts],
                 f"{path}: the source of {name} was altered: it has not the SHA-256 that the facts name; {COPY}")
 
@@ -458,14 +467,15 @@ def read_line(run: Run, events: list[Event], number: int, line: str):
                 val_loss = float(val_loss)
             except ValueError:
                 val_loss = math.nan
-            if not abs(val_loss) < 1e30:  # NaN is not
-                raise RunError(f"{run.path}: val_loss is not a number at step {step} (line {number}: {match[3]:.20}); the run is of no use, leave it out")
+            require(abs(val_loss) < 1e30,  # NaN is not
+                    f"{run.path}: val_loss is not a number at step {step} (line {number}: {match[3]:.20}); "
+                    "the run is of no use, leave it out")
         events.append(Event(step, steps, val_loss, milliseconds, number))
     elif re.match(r"step:\d", line):
         raise RunError(f"{run.path}: damaged: line {number} is cut or no line of steps; copy the log again or leave it out")
     elif match := RESUMED.fullmatch(line):
         resumed_at = int(match[1])
-        events[:] = [event for event in events if event.step < resumed_at or event.step == resumed_at and event.val_loss is None]
+        events[:] = [event for event in events if event.step < resumed_at + (event.val_loss is None)]
         run.status = "unfinished"
     elif match := STOPPED.fullmatch(line):
         run.status = match[1]
@@ -496,9 +506,9 @@ def check_steps(run: Run, events: list[Event]):
 def check_times(run: Run, events: list[Event]):
     """RunError if the time falls."""
     for before, event in zip(events, events[1:]):
-        if event.train_ms < before.train_ms:
-            raise RunError(f"{run.path}: train_time falls from {before.train_ms:.0f} to {event.train_ms:.0f} ms at step {event.step} (line {event.line}), so "
-                           "the time of the run is not known; leave it out")
+        require(event.train_ms >= before.train_ms,
+                f"{run.path}: train_time falls from {before.train_ms:.0f} to {event.train_ms:.0f} ms at step "
+                f"{event.step} (line {event.line}), so the time of the run is not known; leave it out")
 
 
 def check_json(run: Run):
@@ -542,7 +552,7 @@ def list_runs(folder: Path) -> tuple[list[dict], list[str]]:
 
 def listed_run(path: Path, saved: dict) -> dict:
     """A row of the list."""
-    config = saved["config"]
+    config, status = saved["config"], saved["status"]
     last = saved["curve"][-1] if saved.get("curve") else {}
     return dict(
         id=path.stem,
@@ -551,7 +561,7 @@ def listed_run(path: Path, saved: dict) -> dict:
         variant="+".join(config.get("variant", [])) or "baseline",
         val_loss=saved.get("val_loss", last.get("val_loss")),
         bits_per_byte=saved.get("val_bits_per_byte", last.get("val_bits_per_byte")),
-        status=running_or_cut_off(path.with_suffix(".txt")) if saved["status"] == "running" else " ".join(saved["status"].split()),
+        status=running_or_cut_off(path.with_suffix(".txt")) if status == "running" else " ".join(status.split()),
     )
 
 
@@ -570,10 +580,11 @@ def running_or_cut_off(log: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the past runs of a log folder. Returns the exit code: 0, or 1 and one line where there is no such folder."""
-    parser = argparse.ArgumentParser(prog="python -m records.runs", description="The past runs of a log folder, a line each, the newest last.")
-    parser.add_argument("--log_dir", type=Path, default=Path("logs"), help="the trainer's log folder (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="the same as one JSON list, with the time in seconds since 1970")
+    """Print the past runs of a log folder. Returns the exit code: 0, or 1 and one line where there is no folder."""
+    description = "The past runs of a log folder, a line each, the newest last."
+    parser = argparse.ArgumentParser(prog="python -m records.runs", description=description)
+    parser.add_argument("--log_dir", type=Path, default=Path("logs"), help="the trainer's log folder (default: logs)")
+    parser.add_argument("--json", action="store_true", help="one JSON list, with the time in seconds since 1970")
     options = parser.parse_args(argv)
     try:
         runs, left_out = list_runs(options.log_dir)
@@ -605,7 +616,7 @@ def print_list(runs: list[dict]):
 
 
 def prepare_console():
-    """For scripts: what the console's encoding lacks is shown as "?", and a closed pipe (`| head`) ends the script quietly."""
+    """For scripts: what the console's encoding lacks is shown as "?", and a closed pipe ends the script quietly."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
     if hasattr(signal, "SIGPIPE"):  # not on Windows

@@ -1,6 +1,6 @@
 """
-Damaged files of runs and records, many of them and each made from a seed: every one is refused in one line that names a file, or is read, and
-what is read of a run that its log and its JSON both tell of is what the run had.
+Damaged files of runs and records, many of them and each made from a seed. Every one is refused in one line that names a
+file, or it is read; then what the log and the JSON both say of the run is what the run had.
 """
 
 import collections
@@ -18,11 +18,15 @@ from train_gpt import RunError, make_config
 
 TARGET = make_config(dict(track="cpu")).target
 LOSSES = (0.80, 0.81, 0.805)
-NUMBERS = ["9" * 5000, "9" * 400, "1e999", "-1e999", "NaN", "-1", "0", "1e-300", "99999999999999999999", "0.1.2", "1e5", "٣"]
-VALUES = [
-    None, True, -1, 10 ** 30, 1e999, float("nan"), "", "text", "a\nb\x1b[2J", "9" * 5000, [], [[]], [1, "a"], {}, {"a": 1}, {"a\nb": {}}, [None] * 3,
+NUMBERS = [
+    "9" * 5000, "9" * 400, "1e999", "-1e999", "NaN", "-1", "0", "1e-300", "99999999999999999999", "0.1.2", "1e5", "٣",
 ]
-NESTED = [("[" * depth + "]" * depth) for depth in (20, 400, 100_000)] + ['{"a":' * depth + "1" + "}" * depth for depth in (20, 400, 100_000)]
+VALUES = [
+    None, True, -1, 10 ** 30, 1e999, float("nan"), "", "text", "a\nb\x1b[2J", "9" * 5000,
+    [], [[]], [1, "a"], [None] * 3, {}, {"a": 1}, {"a\nb": {}},
+]
+DEPTHS = (20, 400, 100_000)
+NESTED = ["[" * depth + "]" * depth for depth in DEPTHS] + ['{"a":' * depth + "1" + "}" * depth for depth in DEPTHS]
 
 
 # ---- mutations: each takes bytes and a generator of random numbers, and gives other bytes
@@ -58,11 +62,11 @@ def change_number(content: bytes, rng: random.Random) -> bytes:
 
 
 def change_field(content: bytes, rng: random.Random) -> bytes:
-    """A field of the JSON object in a file, or of the facts in a log, gets a value of another kind, or goes, or nests deeply."""
+    """A field of the JSON object in a file, or of the facts in a log, gets another value, or goes, or nests deeply."""
     text = content.decode()
     facts = re.search(r"^facts: (.*)$", text, re.M)
-    before, whole, after = (text[:facts.start(1)], facts[1], text[facts.end(1):]) if facts else ("", text, "")
-    tree = json.loads(whole)
+    start, end = facts.span(1) if facts else (0, len(text))
+    before, tree, after = text[:start], json.loads(text[start:end]), text[end:]
     parents = [tree]
     places = []
     while parents:
@@ -89,7 +93,7 @@ FIELDS = [change_field, change_field, change_field]
 
 @pytest.fixture
 def files(tmp_path):
-    """A comparison's folder with two arms of three runs, and a board that has it as a record and could take it again."""
+    """A board with a record of two arms of three runs each, and the comparison's folder that it was added from."""
     root, source = tmp_path / "board", tmp_path / "source"
     root.mkdir()
     (root / "README.md").write_text(f"# Records\n\n{BEGIN}\n{END}\n", encoding="utf-8")
@@ -99,18 +103,21 @@ def files(tmp_path):
         arms.append(dict(name=arm, options=[], runs=[]))
         for seed, loss in enumerate(LOSSES, 1):
             name = f"{arm}-seed{seed}"
-            lines, saved = log_lines({0: 5.5, 2: 2.5, 4: loss + shift}, run_id=name, seed=seed, variant=["wide"] if shift else [])
+            losses = {0: 5.5, 2: 2.5, 4: loss + shift}
+            lines, saved = log_lines(losses, run_id=name, seed=seed, variant=["wide"] if shift else [])
             (source / "logs" / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
             (source / "logs" / f"{name}.json").write_text(json.dumps(saved, indent=1), encoding="utf-8")
             arms[-1]["runs"].append(dict(seed=seed, log=f"{name}.txt"))
-    results = dict(format="knotgpt-comparison-1", settings=dict(track="cpu", target=TARGET, command="compare.py baseline wide"), arms=arms)
+    settings = dict(track="cpu", target=TARGET, command="compare.py baseline wide")
+    results = dict(format="knotgpt-comparison-1", settings=settings, arms=arms)
     (source / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     assert add(root, source, "First") == 0
     return root, source
 
 
 def add(root, source, name) -> int:
-    return main(["--records", str(root), "add", str(source), "--name", name, "--track", "cpu", "--what", "what is tried", "--negative"])
+    words = ["add", str(source), "--name", name, "--track", "cpu", "--what", "what is tried", "--negative"]
+    return main(["--records", str(root), *words])
 
 
 def told(run) -> tuple:
@@ -149,8 +156,9 @@ def mutate(path, kinds, rng):
 
 
 def report(capsys, title: str, outcomes: collections.Counter):
+    counted = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
     with capsys.disabled():
-        print(f"\n{title}: {sum(outcomes.values())} mutations, " + ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())))
+        print(f"\n{title}: {sum(outcomes.values())} mutations, {counted}")
 
 
 COUNTS = pytest.mark.parametrize("count", [15, pytest.param(900, marks=pytest.mark.slow)])
@@ -186,7 +194,9 @@ def test_a_log_and_its_json(files, capsys, count, kind, kinds):
 
 @COUNTS
 @pytest.mark.parametrize("name, kinds", [
-    ("results.json", TEXTS + 2 * FIELDS), ("logs/wide-seed2.txt", TEXTS + 2 * FIELDS), ("logs/wide-seed2.json", TEXTS + 2 * FIELDS),
+    ("results.json", TEXTS + 2 * FIELDS),
+    ("logs/wide-seed2.txt", TEXTS + 2 * FIELDS),
+    ("logs/wide-seed2.json", TEXTS + 2 * FIELDS),
 ])
 def test_what_is_added(files, capsys, count, name, kinds):
     """A comparison's folder with one damaged file: statistics of it, and whether the board takes it."""
@@ -196,8 +206,7 @@ def test_what_is_added(files, capsys, count, name, kinds):
     for _ in range(count // 3):
         original = mutate(source / name, kinds, rng)
         commands(capsys, ["--records", root, "stats", source])
-        line = ["--records", root, "add", source, "--name", "Second", "--track", "cpu", "--what", "x", "--negative"]
-        code = main([str(word) for word in line])
+        code = add(root, source, "Second")
         err = capsys.readouterr().err
         assert code == (1 if err else 0) and err.count("\n") <= 1
         if err:
@@ -212,7 +221,9 @@ def test_what_is_added(files, capsys, count, name, kinds):
 
 @COUNTS
 @pytest.mark.parametrize("pattern, kinds", [
-    ("stats.json", TEXTS + 3 * FIELDS), ("A1/A1-seed2.txt", TEXTS + FIELDS), ("A1/A1-seed2.json", TEXTS + FIELDS),
+    ("stats.json", TEXTS + 3 * FIELDS),
+    ("A1/A1-seed2.txt", TEXTS + FIELDS),
+    ("A1/A1-seed2.json", TEXTS + FIELDS),
     ("source-*.txt", [flip_bit, truncate, change_lines]),
 ])
 def test_a_record(files, capsys, count, pattern, kinds):

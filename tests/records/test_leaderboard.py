@@ -88,7 +88,8 @@ def test_first_record_needs_the_target_only(root, write_arm, add, run):
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_First", folder.name)
     source, = folder.glob("source-*.txt")
     assert sorted(path.name for path in folder.iterdir()) == ["A0", "README.md", source.name, "stats.json"]
-    assert sorted(path.name for path in (folder / "A0").iterdir()) == [f"A0-seed{seed}.{kind}" for seed in range(1, 5) for kind in ("json", "txt")]
+    logs = [f"A0-seed{seed}.{kind}" for seed in range(1, 5) for kind in ("json", "txt")]
+    assert sorted(path.name for path in (folder / "A0").iterdir()) == logs
     stats = stats_of(folder)
     arm, = stats["arms"]
     assert arm["losses"] == pytest.approx([TARGET - 0.02 + noise for noise in SPREAD], abs=1e-9) and arm["seeds"] == [1, 2, 3, 4]
@@ -142,13 +143,14 @@ def test_negative_results(root, write_arm, add, run):
 
 
 def test_a_better_arm_stands_under_no_heading_of_negative_results(root, write_arm, add):
-    """It sets no record, for instance because it is slower to the target, and is better than its baseline all the same."""
+    """It sets no record, for instance because it is slower to the target, and is better than its baseline."""
     write_arm("a/baseline")
     add(write_arm("a/slow_but_good", loss=-0.1, ms_per_step=150.0), "Better", "--negative")
     lines = (root / "README.md").read_text().splitlines()
     row = next(i for i, line in enumerate(lines) if "| better |" in line)
     headings = [line for line in lines[:row] if line.startswith("#")]
-    assert headings[-1] == "### Comparisons that set no record" and not any("negative" in heading.lower() for heading in headings)
+    assert headings[-1] == "### Comparisons that set no record"
+    assert not any("negative" in heading.lower() for heading in headings)
     assert record(root, "Better", "negative").is_dir()
 
 
@@ -164,7 +166,8 @@ def test_folder_of_compare(root, write_arm, add, run, tmp_path):
     write_report(tmp_path / "compared", results)
     assert add(tmp_path / "compared", "Compared")[0] == 0
     stats = stats_of(record(root, "Compared"))
-    assert stats["settings"] == settings and stats["arms"][1]["options"] == ["--layers", "4"] and stats["arms"][1]["folder"] == "A1"
+    arm = stats["arms"][1]
+    assert stats["settings"] == settings and arm["options"] == ["--layers", "4"] and arm["folder"] == "A1"
     assert stats["arms"][1]["vs_baseline"] == results["arms"][1]["vs_baseline"] and run("check")[0] == 0
 
 
@@ -284,8 +287,10 @@ def test_a_record_whose_arms_were_scored_on_different_numbers_of_tokens(two_reco
 def test_arms_of_one_name(root, write_arm, add, tmp_path):
     write_arm("compared/logs/baseline")
     write_arm("compared/logs/other")
-    arms = [dict(name="baseline", options=[], runs=[dict(seed=1, log=f"{folder}_1.txt")]) for folder in ("baseline", "other")]
-    (tmp_path / "compared" / "results.json").write_text(json.dumps(dict(format="knotgpt-comparison-1", settings={}, arms=arms)))
+    runs = [[dict(seed=1, log=f"{folder}_1.txt")] for folder in ("baseline", "other")]
+    arms = [dict(name="baseline", options=[], runs=of) for of in runs]
+    results = dict(format="knotgpt-comparison-1", settings={}, arms=arms)
+    (tmp_path / "compared" / "results.json").write_text(json.dumps(results))
     err = refused(add(tmp_path / "compared", "No", "--negative"), root, contents(root))
     assert "two arms have the same name among baseline, baseline; give them names of their own" in err
 
@@ -306,7 +311,8 @@ def test_folders_that_will_not_do(root, tmp_path, write_arm, write_log, add):
     assert "no baseline among one, two" in refused(add(write_arm("a/two"), "No"), root, before)
     assert "one arm alone is no comparison" in refused(add(write_arm("b/one"), "No", "--negative"), root, before)
     (tmp_path / "b" / "results.json").write_text('{"format": "other", "settings": {}, "arms": []}')
-    assert "results.json: no results of compare.py, but of format other" in refused(add(tmp_path / "b", "No"), root, before)
+    err = refused(add(tmp_path / "b", "No"), root, before)
+    assert "results.json: no results of compare.py, but of format other" in err
     lost = dict(format="knotgpt-comparison-1", settings={}, arms=[dict(name="one", options=[], runs=[dict(seed=1, log="one_1.txt"), dict(seed=2, error="killed")])])
     (tmp_path / "b" / "results.json").write_text(json.dumps(lost))
     assert "0 logs of one, seed 2, where one is expected" in refused(add(tmp_path / "b", "No"), root, before)
@@ -363,10 +369,14 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new))
 
 
+def source_of(folder) -> Path:
+    source, = folder.glob("source-*.txt")
+    return source
+
+
 def name_another_source(folder):
     """Let one log of the arm name a source of its own, which is whole."""
-    source, = folder.glob("source-*.txt")
-    altered = source.read_text().replace("import torch", "import numpy")
+    altered = source_of(folder).read_text().replace("import torch", "import numpy")
     digest = hashlib.sha256(altered.encode()).hexdigest()
     (folder / f"source-{digest[:12]}.txt").write_text(altered)
     log = log_without_json(folder)
@@ -381,21 +391,23 @@ def change_stats(folder, change):
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (lambda folder: edit(folder / "A1/A1-seed2.txt", "val_loss:2.0000", "val_loss:1.9000"), "tampered: A1-seed2.json has another curve than the log"),
-    (lambda folder: edit(folder / "A1/A1-seed2.txt", f"val_loss:{TARGET - 0.02:.4f}", f"val_loss:{TARGET - 0.03:.4f}"), "tampered: A1-seed2.json has another val_loss, curve than the log"),
+    (lambda folder: edit(folder / "A1/A1-seed2.txt", "val_loss:2.0000", "val_loss:1.9000"),
+     "tampered: A1-seed2.json has another curve than the log"),
+    (lambda folder: edit(folder / "A1/A1-seed2.txt", f"val_loss:{TARGET - 0.02:.4f}", f"val_loss:{TARGET - 0.03:.4f}"),
+     "tampered: A1-seed2.json has another val_loss, curve than the log"),
     (lambda folder: edit(log_without_json(folder), f"val_loss:{TARGET - 0.02:.4f}", f"val_loss:{TARGET - 0.03:.4f}"), "stats.json: arms[1].losses[1] is not what the logs say"),
     (lambda folder: edit(log_without_json(folder), "val_loss:2.0000", "val_loss:1.9000"), None),
     (lambda folder: edit(log_without_json(folder), "step:5/8 train_time:450ms step_avg:90.00ms\n", ""), "step 5 is missing"),
-    (lambda folder: edit(log_without_json(folder), "python_val_000000.bin", "other_val_000000.bin"), "validated on different data"),
+    (lambda folder: edit(log_without_json(folder), "python_val_00000", "other_val_00000"), "validated on different data"),
     (lambda folder: edit(log_without_json(folder), "b" * 64, "c" * 64), "validated on different data"),
     (lambda folder: (folder / "A1/A1-seed2.txt").unlink(), "arms[1].seeds is not what the logs say"),
     (lambda folder: shutil.rmtree(folder / "A0"), "stats.json has the arms A0, A1, the folder A1"),
     (lambda folder: shutil.copytree(folder / "A1", folder / "third"), "the folder A0, A1, third"),
-    (lambda folder: next(folder.glob("source-*.txt")).unlink(), "A0-seed1.txt: its source is missing: there is no text"),
-    (lambda folder: edit(next(folder.glob("source-*.txt")), "import torch", "import numpy"), "A0-seed1.txt: its source was altered:"),
-    (lambda folder: next(folder.glob("source-*.txt")).write_bytes(b"\xff"), "A0-seed1.txt: its source is missing: there is no text"),
+    (lambda folder: source_of(folder).unlink(), "A0-seed1.txt: its source is missing: there is no text"),
+    (lambda folder: edit(source_of(folder), "import torch", "import numpy"), "A0-seed1.txt: its source was altered:"),
+    (lambda folder: source_of(folder).write_bytes(b"\xff"), "A0-seed1.txt: its source is missing: there is no text"),
     (lambda folder: name_another_source(folder), "ran different code"),
-    (lambda folder: (folder / "source-0123456789ab.txt").write_text("x = 1"), "source-0123456789ab.txt is no run's source; delete it"),
+    (lambda folder: (folder / "source-0123456789ab.txt").write_text("x"), "source-0123456789ab.txt is no run's source"),
     (lambda folder: change_stats(folder, lambda stats: stats["arms"][1]["time"].update(mean=0.5)), "arms[1].time.mean is not what the logs say"),
     (lambda folder: change_stats(folder, lambda stats: stats["rules"].update(target=9.0)), "p_target is not what the logs say"),
     (lambda folder: change_stats(folder, lambda stats: stats.update(hardware="8 x H100")), "stats.json: hardware is not what the logs say"),
@@ -404,10 +416,13 @@ def change_stats(folder, change):
     (lambda folder: change_stats(folder, lambda stats: stats.pop("what")), "stats.json: damaged"),
     (lambda folder: change_stats(folder, lambda stats: stats["arms"][0].pop("folder")), "stats.json: damaged"),
     (lambda folder: (folder / "stats.json").write_text("[]"), "stats.json holds a JSON list, not an object"),
-    (lambda folder: change_stats(folder, lambda stats: stats.update(format="knotgpt-record-1")), "its format is knotgpt-record-1, not knotgpt-record-2"),
-    (lambda folder: change_stats(folder, lambda stats: stats.update(track="nowhere")), "stats.json: damaged: there is no track nowhere"),
-    (lambda folder: change_stats(folder, lambda stats: stats["arms"][1]["losses"].pop()), "an arm has not as many losses and times as seeds"),
-    (lambda folder: change_stats(folder, lambda stats: stats["arms"][1]["time"].update(mean="fast")), "stats.json: damaged: arms[1].time.mean must be a number"),
+    (lambda folder: change_stats(folder, lambda stats: stats.update(format="knotgpt-record-1")),
+     "its format is knotgpt-record-1, not knotgpt-record-2"),
+    (lambda folder: change_stats(folder, lambda stats: stats.update(track="no")), "damaged: there is no track no;"),
+    (lambda folder: change_stats(folder, lambda stats: stats["arms"][1]["losses"].pop()),
+     "an arm has not as many losses and times as seeds"),
+    (lambda folder: change_stats(folder, lambda stats: stats["arms"][1]["time"].update(mean="fast")),
+     "stats.json: damaged: arms[1].time.mean must be a number"),
     (lambda folder: (folder / "stats.json").unlink(), "no stats.json"),
     (lambda folder: (folder / "README.md").unlink(), "no README.md"),
     (lambda folder: folder.rename(folder.with_name("2020-01-01_Third")), "_Second; give the folder its name back"),
@@ -483,7 +498,8 @@ def test_as_a_module_and_as_a_script(command, write_arm, tmp_path):
     source = write_arm("a/größer")
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     folder = ROOT if command[0] == "-m" else tmp_path
-    done = subprocess.run([sys.executable, *command, "stats", os.fsencode(source)], cwd=folder, env=environment, capture_output=True)
+    words = [sys.executable, *command, "stats", os.fsencode(source)]
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True)
     assert done.returncode == 0 and done.stderr == b"" and b"er: runs 4, different sources 1" in done.stdout
 
 
@@ -517,7 +533,7 @@ def rows_of(out: str) -> dict[str, tuple[int, float]]:
 
 
 def test_stats_of_a_comparison_has_a_row_for_each_arm(write_arm, run, tmp_path):
-    """Its logs lie in one folder. Named as the comparison names them or, in that folder itself, by variants and settings."""
+    """Its logs lie in one folder. Arms have the comparison's names or, in that folder itself, variants and settings."""
     arms = dict(baseline=(-0.02, dict()), wide=(-0.05, dict(variant=["wide"])), thin=(0.1, dict(mlp_hidden=64)))
     for name, (loss, options) in arms.items():
         write_arm(f"source/{name}", loss=loss, **options)
@@ -525,9 +541,9 @@ def test_stats_of_a_comparison_has_a_row_for_each_arm(write_arm, run, tmp_path):
     logs.mkdir(parents=True)
     for path in (tmp_path / "source").rglob("*_?.*"):
         shutil.copy(path, logs)
-    results = dict(format="knotgpt-comparison-1", settings={}, arms=[
-        dict(name=f"the {name}", options=[], runs=[dict(seed=seed, log=f"{name}_{seed}.txt") for seed in (1, 2, 3, 4)]) for name in arms
-    ])
+    runs = {name: [dict(seed=seed, log=f"{name}_{seed}.txt") for seed in (1, 2, 3, 4)] for name in arms}
+    results = dict(format="knotgpt-comparison-1", settings={},
+                   arms=[dict(name=f"the {name}", options=[], runs=runs[name]) for name in arms])
     (tmp_path / "compared" / "results.json").write_text(json.dumps(results))
     means = {name: (4, pytest.approx(TARGET + loss + sum(SPREAD) / 4, abs=1e-5)) for name, (loss, _) in arms.items()}
 
@@ -535,7 +551,10 @@ def test_stats_of_a_comparison_has_a_row_for_each_arm(write_arm, run, tmp_path):
     assert (code, err) == (0, "") and rows_of(out) == {f"the {name}": mean for name, mean in means.items()}
     code, out, err = run("stats", logs)
     assert (code, err) == (0, "")
-    assert rows_of(out) == {"baseline --mlp_hidden 512": means["baseline"], "wide --mlp_hidden 512": means["wide"], "baseline --mlp_hidden 64": means["thin"]}
+    assert rows_of(out) == {
+        "baseline --mlp_hidden 512": means["baseline"], "wide --mlp_hidden 512": means["wide"],
+        "baseline --mlp_hidden 64": means["thin"],
+    }
 
 
 def test_stats_of_a_record_has_its_arms_names(root, write_arm, add, run):
@@ -551,14 +570,18 @@ def test_stats_goes_on_without_the_logs_that_are_no_good(write_arm, run, tmp_pat
     (folder / "requirements.txt").write_text("numpy\n")
     code, out, err = run("stats", folder)
     assert (code, err) == (0, "") and "runs 3, different sources 1" in out
-    assert re.findall(r"^  left out: (\S+): (.{12})", out, re.M) == [(f"{folder}/baseline_3.txt", "damaged: lin"), (f"{folder}/requirements.txt", "no log of th")]
+    assert re.findall(r"^  left out: (\S+): (.{12})", out, re.M) == [
+        (f"{folder}/baseline_3.txt", "damaged: lin"), (f"{folder}/requirements.txt", "no log of th"),
+    ]
 
 
 def test_stats_says_what_must_be_known_of_others_runs(tmp_path, run):
-    lines = [f"step:{step}/13 train_time:{step * 5 if step < 11 else (step - 10) * 5}ms step_avg:5.00ms" for step in range(1, 13)]
+    times = [5 * step if step < 11 else 5 * (step - 10) for step in range(1, 13)]
+    lines = [f"step:{step}/13 train_time:{ms}ms step_avg:5.00ms" for step, ms in enumerate(times, 1)]
     for name, loss in (("a", 3.0), ("b", 3.1)):
-        text = "\n".join(["import os", "=" * 100, "Running PyTorch 2.9", "=" * 100, *lines, f"step:12/13 val_loss:{loss} train_time:10ms step_avg:5.00ms"])
-        (tmp_path / f"{name}.txt").write_text(text + "\n")
+        last = f"step:12/13 val_loss:{loss} train_time:10ms step_avg:5.00ms\n"
+        text = "\n".join(["import os", "=" * 100, "Running PyTorch 2.9", "=" * 100, *lines, last])
+        (tmp_path / f"{name}.txt").write_text(text)
     assert run("stats", tmp_path) == (0, f"""{tmp_path}: runs 2, different sources 1
   val_loss       n 2  mean 3.05000  sd 0.07071  min 3.00000  max 3.10000
   train_seconds  n 2  mean 0.010  sd 0.000  min 0.010  max 0.010
