@@ -210,7 +210,7 @@ def test_what_is_added(files, capsys, count, name, kinds):
         err = capsys.readouterr().err
         assert code == (1 if err else 0) and err.count("\n") <= 1
         if err:
-            one_line(err.rstrip("\n"), "wide", "results.json", str(source))
+            one_line(err.rstrip("\n"), "wide", "results.json", str(source), "_Second")
         outcomes["refused" if err else "added"] += 1
         for folder in root.glob("negative/*_Second"):
             shutil.rmtree(folder)
