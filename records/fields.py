@@ -2,7 +2,7 @@
 What the fields of JSON files are: the one place where a value that was read from a file is checked before it is used.
 
 A shape says what a value must be:
-    int, float, bool, str       a value of that type; a text is printable, a float may be written as an integer
+    int, float, bool, str       a value of that type; a text has no control characters, a float may be an integer
     (kind, least, most)         the same, a number within limits
     TEXT                        any text, of several lines too
     Maybe(shape)                the same or null
@@ -129,7 +129,8 @@ def check_object(value: dict, shape: dict, prefix: str):
 def check_content(value):
     """
     Raise RunError for what no field may be, those without a shape included: more than DEPTH levels, since what walks
-    through the value recursively must come to an end, and numbers that are too large to count with.
+    through the value recursively must come to an end, numbers that are too large to count with, and text that cannot be
+    written to a file.
     """
     level = [value]
     for _ in range(DEPTH):
@@ -139,13 +140,15 @@ def check_content(value):
         objects = [list(item.values()) for item in level if isinstance(item, dict)]
         lists = [item for item in level if isinstance(item, list)]
         level = [child for children in objects + lists for child in children]
-        if not level:
-            return
-    raise RunError(f"its objects and lists nest more than {DEPTH} levels deep")
+    require(not level, f"its objects and lists nest more than {DEPTH} levels deep")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise RunError(f"it holds text that is no Unicode, {error.object[error.start]!a}") from None
 
 
 def read_fields(path: Path, remedy: str, shape: dict) -> dict:
-    """Return the JSON object of a file. RunError, one line with the file's name and the remedy, unless it has the shape."""
+    """Return a file's JSON object. RunError, one line with the file's name and the remedy, unless it has the shape."""
     return checked(read_json(path, remedy), path, remedy, shape)
 
 

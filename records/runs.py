@@ -557,12 +557,16 @@ def listed_run(path: Path, saved: dict) -> dict:
     return dict(
         id=path.stem,
         when=path.stat().st_mtime,
-        track=config.get("track", "-"),
-        variant="+".join(config.get("variant", [])) or "baseline",
+        track=one_line(config.get("track", "-")),
+        variant=one_line("+".join(config.get("variant", []))) or "baseline",
         val_loss=saved.get("val_loss", last.get("val_loss")),
         bits_per_byte=saved.get("val_bits_per_byte", last.get("val_bits_per_byte")),
-        status=running_or_cut_off(path.with_suffix(".txt")) if status == "running" else " ".join(status.split()),
+        status=running_or_cut_off(path.with_suffix(".txt")) if status == "running" else one_line(status),
     )
+
+
+def one_line(text: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def running_or_cut_off(log: Path) -> str:

@@ -339,13 +339,14 @@ def test_damaged_json(write_log, text, message):
     ("seed", True, "seed must be an integer, got True"),
     ("train_seconds", 1e999, "Infinity"),
     ("val_sha256", {"a": 1}, "val_sha256.a must be text, got 1"),
-    ("val_sha256", {"a\nb": "c"}, "a name in val_sha256 must be printable text"),
+    ("val_sha256", {"a\nb": "c"}, "a name in val_sha256 must be text"),
     ("config", {"steps": [8]}, "config.steps must be an integer, got (8,)"),
     ("config", {"layers": 10 ** 12}, "config.layers must be from 1 to"),
     ("config", {"variant": "swiglu_mlp"}, "config.variant is a list of values, got 'swiglu_mlp'"),
     ("config", {"older_setting": {"a": 1}}, "config.older_setting must be a value or a list of values"),
     ("config", [], "config must be an object of settings, got []"),
     ("world_size", 0, "world_size must be from 1 to"),
+    ("device", "\ud800", r"it holds text that is no Unicode, '\ud800'"),
     ("flops_per_token", "6e9", "flops_per_token must be a number, got '6e9'"),
 ])
 def test_fields_of_a_wrong_type_or_range(write_log, name, value, message):
@@ -593,6 +594,13 @@ def test_list_tells_a_run_from_one_that_was_cut_off(past_runs, capsys):
     assert list_runs(past_runs)[0][-1]["status"] == "cut off"
     (past_runs / "a_running.txt").unlink()
     assert list_runs(past_runs)[0][-1]["status"] == "cut off"
+
+
+def test_list_is_one_plain_line_a_run(past_runs, capsys):
+    path = past_runs / "b_failed.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(status="failed: a\n\x1b[2Jb\u2028c")))
+    main(["--log_dir", str(past_runs)])
+    assert "failed: a [2Jb c\n" in capsys.readouterr().out
 
 
 def test_list_of_past_runs_for_scripts(past_runs, capsys):
