@@ -11,30 +11,67 @@ A resumed run adds all of this to its log again, with "resumed from PATH at step
 a validation at N included, which comes after the checkpoint.
 modded-nanogpt's logs have the same shape without facts; those of its track 3 have validations only and times in seconds. Where M is not known
 beforehand (a budget of time), it is an estimate that may change until the last line. Losses are nats a token, as precise as the log's digits.
+
+read_run takes one sound run and refuses all else: what is compared or stored passes through it. read_trials and
+read_usable are for statistics of logs that others wrote. They take as much as is sound, and Run.notes says what a
+reader must know about a run:
+
+    the clock starts at step 11      train_time falls once, at step 11: the ten steps before it are not in the time
+    no time is known                 train_time falls elsewhere, or more than once
+    trial I of N                     each new step:0 with a validation begins another run
+    ends at step N of M              the last line of steps is a validation, before the last step
+    the last line has no end         the file was cut; a last line that is not complete is not used
+    no header, no source             no line "Running Python" or "Running PyTorch"; nothing before a line of "=" either
+
+A log that is stored in records/ names its source in place of each copy of it, in one line:
+
+    source: source-0123456789ab.txt sha256 0123456789ab... (all 64 digits)
+
+The file lies in the record's folder, which is the folder above the log's. Its name has the first 12 digits of the
+SHA-256 of its text, and the text is the source exactly as Run.source has it. Reading compares the digits with the text.
 """
 
+import argparse
+import dataclasses
+import datetime
 import hashlib
 import json
 import math
 import re
+import signal
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from train_gpt import RunError
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+from records.fields import FACTS, SAVED, parse_fields, read_fields
+from train_gpt import RunError, require
 
 RULE = "=" * 100
 MODULE = re.compile(r"# ---- ([\w.]+)")
-STEP = re.compile(r"step:(\d+)/(\d+) (?:val_loss:(\S+) )?(?:\w+:\S+ )*?train_time:(\d+(?:\.\d+)?)(ms|s) step_avg:\S+ms(?: \w+:\S+)*")
-RESUMED = re.compile(r"resumed from .* at step (\d+)")
+NUMBER = r"\d{1,15}(?:\.\d{1,15})?"  # longer ones are damage
+STEP = re.compile(
+    rf"step:(\d{{1,15}})/(\d{{1,15}}) (?:val_loss:(\S+) )?(?:\w+:\S+ )*?"
+    rf"train_time:({NUMBER})(ms|s) step_avg:\S+ms(?: \w+:\S+)*"
+)
+STORED_SOURCE = re.compile(r"source: (source-[0-9a-f]{12}\.txt) sha256 ([0-9a-f]{64})")
+RESUMED = re.compile(r"resumed from .* at step (\d{1,15})")
 STOPPED = re.compile(r"(stopped by \S+) after step \d+.*")
 MEASURED = {  # attribute of Run: the line that holds it
-    "peak_memory_mib": re.compile(r"peak memory (?:allocated|consumption): (\d+) MiB.*"),
-    "warmup_seconds": re.compile(r"warm-up.*: (\d+\.?\d*) s"),
-    "bits_per_byte": re.compile(r"val_bits_per_byte: ?(\d+\.\d+)"),
-    "ms_per_step": re.compile(r"ms_per_step:(\d+\.?\d*).*"),
-    "tokens_per_second": re.compile(r"ms_per_step:.* tokens_per_second:(\d+\.?\d*).*"),
-    "mfu": re.compile(r"ms_per_step:.* mfu:(\d+\.?\d*).*"),
+    "peak_memory_mib": re.compile(r"peak memory (?:allocated|consumption): (\d{1,15}) MiB.*"),
+    "warmup_seconds": re.compile(rf"warm-up.*: ({NUMBER}) s"),
+    "bits_per_byte": re.compile(rf"val_bits_per_byte: ?({NUMBER})"),
+    "ms_per_step": re.compile(rf"ms_per_step:({NUMBER}).*"),
+    "tokens_per_second": re.compile(rf"ms_per_step:.* tokens_per_second:({NUMBER}).*"),
+    "mfu": re.compile(rf"ms_per_step:.* mfu:({NUMBER}).*"),
 }
+COPY = "copy the log again or leave it out"
+RESTORE = "put the file back from where the record came"
+LATE_CLOCK = 11  # the step from which modded-nanogpt's trainers of 2024 count their time
 
 
 @dataclass
@@ -42,7 +79,7 @@ class Point:
     """A validation: after `step` steps of `tokens` tokens altogether (None where the log does not say), training time so far, loss in nats a token."""
     step: int
     tokens: int | None
-    train_ms: float
+    train_ms: float | None                                      # None where no time is known
     val_loss: float
 
 
@@ -63,6 +100,8 @@ class Run:
     tokens_per_second: float | None = None
     ms_per_step: float | None = None
     bits_per_byte: float | None = None
+    notes: list[str] = field(default_factory=list)              # what a reader of another's log must know about it
+    clock_start: int | None = 1                                 # the step from which the time counts; None: not known
 
     @property
     def finished(self) -> bool:
@@ -74,7 +113,10 @@ class Run:
         return self.points[-1].val_loss if self.points else None
 
     @property
-    def train_ms(self) -> float:
+    def train_ms(self) -> float | None:
+        """None where no time is known."""
+        if self.clock_start is None:
+            return None
         return max([point.train_ms for point in self.points[-1:]] + self.step_ms[-1:], default=0.0)
 
     @property
@@ -94,6 +136,11 @@ class Run:
         return self.config.get("track")
 
     @property
+    def target(self) -> float:
+        """The loss that the track asks for on these validation data, 0 where none is known."""
+        return self.facts.get("target", self.config.get("target", 0.0))
+
+    @property
     def val_sha256(self) -> dict[str, str]:
         """{validation shard: sha256}."""
         return self.facts.get("val_sha256", {})
@@ -101,6 +148,11 @@ class Run:
     @property
     def source_sha256(self) -> str:
         return hashlib.sha256(self.source.encode()).hexdigest()
+
+    @property
+    def source_file(self) -> str:
+        """The name of the file that holds the source in a stored record."""
+        return f"source-{self.source_sha256[:12]}.txt"
 
     @property
     def code(self) -> dict[str, str]:
@@ -126,19 +178,22 @@ class Event:
 
 
 def read_run(path: Path | str, strict: bool = False) -> Run:
-    """The run of one log. RunError for a log that is none, is damaged or contradicts itself or its JSON; with strict for an unfinished one, too."""
+    """
+    The run of one log. RunError for a log that is none, is damaged, holds several runs or contradicts itself or its
+    JSON; with strict for an unfinished one, too.
+    """
     path = Path(path)
-    lines = read_lines(path)
-    run, body = read_headers(path, lines)
+    text = read_text(path)
+    require(text.endswith("\n"), f"{path}: truncated: the last line has no end; {COPY}")
+    run, body = read_headers(path, text.split("\n")[:-1])
+
     events = []
     for number, line in body:
         read_line(run, events, number, line)
-    check_events(run, events)
-    run.points = [Point(e.step, e.step * run.config["batch_tokens"] if "batch_tokens" in run.config else None, e.train_ms, e.val_loss)
-                  for e in events if e.val_loss is not None]
-    run.step_ms = [event.train_ms for event in events if event.val_loss is None]
-    if events:
-        run.last_step, run.steps = events[-1].step, events[-1].steps
+    check_steps(run, events)
+    check_times(run, events)
+    take_events(run, events)
+
     if run.status == "unfinished" and events and events[-1].val_loss is not None and run.last_step == run.steps:
         run.status = "finished" if run.peak_memory_mib is not None or not run.facts else run.status
     if path.with_suffix(".json").exists():
@@ -148,16 +203,144 @@ def read_run(path: Path | str, strict: bool = False) -> Run:
     return run
 
 
+def take_events(run: Run, events: list[Event]):
+    batch_tokens = run.config.get("batch_tokens")
+    run.points = [
+        Point(event.step, batch_tokens and event.step * batch_tokens, event.train_ms, event.val_loss)
+        for event in events if event.val_loss is not None
+    ]
+    run.step_ms = [event.train_ms for event in events if event.val_loss is None]
+    if events:
+        run.last_step, run.steps = events[-1].step, events[-1].steps
+
+
+def read_trials(path: Path | str) -> list[Run]:
+    """
+    The runs of one log, this trainer's or another's, each with its notes. A log of this trainer holds one and must be
+    finished. RunError where no loss can be had of any.
+    """
+    path = Path(path)
+    text = read_text(path)
+    lines = text.split("\n")
+    if lines[0].startswith(("# ---- ", "source: ")) or any(line.startswith("facts: ") for line in lines):
+        return [read_run(path, strict=True)]
+
+    # the header and the lines after it
+    cut = lines.pop()
+    notes = []
+    if cut:
+        notes.append("the last line has no end")
+        if any(pattern.fullmatch(cut) for pattern in (STEP, *MEASURED.values())):
+            lines.append(cut)
+    if header_starts(lines):
+        whole, body = read_headers(path, lines)
+    else:
+        whole, body = read_headless(path, lines)
+        notes.append("no header" if whole.source else "no header, no source")
+
+    # one run after the other
+    events = []
+    for number, line in body:
+        read_line(whole, events, number, line)
+    require(any(event.val_loss is not None for event in events),
+            f"{path}: no log of this trainer or modded-nanogpt: no line of steps with a val_loss after its header")
+    starts = [i for i, event in enumerate(events) if i == 0 or event.step == 0 and events[i - 1].step > 0]
+    trials = []
+    for trial, (start, end) in enumerate(zip(starts, starts[1:] + [len(events)]), 1):
+        count = [f"trial {trial} of {len(starts)}"] if len(starts) > 1 else []
+        run = dataclasses.replace(whole, notes=count + notes)
+        read_trial(run, events[start:end])
+        trials.append(run)
+    return trials
+
+
+def read_trial(run: Run, events: list[Event]):
+    """Take what the lines of one run say, of a log that is not this trainer's."""
+    check_steps(run, events)
+    falls = [event for before, event in zip(events, events[1:]) if event.train_ms < before.train_ms]
+    if len(falls) == 1 and falls[0].step == LATE_CLOCK and falls[0].val_loss is None:
+        run.clock_start = LATE_CLOCK
+        run.notes.append(f"the clock starts at step {LATE_CLOCK}")
+        for event in events[:events.index(falls[0])]:
+            event.train_ms = 0.0
+    elif falls:
+        run.clock_start = None
+        run.notes.append("no time is known")
+        for event in events:
+            event.train_ms = None
+    take_events(run, events)
+    if events[-1].val_loss is not None:
+        run.status = "finished"
+        if run.last_step < run.steps:
+            run.notes.append(f"ends at step {run.last_step} of {run.steps}")
+
+
+def read_headless(path: Path, lines: list[str]) -> tuple[Run, list[tuple[int, str]]]:
+    """What read_headers gives, of a log without a header: what stands before a line of '=' is its source."""
+    first = next((i for i, line in enumerate(lines) if STEP.fullmatch(line)), None)
+    require(first is not None, f"{path}: no log of this trainer or modded-nanogpt: it has no line of steps")
+    rule = next((i for i in range(first - 1, -1, -1) if lines[i] == RULE), 0)
+    return Run(path, "\n".join(lines[:rule]).strip("\n")), list(enumerate(lines[first:], first + 1))
+
+
+def read_usable(folder: Path | str) -> tuple[list[Run], list[str]]:
+    """
+    The runs of all logs in a folder that give a final loss, by name, and a line for each log or run that is left out,
+    with the reason. A run whose log lies there twice (a copy, or what the console showed) counts once.
+    """
+    runs, left_out = [], []
+    for file in log_files(Path(folder)):
+        try:
+            trials = read_trials(file)
+        except RunError as error:
+            left_out.append(str(error))
+            continue
+        for run in trials:
+            if run.finished:
+                runs.append(run)
+            else:
+                last = f"its last validation is of step {run.points[-1].step}" if run.points else "it has no validation"
+                ends = f"the last line of steps of step {run.last_step} of {run.steps}"
+                left_out.append(", ".join([f"{file}: {last}", ends, *run.notes]))
+
+    unique = {}
+    for run in sorted(runs, key=lambda run: -len(run.points)):
+        last = run.points[-1]
+        twins = unique.setdefault((last.step, last.train_ms, last.val_loss), [])
+        twin = next((twin for twin in twins if same_curve(run, twin)), None)
+        if twin:
+            left_out.append(f"{run.path}: the same run as in {twin.path}")
+        else:
+            twins.append(run)
+    kept = {id(run) for twins in unique.values() for run in twins}
+    return [run for run in runs if id(run) in kept], left_out
+
+
+def same_curve(a: Run, b: Run) -> bool:
+    """Whether two logs of equal ends show one run: equal losses and times at every validation that both have."""
+    points = [{point.step: point for point in run.points} for run in (a, b)]
+    shared = points[0].keys() & points[1].keys()
+    return bool(a.train_ms) and all(points[0][step] == points[1][step] for step in shared)
+
+
 def read_folder(folder: Path | str, strict: bool = False) -> list[Run]:
-    """The runs of all .txt and .log files in a folder, by name. RunError if there is none, or for one that read_run refuses."""
+    """The runs of all logs in a folder, by name. RunError if there is none, or for one that read_run refuses."""
     folder = Path(folder)
-    files = sorted(path for path in folder.glob("*") if path.suffix in (".txt", ".log"))
+    files = log_files(folder)
     if not files:
         raise RunError(f"{folder}: {'no log (.txt or .log) in this folder' if folder.is_dir() else 'no such folder'}; give the folder that holds a run's log")
     return [read_run(file, strict) for file in files]
 
 
-def read_lines(path: Path) -> list[str]:
+def log_files(folder: Path) -> list[Path]:
+    """The .txt and .log files in a folder, by name, without the sources of stored records."""
+    return sorted(
+        path for path in folder.glob("*")
+        if path.suffix in (".txt", ".log") and not re.fullmatch(r"source-[0-9a-f]{12}\.txt", path.name)
+    )
+
+
+def read_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -166,48 +349,113 @@ def read_lines(path: Path) -> list[str]:
         raise RunError(f"{path}: not UTF-8 text, so no log; give RUN_ID.txt of the trainer's log folder") from None
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {error.strerror}; give a log, RUN_ID.txt in the trainer's log folder") from None
-    if not text.strip():
-        raise RunError(f"{path}: empty; copy it again or leave it out")
-    lines = text.split("\n")
-    if lines.pop():
-        raise RunError(f"{path}: truncated: the last line has no end; copy the log again or leave it out")
-    return lines
+    require(text.strip(), f"{path}: empty; copy it again or leave it out")
+    return text
+
+
+@dataclass
+class Header:
+    """Where a header stands, as indices of lines: its source, the line of '=' after that, the line after the header."""
+
+    source: int
+    rule: int
+    end: int
+
+
+def header_starts(lines: list[str]) -> list[int]:
+    """Where the lines of '=' stand that begin a header."""
+    return [i for i, line in enumerate(lines[:-1]) if line == RULE and lines[i + 1].lower().startswith("running py")]
+
+
+def find_headers(path: Path, lines: list[str]) -> list[Header]:
+    """The headers of a log: one, and another for each time that the run was resumed. RunError if there is none."""
+    starts = header_starts(lines)
+    require(starts, f"{path}: no log of this trainer or modded-nanogpt: no line of 100 '=' with \"Running Python\" or "
+                    "\"Running PyTorch\" after it")
+    headers = []
+    end = 0
+    for start in starts:
+        source = 0
+        if headers:
+            begins = [i for i in range(end, start) if lines[i] == "# ---- train_gpt" or STORED_SOURCE.match(lines[i])]
+            source = begins[0] if begins else start
+        end = next((i + 1 for i in range(start + 1, len(lines)) if lines[i] == RULE), len(lines))
+        headers.append(Header(source, start, end))
+    return headers
 
 
 def read_headers(path: Path, lines: list[str]) -> tuple[Run, list[tuple[int, str]]]:
     """(a Run with source and facts, [(number, line)] after the headers); every header of a resumed run must tell of the same run."""
-    starts = [i for i, line in enumerate(lines[:-1]) if line == RULE and lines[i + 1].lower().startswith("running py")]
-    if not starts:
-        raise RunError(f"{path}: no log of this trainer or modded-nanogpt: no line of 100 '=' with \"Running Python\" or \"Running PyTorch\" after it")
     run, body, end = None, [], 0
-    for start in starts:
-        source_start = 0
+    for header in find_headers(path, lines):
         if run:
-            source_start = next((i for i in range(end, start) if lines[i] == "# ---- train_gpt"), start)
-            body += enumerate(lines[end:source_start], end + 1)
-        end = next((i + 1 for i in range(start + 1, len(lines)) if lines[i] == RULE), len(lines))
-        source, facts = "\n".join(lines[source_start:start]).removeprefix(RULE).strip("\n"), read_facts(path, lines[start:end])
+            body += enumerate(lines[end:header.source], end + 1)
+        end = header.end
+        source = read_source(path, "\n".join(lines[header.source:header.rule]).removeprefix(RULE).strip("\n"))
+        facts = read_facts(path, lines[header.rule:end])
         if not source.strip():
-            raise RunError(f"{path}: the source of the code is missing before line {start + 1}; a run without its source is no evidence")
+            raise RunError(f"{path}: the source of the code is missing before line {header.rule + 1}; "
+                           "a run without its source is no evidence")
+        check_source(path, source, facts.get("sources", {}))
         part = Run(path, source, facts)
         if run:
             for name in ("source", "seed", "variant", "val_sha256"):
                 if getattr(part, name) != getattr(run, name):
-                    raise RunError(f"{path}: resumed with another {name} (line {start + 1}); a run that changes on its way is no evidence, leave it out")
+                    raise RunError(f"{path}: resumed with another {name} (line {header.rule + 1}); "
+                                   "a run that changes on its way is no evidence, leave it out")
             if any(facts.get(name) != run.facts.get(name) for name in ("device", "world_size")):
-                raise RunError(f"{path}: resumed on another device (line {start + 1}), so its times mean nothing; leave it out")
+                raise RunError(f"{path}: resumed on another device (line {header.rule + 1}), so its times mean "
+                               "nothing; leave it out")
         run = part
     return run, body + list(enumerate(lines[end:], end + 1))
 
 
-def read_facts(path: Path, header: list[str]) -> dict:
-    text = next((line.removeprefix("facts: ") for line in header if line.startswith("facts: ")), "{}")
+def read_source(path: Path, text: str) -> str:
+    """The source of a header: the text itself or, in a stored record, what the file that it names holds."""
+    match = STORED_SOURCE.fullmatch(text)
+    if not match:
+        return text
+    file = path.absolute().parent.parent / match[1]
     try:
-        facts = json.loads(text)
-        assert isinstance(facts, dict) and isinstance(facts.get("config", {}), dict)
-        return facts
-    except (ValueError, AssertionError):
-        raise RunError(f"{path}: damaged: its facts are not a JSON object; copy the log again or leave it out") from None
+        source = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise RunError(f"{path}: its source is missing: there is no text {file}; {RESTORE}") from None
+    if hashlib.sha256(source.encode()).hexdigest() != match[2]:
+        raise RunError(f"{path}: its source was altered: {file} has not the SHA-256 that the log names; {RESTORE}")
+    return source
+
+
+def check_source(path: Path, source: str, sources: dict[str, str]):
+    """RunError unless the source is that of the modules {name: sha256} which the facts name; older logs name none."""
+    lines = source.split("\n")
+    starts = []
+    for name in sources:
+        after = starts[-1] + 1 if starts else 0
+        require(f"# ---- {name}" in lines[after:],
+                f"{path}: its source lacks the module {name}, which its facts name; {COPY}")
+        starts.append(lines.index(f"# ---- {name}", after))
+    for (name, digest), start, end in zip(sources.items(), starts, starts[1:] + [len(lines)]):
+        text = "\n".join(lines[start + 1:end])
+        texts = [text] if end < len(lines) else [text + "\n" * ends for ends in range(3)]  # the last ends are not kept
+        require(digest in [hashlib.sha256(text.encode()).hexdigest() for text in texts],
+                f"{path}: the source of {name} was altered: it has not the SHA-256 that the facts name; {COPY}")
+
+
+def stored_text(run: Run) -> str:
+    """The run's log as a record stores it: a line that names the source in place of each copy of it."""
+    lines = read_text(run.path).split("\n")
+    stored, end = [], 0
+    for header in find_headers(run.path, lines):
+        stored += lines[end:header.source]
+        stored.append(f"source: {run.source_file} sha256 {run.source_sha256}")
+        stored += lines[header.rule:header.end]
+        end = header.end
+    return "\n".join(stored + lines[end:])
+
+
+def read_facts(path: Path, header: list[str]) -> dict:
+    text = next((line.removeprefix("facts: ") for line in header if line.startswith("facts: ")), None)
+    return {} if text is None else parse_fields(text, path, "its facts", COPY, FACTS)
 
 
 def read_line(run: Run, events: list[Event], number: int, line: str):
@@ -219,13 +467,15 @@ def read_line(run: Run, events: list[Event], number: int, line: str):
                 val_loss = float(val_loss)
             except ValueError:
                 val_loss = math.nan
-            if not math.isfinite(val_loss):
-                raise RunError(f"{run.path}: val_loss is not a number at step {step} (line {number}: {match[3]}); the run is of no use, leave it out")
+            require(abs(val_loss) < 1e30,  # NaN is not
+                    f"{run.path}: val_loss is not a number at step {step} (line {number}: {match[3]:.20}); "
+                    "the run is of no use, leave it out")
         events.append(Event(step, steps, val_loss, milliseconds, number))
     elif re.match(r"step:\d", line):
         raise RunError(f"{run.path}: damaged: line {number} is cut or no line of steps; copy the log again or leave it out")
     elif match := RESUMED.fullmatch(line):
-        events[:] = [event for event in events if event.step < int(match[1]) + (event.val_loss is None)]
+        resumed_at = int(match[1])
+        events[:] = [event for event in events if event.step < resumed_at + (event.val_loss is None)]
         run.status = "unfinished"
     elif match := STOPPED.fullmatch(line):
         run.status = match[1]
@@ -236,48 +486,147 @@ def read_line(run: Run, events: list[Event], number: int, line: str):
             setattr(run, name, int(match[1]) if name == "peak_memory_mib" else float(match[1]))
 
 
-def check_events(run: Run, events: list[Event]):
-    """RunError if a step is missing, repeated or out of order, if the time falls, or if the number of steps changes without leave to."""
-    path, trained, validated, milliseconds = run.path, 0, -1, 0.0
+def check_steps(run: Run, events: list[Event]):
+    """RunError if a step is missing, repeated or out of order, or if the number of steps changes without leave to."""
+    path, trained, validated = run.path, 0, -1
     every_step = bool(run.facts) or any(event.val_loss is None for event in events)
     for event in events:
         place = f"at step {event.step} (line {event.line})"
         expected = trained + (event.val_loss is None)
         if every_step and event.step > expected:
-            raise RunError(f"{path}: step {trained + 1} is missing {place}; copy the log again or leave it out")
+            raise RunError(f"{path}: step {trained + 1} is missing {place}; {COPY}")
         if every_step and event.step < expected or event.val_loss is not None and event.step <= validated:
-            raise RunError(f"{path}: steps are repeated or out of order {place}; copy the log again or leave it out")
-        if event.train_ms < milliseconds:
-            raise RunError(f"{path}: train_time falls from {milliseconds:.0f} to {event.train_ms:.0f} ms {place}, so the time of the run is not known; leave it out")
+            raise RunError(f"{path}: steps are repeated or out of order {place}; {COPY}")
         if event.steps != events[0].steps and not run.config.get("time_budget"):
             raise RunError(f"{path}: {events[0].steps} steps become {event.steps} {place}; a run's length is fixed beforehand, leave it out")
-        trained, milliseconds = event.step, event.train_ms
+        trained = event.step
         validated = event.step if event.val_loss is not None else validated
+
+
+def check_times(run: Run, events: list[Event]):
+    """RunError if the time falls."""
+    for before, event in zip(events, events[1:]):
+        require(event.train_ms >= before.train_ms,
+                f"{run.path}: train_time falls from {before.train_ms:.0f} to {event.train_ms:.0f} ms at step "
+                f"{event.step} (line {event.line}), so the time of the run is not known; leave it out")
 
 
 def check_json(run: Run):
     """RunError if the JSON beside the log is damaged or says otherwise than a finished log."""
     path = run.path.with_suffix(".json")
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(saved, dict)
-    except (OSError, ValueError, AssertionError):
-        raise RunError(f"{path}: damaged: not a JSON object; copy it again, or delete it: the log alone will do") from None
+    saved = read_fields(path, "copy it again, or delete it: the log alone will do", SAVED)
     if not run.finished:
         if saved.get("status") == "finished":
             raise RunError(f"{run.path}: truncated: {path.name} says finished, the log ends after step {run.last_step} of {run.steps}; copy the log again or leave it out")
         return
+
     def agree(number, logged, tolerance):  # the log rounds
-        return isinstance(number, int | float) and abs(number - logged) <= tolerance + 1e-9
+        return number is not None and abs(number - logged) <= tolerance + 1e-9
     last = run.points[-1]
     differing = [name for name, logged, tolerance in (("val_loss", last.val_loss, 5e-5), ("step", last.step, 0), ("train_seconds", last.train_ms / 1000, 5e-4))
                  if not agree(saved.get(name), logged, tolerance)]
-    try:
-        curve = {point["step"]: point["val_loss"] for point in saved["curve"]}
-    except (KeyError, TypeError):
-        curve = {}
+    curve = {point["step"]: point["val_loss"] for point in saved.get("curve", [])}
     differing += [] if curve.keys() == {p.step for p in run.points} and all(agree(curve[p.step], p.val_loss, 5e-5) for p in run.points) else ["curve"]
     differing += [name for name in ("config", "seed", "val_sha256") if saved.get(name) != run.facts.get(name)]
     differing += ["status"] if saved.get("status") != "finished" else []
     if differing:
         raise RunError(f"{run.path}: tampered: {path.name} has another {', '.join(differing)} than the log; copy both again or leave the run out")
+
+
+def list_runs(folder: Path) -> tuple[list[dict], list[str]]:
+    """
+    What the JSON files of a log folder say of their runs, the newest last, and a line for each file that is no run's.
+    Keys: id, when (the last change, seconds since 1970), track, variant, val_loss, bits_per_byte, status.
+    """
+    require(folder.is_dir(), f"{folder}: no such folder; give the trainer's log folder with --log_dir")
+    found, left_out = [], []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            saved = read_fields(path, "delete it if it is no run's", SAVED)
+            require("config" in saved and "status" in saved, f"{path}: no run's: it has no config and status")
+            found.append(listed_run(path, saved))
+        except RunError as error:
+            left_out.append(str(error))
+    return sorted(found, key=lambda run: (run["when"], run["id"])), left_out
+
+
+def listed_run(path: Path, saved: dict) -> dict:
+    """A row of the list."""
+    config, status = saved["config"], saved["status"]
+    last = saved["curve"][-1] if saved.get("curve") else {}
+    return dict(
+        id=path.stem,
+        when=path.stat().st_mtime,
+        track=one_line(config.get("track", "-")),
+        variant=one_line("+".join(config.get("variant", []))) or "baseline",
+        val_loss=saved.get("val_loss", last.get("val_loss")),
+        bits_per_byte=saved.get("val_bits_per_byte", last.get("val_bits_per_byte")),
+        status=running_or_cut_off(path.with_suffix(".txt")) if status == "running" else one_line(status),
+    )
+
+
+def one_line(text: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def running_or_cut_off(log: Path) -> str:
+    """What became of a run whose JSON says "running". The trainer locks its log as long as it runs."""
+    if fcntl is None:
+        return "running or cut off"
+    try:
+        with open(log, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return "cut off"
+    except BlockingIOError:
+        return "running"
+    except OSError:
+        return "cut off" if not log.exists() else "running or cut off"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the past runs of a log folder. Returns the exit code: 0, or 1 and one line where there is no folder."""
+    description = "The past runs of a log folder, a line each, the newest last."
+    parser = argparse.ArgumentParser(prog="python -m records.runs", description=description)
+    parser.add_argument("--log_dir", type=Path, default=Path("logs"), help="the trainer's log folder (default: logs)")
+    parser.add_argument("--json", action="store_true", help="one JSON list, with the time in seconds since 1970")
+    options = parser.parse_args(argv)
+    try:
+        runs, left_out = list_runs(options.log_dir)
+    except RunError as error:
+        print(f"records.runs: error: {error}", file=sys.stderr)
+        return 1
+
+    if options.json:
+        print(json.dumps(runs, indent=1))
+    else:
+        print_list(runs)
+        if not runs:
+            print(f"{options.log_dir}: no runs yet")
+    for line in left_out:
+        print(f"left out: {line}", file=sys.stderr)
+    return 0
+
+
+def print_list(runs: list[dict]):
+    """The rows in columns; the variants and the status, which can be long, come last."""
+    rows = [["id", "when", "track", "loss", "bits/byte", "variants", "status"]]
+    for run in runs:
+        when = datetime.datetime.fromtimestamp(run["when"]).strftime("%Y-%m-%d %H:%M")
+        losses = ["-" if run[name] is None else f"{run[name]:.4f}" for name in ("val_loss", "bits_per_byte")]
+        rows.append([run["id"], when, run["track"], *losses, run["variant"], run["status"]])
+    widths = [max(len(row[column]) for row in rows) for column in range(6)]
+    for row in rows if runs else []:
+        print("  ".join([cell.ljust(width) for cell, width in zip(row, widths)] + row[6:]))
+
+
+def prepare_console():
+    """For scripts: what the console's encoding lacks is shown as "?", and a closed pipe ends the script quietly."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+if __name__ == "__main__":
+    prepare_console()
+    sys.exit(main())

@@ -19,12 +19,16 @@ def log_lines(losses: dict[int, float], *, run_id="run", ms_per_step=100.0, sour
     """
     (lines of a log, its JSON) of a run with these validation losses {step: loss}. Any key of FACTS or CONFIG can be given; steps follows from losses.
     modules: further parts of the source, [(name, text)]. end: finished, or SIGTERM or an error's text, then with last_step and steps. resumed_from: the
-    step after which it goes on.
+    step after which it goes on. scored: the number of validation tokens that the losses are of (the fact val_tokens; by
+    default the setting). known_target: the target that is known for the validation data (the fact target; likewise).
     """
     steps, first = facts.pop("steps", None) or max(losses), (resumed_from or 0) + 1
     last = steps if end == "finished" else facts.pop("last_step")
     config = CONFIG | {"run_id": run_id, "steps": steps, "tokens": steps * CONFIG["batch_tokens"]} | {name: facts.pop(name) for name in list(facts) if name in CONFIG.keys() - FACTS.keys()}
-    facts = dict(run_id=run_id, status="running", config=config) | FACTS | dict(seed=config["seed"]) | facts
+    found = dict(
+        val_tokens=facts.pop("scored", config["val_tokens"]), target=facts.pop("known_target", config["target"]),
+    )
+    facts = dict(run_id=run_id, status="running", config=config) | FACTS | dict(seed=config["seed"]) | found | facts
     parts = [("train_gpt", source or "import torch\nprint('step:')")] + list(modules)
     lines = [line for name, text in parts for line in (f"# ---- {name}", *text.split("\n"))]
     lines += [RULE, "Running Python 3.11.2, PyTorch 2.13.0+cpu compiled for CUDA None, Triton 3.9.0", f"facts: {json.dumps(facts)}", "no GPU", RULE]
@@ -62,9 +66,10 @@ def write_log(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lines, saved = log_lines(losses, run_id=run_id, **options)
         if options.get("resumed_from") and path.exists():
-            saved["curve"] = [point for point in json.loads(path.with_suffix(".json").read_text())["curve"] if point["step"] < options["resumed_from"]] + saved["curve"]
-        with open(path, "a") as file:  # a resumed run goes on in its log
+            earlier = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["curve"]
+            saved["curve"] = [point for point in earlier if point["step"] < options["resumed_from"]] + saved["curve"]
+        with open(path, "a", encoding="utf-8") as file:  # a resumed run goes on in its log
             file.write("\n".join(lines) + "\n")
-        path.with_suffix(".json").write_text(json.dumps(saved))
+        path.with_suffix(".json").write_text(json.dumps(saved), encoding="utf-8")
         return path
     return write

@@ -1,6 +1,8 @@
 """The leaderboard: what is added, the rules, every fault's one line, the tables, and the statistics of any folder."""
 
+import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,7 +14,7 @@ import pytest
 from records import leaderboard
 from records.leaderboard import BEGIN, END, main
 from records.report import summarize, write_report
-from records.runs import read_folder
+from records.runs import read_folder, read_run
 from train_gpt import TRACKS, make_config
 
 ROOT = Path(leaderboard.__file__).resolve().parent.parent
@@ -84,8 +86,10 @@ def test_first_record_needs_the_target_only(root, write_arm, add, run):
     folder = record(root, "First")
     assert (code, out, err) == (0, f"{folder}\n", "")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_First", folder.name)
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "baseline", "stats.json"]
-    assert sorted(path.name for path in (folder / "baseline").iterdir()) == [f"baseline_{seed}.{kind}" for seed in range(1, 5) for kind in ("json", "txt")]
+    source, = folder.glob("source-*.txt")
+    assert sorted(path.name for path in folder.iterdir()) == ["A0", "README.md", source.name, "stats.json"]
+    logs = [f"A0-seed{seed}.{kind}" for seed in range(1, 5) for kind in ("json", "txt")]
+    assert sorted(path.name for path in (folder / "A0").iterdir()) == logs
     stats = stats_of(folder)
     arm, = stats["arms"]
     assert arm["losses"] == pytest.approx([TARGET - 0.02 + noise for noise in SPREAD], abs=1e-9) and arm["seeds"] == [1, 2, 3, 4]
@@ -107,7 +111,7 @@ def test_faster_record_and_history(root, write_arm, add, run):
     write_arm("b/baseline")
     assert add(write_arm("b/quick", ms_per_step=90.0, variant=["quick"], modules=[("variants.quick", "x = 1")]), "Second")[0] == 0
     stats = stats_of(record(root, "Second"))
-    assert stats["arm"] == "quick" and [arm["folder"] for arm in stats["arms"]] == ["baseline", "quick"]
+    assert stats["arm"] == "quick" and [arm["folder"] for arm in stats["arms"]] == ["A0", "A1"]
     assert stats["arms"][1]["vs_baseline"]["time"]["verdict"] == "better" and stats["arms"][1]["vs_baseline"]["loss"]["verdict"] == "not distinguishable"
     assert re.search(r"The record before it, cpu/.*_First, took 0.80 ± 0.00 s: p < 0.0001", (record(root, "Second") / "README.md").read_text().replace("\\", ""))
     text = (root / "README.md").read_text()
@@ -131,11 +135,23 @@ def test_negative_results(root, write_arm, add, run):
     write_arm("a/slow", loss=0.1, ms_per_step=150.0, variant=["slow"])
     assert add(write_arm("a/even", loss=-0.0202, variant=["even"]), "Losers", "--negative")[0] == 0
     folder, text = record(root, "Losers", "negative"), (root / "README.md").read_text()
-    assert (folder / "slow" / "slow_1.txt").exists() and stats_of(folder)["arm"] is None
+    assert (folder / "A2" / "A2-seed1.txt").exists() and stats_of(folder)["arm"] is None
     assert "No record yet." in text
     assert re.search(rf"\| cpu \| slow \| what Losers does \| \+0.1200 \| .* \| 4 and 4 \| worse \| \+50.00 \| \[Losers\]\(negative/{folder.name}\) \|", text)
     assert re.search(r"\| cpu \| even \| what Losers does \| -0.0002 \| .* \| not distinguishable \|", text)
     assert run("check") == (0, f"negative/{folder.name}: ok\n{root / 'README.md'}: ok\n", "")
+
+
+def test_a_better_arm_stands_under_no_heading_of_negative_results(root, write_arm, add):
+    """It sets no record, for instance because it is slower to the target, and is better than its baseline."""
+    write_arm("a/baseline")
+    add(write_arm("a/slow_but_good", loss=-0.1, ms_per_step=150.0), "Better", "--negative")
+    lines = (root / "README.md").read_text().splitlines()
+    row = next(i for i, line in enumerate(lines) if "| better |" in line)
+    headings = [line for line in lines[:row] if line.startswith("#")]
+    assert headings[-1] == "### Comparisons that set no record"
+    assert not any("negative" in heading.lower() for heading in headings)
+    assert record(root, "Better", "negative").is_dir()
 
 
 def test_folder_of_compare(root, write_arm, add, run, tmp_path):
@@ -150,7 +166,8 @@ def test_folder_of_compare(root, write_arm, add, run, tmp_path):
     write_report(tmp_path / "compared", results)
     assert add(tmp_path / "compared", "Compared")[0] == 0
     stats = stats_of(record(root, "Compared"))
-    assert stats["settings"] == settings and stats["arms"][1]["options"] == ["--layers", "4"] and stats["arms"][1]["folder"] == "wide_hidden=8_x"
+    arm = stats["arms"][1]
+    assert stats["settings"] == settings and arm["options"] == ["--layers", "4"] and arm["folder"] == "A1"
     assert stats["arms"][1]["vs_baseline"] == results["arms"][1]["vs_baseline"] and run("check")[0] == 0
 
 
@@ -162,6 +179,45 @@ def test_arm_of_several(root, write_arm, add):
     assert add(source, "Best", "--arm", "b")[0] == 0 and stats_of(record(root, "Best"))["arm"] == "b"
 
 
+def test_a_source_is_stored_once_and_read_back(root, write_arm, add, tmp_path):
+    """Two arms of one source and one of another: two files, and each stored log gives the run that was added."""
+    write_arm("a/baseline")
+    write_arm("a/same", variant=["same"])
+    assert add(write_arm("a/other", modules=[("variants.other", "x = 1")]), "Sources", "--negative")[0] == 0
+    folder = record(root, "Sources", "negative")
+    assert len(list(folder.glob("source-*.txt"))) == 2
+    rows = {arm["name"]: arm["folder"] for arm in stats_of(folder)["arms"]}
+    assert rows == {"baseline": "A0", "other": "A1", "same": "A2"}
+    readme = (folder / "README.md").read_text()
+    for name, arm in rows.items():
+        assert f"| {arm} | {name} | [2]({arm}/{arm}-seed2.txt) |" in readme
+        for stored, run in zip(read_folder(folder / arm), read_folder(tmp_path / "a" / name)):
+            assert "import torch" not in stored.path.read_text()
+            assert stored.path.with_suffix(".json").read_bytes() == run.path.with_suffix(".json").read_bytes()
+            assert {**vars(stored), "path": None} == {**vars(run), "path": None}
+
+
+def test_a_resumed_log_names_its_source_in_each_header(root, write_arm, write_log, add):
+    write_arm("a/baseline", seeds=(1, 2))
+    write_log({0: 5.0}, "a/baseline", "b", seed=3, steps=8, last_step=4, end="SIGTERM")
+    log = write_log({8: TARGET - 0.02}, "a/baseline", "b", seed=3, resumed_from=4)
+    assert add(log.parent.parent, "Resumed")[0] == 0
+    stored, = record(root, "Resumed").glob("A0/A0-seed3.txt")
+    lines = stored.read_text().splitlines()
+    assert sum(line.startswith("source: source-") for line in lines) == 2 and "import torch" not in lines
+    assert {**vars(read_run(stored)), "path": None} == {**vars(read_run(log)), "path": None}
+
+
+def test_a_record_can_be_added_again(root, write_arm, add, tmp_path):
+    """What is stored is read like any other folder of logs: another leaderboard takes it."""
+    add(write_arm("a/baseline"), "First")
+    (tmp_path / "copy").mkdir()
+    shutil.copytree(record(root, "First"), tmp_path / "copy" / "record")
+    shutil.rmtree(root / "cpu")
+    assert add(tmp_path / "copy" / "record", "Again")[0] == 0
+    assert "import torch" in next(record(root, "Again").glob("source-*.txt")).read_text()
+
+
 # ---- what is refused
 
 @pytest.mark.parametrize("options, message", [
@@ -170,6 +226,7 @@ def test_arm_of_several(root, write_arm, add):
     (dict(seeds=(1,)), "one run alone, and no test can be made of it"),
     (dict(target=5.0), f"has target 5.0, the track {TARGET}"),
     (dict(val_tokens=64), "has val_tokens 64, the track"),
+    (dict(known_target=0.0), "was validated on data for which the track's target is not known"),
     (dict(val_sha256={}), "does not say which validation data it used"),
     (dict(track="short"), "a run of track short, not cpu"),
     (dict(end="SIGTERM", steps=8, last_step=4), "stopped by SIGTERM after step 4 of 8; only finished runs count"),
@@ -205,6 +262,39 @@ def test_runs_that_are_not_alike(root, write_arm, write_log, add):
         assert message in refused(add(source, "No"), root, before)
 
 
+@pytest.mark.parametrize("scored", [65_537, None])
+def test_arms_that_were_scored_on_different_numbers_of_tokens(root, write_arm, write_log, add, scored):
+    """The setting is the same: the trainer left out rows that filled no whole batch."""
+    write_arm("a/baseline", scored=65_536)
+    source, before = write_arm("a/other", scored=scored), contents(root)
+    if scored is None:  # a log that does not say
+        for path in (source / "other").glob("*.txt"):
+            edit(path, '"val_tokens": null, ', "")
+            path.with_suffix(".json").unlink()
+    err = refused(add(source, "No", "--negative"), root, before)
+    assert "baseline_1.txt" in err and "other_1.txt" in err and f"were scored on 65536 and {scored} tokens" in err
+
+
+def test_a_record_whose_arms_were_scored_on_different_numbers_of_tokens(two_records, run):
+    """check finds it, too."""
+    for path in (two_records / "A1").glob("*.txt"):
+        edit(path, '"val_tokens": 65536, "target"', '"val_tokens": 65537, "target"')
+        path.with_suffix(".json").unlink()
+    code, out, _ = run("check")
+    assert code == 1 and "were scored on 65536 and 65537 tokens of the validation data" in out
+
+
+def test_arms_of_one_name(root, write_arm, add, tmp_path):
+    write_arm("compared/logs/baseline")
+    write_arm("compared/logs/other")
+    runs = [[dict(seed=1, log=f"{folder}_1.txt")] for folder in ("baseline", "other")]
+    arms = [dict(name="baseline", options=[], runs=of) for of in runs]
+    results = dict(format="knotgpt-comparison-1", settings={}, arms=arms)
+    (tmp_path / "compared" / "results.json").write_text(json.dumps(results))
+    err = refused(add(tmp_path / "compared", "No", "--negative"), root, contents(root))
+    assert "two arms have the same name among baseline, baseline; give them names of their own" in err
+
+
 def test_a_negative_result_on_two_machines_says_nothing_of_time(root, write_arm, add, run):
     write_arm("a/baseline")
     assert add(write_arm("a/slow", loss=0.1, ms_per_step=120.0, variant=["slow"], device="H200"), "Two", "--negative")[0] == 0
@@ -220,14 +310,12 @@ def test_folders_that_will_not_do(root, tmp_path, write_arm, write_log, add):
     write_arm("a/one")
     assert "no baseline among one, two" in refused(add(write_arm("a/two"), "No"), root, before)
     assert "one arm alone is no comparison" in refused(add(write_arm("b/one"), "No", "--negative"), root, before)
-    (tmp_path / "b" / "results.json").write_text('{"format": "other"}')
-    assert "results.json: no results of compare.py" in refused(add(tmp_path / "b", "No"), root, before)
+    (tmp_path / "b" / "results.json").write_text('{"format": "other", "settings": {}, "arms": []}')
+    err = refused(add(tmp_path / "b", "No"), root, before)
+    assert "results.json: no results of compare.py, but of format other" in err
     lost = dict(format="knotgpt-comparison-1", settings={}, arms=[dict(name="one", options=[], runs=[dict(seed=1, log="one_1.txt"), dict(seed=2, error="killed")])])
     (tmp_path / "b" / "results.json").write_text(json.dumps(lost))
     assert "0 logs of one, seed 2, where one is expected" in refused(add(tmp_path / "b", "No"), root, before)
-    write_arm("c/baseline")
-    write_arm("c/a b")
-    assert "would share a folder (baseline, a_b, a_b)" in refused(add(write_arm("c/a_b"), "No", "--negative"), root, before)
 
 
 def test_names_and_tracks(root, write_arm, add):
@@ -270,7 +358,7 @@ def two_records(root, write_arm, add):
 
 
 def log_without_json(folder) -> Path:
-    path = folder / "quick" / "quick_2.txt"
+    path = folder / "A1" / "A1-seed2.txt"
     path.with_suffix(".json").unlink()
     return path
 
@@ -281,6 +369,21 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new))
 
 
+def source_of(folder) -> Path:
+    source, = folder.glob("source-*.txt")
+    return source
+
+
+def name_another_source(folder):
+    """Let one log of the arm name a source of its own, which is whole."""
+    altered = source_of(folder).read_text().replace("import torch", "import numpy")
+    digest = hashlib.sha256(altered.encode()).hexdigest()
+    (folder / f"source-{digest[:12]}.txt").write_text(altered)
+    log = log_without_json(folder)
+    line = next(line for line in log.read_text().splitlines() if line.startswith("source: "))
+    edit(log, line, f"source: source-{digest[:12]}.txt sha256 {digest}")
+
+
 def change_stats(folder, change):
     stats = stats_of(folder)
     change(stats)
@@ -288,16 +391,23 @@ def change_stats(folder, change):
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (lambda folder: edit(folder / "quick/quick_2.txt", "val_loss:2.0000", "val_loss:1.9000"), "tampered: quick_2.json has another curve than the log"),
-    (lambda folder: edit(folder / "quick/quick_2.txt", f"val_loss:{TARGET - 0.02:.4f}", f"val_loss:{TARGET - 0.03:.4f}"), "tampered: quick_2.json has another val_loss, curve than the log"),
+    (lambda folder: edit(folder / "A1/A1-seed2.txt", "val_loss:2.0000", "val_loss:1.9000"),
+     "tampered: A1-seed2.json has another curve than the log"),
+    (lambda folder: edit(folder / "A1/A1-seed2.txt", f"val_loss:{TARGET - 0.02:.4f}", f"val_loss:{TARGET - 0.03:.4f}"),
+     "tampered: A1-seed2.json has another val_loss, curve than the log"),
     (lambda folder: edit(log_without_json(folder), f"val_loss:{TARGET - 0.02:.4f}", f"val_loss:{TARGET - 0.03:.4f}"), "stats.json: arms[1].losses[1] is not what the logs say"),
     (lambda folder: edit(log_without_json(folder), "val_loss:2.0000", "val_loss:1.9000"), None),
     (lambda folder: edit(log_without_json(folder), "step:5/8 train_time:450ms step_avg:90.00ms\n", ""), "step 5 is missing"),
-    (lambda folder: edit(log_without_json(folder), "import torch", "import numpy"), "ran different code"),
+    (lambda folder: edit(log_without_json(folder), "python_val_00000", "other_val_00000"), "validated on different data"),
     (lambda folder: edit(log_without_json(folder), "b" * 64, "c" * 64), "validated on different data"),
-    (lambda folder: (folder / "quick/quick_2.txt").unlink(), "arms[1].seeds is not what the logs say"),
-    (lambda folder: shutil.rmtree(folder / "baseline"), "stats.json has the arms baseline, quick, the folder quick"),
-    (lambda folder: shutil.copytree(folder / "quick", folder / "third"), "the folder baseline, quick, third"),
+    (lambda folder: (folder / "A1/A1-seed2.txt").unlink(), "arms[1].seeds is not what the logs say"),
+    (lambda folder: shutil.rmtree(folder / "A0"), "stats.json has the arms A0, A1, the folder A1"),
+    (lambda folder: shutil.copytree(folder / "A1", folder / "third"), "the folder A0, A1, third"),
+    (lambda folder: source_of(folder).unlink(), "A0-seed1.txt: its source is missing: there is no text"),
+    (lambda folder: edit(source_of(folder), "import torch", "import numpy"), "A0-seed1.txt: its source was altered:"),
+    (lambda folder: source_of(folder).write_bytes(b"\xff"), "A0-seed1.txt: its source is missing: there is no text"),
+    (lambda folder: name_another_source(folder), "ran different code"),
+    (lambda folder: (folder / "source-0123456789ab.txt").write_text("x"), "source-0123456789ab.txt is no run's source"),
     (lambda folder: change_stats(folder, lambda stats: stats["arms"][1]["time"].update(mean=0.5)), "arms[1].time.mean is not what the logs say"),
     (lambda folder: change_stats(folder, lambda stats: stats["rules"].update(target=9.0)), "p_target is not what the logs say"),
     (lambda folder: change_stats(folder, lambda stats: stats.update(hardware="8 x H100")), "stats.json: hardware is not what the logs say"),
@@ -305,7 +415,14 @@ def change_stats(folder, change):
     (lambda folder: change_stats(folder, lambda stats: stats.update(arm="third")), "stats.json: damaged"),
     (lambda folder: change_stats(folder, lambda stats: stats.pop("what")), "stats.json: damaged"),
     (lambda folder: change_stats(folder, lambda stats: stats["arms"][0].pop("folder")), "stats.json: damaged"),
-    (lambda folder: (folder / "stats.json").write_text("[]"), "stats.json: damaged"),
+    (lambda folder: (folder / "stats.json").write_text("[]"), "stats.json holds a JSON list, not an object"),
+    (lambda folder: change_stats(folder, lambda stats: stats.update(format="knotgpt-record-1")),
+     "its format is knotgpt-record-1, not knotgpt-record-2"),
+    (lambda folder: change_stats(folder, lambda stats: stats.update(track="no")), "damaged: there is no track no;"),
+    (lambda folder: change_stats(folder, lambda stats: stats["arms"][1]["losses"].pop()),
+     "an arm has not as many losses and times as seeds"),
+    (lambda folder: change_stats(folder, lambda stats: stats["arms"][1]["time"].update(mean="fast")),
+     "stats.json: damaged: arms[1].time.mean must be a number"),
     (lambda folder: (folder / "stats.json").unlink(), "no stats.json"),
     (lambda folder: (folder / "README.md").unlink(), "no README.md"),
     (lambda folder: folder.rename(folder.with_name("2020-01-01_Third")), "_Second; give the folder its name back"),
@@ -375,6 +492,17 @@ def test_the_script_leaves_other_modules_alone():
     assert "records" not in subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.parametrize("command", [["-m", "records.leaderboard"], [str(ROOT / "records" / "leaderboard.py")]])
+def test_as_a_module_and_as_a_script(command, write_arm, tmp_path):
+    """From the checkout by -m, from anywhere by its path; on a console that is not UTF-8, too."""
+    source = write_arm("a/größer")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    folder = ROOT if command[0] == "-m" else tmp_path
+    words = [sys.executable, *command, "stats", os.fsencode(source)]
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True)
+    assert done.returncode == 0 and done.stderr == b"" and b"er: runs 4, different sources 1" in done.stdout
+
+
 # ---- statistics of a folder
 
 def test_stats(write_arm, run, tmp_path):
@@ -396,3 +524,73 @@ def test_stats_of_one_foreign_log(tmp_path, run):
     (tmp_path / "log.txt").write_text("s:0 tel:10.968871\n")
     code, _, err = run("stats", tmp_path)
     assert code == 1 and err.startswith("leaderboard.py: error: ") and "no log of this trainer or modded-nanogpt" in err
+
+
+def rows_of(out: str) -> dict[str, tuple[int, float]]:
+    """{arm: (n, mean loss)} of what stats printed."""
+    found = re.findall(r"^\S+, (.*): runs (\d+), .*\n +val_loss +n \d+  mean (\S+)", out, re.M)
+    return {name: (int(n), float(mean)) for name, n, mean in found}
+
+
+def test_stats_of_a_comparison_has_a_row_for_each_arm(write_arm, run, tmp_path):
+    """Its logs lie in one folder. Arms have the comparison's names or, in that folder itself, variants and settings."""
+    arms = dict(baseline=(-0.02, dict()), wide=(-0.05, dict(variant=["wide"])), thin=(0.1, dict(mlp_hidden=64)))
+    for name, (loss, options) in arms.items():
+        write_arm(f"source/{name}", loss=loss, **options)
+    logs = tmp_path / "compared" / "logs"
+    logs.mkdir(parents=True)
+    for path in (tmp_path / "source").rglob("*_?.*"):
+        shutil.copy(path, logs)
+    runs = {name: [dict(seed=seed, log=f"{name}_{seed}.txt") for seed in (1, 2, 3, 4)] for name in arms}
+    results = dict(format="knotgpt-comparison-1", settings={},
+                   arms=[dict(name=f"the {name}", options=[], runs=runs[name]) for name in arms])
+    (tmp_path / "compared" / "results.json").write_text(json.dumps(results))
+    means = {name: (4, pytest.approx(TARGET + loss + sum(SPREAD) / 4, abs=1e-5)) for name, (loss, _) in arms.items()}
+
+    code, out, err = run("stats", tmp_path / "compared")
+    assert (code, err) == (0, "") and rows_of(out) == {f"the {name}": mean for name, mean in means.items()}
+    code, out, err = run("stats", logs)
+    assert (code, err) == (0, "")
+    assert rows_of(out) == {
+        "baseline --mlp_hidden 512": means["baseline"], "wide --mlp_hidden 512": means["wide"],
+        "baseline --mlp_hidden 64": means["thin"],
+    }
+
+
+def test_stats_of_a_record_has_its_arms_names(root, write_arm, add, run):
+    write_arm("a/baseline")
+    add(write_arm("a/other", loss=0.1), "Two", "--negative")
+    code, out, _ = run("stats", record(root, "Two", "negative"))
+    assert code == 0 and rows_of(out).keys() == {"baseline", "other"}
+
+
+def test_stats_goes_on_without_the_logs_that_are_no_good(write_arm, run, tmp_path):
+    folder = write_arm("a/baseline") / "baseline"
+    edit(folder / "baseline_3.txt", "step:5/8 train_time", "step:5/8 train_t")
+    (folder / "requirements.txt").write_text("numpy\n")
+    code, out, err = run("stats", folder)
+    assert (code, err) == (0, "") and "runs 3, different sources 1" in out
+    assert re.findall(r"^  left out: (\S+): (.{12})", out, re.M) == [
+        (f"{folder}/baseline_3.txt", "damaged: lin"), (f"{folder}/requirements.txt", "no log of th"),
+    ]
+
+
+def test_stats_says_what_must_be_known_of_others_runs(tmp_path, run):
+    times = [5 * step if step < 11 else 5 * (step - 10) for step in range(1, 13)]
+    lines = [f"step:{step}/13 train_time:{ms}ms step_avg:5.00ms" for step, ms in enumerate(times, 1)]
+    for name, loss in (("a", 3.0), ("b", 3.1)):
+        last = f"step:12/13 val_loss:{loss} train_time:10ms step_avg:5.00ms\n"
+        text = "\n".join(["import os", "=" * 100, "Running PyTorch 2.9", "=" * 100, *lines, last])
+        (tmp_path / f"{name}.txt").write_text(text)
+    assert run("stats", tmp_path) == (0, f"""{tmp_path}: runs 2, different sources 1
+  val_loss       n 2  mean 3.05000  sd 0.07071  min 3.00000  max 3.10000
+  train_seconds  n 2  mean 0.010  sd 0.000  min 0.010  max 0.010
+  2 of 2: the clock starts at step 11
+  2 of 2: ends at step 12 of 13
+""", "")
+    for path in tmp_path.glob("*.txt"):
+        edit(path, "train_time:10ms step_avg:5.00ms\nstep:12/13 val", "train_time:6ms step_avg:5.00ms\nstep:12/13 val")
+        edit(path, "step:11/13 train_time:5ms", "step:11/13 train_time:4ms")
+        edit(path, "step:12/13 train_time:6ms", "step:12/13 train_time:3ms")
+    code, out, _ = run("stats", tmp_path)
+    assert code == 0 and "  train_seconds  not known\n  2 of 2: no time is known\n" in out and "mean 3.05000" in out

@@ -2,13 +2,18 @@
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from records.runs import Point, read_folder, read_run
+from records.runs import Point, list_runs, main, read_folder, read_run, read_trials, read_usable
 from train_gpt import RunError
 
+ROOT = Path(__file__).resolve().parents[2]
 RULE = "=" * 100
 LOSSES = {0: 5.576, 4: 2.5, 8: 0.806}
 MODDED = f"""import os
@@ -71,6 +76,24 @@ def test_source_and_its_parts(write_log):
     assert run.code == {name: hashlib.sha256(text).hexdigest() for name, text in {"train_gpt": b"import torch", "variants": b"", "variants.a": b"x = 1"}.items()}
     other = read_run(write_log(LOSSES, "other", source="import numpy", modules=[("variants", ""), ("variants.a", "x = 1")]))
     assert other.source_sha256 != run.source_sha256 and {name for name in run.code if run.code[name] != other.code[name]} == {"train_gpt"}
+
+
+def test_a_source_that_was_altered(write_log):
+    """A log of the present trainer names the SHA-256 of each module's text."""
+    modules = {"train_gpt": "import torch\n", "variants": "", "variants.a": "# ---- variants\nx = 1\n\n"}
+    digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in modules.items()}
+    others = [(name, modules[name]) for name in ("variants", "variants.a")]
+    path = write_log(LOSSES, source=modules["train_gpt"], modules=others, sources=digests)
+    assert read_run(path, strict=True).facts["sources"] == digests
+    whole = path.read_text()
+    for old, new, message in (
+        ("import torch", "import  torch", "the source of train_gpt was altered"),
+        ("x = 1", "x = 2", "the source of variants.a was altered"),
+        ("x = 1\n", "x = 1\n\n\n\n\ny = 1", "the source of variants.a was altered"),
+        ("# ---- variants.a", "# ---- variants.b", "its source lacks the module variants.a"),
+    ):
+        path.write_text(whole.replace(old, new, 1))
+        assert message in error_of(path)
 
 
 def test_steps_in_the_source_are_not_steps(write_log):
@@ -220,7 +243,7 @@ def test_damaged_lines(write_log):
     assert re.search(r"damaged: line \d+ is cut or no line of steps", error_of(path))
     path = write_log(LOSSES, "facts")
     edit(path, '"status": "running"', '"status": running')
-    assert "its facts are not a JSON object" in error_of(path)
+    assert "damaged: its facts are not a JSON object" in error_of(path)
 
 
 @pytest.mark.parametrize("old, new, message", [
@@ -232,6 +255,7 @@ def test_damaged_lines(write_log):
     ("step:6/8 train_time:600ms", "step:6/8 train_time:499ms", "train_time falls from 500 to 499 ms at step 6 (line 19)"),
     ("step:6/8 train", "step:6/9 train", "8 steps become 9 at step 6 (line 19)"),
     ("val_loss:2.5000", "val_loss:nan", "val_loss is not a number at step 4 (line 16: nan)"),
+    ("val_loss:2.5000", "val_loss:1e300", "val_loss is not a number at step 4 (line 16: 1e300)"),
     ("val_loss:2.5000", "val_loss:inf", "val_loss is not a number at step 4 (line 16: inf)"),
     ("val_loss:2.5000", "val_loss:2.5.0", "val_loss is not a number at step 4 (line 16: 2.5.0)"),
 ])
@@ -269,8 +293,11 @@ def test_resumed_on_another_device(write_log):
     assert "resumed on another device" in error_of(write_log({8: 1.0}, resumed_from=4, device="H200"))
 
 
-@pytest.mark.parametrize("name, value", [("val_loss", 0.7059), ("val_loss", None), ("step", 7), ("train_seconds", 0.79), ("config", {}), ("seed", 2), ("val_sha256", {}), ("status", "running"),
-                                         ("curve", []), ("curve", None), ("curve", [dict(step=step, val_loss=loss) for step, loss in {**LOSSES, 4: 2.4}.items()])])
+@pytest.mark.parametrize("name, value", [
+    ("val_loss", 0.7059), ("step", 7), ("train_seconds", 0.79), ("config", {}), ("seed", 2), ("val_sha256", {}),
+    ("status", "running"), ("curve", []),
+    ("curve", [dict(step=step, val_loss=loss) for step, loss in {**LOSSES, 4: 2.4}.items()]),
+])
 def test_json_that_says_otherwise(write_log, name, value):
     path = write_log(LOSSES)
     saved = json.loads(path.with_suffix(".json").read_text())
@@ -288,11 +315,64 @@ def test_json_rounds_to_the_log(write_log):
     assert read_run(write_log({0: 5.0, 4: 2.00004999, 8: 0.80605}, ms_per_step=100.04)).finished
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", ""])
-def test_damaged_json(write_log, text):
+@pytest.mark.parametrize("text, message", [
+    ("[1]", "run.json holds a JSON list, not an object"),
+    ("{", "run.json is damaged, not a JSON object"),
+    ("", "run.json is damaged, not a JSON object"),
+    ("[" * 100_000, "run.json is damaged, not a JSON object"),
+    ('{"a": ' * 40 + "1" + "}" * 40, "run.json: damaged: its objects and lists nest more than 16 levels deep"),
+    ('{"step": ' + "9" * 5000 + "}", "run.json is damaged, not a JSON object"),
+])
+def test_damaged_json(write_log, text, message):
     path = write_log(LOSSES)
     path.with_suffix(".json").write_text(text)
-    assert "run.json: damaged: not a JSON object" in error_of(path)
+    assert message in error_of(path) and "copy it again, or delete it: the log alone will do" in error_of(path)
+
+
+@pytest.mark.parametrize("name, value, message", [
+    ("val_loss", None, "val_loss must be a number, got None"),
+    ("curve", None, "curve must be a list, got None"),
+    ("curve", [1], "curve[0] must be an object, got 1"),
+    ("curve", [dict(step=4)], "curve[0].val_loss is missing"),
+    ("parameters", "many", "parameters must be an integer, got 'many'"),
+    ("parameters", -1, "parameters must be from 0 to"),
+    ("seed", True, "seed must be an integer, got True"),
+    ("train_seconds", 1e999, "Infinity"),
+    ("val_sha256", {"a": 1}, "val_sha256.a must be text, got 1"),
+    ("val_sha256", {"a\nb": "c"}, "a name in val_sha256 must be text"),
+    ("config", {"steps": [8]}, "config.steps must be an integer, got (8,)"),
+    ("config", {"layers": 10 ** 12}, "config.layers must be from 1 to"),
+    ("config", {"variant": "swiglu_mlp"}, "config.variant is a list of values, got 'swiglu_mlp'"),
+    ("config", {"older_setting": {"a": 1}}, "config.older_setting must be a value or a list of values"),
+    ("config", [], "config must be an object of settings, got []"),
+    ("world_size", 0, "world_size must be from 1 to"),
+    ("device", "\ud800", r"it holds text that is no Unicode, '\ud800'"),
+    ("flops_per_token", "6e9", "flops_per_token must be a number, got '6e9'"),
+])
+def test_fields_of_a_wrong_type_or_range(write_log, name, value, message):
+    """In the JSON and, where the field stands there, in the facts of the log."""
+    path = write_log(LOSSES)
+    saved = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps(saved | {name: value}))
+    assert message in error_of(path) and "run.json" in error_of(path)
+
+    path.with_suffix(".json").unlink()
+    line = next(line for line in path.read_text().splitlines() if line.startswith("facts: "))
+    facts = json.loads(line.removeprefix("facts: "))
+    if name in facts:
+        edit(path, line, "facts: " + json.dumps(facts | {name: value}))
+        assert f"{path}: damaged: {message}" in error_of(path)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("step:5/8 train_time:500ms", f"step:{'9' * 5000}/8 train_time:500ms"),
+    ("step:5/8 train_time:500ms", f"step:5/{'9' * 5000} train_time:500ms"),
+    ("step:5/8 train_time:500ms", f"step:5/8 train_time:{'9' * 5000}ms"),
+])
+def test_numbers_of_thousands_of_digits(write_log, old, new):
+    path = write_log(LOSSES)
+    edit(path, old, new)
+    assert "is cut or no line of steps" in error_of(path)
 
 
 # ---- folders
@@ -305,3 +385,250 @@ def test_folder(write_log):
     edit(path, "step:5/8 train_time:500ms step_avg:100.00ms\n", "")
     with pytest.raises(RunError, match="c.txt: step 5 is missing"):
         read_folder(str(path.parent))
+
+
+# ---- logs that others wrote, for statistics: as much as is sound
+
+def foreign(steps=12, loss=3.2, every_step=True, seconds=False, restart=None, last=None, header=True, ms=50) -> str:
+    """
+    A made-up log in another trainer's form: a validation at 0, in the middle and at the last step. restart: the step at
+    which the clock begins again.
+    """
+    last = last or steps
+    lines = ["import os", RULE] + ["Running PyTorch 2.9 compiled for CUDA 13", RULE] * header
+    validated = {0: 10.8, steps // 2: 4.5, last: loss}
+    for step in range(last + 1):
+        time = step * ms if restart is None or step < restart else (step - restart + 1) * ms + 1
+        text = f"train_time:{time / 1000:.3f}s" if seconds else f"train_time:{time}ms"
+        if step and every_step:
+            lines.append(f"step:{step}/{steps} {text} step_avg:{ms}.00ms")
+        if step in validated:
+            lines.append(f"step:{step}/{steps} val_loss:{validated[step]:.4f} {text} step_avg:{ms}.00ms")
+    return "\n".join(lines) + "\n"
+
+
+def body(text: str) -> str:
+    return text[text.index("step:0/"):]
+
+
+def usable(path):
+    """(val_loss, train_ms, notes) of each run that statistics can use, and what is left out."""
+    runs, left_out = read_usable(path.parent)
+    assert all("\n" not in line for line in left_out)
+    return [(run.val_loss, run.train_ms, run.notes) for run in runs], left_out
+
+
+def test_a_clock_that_starts_at_step_11(write_text):
+    path = write_text(foreign(restart=11))
+    assert usable(path) == ([(3.2, 101.0, ["the clock starts at step 11"])], [])
+    run, = read_trials(path)
+    assert run.step_ms == [0.0] * 10 + [51.0, 101.0] and [point.train_ms for point in run.points] == [0.0, 0.0, 101.0]
+    assert "train_time falls from 500 to 51 ms at step 11" in error_of(path)  # no evidence for a comparison
+
+
+@pytest.mark.parametrize("text", [
+    foreign(restart=7),
+    foreign(restart=11).replace("step:12/12 train_time:101ms", "step:12/12 train_time:1ms"),
+])
+def test_a_clock_that_falls_elsewhere_gives_losses_only(write_text, text):
+    path = write_text(text)
+    assert usable(path) == ([(3.2, None, ["no time is known"])], [])
+    assert "train_time falls" in error_of(path)
+
+
+def test_several_runs_in_one_file(write_text):
+    text = foreign(loss=3.2, every_step=False, seconds=True)
+    other = foreign(loss=3.3, every_step=False, seconds=True, ms=60)
+    path = write_text(text + body(other) + body(foreign(loss=3.25, every_step=False, seconds=True)))
+    runs, left_out = usable(path)
+    assert runs == [(3.2, 600.0, ["trial 1 of 3"]), (3.3, 720.0, ["trial 2 of 3"]), (3.25, 600.0, ["trial 3 of 3"])]
+    assert left_out == []
+    assert "steps are repeated or out of order" in error_of(path)
+
+
+def test_a_trial_that_was_cut_is_left_out_and_named(write_text):
+    cut = body(foreign(loss=3.3))
+    path = write_text(foreign() + cut[:cut.index("step:9/12")])
+    runs, left_out = usable(path)
+    assert runs == [(3.2, 600.0, ["trial 1 of 2"])]
+    ends = "its last validation is of step 6, the last line of steps of step 8 of 12"
+    assert left_out == [f"{path}: {ends}, trial 2 of 2"]
+
+
+@pytest.mark.parametrize("end", ["", "peak memory allocated: 30 MiB reserved: 40 MiB"])
+def test_a_last_line_without_an_end(write_text, end):
+    path = write_text((foreign() + end).rstrip("\n"))
+    assert usable(path) == ([(3.2, 600.0, ["the last line has no end"])], [])
+    assert "truncated: the last line has no end" in error_of(path)
+
+
+@pytest.mark.parametrize("digits", [3, 20, 40, 48])
+def test_a_cut_line_is_not_used(write_text, digits):
+    """However much of the last validation's line is left."""
+    text = foreign()
+    line = text.splitlines()[-1]
+    path = write_text(text[:-1 - len(line)] + line[:digits])
+    runs, left_out = usable(path)
+    ends = "its last validation is of step 6, the last line of steps of step 12 of 12"
+    assert runs == [] and left_out == [f"{path}: {ends}, the last line has no end"]
+
+
+def test_without_a_header(write_text):
+    path = write_text(foreign(header=False))
+    assert usable(path) == ([(3.2, 600.0, ["no header"])], []) and read_trials(path)[0].source == "import os"
+    path = write_text("starting\n" + body(foreign()))
+    assert usable(path) == ([(3.2, 600.0, ["no header, no source"])], [])
+    assert "no log of this trainer or modded-nanogpt" in error_of(path)
+
+
+def test_a_run_that_ends_before_its_last_step(write_text):
+    """After a validation, as a step fixed beforehand; without one at its end, nothing is known of its last loss."""
+    path = write_text(foreign(steps=12, last=10))
+    assert usable(path) == ([(3.2, 500.0, ["ends at step 10 of 12"])], [])
+    path = write_text(foreign()[:foreign().index("step:12/12 val_loss")])
+    assert usable(path) == ([], [f"{path}: its last validation is of step 6, the last line of steps of step 12 of 12"])
+
+
+def test_one_run_that_lies_there_twice(write_text):
+    """A copy, the console's output or its last line alone add nothing; a run with other numbers does."""
+    write_text(foreign(), "a.txt")
+    write_text(foreign(), "b.txt")
+    write_text(body(foreign()), "console.txt")
+    write_text(foreign(loss=3.3), "other.txt")
+    path = write_text(foreign().splitlines()[-1] + "\n", "last.txt")
+    runs, left_out = usable(path)
+    assert [run[0] for run in runs] == [3.2, 3.3]
+    kept, copies = path.with_name("a.txt"), ("b.txt", "console.txt", "last.txt")
+    assert sorted(left_out) == [f"{path.with_name(name)}: the same run as in {kept}" for name in copies]
+
+
+@pytest.mark.parametrize("text, reason", [
+    ("numpy\ntorch\n", "it has no line of steps"),
+    ("s:0 tel:10.9\ns:99 tel:3.2\n", "it has no line of steps"),
+    (foreign().replace("val_loss:", "train_loss:"), "no line of steps with a val_loss after its header"),
+    (foreign().replace("val_loss:3.2000", "val_loss:nan"), "val_loss is not a number at step 12"),
+    (foreign().replace("step:8/12 train_time:400ms step_avg:50.00ms\n", ""), "step 8 is missing at step 9"),
+    (foreign().replace("step:8/12 train_time:400ms", "step:8/12 train_ti"), "is cut or no line of steps"),
+    (b"\xff\xfe", "not UTF-8 text"),
+    ("", "empty"),
+])
+def test_what_is_no_run_is_named_and_the_rest_is_read(write_text, text, reason):
+    write_text(foreign(), "a.txt")
+    path = write_text(text, "other.log")
+    runs, left_out = usable(path)
+    assert [run[0] for run in runs] == [3.2] and len(left_out) == 1
+    assert left_out[0].startswith(str(path)) and reason in left_out[0]
+
+
+def test_logs_of_this_trainer_are_read_strictly(write_log):
+    """What another's log may do is no excuse for one of ours."""
+    path = write_log(LOSSES, run_id="a")
+    text = path.read_text()
+    spoilt = {
+        "falls": (text.replace("train_time:600ms", "train_time:499ms", 1), "train_time falls from 500 to 499"),
+        "cut": (text[:-1], "truncated: the last line has no end"),
+        "ends": (text[:text.index("step:5/8")], "unfinished after step 4 of 8"),
+        "twice": (text + text[text.index("step:0/8"):], "steps are repeated"),
+        "headless": (text.replace("Running Python", "On Python"), "no log of this trainer"),
+    }
+    for name, (changed, _) in spoilt.items():
+        (path.parent / f"{name}.txt").write_text(changed)
+    runs, left_out = usable(path)
+    assert [run[0] for run in runs] == [0.806]
+    for line, (name, (_, reason)) in zip(left_out, sorted(spoilt.items())):
+        assert line.startswith(f"{path.parent / name}.txt: ") and reason in line
+
+
+def test_sources_of_records_are_no_logs(write_text):
+    path = write_text(foreign(), "a.txt")
+    write_text("import os", "source-0123456789ab.txt")
+    assert [run.path for run in read_folder(path.parent)] == [path] and usable(path)[1] == []
+
+
+# ---- the list of past runs
+
+@pytest.fixture
+def past_runs(write_log, tmp_path):
+    """A log folder with a run of each status, the newest first by name, and two files that are no runs."""
+    endings = dict(
+        d_first=dict(losses={0: 5.0, 8: 0.9}),
+        c_stopped=dict(losses={0: 5.0, 4: 3.0}, steps=8, last_step=5, end="SIGTERM"),
+        b_failed=dict(losses={0: 5.0}, steps=8, last_step=2, end="the training loss is nan"),
+        a_running=dict(losses={0: 5.0, 8: 0.8}, variant=["wide", "deep"]),
+    )
+    for age, (name, options) in enumerate(endings.items()):
+        path = write_log(options.pop("losses"), run_id=name, **options).with_suffix(".json")
+        if name == "a_running":
+            saved = json.loads(path.read_text())
+            del saved["val_loss"], saved["val_bits_per_byte"]
+            path.write_text(json.dumps(saved | dict(status="running")))
+        os.utime(path, (10_000 * age, 10_000 * age))
+    (tmp_path / "logs" / "bad.json").write_text("{")
+    (tmp_path / "logs" / "meta.json").write_text("{}")
+    return tmp_path / "logs"
+
+
+def test_list_of_past_runs(past_runs, capsys):
+    assert main(["--log_dir", str(past_runs)]) == 0
+    out, err = capsys.readouterr()
+    heads, *rows = [re.split("  +", line) for line in out.splitlines()]
+    assert heads == ["id", "when", "track", "loss", "bits/byte", "variants", "status"]
+    assert [[row[0], *row[2:]] for row in rows] == [
+        ["d_first", "cpu", "0.9000", "1.2985", "baseline", "finished"],
+        ["c_stopped", "cpu", "3.0000", "4.3284", "baseline", "stopped by SIGTERM"],
+        ["b_failed", "cpu", "5.0000", "7.2140", "baseline", "failed: the training loss is nan"],
+        ["a_running", "cpu", "0.8000", "1.1542", "wide+deep", "cut off"],
+    ]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", row[1]) for row in rows)
+    bad, meta = err.splitlines()
+    assert bad.startswith(f"left out: {past_runs / 'bad.json'} is damaged, not a JSON object")
+    assert meta.startswith(f"left out: {past_runs / 'meta.json'}: no run's: it has no config and status")
+
+
+def test_list_tells_a_run_from_one_that_was_cut_off(past_runs, capsys):
+    """By the lock that the trainer holds on its log."""
+    fcntl = pytest.importorskip("fcntl")
+    with open(past_runs / "a_running.txt", "rb") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        assert list_runs(past_runs)[0][-1]["status"] == "running"
+    assert list_runs(past_runs)[0][-1]["status"] == "cut off"
+    (past_runs / "a_running.txt").unlink()
+    assert list_runs(past_runs)[0][-1]["status"] == "cut off"
+
+
+def test_list_is_one_plain_line_a_run(past_runs, capsys):
+    path = past_runs / "b_failed.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(status="failed: a\n\x1b[2Jb\u2028c")))
+    main(["--log_dir", str(past_runs)])
+    assert "failed: a [2Jb c\n" in capsys.readouterr().out
+
+
+def test_list_of_past_runs_for_scripts(past_runs, capsys):
+    assert main(["--log_dir", str(past_runs), "--json"]) == 0
+    runs = json.loads(capsys.readouterr().out)
+    assert [run["id"] for run in runs] == ["d_first", "c_stopped", "b_failed", "a_running"]
+    assert runs[0] == dict(id="d_first", when=0.0, track="cpu", variant="baseline", status="finished", val_loss=0.9,
+                           bits_per_byte=pytest.approx(0.9 / 0.6931))
+
+
+def test_list_reads_no_texts(past_runs, capsys):
+    for path in past_runs.glob("*.txt"):
+        path.write_bytes(b"\xff")
+    assert main(["--log_dir", str(past_runs)]) == 0 and len(capsys.readouterr().out.splitlines()) == 5
+
+
+def test_list_of_no_runs(tmp_path, capsys):
+    assert main(["--log_dir", str(tmp_path)]) == 0 and capsys.readouterr().out == f"{tmp_path}: no runs yet\n"
+    assert main(["--log_dir", str(tmp_path / "none")]) == 1
+    message = f"{tmp_path / 'none'}: no such folder; give the trainer's log folder with --log_dir"
+    assert capsys.readouterr().err == f"records.runs: error: {message}\n"
+
+
+def test_list_as_a_module_on_a_console_that_is_not_utf_8(past_runs):
+    saved = json.loads((past_runs / "d_first.json").read_text())
+    saved["config"]["variant"] = ["größer"]
+    (past_runs / "d_first.json").write_text(json.dumps(saved, ensure_ascii=False), encoding="utf-8")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "records.runs", "--log_dir", past_runs]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
+    assert done.returncode == 0 and b"gr??er" in done.stdout and b"Traceback" not in done.stderr
