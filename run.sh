@@ -48,7 +48,7 @@ fail() {
 unknown() {
     local kind=$1 word=$2 nearest
     shift 2
-    nearest=$("$base" -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1))' \
+    nearest=$("$base" -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1, 0.5))' \
         "$word" "$@" 2>/dev/null || :)
     fail "there is no $kind '$word'${nearest:+, the nearest is $nearest}; choose from: $*"
 }
