@@ -1,5 +1,5 @@
 """
-run.sh, with a stand-in for the environment's Python that writes down how it was called, and at the end with the real one.
+run.sh, with a stand-in for the environment's Python that writes down how it was called, at the end with the real one.
 
 RUN_SH_BASH=/path/to/bash runs all of it under another bash, such as macOS' 3.2.
 """
@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BASH = os.environ.get("RUN_SH_BASH", "bash")
 SPIN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 VERBS = "train compare check variants generate visualize runs board data test python help".split()
+
+PIP = "-m pip install --quiet --disable-pip-version-check -r @/requirements.txt"
 
 # The environment's Python: probes are answered, all else is written to $CALLS.
 STAND_IN = """#!/usr/bin/env bash
@@ -54,7 +56,7 @@ cp "$STAND_IN" "$3/bin/python"
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of what run.sh looks at, with an environment that is already set up, and beside it what it is made from."""
+    """A copy of what run.sh looks at, with an environment that is set up; beside it what environments are made from."""
     folder = tmp_path / "checkout"
     (folder / "data").mkdir(parents=True)
     for name in ("run.sh", "requirements.txt", "train_gpt.py"):
@@ -72,9 +74,15 @@ def checkout(tmp_path):
 
 
 def settings_of(checkout, environment):
-    beside = dict(CALLS=checkout.parent / "calls", STAND_IN=checkout.parent / "stand-in", PYTHON=checkout.parent / "base")
+    files = dict(CALLS="calls", STAND_IN="stand-in", PYTHON="base")
+    beside = {name: checkout.parent / file for name, file in files.items()}
     inherited = {name: value for name, value in os.environ.items() if name not in (*SPIN, "VENV", "PYTHONPATH")}
     return {**inherited, **{name: str(value) for name, value in {**beside, **environment}.items()}}
+
+
+def execute(checkout, *arguments, folder="/", script=None, **environment):
+    return subprocess.run([BASH, script or checkout / "run.sh", *arguments], cwd=folder, capture_output=True, text=True,
+                          env=settings_of(checkout, environment))
 
 
 def read_calls(checkout):
@@ -85,10 +93,9 @@ def read_calls(checkout):
     return lines
 
 
-def call(checkout, *arguments, folder="/", script=None, **environment):
+def call(checkout, *arguments, **settings):
     """(exit code, what the stand-in was called with, stderr) of run.sh, or of a link to it, called from a folder."""
-    result = subprocess.run([BASH, script or checkout / "run.sh", *arguments], capture_output=True, text=True, cwd=folder,
-                            env=settings_of(checkout, environment))
+    result = execute(checkout, *arguments, **settings)
     return result.returncode, read_calls(checkout), result.stderr
 
 
@@ -118,8 +125,8 @@ def test_a_track_gets_its_shards_and_every_gpu(checkout):
     launch = "-P -m torch.distributed.run --standalone --nproc_per_node=8"
     assert call(checkout, "--track", "short", GPUS="8")[1] == ["-P -m data.cached_fineweb10B 12",
                                                              f"{launch} @/train_gpt.py --track short"]
-    assert call(checkout, "--track=short", "--data", "mine", GPUS="1")[1] == ["@/train_gpt.py --track=short --data mine"]
-    assert call(checkout, "--track", "unknown")[1] == ["@/train_gpt.py --track unknown"]  # whose message says which there are
+    assert call(checkout, "--track=short", "--data", "a", GPUS="1")[1] == ["@/train_gpt.py --track=short --data a"]
+    assert call(checkout, "--track", "unknown")[1] == ["@/train_gpt.py --track unknown"]  # it says which there are
     assert call(checkout, "--resume", "a.pt")[1] == ["@/train_gpt.py --resume a.pt"]
     assert call(checkout, "--resume=a.pt")[1] == ["@/train_gpt.py --resume=a.pt"]
 
@@ -150,7 +157,8 @@ def test_the_callers_data_folder_comes_first_as_in_the_trainer(checkout, tmp_pat
     assert call(checkout, folder=tmp_path / "caller")[1] == ["@/train_gpt.py"]
     give_corpus(checkout)
     (checkout / "data/python_bytes/meta.json").unlink()
-    assert call(checkout, folder=checkout)[1] == ["-P -m data.local_corpus", "@/train_gpt.py"]  # this one is not the caller's
+    # the checkout's own folder is no folder of the caller's
+    assert call(checkout, folder=checkout)[1] == ["-P -m data.local_corpus", "@/train_gpt.py"]
 
 
 def test_the_exit_code_is_the_trainers(checkout):
@@ -180,16 +188,16 @@ def test_a_verb_is_a_script_or_a_module(checkout, arguments, expected):
 def test_words_stay_whole(checkout):
     calls = call(checkout, "board", "add", "a b", "--what", "in one line; $HOME *")[1]
     assert calls == ["-P -m records.leaderboard add a b --what in one line; $HOME *"]
-    real = checkout / ".venv/bin/python"
-    real.write_text('#!/usr/bin/env bash\ncase "$*" in *device_count*) echo 0 ;; *) printf "<%s>" "$@" >"$CALLS" ;; esac\n')
-    assert call(checkout, "compare", "a --steps 3", "", "--data", "b  c")[1] == ["<@/compare.py><a --steps 3><><--data><b  c>"]
+    (checkout / ".venv/bin/python").write_text(STAND_IN.replace('echo "$*"', 'printf "<%s>" "$@"'))
+    calls = call(checkout, "compare", "a --steps 3", "", "--data", "b  c")[1]
+    assert calls == ["<@/compare.py><a --steps 3><><--data><b  c>"]
 
 
 def test_help_shows_every_verb_without_an_environment(checkout):
     shutil.rmtree(checkout / ".venv")
     texts = []
     for word in ("help", "-h", "--help"):
-        result = subprocess.run([BASH, checkout / "run.sh", word], capture_output=True, text=True, env=settings_of(checkout, {}))
+        result = execute(checkout, word)
         assert result.returncode == 0 and not result.stderr and not (checkout / ".venv").exists()
         texts.append(result.stdout)
     assert len(set(texts)) == 1 and [*re.findall(r"^  ([a-z]+) ", texts[0], re.M)] == VERBS
@@ -232,8 +240,8 @@ def test_tests_from_another_folder_are_the_checkouts_or_those_named(checkout, tm
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/test_a.py").touch()
     here = "-m pytest -n auto -c @/pyproject.toml"
-    for arguments, expected in (([], "@/tests"), (["-k", "loader"], "-k loader @/tests"), (["test_a.py::b"], "test_a.py::b")):
-        assert call(checkout, "test", *arguments, folder=tmp_path / "mine")[1][-1] == f"{here} {expected}"
+    for arguments, expected in (("", "@/tests"), ("-k loader", "-k loader @/tests"), ("test_a.py::b", "test_a.py::b")):
+        assert call(checkout, "test", *arguments.split(), folder=tmp_path / "mine")[1][-1] == f"{here} {expected}"
 
 
 # ---- folders and links
@@ -264,7 +272,7 @@ def test_a_checkout_with_a_space_in_its_name(checkout, tmp_path):
     assert call(moved, "--steps", "1", GPUS="2")[1] == [
         "-P -m torch.distributed.run --standalone --nproc_per_node=2 @/train_gpt.py --steps 1"]
     (moved / "requirements.txt").write_text("torch==0\n")
-    assert call(moved, "variants")[1] == ["-m pip install --quiet --disable-pip-version-check -r @/requirements.txt", "-P -m variants"]
+    assert call(moved, "variants")[1] == [PIP, "-P -m variants"]
 
 
 def test_a_colon_is_refused_in_one_line(checkout, tmp_path):
@@ -275,8 +283,7 @@ def test_a_colon_is_refused_in_one_line(checkout, tmp_path):
 def test_the_work_is_done_in_the_callers_folder(checkout, tmp_path):
     (tmp_path / "caller").mkdir()
     for arguments in ([], ["compare", "baseline"], ["data", "local_corpus"], ["python"], ["test"]):
-        result = subprocess.run([BASH, checkout / "run.sh", *arguments], capture_output=True, text=True, cwd=tmp_path / "caller",
-                                env=settings_of(checkout, dict(SHOW="PWD", CDPATH="/")))
+        result = execute(checkout, *arguments, folder=tmp_path / "caller", SHOW="PWD", CDPATH="/")
         assert set(result.stdout.splitlines()) == {str(tmp_path / "caller")}
 
 
@@ -290,8 +297,7 @@ def test_a_relative_venv_is_the_callers(checkout, tmp_path):
 
 def shown(checkout, name, **environment):
     """An environment variable as the stand-in sees it."""
-    command = [BASH, checkout / "run.sh", "python", "x"]
-    return subprocess.run(command, capture_output=True, text=True, env=settings_of(checkout, dict(SHOW=name, **environment))).stdout.strip()
+    return execute(checkout, "python", "x", SHOW=name, **environment).stdout.strip()
 
 
 def test_the_checkouts_modules_are_found_from_everywhere(checkout):
@@ -302,7 +308,8 @@ def test_the_checkouts_modules_are_found_from_everywhere(checkout):
 def test_waiting_threads_spin_for_a_bounded_time_unless_the_user_says_otherwise(checkout):
     assert [shown(checkout, name) for name in SPIN] == ["20000", "unset", "1"]
     for name, value in zip(SPIN, ("7", "ACTIVE", "5")):
-        assert [shown(checkout, other, **{name: value}) for other in SPIN] == [value if other == name else "unset" for other in SPIN]
+        expected = [value if other == name else "unset" for other in SPIN]
+        assert [shown(checkout, other, **{name: value}) for other in SPIN] == expected
 
 
 # ---- the environment
@@ -310,7 +317,7 @@ def test_waiting_threads_spin_for_a_bounded_time_unless_the_user_says_otherwise(
 def test_changed_requirements_are_installed_once(checkout):
     (checkout / "requirements.txt").write_text("torch==0\n")
     code, calls, errors = call(checkout, "--data", "x")
-    assert calls == ["-m pip install --quiet --disable-pip-version-check -r @/requirements.txt", "@/train_gpt.py --data x"]
+    assert calls == [PIP, "@/train_gpt.py --data x"]
     assert errors == f"run.sh: installing the requirements into {checkout}/.venv (once)\n"
     assert call(checkout, "--data", "x") == (0, ["@/train_gpt.py --data x"], "")
 
@@ -384,24 +391,25 @@ def test_a_folder_that_was_not_made_here_is_never_cleared(checkout, tmp_path):
     for damage in (lambda venv: None, lambda venv: (venv / "pyvenv.cfg").touch()):
         damage(mine)
         code, calls, errors = call(checkout, VENV=mine)
-        assert (code, calls, errors.count("\n")) == (1, [], 1) and "it was not made here; delete it, or name another folder" in errors
+        assert (code, calls, errors.count("\n")) == (1, [], 1)
+        assert "it was not made here; delete it, or name another folder" in errors
         assert (mine / "thesis.txt").exists() and not (mine / "run.sh.lock").exists()
     # an environment of another kind may be filled, but is not cleared either, though it was filled from here
     shutil.copytree(checkout / ".venv", mine, dirs_exist_ok=True)
     (mine / "pyvenv.cfg").unlink()
     (mine / "bin/no_torch").touch()
     code, calls, errors = call(checkout, VENV=mine)
-    assert (code, calls) == (1, []) and "it is no virtual environment; repair it" in errors and (mine / "thesis.txt").exists()
+    assert (code, calls) == (1, []) and "it is no virtual environment; repair it" in errors
+    assert (mine / "thesis.txt").exists()
 
 
 def test_what_pip_and_venv_cannot_do_is_one_line_and_tried_again(checkout):
     shutil.rmtree(checkout / ".venv")
-    for fault, words in ((dict(NO_VENV="1"), "cannot make a virtual environment; install its venv package"),
-                         (dict(PIP="1"), "pip could not install requirements.txt (its message is above); later calls try again")):
-        code, calls, errors = call(checkout, "--data", "x", **fault)
+    for fault, words in dict(NO_VENV="cannot make a virtual environment; install its venv package",
+                             PIP="pip could not install requirements.txt (its message is above)").items():
+        code, calls, errors = call(checkout, "--data", "x", **{fault: "1"})
         assert code == 1 and words in errors.splitlines()[-1] and errors.count("\n") == 2
-    assert call(checkout, "--data", "x")[:2] == (0, ["-m pip install --quiet --disable-pip-version-check -r @/requirements.txt",
-                                                     "@/train_gpt.py --data x"])
+    assert call(checkout, "--data", "x")[:2] == (0, [PIP, "@/train_gpt.py --data x"])
 
 
 def test_a_pytorch_that_cannot_load_here_is_one_line_and_not_installed_for_ever(checkout):
@@ -421,8 +429,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(checkout, tmp_path):
 
 def begin(checkout, **environment):
     """run.sh under way in a process group of its own."""
-    return subprocess.Popen([BASH, checkout / "run.sh", "--data", "x"], stderr=subprocess.PIPE, text=True, start_new_session=True,
-                            env=settings_of(checkout, environment))
+    return subprocess.Popen([BASH, checkout / "run.sh", "--data", "x"], stderr=subprocess.PIPE, text=True,
+                            start_new_session=True, env=settings_of(checkout, environment))
 
 
 def wait_for_pip(checkout):
@@ -440,8 +448,9 @@ def test_two_calls_at_once_make_one_environment(checkout, tmp_path):
     assert second.stderr.readline() == "run.sh: waiting for another call that makes the same environment\n"
     (tmp_path / "hold").unlink()
     assert [process.wait() for process in (first, second)] == [0, 0]
-    assert sorted(line[:14] for line in read_calls(checkout)) == ["-m pip install", "@/train_gpt.py", "@/train_gpt.py", "venv"]
-    assert first.stderr.read() == f"run.sh: installing the requirements into {checkout}/.venv (once)\n" and second.stderr.read() == ""
+    assert sorted(read_calls(checkout)) == [PIP, "@/train_gpt.py --data x", "@/train_gpt.py --data x", "venv"]
+    assert first.stderr.read() == f"run.sh: installing the requirements into {checkout}/.venv (once)\n"
+    assert second.stderr.read() == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
@@ -456,7 +465,7 @@ def test_an_installation_that_was_cut_off_is_made_anew(checkout, tmp_path, numbe
     read_calls(checkout)
     code, calls, errors = call(checkout, "--data", "x")
     assert (code, [line[:14] for line in calls]) == (0, ["venv", "-m pip install", "@/train_gpt.py"])
-    assert errors == f"run.sh: {checkout}/.venv: an earlier installation was cut off; it is made anew, with the requirements\n"
+    assert errors.startswith(f"run.sh: {checkout}/.venv: an earlier installation was cut off; it is made anew")
 
 
 def test_the_lock_is_not_held_while_the_work_goes_on(checkout, tmp_path):
@@ -468,9 +477,10 @@ def test_the_lock_is_not_held_while_the_work_goes_on(checkout, tmp_path):
 
 # ---- the shell
 
-NEWER_THAN_3_2 = (r"declare -A|local -A|typeset -A|mapfile|readarray|coproc|\$\{!|&>>|\|&|;;&|;&|\$\{\w+(,|\^)|\$\{\w+@|\[\[? -v|wait -n"
-                  r"|local -n|declare -n|exec \{|\{\d+\.\.\d+\.\.|printf '%\(|\bEPOCH|\*\*/|\$\{\w+:[^}]*: ?-\d")
-NOT_ON_EVERY_SYSTEM = r"readlink -f|realpath|sed -i|grep -\w*P|mktemp --|stat -c|date -d|\bnproc\b|\btimeout\b|\bflock \b|cp --|rm --\w"
+NEWER_THAN_3_2 = (r"declare -A|local -A|typeset -A|mapfile|readarray|coproc|\$\{!|&>>|\|&|;;&|;&|\$\{\w+[,^@]"
+                  r"|\[\[? -v|wait -n|local -n|declare -n|exec \{|\{\d+\.\.\d+\.\.|printf '%\(|\bEPOCH|\*\*/")
+NOT_ON_EVERY_SYSTEM = (r"readlink -f|realpath|sed -i|grep -\w*P|mktemp --|stat -c|date -d|\bnproc\b|\btimeout\b"
+                       r"|\bflock \b|cp --|rm --\w")
 ARRAY = r"(?<!\+)\"\$\{\w+\[@\]\}\""  # under set -u an empty one is an error to 3.2
 
 
@@ -480,12 +490,13 @@ def code_of(script):
 
 @pytest.mark.parametrize("pattern", [NEWER_THAN_3_2, NOT_ON_EVERY_SYSTEM, ARRAY])
 def test_it_needs_no_newer_shell_and_no_gnu_tools(pattern):
-    assert not re.findall(f"({pattern})", code_of(ROOT / "run.sh")) and not re.findall(f"({pattern})", code_of(ROOT / ".ci/run"))
+    for script in ("run.sh", ".ci/run"):
+        assert not re.findall(pattern, code_of(ROOT / script))
 
 
 @pytest.mark.parametrize("pattern, faults", [
-    (NEWER_THAN_3_2, ["declare -A a", "mapfile -t a", 'echo "${!#}"', "a &>> b", "a |& b", 'echo "${a,,}"', 'echo "${a^}"', "[[ -v a ]]",
-                      "exec {lock}>a", 'echo "${a@Q}"']),
+    (NEWER_THAN_3_2, ["declare -A a", "mapfile -t a", 'echo "${!#}"', "a &>> b", "a |& b", 'echo "${a,,}"',
+                      'echo "${a^}"', "[[ -v a ]]", "exec {lock}>a", 'echo "${a@Q}"']),
     (NOT_ON_EVERY_SYSTEM, ['readlink -f "$0"', "sed -i s/a/b/ c", "grep -oP a", "timeout 3 a", "flock 9"]),
     (ARRAY, ['exec a "${arguments[@]}"'])])
 def test_the_patterns_find_what_they_look_for(pattern, faults):
@@ -505,7 +516,7 @@ def test_ci_says_what_it_runs_and_runs_the_readmes_command(tmp_path):
 
 @pytest.fixture
 def real(tmp_path):
-    """run.sh of this checkout behind a link, with an environment whose Python is this one, as settings of subprocess.run."""
+    """Settings of subprocess.run for a folder with a link to this checkout's run.sh; its Python is this one."""
     (tmp_path / "venv/bin").mkdir(parents=True)
     (tmp_path / "venv/bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (tmp_path / "venv/bin/python").chmod(0o755)
@@ -523,16 +534,18 @@ def test_training_from_another_folder_through_a_link(real):
     write_shard(caller / "mine/a_train_000000.bin", tokens)
     write_shard(caller / "mine/a_val_000000.bin", tokens[:2000])
     write_meta(caller / "mine", vocab_size=257, tokenizer="bytes")
-    tiny = "--layers 1 --model_dim 32 --heads 1 --mlp_hidden 32 --value_embeddings 0 --steps 2 --val_tokens 512 --val_every 0 --device cpu"
-    result = subprocess.run([BASH, "knot", "--data", "mine", "--run_id", "one", *tiny.split()], **real)
+    model = "--layers 1 --model_dim 32 --heads 1 --mlp_hidden 32 --value_embeddings 0 --device cpu"
+    command = f"knot --data mine --run_id one {model} --steps 2 --val_tokens 512 --val_every 0"
+    result = subprocess.run([BASH, *command.split()], **real)
     assert result.returncode == 0, result.stderr
     assert {path.name for path in (caller / "logs").iterdir()} >= {"one.txt", "one.json", "one.pt"}
     assert not (ROOT / "logs/one.txt").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["train", "compare", "generate", "visualize", "board", "data manifold", "data local_corpus", "data recall",
-                                  "data symbolic_language", "data tokenize_text", "data cached_fineweb10B", "data ngram_loss"])
+@pytest.mark.parametrize("verb", [
+    "train", "compare", "generate", "visualize", "board", "data manifold", "data local_corpus", "data recall",
+    "data symbolic_language", "data tokenize_text", "data cached_fineweb10B", "data ngram_loss"])
 def test_every_verb_works_from_another_folder(real, verb):
     (real["cwd"] / "data").mkdir()  # neither the caller's modules nor folders stand in the way
     (real["cwd"] / "data/__init__.py").write_text("raise SystemExit('the wrong data')")
@@ -546,5 +559,6 @@ def test_variants_and_python_work_from_another_folder(real):
     (real["cwd"] / "variants.py").write_text("raise SystemExit('the wrong variants')")
     assert "swiglu_mlp" in subprocess.run([BASH, "knot", "variants"], **real).stdout
     (real["cwd"] / "variants.py").unlink()
-    result = subprocess.run([BASH, "knot", "python", "-c", "import train_gpt, os; print(train_gpt.__file__, os.getcwd())"], **real)
+    code = "import train_gpt, os; print(train_gpt.__file__, os.getcwd())"
+    result = subprocess.run([BASH, "knot", "python", "-c", code], **real)
     assert result.stdout.split() == [str(ROOT / "train_gpt.py"), str(real["cwd"])]
