@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -562,3 +563,48 @@ def test_variants_and_python_work_from_another_folder(real):
     code = "import train_gpt, os; print(train_gpt.__file__, os.getcwd())"
     result = subprocess.run([BASH, "knot", "python", "-c", code], **real)
     assert result.stdout.split() == [str(ROOT / "train_gpt.py"), str(real["cwd"])]
+
+
+def write_wheel(path):
+    """A wheel of a package torch that has no GPU."""
+    files = {"torch/__init__.py": "class cuda:\n    device_count = staticmethod(lambda: 0)\n",
+             "torch-0.dist-info/METADATA": "Metadata-Version: 2.1\nName: torch\nVersion: 0\n",
+             "torch-0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+        record = "torch-0.dist-info/RECORD"
+        archive.writestr(record, "".join(f"{name},,\n" for name in [*files, record]))
+
+
+@pytest.mark.slow
+def test_real_environments_by_real_pip(checkout, tmp_path):
+    """Made, found again, and made anew where pip, PyTorch, the interpreter or half of the installation is missing."""
+    shutil.rmtree(checkout / ".venv")
+    write_wheel(tmp_path / "torch-0-py3-none-any.whl")
+    requirements = f"torch @ file://{tmp_path}/torch-0-py3-none-any.whl\n"
+    (checkout / "requirements.txt").write_text(requirements)
+
+    def say_where():
+        result = execute(checkout, "python", "-c", "import torch; print(torch.__file__)", PYTHON=sys.executable)
+        assert result.returncode == 0 and result.stdout.startswith(f"{checkout}/.venv/"), result.stderr
+        return result.stderr.removeprefix("run.sh: ").replace(str(checkout), "@")
+
+    def packages(name):
+        return next((checkout / ".venv").glob("lib*/python*/site-packages")) / name
+
+    assert say_where() == "installing the requirements into @/.venv (once)\n"
+    assert say_where() == ""
+    anew = "it is made anew, with the requirements\n"
+    shutil.rmtree(packages("torch"))
+    assert say_where() == f"@/.venv: PyTorch does not load from it; {anew}"
+    (checkout / "requirements.txt").write_text(f"# changed\n{requirements}")
+    shutil.rmtree(packages("pip"))
+    assert say_where() == f"@/.venv: it has no pip; {anew}"
+    (checkout / ".venv/bin/python").unlink()
+    assert say_where() == f"@/.venv: it has no interpreter that runs here; {anew}"
+    (checkout / ".venv/run.sh.lock").write_text("1\n")
+    assert say_where() == ""  # what is complete is used
+    (checkout / ".venv/requirements.installed.txt").unlink()
+    assert say_where() == f"@/.venv: an earlier installation was cut off; {anew}"
+    assert say_where() == ""
