@@ -273,7 +273,7 @@ TINY = {  # what is set behind a command: the longest beginning that fits decide
     "./run.sh help": "",
     "./run.sh train --help": "",
     "./run.sh --track": None,                                # needs FineWeb from the Hub
-    "./run.sh --variant topological_attention": f"{STEPS} --run_id RUN",
+    "./run.sh --variant topological_attention:laplacian": f"{STEPS} --run_id RUN",
     "./run.sh compare": f"--seeds 2 -- {STEPS}",
     "./run.sh compare baseline my_mlp --seeds 6": f"--seeds 2 -o FOLDER -- {STEPS}",
     "./run.sh compare baseline my_mlp --seeds 6 --budget time": f"--seeds 2 -- {STEPS}",
