@@ -162,6 +162,12 @@ def test_the_callers_data_folder_comes_first_as_in_the_trainer(checkout, tmp_pat
     assert call(checkout, folder=checkout)[1] == ["-P -m data.local_corpus", "@/train_gpt.py"]
 
 
+@pytest.mark.parametrize("arguments", ["", "compare baseline", "--track short"])
+def test_without_its_data_nothing_is_trained(checkout, arguments):
+    code, calls, errors = call(checkout, *arguments.split(), EXIT="3")
+    assert (code, len(calls)) == (3, 1) and calls[0].startswith("-P -m data.")
+
+
 def test_the_exit_code_is_the_trainers(checkout):
     assert call(checkout, "--data", "x", EXIT="0")[0] == 0
     assert call(checkout, "--data", "x", EXIT="7")[0] == 7
