@@ -155,13 +155,21 @@ def parse(words, monkeypatch):
 
 
 def run_until_parsed(program, arguments, monkeypatch):
-    original = argparse.ArgumentParser.parse_args
+    """Run a script or a module up to the point where its parser has taken the arguments."""
+    under_way = []  # calls of a parser: the outermost one ends the program
 
-    def parse_and_end(parser, *given):
-        original(parser, *given)
-        raise Parsed
+    def ending(original):
+        def parse_and_end(*given, **named):
+            under_way.append(given)
+            result = original(*given, **named)
+            under_way.pop()
+            if under_way:
+                return result
+            raise Parsed
+        return parse_and_end
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_end)
+    for method in ("parse_args", "parse_known_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, method, ending(getattr(argparse.ArgumentParser, method)))
     monkeypatch.setattr(sys, "argv", [program, *arguments])
     with pytest.raises(Parsed):
         if program.endswith(".py"):
