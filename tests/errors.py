@@ -37,9 +37,12 @@ def cancellation(absolute: torch.Tensor, result: torch.Tensor) -> float:
     return max(1.0, (absolute.double().square().mean() / result.double().square().mean()).sqrt().item())
 
 
-def reference_bound(low: torch.Tensor, exact: torch.Tensor, terms: int, factor: float = 4.0) -> float:
+def reference_bound(low: torch.Tensor, exact: torch.Tensor, terms: int, dtype: torch.dtype | None = None, factor: float = 4.0, floor: float = 0.0) -> float:
     """
-    A tolerance for relative_rms(result, exact), for a result in low's dtype: factor times what the reference itself loses in that dtype on this machine (low,
-    against the float64 result `exact`), but at least the bound of a sum of `terms` terms, since a reference may be lucky or add in a better order.
+    A tolerance for relative_rms(result, exact) with a result in dtype (low's if not given): factor times what the reference itself loses on this machine (low,
+    its result in a narrower dtype than the float64 of `exact`), in proportion to the two dtypes' eps, and at least the bound of a sum of `terms` terms, since a
+    reference may be lucky or add in a better order. A loss whose RMS is below floor is none: of results that are zero by the equations.
     """
-    return max(factor * relative_rms(low, exact, floor=0.0), float_bound(terms, low.dtype))
+    dtype = dtype or low.dtype
+    loss = relative_rms(low, exact, floor) * torch.finfo(dtype).eps / torch.finfo(low.dtype).eps
+    return max(factor * loss, float_bound(terms, dtype))
