@@ -5,7 +5,7 @@ the processor's vector width, its libraries and its threads: what one machine ga
 import torch
 
 
-def relative_rms(x: torch.Tensor, reference: torch.Tensor, floor: float = 1e-6) -> float:
+def relative_rms(x: torch.Tensor, reference: torch.Tensor, floor: float = 0.0) -> float:
     """RMS of x - reference over the RMS of reference, both as float64; infinite if x has a NaN or an infinity, 0 if the RMS of the difference is below floor."""
     assert x.shape == reference.shape, f"shapes {tuple(x.shape)} and {tuple(reference.shape)}"
     if not torch.isfinite(x).all():
