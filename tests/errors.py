@@ -6,8 +6,12 @@ import torch
 
 
 def relative_rms(x: torch.Tensor, reference: torch.Tensor, floor: float = 0.0) -> float:
-    """RMS of x - reference over the RMS of reference, both as float64; infinite if x has a NaN or an infinity, 0 if the RMS of the difference is below floor."""
+    """
+    RMS of x - reference over the RMS of reference, which must be finite, both as float64; infinite if x has a NaN or an infinity, 0 if the RMS of the difference
+    is below floor.
+    """
     assert x.shape == reference.shape, f"shapes {tuple(x.shape)} and {tuple(reference.shape)}"
+    assert torch.isfinite(reference).all(), "the reference is not finite: with a NaN in it nothing would be compared"
     if not torch.isfinite(x).all():
         return float("inf")
     difference = (x.detach().cpu().double() - reference.detach().cpu().double()).square().mean().sqrt().item() if x.numel() else 0.0
