@@ -50,3 +50,9 @@ def reference_bound(low: torch.Tensor, exact: torch.Tensor, terms: int, dtype: t
     dtype = dtype or low.dtype
     loss = relative_rms(low, exact, floor) * torch.finfo(dtype).eps / torch.finfo(low.dtype).eps
     return max(factor * loss, float_bound(terms, dtype))
+
+
+def perturbed(x: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """x with every number off by a unit in the last place, up or down at random: what becomes of that is a rounding's effect on all that follows."""
+    signs = 2 * torch.randint(2, x.shape, generator=torch.Generator().manual_seed(seed)) - 1
+    return x * (1 + torch.finfo(x.dtype).eps * signs.to(x))
