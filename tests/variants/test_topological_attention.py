@@ -138,7 +138,8 @@ def test_formula_and_gradients(options, window):
 
     found, rounded = dict(y=y, x=x.grad) | {name: p.grad for name, p in attention.named_parameters()}, exactly(perturbed)
     for name, wanted in exactly(lambda p: p).items():  # a gradient whose terms cancel is as wrong as one rounding of every number makes it
-        assert wanted.abs().max() > 0 and relative_rms(found[name], wanted) < max(BOUND, 8 * relative_rms(rounded[name], wanted)), name
+        bound = max(BOUND, min(100 * BOUND, 8 * relative_rms(rounded[name], wanted)))
+        assert wanted.abs().max() > 0 and relative_rms(found[name], wanted) < bound, name
 
 def test_without_document_mask_norm_and_rotation(arguments):
     model = awake(build(document_mask=False, qk_norm=False, rope="none"))
