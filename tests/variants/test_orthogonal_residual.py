@@ -69,7 +69,8 @@ def test_form(form, gates):
 def test_backward_pass(shape, add):
     x, y = pair(2, 4, 6)
     x[0, 0], x[1, 1], y[1, 2] = 1e-3 * x[0, 0], 0.0, 0.0  # below eps, a row of zeros, a branch that says nothing
-    alpha, beta = (torch.full(shape, value, dtype=torch.float64) + 0.1 * torch.randn(shape, dtype=torch.float64) for value in (0.7, 1.2))
+    noise = torch.randn(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    alpha, beta = torch.tensor([0.7, 1.2], dtype=torch.float64).view(2, *[1] * len(shape)) + 0.1 * noise
     tensors = [t.requires_grad_() for t in (x, y, alpha, beta)]
     assert torch.autograd.gradcheck(lambda *t: OrthogonalMix.apply(*t, 1e-4, add), tensors, eps=1e-7, atol=1e-5)
 
