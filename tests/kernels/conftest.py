@@ -1,6 +1,6 @@
 """
-What the tests of all kernels share: the error measure of tests/errors.py, NaN-filled buffers, ahead-of-time compilation for cards that are not here, and
-Triton's interpreter.
+What the tests of all kernels share: the error measure of tests/errors.py, NaN-filled buffers, ahead-of-time compilation
+for cards that are not here, and Triton's interpreter.
 """
 import importlib
 import os

@@ -23,7 +23,8 @@ def test_running(combine, backward, with_documents, n):
         for i in range(n):
             seen = [x[row, j] for j in (range(i, n) if backward else range(i + 1)) if doc[row, j] == doc[row, i]]
             expected = sum(seen) if combine is torch.add else max(seen)
-            assert abs(result[row, i] - expected) <= (float_bound(len(seen), torch.float64) * sum(map(abs, seen)) if combine is torch.add else 0)
+            assert abs(result[row, i] - expected) <= (float_bound(len(seen), torch.float64) * sum(map(abs, seen))
+                                                      if combine is torch.add else 0)
 
 
 def test_running_keeps_no_rounding_of_another_document():
@@ -45,5 +46,6 @@ def test_segmented_scan(n):
     weight = torch.exp2(potential[:, None, :] - potential[:, :, None]).masked_fill((index > index[:, None]) | (index < first[..., None]), 0)
     expected = weight @ rows
     assert expected.std() > 0.1 or n == 1
-    bound = float_bound(n, torch.float64) + rounding_bound(4, torch.float64) * potential.max()  # of the sums, and of the exponents, differences of potentials
+    # of the sums, and of the exponents, differences of potentials
+    bound = float_bound(n, torch.float64) + rounding_bound(4, torch.float64) * potential.max()
     assert ((segmented_scan(potential, rows, first) - expected).abs() <= bound * (weight @ rows.abs())).all()

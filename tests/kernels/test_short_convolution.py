@@ -20,7 +20,8 @@ def test_it_is_the_formula_and_stays_in_the_document():
             for shift in range(min(4, int(positions[b, t]) + 1)):
                 expected[b, t] += taps[3 - shift] * x[b, t - shift]
     largest = 4 * (x.abs().max() * taps.abs().max()).item()
-    torch.testing.assert_close(short_convolution(x, taps, positions), expected, rtol=0, atol=float_bound(4, torch.float64) * largest)
+    torch.testing.assert_close(short_convolution(x, taps, positions), expected, rtol=0,
+                               atol=float_bound(4, torch.float64) * largest)
 
 
 def test_gradients():

@@ -81,11 +81,15 @@ def errors(results, reference, relative_rms):
 
 
 def bounds(inputs, settings, reference, device="cpu", factor=4.0):
-    """Float32's tolerances by name: what the reference loses in float32, to which 1 / Sigma adds, and sums over tokens, outputs and six matrices."""
+    """
+    Float32's tolerances by name: what the reference loses in float32, to which 1 / Sigma adds, and sums over tokens,
+    outputs and six matrices.
+    """
     (M, G, K), n = inputs[0].shape, inputs[1].shape[-1]
     terms = M + 6 * G * K + n
     low = run(inputs, settings, splanifold_reference, torch.float32, device)
-    return {name: reference_bound(x, y, terms, factor=factor, floor=float_bound(terms, torch.float32)) for name, x, y in zip(NAMES, low, reference)}
+    floor = float_bound(terms, torch.float32)
+    return {name: reference_bound(x, y, terms, factor=factor, floor=floor) for name, x, y in zip(NAMES, low, reference)}
 
 
 def assert_close(results, reference, relative_rms, tolerance):
@@ -130,7 +134,8 @@ def test_interpreted_kernels_equal_the_reference(case, interpreter, relative_rms
     settings = Settings(expansion, delta_max, mix=mix)
     inputs = rounded(make_inputs(*shape, settings, -0.1, 1.1), torch.float32)
     reference = expected(inputs, settings)
-    assert_close(interpreter(__name__, "interpreted", inputs, settings), reference, relative_rms, bounds(inputs, settings, reference))
+    assert_close(interpreter(__name__, "interpreted", inputs, settings), reference, relative_rms,
+                 bounds(inputs, settings, reference))
 
 
 EDGES = [(9, 1, 16, 5, 2, math.inf, "sum"), (9, 2, 16, 5, 2, WARP, "sum"), (9, 5, 2, 5, 2, math.inf, "sum"), (9, 2, 20, 5, 2, math.inf, "concat"),
@@ -143,14 +148,15 @@ def test_interpreted_coordinates_far_outside(case, interpreter, relative_rms):
     settings = Settings(0.3, delta_max, mix=mix)
     inputs = rounded(make_inputs(*shape, settings, -2.0, 3.0), torch.float32)
     reference = expected(inputs, settings)
-    assert_close(interpreter(__name__, "interpreted", inputs, settings), reference, relative_rms, bounds(inputs, settings, reference))
+    assert_close(interpreter(__name__, "interpreted", inputs, settings), reference, relative_rms,
+                 bounds(inputs, settings, reference))
 
 
 @pytest.mark.parametrize("case", EDGES, ids=str)
 def test_interpreted_sums_near_zero(case, interpreter, relative_rms):
     """
-    Negative and positive coordinates whose sums are 0, about eps and far above: in 1 / eps float32's rounding of a sum counts, of the few tokens next to 0, which
-    the reference may round luckily.
+    Negative and positive coordinates whose sums are 0, about eps and far above: in 1 / eps float32's rounding of a sum
+    counts, of the few tokens next to 0, which the reference may round luckily.
     """
     *shape, delta_max, mix = case
     settings = Settings(0.0, delta_max, 0.03, mix)
@@ -159,7 +165,8 @@ def test_interpreted_sums_near_zero(case, interpreter, relative_rms):
     inputs[0] += (sums[:, None] - inputs[0].sum(-1))[..., None] / shape[2]
     inputs = rounded(inputs, torch.float32)
     reference = expected(inputs, settings)
-    assert_close(interpreter(__name__, "interpreted", inputs, settings), reference, relative_rms, bounds(inputs, settings, reference, factor=16.0))
+    assert_close(interpreter(__name__, "interpreted", inputs, settings), reference, relative_rms,
+                 bounds(inputs, settings, reference, factor=16.0))
     if delta_max == math.inf and shape[4] == 2:  # four matrices alone are far off there
         found = errors(interpreter(__name__, "interpreted", inputs, settings, torch.float32, math.inf), reference, relative_rms)
         assert found["out"] > 1e-3 and found["r"] > 1e-2, found
@@ -171,7 +178,8 @@ def test_interpreted_without_smoothing(case, interpreter, relative_rms):
     settings = Settings(0.0, delta_max, 0.0, mix)
     inputs = rounded(make_inputs(*shape, settings), torch.float32)
     reference = expected(inputs, settings)
-    assert_close(interpreter(__name__, "interpreted", inputs, settings), reference, relative_rms, bounds(inputs, settings, reference))
+    assert_close(interpreter(__name__, "interpreted", inputs, settings), reference, relative_rms,
+                 bounds(inputs, settings, reference))
 
 
 @pytest.mark.parametrize("eps, G, K, mix", [(0.01, 2, 2, "sum"), (0.01, 2, 2, "concat"), (0.01, 1, 2, "sum")])
@@ -194,7 +202,8 @@ def test_interpreted_half_precision(case, interpreter, relative_rms):
     assert [x.dtype for x in results] == [torch.float16] * 6
     reference = expected(inputs, settings)
     exact = bounds(inputs, settings, reference)
-    assert_close(results, reference, relative_rms, {name: rounding_bound(2, torch.float16) + bound for name, bound in exact.items()})
+    half = rounding_bound(2, torch.float16)
+    assert_close(results, reference, relative_rms, {name: half + bound for name, bound in exact.items()})
 
 
 # ---- As an operator ---------------------------------------------------------------------------------------------------------------------------------------

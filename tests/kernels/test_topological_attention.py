@@ -60,8 +60,9 @@ def farthest(query, key):
 
 def bound(tensors, dtype=None):
     """
-    The bound of sums over T tokens and D columns in dtype (at least float32; the values' if not given), and of weights whose exponents, float64 in any case, are
-    as wrong as the rounding of the largest distance and the longest sum of decays.
+    The bound of sums over T tokens and D columns in dtype (at least float32; the values' if not given), and of weights
+    whose exponents, float64 in any case, are as wrong as the rounding of the largest distance and the longest sum of
+    decays.
     """
     query, key, value, log_decay, _ = tensors
     exponent = farthest(query, key) + (0.0 if log_decay is None else log_decay.abs().sum(1).max().item())
@@ -71,8 +72,8 @@ def bound(tensors, dtype=None):
 
 def check(relative_rms, tensors, doc_start=None, window=None, roundings=0):
     """
-    loglinear against the reference in float64, within bound(tensors) and so many roundings to the values' dtype. The gradients of saturated rows are vanishing
-    differences of sums over D columns, where an error of such a sum is none.
+    loglinear against the reference in float64, within bound(tensors) and so many roundings to the values' dtype. The
+    gradients of saturated rows are vanishing differences of sums over D columns, where an error of such a sum is none.
     """
     columns, dtype = tensors[2].shape[3], tensors[2].dtype
     wide = torch.promote_types(dtype, torch.float32)
@@ -87,14 +88,18 @@ def check(relative_rms, tensors, doc_start=None, window=None, roundings=0):
 
 def float32_bounds(tensors, expected, doc_start, window, roundings=0):
     """
-    (tolerances by name, floor) of kernels whose distances are float32 differences: several times what the reference in float32 loses by them, and sums over tokens
-    and columns; with so many roundings to the values' dtype. floor: in vanishing gradients of saturated rows, the error of the weights times a sum over D columns.
+    (tolerances by name, floor) of kernels whose distances are float32 differences: several times what the reference in
+    float32 loses by them, and sums over tokens and columns; with so many roundings to the values' dtype. floor: in
+    vanishing gradients of saturated rows, the error of the weights times a sum over D columns.
     """
-    low = run(reference, [None if x is None else x.detach().float().requires_grad_() for x in tensors], doc_start, window, tensors[2].dtype)
+    low = run(reference, [None if x is None else x.detach().float().requires_grad_() for x in tensors], doc_start,
+              window, tensors[2].dtype)
     (_, T, _, D), dtype = tensors[2].shape, tensors[2].dtype
     half = rounding_bound(roundings, dtype) if roundings else 0.0
     floor = (reference_bound(low["out"], expected["out"], 4, factor=8.0) + half) * D ** 0.5
-    return {name: reference_bound(low[name], x, T + D, factor=8.0, floor=floor) + half for name, x in expected.items()}, floor
+    allowed = lambda name: reference_bound(low[name], expected[name], T + D, factor=8.0, floor=floor) + half
+    bounds = {name: allowed(name) for name in expected}
+    return bounds, floor
 
 
 # ---- the reference
@@ -109,7 +114,8 @@ def test_reference_is_the_formula(coordinates):
                   for j in visible]
         weights = [math.exp(score) / sum(map(math.exp, scores)) for score in scores]
         expected = sum(weight * v[n, j, h // 2] for weight, j in zip(weights, visible))
-        assert torch.allclose(out[n, i, h], expected, rtol=0, atol=bound((a, b, v, g, c), torch.float64) * v.abs().max().item())
+        assert torch.allclose(out[n, i, h], expected, rtol=0,
+                              atol=bound((a, b, v, g, c), torch.float64) * v.abs().max().item())
 
 
 # ---- loglinear and key only
@@ -205,7 +211,8 @@ def test_ties_have_derivative_zero(small_chunks):
             tensors[0].fill_(0.5), tensors[1].fill_(0.5)
         result = run(lambda a, b, v, g, c, d, w: public(a, b, v, backend=backend), tensors)
         assert not result["query_coord"].any() and not result["key_coord"].any()
-        assert torch.allclose(result["out"], tensors[2].detach().cumsum(1) / torch.arange(1, 51)[:, None, None], rtol=0, atol=4 * float_bound(50, torch.float64))
+        assert torch.allclose(result["out"], tensors[2].detach().cumsum(1) / torch.arange(1, 51)[:, None, None], rtol=0,
+                              atol=4 * float_bound(50, torch.float64))
 
 
 @pytest.mark.parametrize("coordinates", [True, False], ids=["coordinates", "key_only"])
@@ -290,7 +297,8 @@ def test_window_is_exact():
                 for x in other[:3]:
                     if x is not None:
                         x[:, :j + 1] = 0.25
-                same = torch.allclose(loglinear(*other, None, window)[:, i], loglinear(*tensors, None, window)[:, i], rtol=0, atol=4 * bound(tensors))
+                same = torch.allclose(loglinear(*other, None, window)[:, i], loglinear(*tensors, None, window)[:, i],
+                                      rtol=0, atol=4 * bound(tensors))
                 assert same == outside
 
 
@@ -396,7 +404,8 @@ def test_binned_by_name(relative_rms):
     tensors, doc_start = inputs(50, docs=0.1, decay=0.1)
     on_bins = [(x.detach() * 4).round().clamp(-31, 31) * (16 / 255) + 8 / 255 for x in tensors[:2]]
     out = public(*on_bins, tensors[2], log_decay=tensors[3], doc_start=doc_start, backend="binned")
-    assert relative_rms(out, reference(*on_bins, *tensors[2:], doc_start)) < bound(tensors) + float_bound(256, torch.float64)
+    expected = reference(*on_bins, *tensors[2:], doc_start)
+    assert relative_rms(out, expected) < bound(tensors) + float_bound(256, torch.float64)
     key_only = [public(None, None, tensors[2], log_decay=tensors[3], doc_start=doc_start, backend=name) for name in ("binned", "loglinear")]
     assert torch.equal(*key_only)
     with pytest.raises(ValueError, match="window"):
@@ -477,4 +486,5 @@ def test_on_a_gpu(relative_rms, dtype, tolerance, compiled):
             moved = [None if x is None else x.detach().cuda().requires_grad_() for x in tensors]
             function = torch.compile(loglinear, fullgraph=True) if compiled else loglinear
             got = run(function, moved, None if doc_start is None else doc_start.cuda(), window, dtype)
-            assert all(relative_rms(x.cpu(), expected[name], float_bound(64, torch.float32)) <= (tolerance or bound(tensors)) for name, x in got.items())
+            assert all(relative_rms(x.cpu(), expected[name], float_bound(64, torch.float32))
+                       <= (tolerance or bound(tensors)) for name, x in got.items())

@@ -55,8 +55,8 @@ def run(function, tensors, doc_start, dtype=torch.float64, **options):
 
 def bound(tensors, grid, dtype, rounded=None):
     """
-    The bound of sums over tokens, bins and columns in dtype, and of exponents: features' up to the grid's range, or LIVE in a wider one, biases, and the decay
-    of a chunk of 64 tokens. rounded: the dtype that results are rounded to.
+    The bound of sums over tokens, bins and columns in dtype, and of exponents: features' up to the grid's range, or
+    LIVE in a wider one, biases, and the decay of a chunk of 64 tokens. rounded: the dtype that results are rounded to.
     """
     query, key, value, log_decay, key_bias = tensors
     exponent = min(grid["high"] - grid["low"], binned.LIVE)
@@ -69,7 +69,10 @@ def bound(tensors, grid, dtype, rounded=None):
 
 
 def check(relative_rms, got, expected, tolerance):
-    """tolerance: a number, or numbers by name. As an RMS error it is none, as the gradients of saturated rows are vanishing differences."""
+    """
+    tolerance: a number, or numbers by name. As an RMS error it is none, as the gradients of saturated rows are
+    vanishing differences.
+    """
     tolerance = tolerance if isinstance(tolerance, dict) else dict.fromkeys(expected, tolerance)
     errors = {name: relative_rms(got[name], expected[name], tolerance[name] / 4) for name in expected}
     assert all(error < tolerance[name] for name, error in errors.items()), (errors, tolerance)
@@ -82,7 +85,8 @@ def two_keys_for_each(query, key, value, log_decay, key_bias, doc_start, bins, l
     below = position.detach().floor().clamp_max(bins - 2)
     pairs = lambda first, second: torch.stack((first, second), 2).flatten(1, 2)
     weights = pairs(1 - (position - below), position - below)
-    bias = torch.where(weights > 0, weights.clamp_min(1e-37).log(), -1e30)  # finite: the first row of a pair, which is left out, may see this key alone
+    # finite: the first row of a pair, which is left out, may see this key alone
+    bias = torch.where(weights > 0, weights.clamp_min(1e-37).log(), -1e30)
     out = reference(pairs(query, query), pairs(low + step * below, low + step * (below + 1)), pairs(value, value),
                     None if log_decay is None else pairs(log_decay, torch.zeros_like(log_decay)), bias if key_bias is None else bias + pairs(key_bias, key_bias),
                     None if doc_start is None else pairs(2 * doc_start, 2 * doc_start))
@@ -99,15 +103,20 @@ def test_exact_on_bin_centres(relative_rms, options, grid):
         tensors, doc_start = inputs(T, grid, **options)
         expected = run(reference, tensors, doc_start)
         for dtype in (torch.float64, torch.float32):
-            check(relative_rms, run(topological_attention_binned, tensors, doc_start, dtype, spread=False, **grid), expected, bound(tensors, grid, dtype))
+            check(relative_rms, run(topological_attention_binned, tensors, doc_start, dtype, spread=False, **grid),
+                  expected, bound(tensors, grid, dtype))
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 @pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["all"]], ids=["plain", "all"])
 def test_spread_keys_are_two_keys(relative_rms, options, grid):
     tensors, doc_start = inputs(130, grid, centres=False, **options)
-    """A place between bins is as wrong as the rounding of a coordinate, which the reference has too, a weight next to 0 by as much as it is small."""
-    expected, low = run(two_keys_for_each, tensors, doc_start, **grid), run(two_keys_for_each, tensors, doc_start, torch.float32, **grid)
+    """
+    A place between bins is as wrong as the rounding of a coordinate, which the reference has too, a weight next to 0 by
+    as much as it is small.
+    """
+    expected = run(two_keys_for_each, tensors, doc_start, **grid)
+    low = run(two_keys_for_each, tensors, doc_start, torch.float32, **grid)
     for dtype in (torch.float64, torch.float32):
         sums = bound(tensors, grid, dtype)
         tolerance = {name: sums + reference_bound(low[name], x, 1, dtype) for name, x in expected.items()}
@@ -161,7 +170,8 @@ def test_queries_far_outside(relative_rms):
     tensors, _ = inputs(100, GRIDS["narrow"], decay=0.1)
     with torch.no_grad():
         tensors[0].copy_(torch.where(torch.arange(100)[:, None] % 2 == 0, 1e4, -1e4))
-    check(relative_rms, run(topological_attention_binned, tensors, None, torch.float32, spread=False, **GRIDS["narrow"]), run(reference, tensors, None), bound(tensors, GRIDS["narrow"], torch.float32))
+    got = run(topological_attention_binned, tensors, None, torch.float32, spread=False, **GRIDS["narrow"])
+    check(relative_rms, got, run(reference, tensors, None), bound(tensors, GRIDS["narrow"], torch.float32))
 
 
 @pytest.mark.parametrize("grid", [GRIDS["narrow"], GRIDS["sharp"]], ids=["narrow", "sharp"])
@@ -216,7 +226,8 @@ def test_half_precision_values(relative_rms, dtype):
     expected = reference(*exact, doc_start)
     assert out.dtype == dtype and [x.dtype for x in gradients] == [x.dtype for x in tensors]
     check(relative_rms, dict(zip(("out", *NAMES), (out, *gradients))),
-          dict(zip(("out", *NAMES), (expected, *torch.autograd.grad(expected, exact, upstream.double())))), bound(exact, GRIDS["narrow"], torch.float32, dtype))
+          dict(zip(("out", *NAMES), (expected, *torch.autograd.grad(expected, exact, upstream.double())))),
+          bound(exact, GRIDS["narrow"], torch.float32, dtype))
 
 
 def test_any_strides():
@@ -262,7 +273,8 @@ def test_documents_are_separate(relative_rms, grid):
         x[:, :70] *= -0.5
     assert torch.equal(topological_attention_binned(*other, doc_start, **grid)[:, 70:], together["out"][:, 70:])
     other[4][:, :70] = 30.0  # chunks hold both documents' running sums: the same but for rounding
-    assert relative_rms(topological_attention_binned(*other, doc_start, **grid)[:, 70:], together["out"][:, 70:]) < rounding + 30 * rounding_bound(2, torch.float64)
+    assert relative_rms(topological_attention_binned(*other, doc_start, **grid)[:, 70:],
+                        together["out"][:, 70:]) < rounding + 30 * rounding_bound(2, torch.float64)
 
 
 # ---- slices, graphs, arguments
@@ -272,7 +284,8 @@ def test_slices(relative_rms, monkeypatch, size):
     tensors, doc_start = inputs(70, GRIDS["narrow"], B=3, H=6, kv=3, decay=0.2, bias=2.0, docs=0.1)
     whole = run(topological_attention_binned, tensors, doc_start, **GRIDS["narrow"])
     monkeypatch.setattr(binned, "SLICE", size)
-    check(relative_rms, run(topological_attention_binned, tensors, doc_start, **GRIDS["narrow"]), whole, bound(tensors, GRIDS["narrow"], torch.float64))
+    check(relative_rms, run(topological_attention_binned, tensors, doc_start, **GRIDS["narrow"]), whole,
+          bound(tensors, GRIDS["narrow"], torch.float64))
 
 
 def test_slices_keep_no_features(monkeypatch):
@@ -291,7 +304,8 @@ def test_compiles_as_one_graph(compiler, grid, spread, size, relative_rms, monke
     tensors, doc_start = inputs(70, GRIDS[grid], B=1, kv=2, H=2, decay=0.2, bias=10.0, docs=0.03)
     compiled = torch.compile(topological_attention_binned, fullgraph=True, backend=compiler)
     expected = run(topological_attention_binned, tensors, doc_start, spread=spread, **GRIDS[grid])
-    check(relative_rms, run(compiled, tensors, doc_start, spread=spread, **GRIDS[grid]), expected, bound(tensors, GRIDS[grid], torch.float64))
+    check(relative_rms, run(compiled, tensors, doc_start, spread=spread, **GRIDS[grid]), expected,
+          bound(tensors, GRIDS[grid], torch.float64))
 
 
 def test_autocast_does_not_round():
@@ -425,7 +439,8 @@ def test_gpu_compiled_equals_eager(grid, relative_rms):
     tensors, doc_start = [x.detach().cuda() for x in tensors], doc_start.cuda()
     compiled = torch.compile(topological_attention_binned, fullgraph=True)
     expected = run(topological_attention_binned, tensors, doc_start, torch.float32, **grid)
-    check(relative_rms, run(compiled, tensors, doc_start, torch.float32, **grid), expected, 2 * bound(tensors, grid, torch.float32))
+    check(relative_rms, run(compiled, tensors, doc_start, torch.float32, **grid), expected,
+          2 * bound(tensors, grid, torch.float32))
 
 
 @pytest.mark.gpu
@@ -434,4 +449,5 @@ def test_gpu_steps_equal_the_forward_pass(relative_rms):
     tensors = [x.detach().float().cuda() for x in inputs(120, grid, centres=False, decay=0.2, bias=5.0, H=4, kv=2)[0]]
     state = topological_attention_binned_state(*(x[:, :50] for x in tensors[1:]), **grid)
     outs, _ = steps(state, tensors, 50, low=grid["low"], high=grid["high"])
-    assert relative_rms(outs, topological_attention_binned(*tensors, **grid)[:, 50:]) < 2 * bound(tensors, grid, torch.float32)
+    expected = topological_attention_binned(*tensors, **grid)[:, 50:]
+    assert relative_rms(outs, expected) < 2 * bound(tensors, grid, torch.float32)

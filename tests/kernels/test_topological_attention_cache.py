@@ -42,8 +42,8 @@ def exactly(tensors):
 
 def assert_near(got, whole, tensors, terms=None):
     """
-    Every number within the bound of a mean of values over so many keys (all if not given) and of the columns beside them, in float32, and of the exponents that
-    a token adds, its decay and its bias.
+    Every number within the bound of a mean of values over so many keys (all if not given) and of the columns beside
+    them, in float32, and of the exponents that a token adds, its decay and its bias.
     """
     T, _, D = tensors["value"].shape[1:]
     exponent = sum(x.abs().max().item() for x in (tensors["log_decay"], tensors["key_bias"]) if x is not None)

@@ -31,8 +31,9 @@ def interpreted(tensors, doc_start=None, window=None, tiles=SMALL, dtype=torch.f
 
 def check(relative_rms, got, tensors, doc_start, window, dtype=torch.float32, tolerance=None):
     """
-    Relative RMS errors within float32_bounds, with the rounding of the largest distance, since a distance is a sum of two by way of a tile's middle, and in half
-    precision roundings of weights, their gradients and results; tolerance: in their place.
+    Relative RMS errors within float32_bounds, with the rounding of the largest distance, since a distance is a sum of
+    two by way of a tile's middle, and in half precision roundings of weights, their gradients and results; tolerance:
+    in their place.
     """
     expected = run(reference, exactly(tensors), doc_start, window, dtype)
     bounds, floor = float32_bounds(tensors, expected, doc_start, window, 0 if dtype == torch.float32 else 4)
@@ -40,7 +41,8 @@ def check(relative_rms, got, tensors, doc_start, window, dtype=torch.float32, to
     assert got["out"].dtype == tensors[2].dtype
     errors = {name: relative_rms(x, expected[name], floor) for name, x in got.items()}
     distance = rounding_bound(1, torch.float32) * farthest(*tensors[:2])
-    assert all(error <= (tolerance or distance + bounds[name]) for name, error in errors.items()), (errors, bounds, distance)
+    bounds = {name: tolerance or distance + bound for name, bound in bounds.items()}
+    assert all(error <= bounds[name] for name, error in errors.items()), (errors, bounds)
 
 
 def single(T, **options):
@@ -71,7 +73,8 @@ CASES = [  # T, window, tiles, options
 def test_interpreted_kernels_equal_the_reference(case, interpreter, relative_rms):
     T, window, tiles, options = case
     tensors, doc_start = single(T, **options)
-    check(relative_rms, interpreter(__name__, "interpreted", tensors, doc_start, window, tiles), tensors, doc_start, window)
+    check(relative_rms, interpreter(__name__, "interpreted", tensors, doc_start, window, tiles), tensors, doc_start,
+          window)
 
 
 @pytest.mark.parametrize("options", [{}, dict(decay=0.5, bias=1.0, docs=0.03, H=4)], ids=["plain", "all"])
@@ -80,7 +83,8 @@ def test_interpreted_float16(options, scale, interpreter, relative_rms):
     """float16 only: the interpreter multiplies bfloat16 as the integers that it keeps them in. Coordinates, decay and bias stay float32."""
     tensors, doc_start = single(100, B=1, scale=scale, **options)
     tensors[2] = tensors[2].detach().half().requires_grad_()
-    check(relative_rms, interpreter(__name__, "interpreted", tensors, doc_start, None, SMALL, torch.float16), tensors, doc_start, None, torch.float16)
+    check(relative_rms, interpreter(__name__, "interpreted", tensors, doc_start, None, SMALL, torch.float16), tensors,
+          doc_start, None, torch.float16)
 
 
 @pytest.mark.parametrize("options", [{}, dict(decay=1.0, bias=1.0, docs=0.05)], ids=["plain", "all"])
@@ -104,7 +108,8 @@ def test_interpreted_ties_have_derivative_zero(interpreter):
         tensors[0].fill_(0.5), tensors[1].fill_(0.5)
     got = interpreter(__name__, "interpreted", tensors)
     assert not got["query_coord"].any() and not got["key_coord"].any()
-    assert torch.allclose(got["out"], tensors[2].detach().cumsum(1) / torch.arange(1, 51)[:, None, None], rtol=0, atol=4 * float_bound(50, torch.float32))
+    assert torch.allclose(got["out"], tensors[2].detach().cumsum(1) / torch.arange(1, 51)[:, None, None], rtol=0,
+                          atol=4 * float_bound(50, torch.float32))
 
 
 def test_interpreted_hidden_keys_and_closed_gates(interpreter, relative_rms):
@@ -130,7 +135,8 @@ def test_interpreted_non_contiguous(interpreter, relative_rms):
     tensors = [x.detach().requires_grad_() for x in (a, b, v, g.abs().neg(), c)]
     expected = torch.autograd.grad(reference(*(given := exactly(tensors))).sum(), given)
     got = interpreter(__name__, "gradients_of_a_sum", tensors)
-    assert not any(x.is_contiguous() for x in (a, b, v, c)) and max(relative_rms(x, y) for x, y in zip(got, expected)) <= bound(tensors)
+    assert not any(x.is_contiguous() for x in (a, b, v, c))
+    assert max(relative_rms(x, y) for x, y in zip(got, expected)) <= bound(tensors)
     tensors[2] = v[..., ::2].detach().requires_grad_()
     check(relative_rms, interpreter(__name__, "interpreted", tensors), tensors, None, None)
 
@@ -315,7 +321,8 @@ def test_gpu_equals_the_reference(case, dtype, tolerance, relative_rms):
     T, window, options = case
     tensors, doc_start = single(T, **options)
     tensors[2] = tensors[2].detach().to(dtype).requires_grad_()
-    check(relative_rms, on_a_gpu(topological_attention_tiled, tensors, doc_start, window, dtype), tensors, doc_start, window, dtype, tolerance)
+    check(relative_rms, on_a_gpu(topological_attention_tiled, tensors, doc_start, window, dtype), tensors, doc_start,
+          window, dtype, tolerance)
 
 
 @pytest.mark.gpu

@@ -71,7 +71,8 @@ def test_formula_and_gradients(decay, changes):
     expected = formula(attention, x_wide, ctx, own)
     expected.backward(grad.double())
     assert ("forget.weight" in own) == (decay == "data")
-    bound = float_bound(2 * 2 * T + 5 * 32, torch.float32)  # sums over tokens, in attention and in weights' gradients, and over the width
+    # sums over tokens, in attention and in weights' gradients, and over the width
+    bound = float_bound(2 * 2 * T + 5 * 32, torch.float32)
     for name, (found, wanted) in (dict(y=(y, expected), x=(x.grad, x_wide.grad)) | {n: (p.grad, own[n].grad) for n, p in attention.named_parameters()}).items():
         assert wanted.abs().max() > 0 and relative_rms(found, wanted) < bound, name
 
@@ -83,7 +84,8 @@ def test_flex_attention_is_the_same(changes):
         expected = model(tokens)
         model.use_flex = True
         assert model.masks(tokens)[0].block_mask is not None
-        assert relative_rms(model(tokens), expected) < 2 * float_bound(2 * (256 + 5 * 32 + 64), torch.float32)  # of either path, in two layers
+        # of either path, in two layers
+        assert relative_rms(model(tokens), expected) < 2 * float_bound(2 * (256 + 5 * 32 + 64), torch.float32)
 
 def test_flex_attention_compiles_to_one_graph(monkeypatch):
     config = train_gpt.make_config(SMALL)

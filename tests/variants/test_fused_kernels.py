@@ -13,9 +13,11 @@ ALL = "fused_kernels"
 ALONE = train_gpt.Ranks(0, 1, torch.device("cpu"), torch.float32)
 SMALL = dict(vocab_size=257, layers=4, model_dim=32, heads=2, head_dim=16, mlp_hidden=64, sequence_length=32, batch_tokens=128)
 
-def losses_of(specs: tuple, ranks=ALONE, steps: int = 5, mode: str = "off", rounding: bool = False, **given) -> list[float]:
+def losses_of(specs: tuple, ranks=ALONE, steps: int = 5, mode: str = "off", rounding: bool = False,
+              **given) -> list[float]:
     """
-    The losses of some training steps on rows of random bytes, float32 numbers as the trainer rounds them. rounding: from weights that are each off by one.
+    The losses of some training steps on rows of random bytes, float32 numbers as the trainer rounds them. rounding:
+    from weights that are each off by one.
     """
     config = train_gpt.make_config(SMALL | given)
     rows = torch.randint(256, (steps, config.batch_tokens // config.sequence_length, config.sequence_length + 1), generator=torch.Generator().manual_seed(1)).to(ranks.device)
@@ -39,8 +41,8 @@ def losses_of(specs: tuple, ranks=ALONE, steps: int = 5, mode: str = "off", roun
 
 def baseline(**given):
     """
-    The baseline's losses, to compare others with: within several times what one rounding of every weight makes of them, as differences of rounding grow from step
-    to step.
+    The baseline's losses, to compare others with: within several times what one rounding of every weight makes of them,
+    as differences of rounding grow from step to step.
     """
     losses = losses_of((), **given)
     grown = max(abs(a - b) / b for a, b in zip(losses_of((), rounding=True, **given), losses))

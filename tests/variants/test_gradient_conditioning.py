@@ -249,7 +249,8 @@ def test_drift_of_a_shift():
     for _ in range(steps):
         optimizer.step(1.0, 0.0)
     expected = -lr * b * sum((1 - momentum ** t) / (1 - momentum) for t in range(1, steps + 1))
-    rounded = steps * torch.finfo(torch.float32).eps / 2 * (before.abs().max().item() + abs(expected))  # the same shift a step: roundings need not cancel
+    # the same shift a step: roundings need not cancel
+    rounded = steps * torch.finfo(torch.float32).eps / 2 * (before.abs().max().item() + abs(expected))
     torch.testing.assert_close(model.table.detach() - before, torch.full((17, 7), expected), rtol=0, atol=rounded)
     assert expected == pytest.approx(-lr * b * steps / (1 - momentum), rel=0.05)
 

@@ -8,7 +8,8 @@ from torch import nn
 import train_gpt, variants
 from tests.errors import float_bound, relative_rms
 
-BOUND = 2 * float_bound(16 + 5 * 32 + 64, torch.float32)  # of two forms of a block: sums over tokens, the width and hidden channels
+# of two forms of a block: sums over tokens, the width and hidden channels
+BOUND = 2 * float_bound(16 + 5 * 32 + 64, torch.float32)
 
 CONFIG = train_gpt.make_config(dict(vocab_size=257, layers=2, model_dim=32, heads=2, head_dim=16, mlp_hidden=64, zero_init_projections=False))
 

@@ -12,8 +12,10 @@ from tests.errors import float_bound, perturbed, relative_rms
 from variants import topological_attention as variant
 
 END, T = 256, 24
-BOUND = float_bound(2 * 2 * T + 5 * 32, torch.float32)  # of a layer: sums over tokens, in attention and in weights' gradients, and over the width
-COORDINATE = dict(rtol=float_bound(16 + 32, torch.float32), atol=float_bound(1, torch.float32))  # of a quotient of sums over a head, of sums over the width
+# of a layer: sums over tokens, in attention and in weights' gradients, and over the width
+BOUND = float_bound(2 * 2 * T + 5 * 32, torch.float32)
+# of a quotient of sums over a head, of sums over the width
+COORDINATE = dict(rtol=float_bound(16 + 32, torch.float32), atol=float_bound(1, torch.float32))
 SMALL = dict(vocab_size=257, layers=2, model_dim=32, heads=2, head_dim=16, mlp_hidden=64, zero_init_projections=False)
 COLUMNS = {16: [0, 1, 2, 3], 8: [0, 3], 4: [0], 32: [0, 1, 2, 3]}  # of the rotary tables, for each width of a head
 
@@ -136,8 +138,10 @@ def test_formula_and_gradients(options, window):
         expected.backward(grad.double())
         return dict(y=expected.detach(), x=wide.grad) | {name: p.grad for name, p in own.items()}
 
-    found, rounded = dict(y=y, x=x.grad) | {name: p.grad for name, p in attention.named_parameters()}, exactly(perturbed)
-    for name, wanted in exactly(lambda p: p).items():  # a gradient whose terms cancel is as wrong as one rounding of every number makes it
+    found = dict(y=y, x=x.grad) | {name: p.grad for name, p in attention.named_parameters()}
+    rounded = exactly(perturbed)
+    # a gradient whose terms cancel is as wrong as one rounding of every number makes it
+    for name, wanted in exactly(lambda p: p).items():
         bound = max(BOUND, min(100 * BOUND, 8 * relative_rms(rounded[name], wanted)))
         assert wanted.abs().max() > 0 and relative_rms(found[name], wanted) < bound, name
 
@@ -258,7 +262,8 @@ def test_compiles_to_one_graph(options):
     loss = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)(tokens[:, :-1], tokens[:, 1:])
     loss.backward()
     torch._dynamo.reset()
-    assert loss.item() == pytest.approx(expected, rel=2 * BOUND) and all(p.grad.isfinite().all() for p in model.parameters())
+    assert loss.item() == pytest.approx(expected, rel=2 * BOUND)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 def test_hybrid():
     model = build("preset=fast,layers=1")
