@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,16 +52,30 @@ def test_sections_run_in_the_order_asked_for(suite):
     assert {"python", "torch", "cuda", "triton", "device", "git_commit", "git_dirty", "date", "minutes", "reduced", "command"} <= set(results)
 
 
-def test_time_limit_stops_a_section_and_leaves_out_the_rest(suite):
+def test_time_limit_stops_a_section_and_leaves_out_the_rest(suite, monkeypatch):
+    """On a clock that stands still until the section's child has said that it sleeps, and then is past the limit."""
+    clock, children, popen = [0.0], [], subprocess.Popen
+
+    class Child(popen):
+        def __init__(self, arguments, **options):
+            super().__init__(arguments, **options)
+            if arguments == SLEEP:
+                children.append(self)
+                while not os.fstat(options["stdout"].fileno()).st_size:
+                    time.sleep(0.02)
+                clock[0] = 61.0
+
     def slow(run):
         return run.command("slow", SLEEP)
 
-    start = time.monotonic()
-    code, results = suite(dict(first=fine, slow=slow, late=fine), "--minutes", "0.02")
-    assert code == 1 and results["status"] == "incomplete"
+    monkeypatch.setattr(gpu_suite, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(subprocess, "Popen", Child)
+    code, results = suite(dict(first=fine, slow=slow, late=fine), "--minutes", "1")
+    assert code == 1 and results["status"] == "incomplete" and results["seconds"] == 61
     assert status_of(results) == dict(first="passed", slow="stopped: out of time", late="not run: out of time")
     assert "asleep" in results["sections"]["slow"]["output_tail"]
-    assert time.monotonic() - start < 15
+    child, = children
+    assert child.returncode in (-signal.SIGTERM, -signal.SIGKILL)  # ended, not waited for
 
 
 def test_results_outlive_a_section_that_raises(suite):

@@ -1,4 +1,7 @@
-"""What every kernel's tests share: an error measure, NaN-filled buffers, ahead-of-time compilation for cards that are not here, and Triton's interpreter."""
+"""
+What the tests of all kernels share: the error measure of tests/errors.py, NaN-filled buffers, ahead-of-time compilation
+for cards that are not here, and Triton's interpreter.
+"""
 import importlib
 import os
 import pickle
@@ -41,17 +44,10 @@ if __name__ == "__main__":
 import pytest
 import torch
 
+from tests.errors import relative_rms as _relative_rms
+
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block can use, by compute capability
 TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
-
-
-def _relative_rms(x: torch.Tensor, reference: torch.Tensor, floor: float = 1e-6) -> float:
-    """RMS of x - reference over the RMS of reference, both as float64; infinite if x has a NaN or an infinity, 0 if the RMS of the difference is below floor."""
-    assert x.shape == reference.shape, f"shapes {tuple(x.shape)} and {tuple(reference.shape)}"
-    if not torch.isfinite(x).all():
-        return float("inf")
-    difference = (x.detach().cpu().double() - reference.detach().cpu().double()).square().mean().sqrt().item() if x.numel() else 0.0
-    return 0.0 if difference < floor else difference / max(reference.detach().double().square().mean().sqrt().item(), 1e-300)
 
 
 def _poison(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.relu_squared_feed_forward import relu_squared_feed_forward, relu_squared_feed_forward_reference
+from tests.errors import float_bound, rounding_bound
 from tests.kernels.poison import poisoned_memory
 
 ff = importlib.import_module("kernels.relu_squared_feed_forward")  # the package may hand on the function under the module's name
@@ -62,9 +63,23 @@ def rounding_reference(dtype):
     return lambda x, fc, proj, backend=None: Function.apply(x, fc, proj)
 
 
+def sums(inputs, dtype):
+    """
+    Tolerances by name for sums in dtype: over D and H for y, D, D_out and H for dx, and N where a weight's gradient is
+    a sum over rows.
+    """
+    (N, D), (D_out, H) = inputs["x"].shape, inputs["proj"].shape
+    terms = dict(y=D + H, dx=D + D_out + H, dfc=D + D_out + N, dproj=D + N)
+    return {name: float_bound(count, dtype) for name, count in terms.items()}
+
+
 def assert_close(results, expected, relative_rms, tolerance):
+    """tolerance: a number, or numbers by name."""
+    if not isinstance(tolerance, dict):
+        tolerance = dict.fromkeys(expected, tolerance)
     found = {name: relative_rms(results[name], expected[name], floor=0.0) for name in expected}
-    assert results.keys() == expected.keys() and all(error < tolerance for error in found.values()), found
+    assert results.keys() == expected.keys()
+    assert all(error < tolerance[name] for name, error in found.items()), (found, tolerance)
 
 
 # ---- Reference --------------------------------------------------------------------------------------------------------------------------------------------
@@ -75,7 +90,8 @@ def test_reference_is_the_definition(relative_rms):
     y = torch.stack([sum(max(fc[h] @ row, torch.zeros(())) ** 2 * proj[:, h] for h in range(11)) for row in x])
     positive = (x @ fc.T).clamp_min(0)
     d = 2 * positive * (dy @ proj)
-    assert_close(run(inputs, "reference"), dict(y=y, dx=d @ fc, dfc=d.T @ x, dproj=dy.T @ positive.square()), relative_rms, 1e-14)
+    assert_close(run(inputs, "reference"), dict(y=y, dx=d @ fc, dfc=d.T @ x, dproj=dy.T @ positive.square()),
+                 relative_rms, sums(inputs, torch.float64))
 
 
 def test_gradcheck():
@@ -84,19 +100,25 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(relu_squared_feed_forward_reference, (x, fc, proj), eps=1e-6, atol=1e-8, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
-def test_reference_in_other_dtypes(dtype, tolerance, relative_rms):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_reference_in_other_dtypes(dtype, relative_rms):
+    """
+    In half precision the product, its square or the gradient before it, and the result are rounded; a square doubles
+    the error of what it is made of.
+    """
     inputs = make_inputs(65, 64, 128, dtype=dtype)
     results = run(inputs, "auto", dtype)
     assert all(x.dtype == dtype for x in results.values())
-    assert_close(results, run(inputs, "reference"), relative_rms, tolerance)
+    assert_close(results, run(inputs, "reference"), relative_rms,
+                 sums(inputs, dtype) if dtype == torch.float32 else rounding_bound(4, dtype))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_reference_equals_eager(compiler, relative_rms):
     inputs = make_inputs(12, 16, 40)
     compiled = torch.compile(relu_squared_feed_forward, fullgraph=True, backend=compiler)
-    assert_close(run(inputs, "auto", torch.float32, function=compiled), run(inputs, "auto", torch.float32), relative_rms, 1e-6)
+    assert_close(run(inputs, "auto", torch.float32, function=compiled), run(inputs, "reference"), relative_rms,
+                 sums(inputs, torch.float32))
 
 
 @pytest.mark.parametrize("change, message", [
@@ -126,7 +148,8 @@ SHAPES = [(1, 1, 1, 1), (7, 5, 33, 3), (129, 70, 257, 40), (1160, 32, 300, 16), 
 @pytest.mark.parametrize("N, D, H, D_out", SHAPES)
 def test_interpreted_kernels_equal_the_reference(N, D, H, D_out, interpreter, relative_rms):
     inputs = positive_if_one(make_inputs(N, D, H, D_out, torch.float32))
-    assert_close(interpreter(__name__, "run_interpreted", inputs), run(inputs, "reference"), relative_rms, 2e-6)
+    assert_close(interpreter(__name__, "run_interpreted", inputs), run(inputs, "reference"), relative_rms,
+                 sums(inputs, torch.float32))
 
 
 def test_interpreted_float16(interpreter, relative_rms):
@@ -134,8 +157,9 @@ def test_interpreted_float16(interpreter, relative_rms):
     inputs = make_inputs(65, 48, 130, dtype=torch.float16)
     results = interpreter(__name__, "run_interpreted", inputs, torch.float16)
     assert all(x.dtype == torch.float16 for x in results.values())
-    assert_close(results, run(inputs, "reference"), relative_rms, 1e-3)
-    assert_close(results, run(inputs, "reference", function=rounding_reference(torch.float16)), relative_rms, 3e-4)
+    assert_close(results, run(inputs, "reference"), relative_rms, rounding_bound(3, torch.float16))
+    assert_close(results, run(inputs, "reference", function=rounding_reference(torch.float16)), relative_rms,
+                 rounding_bound(1, torch.float16))
 
 
 @pytest.mark.parametrize("needed", [("x",), ("fc",), ("proj",), ("x", "proj")], ids="-".join)
@@ -170,8 +194,10 @@ def special_values(device="cpu", dtype=torch.float32):
 
 def test_interpreted_special_values(interpreter):
     (y, dx), nan, inf = interpreter(__name__, "special_values"), float("nan"), float("inf")
-    torch.testing.assert_close(y, torch.tensor([0, 0, nan, inf, 1e-8, 9e4]), equal_nan=True)
-    torch.testing.assert_close(dx, torch.tensor([0, 0, nan, inf, 2e-4, 600]), equal_nan=True)
+    torch.testing.assert_close(y, torch.tensor([0, 0, nan, inf, 1e-8, 9e4]), rtol=float_bound(1, torch.float32), atol=0,
+                               equal_nan=True)
+    torch.testing.assert_close(dx, torch.tensor([0, 0, nan, inf, 2e-4, 600]), rtol=float_bound(1, torch.float32),
+                               atol=0, equal_nan=True)
 
 
 def test_interpreted_float16_loses_small_and_large(interpreter):
@@ -194,11 +220,11 @@ def strided_results(inputs, device="cpu", dtype=torch.float32):
     return results
 
 
-def test_interpreted_strides(interpreter):
+def test_interpreted_strides(interpreter, relative_rms):
+    """The products may add in another order."""
     apart, across, contiguous = interpreter(__name__, "strided_results", make_inputs(12, 10, 40, 6))
     for a, b, c in zip(apart, across, contiguous, strict=True):
-        torch.testing.assert_close(a, c, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(b, c, rtol=1e-6, atol=1e-6)
+        assert max(relative_rms(a, c), relative_rms(b, c)) < float_bound(12 + 10 + 40 + 6, torch.float32)
 
 
 def opcheck_interpreted():
@@ -297,14 +323,14 @@ def exact_products():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 8e-3), (torch.float16, 1.5e-3), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 8e-3), (torch.float16, 1.5e-3), (torch.float32, None)])
 @pytest.mark.parametrize("N, D, H, D_out", [*SHAPES, (4096, 768, 3072, 768), (1000, 384, 1536, 384), (777, 1024, 4096, 512), (300, 100, 1000, 50)])
 def test_gpu_equals_the_reference(N, D, H, D_out, dtype, tolerance, exact_products, relative_rms):
     inputs = positive_if_one(make_inputs(N, D, H, D_out, dtype))
     with poisoned_memory():
         results = run(inputs, "triton", dtype, "cuda")
     on_card = {name: x.cuda() for name, x in inputs.items()}
-    assert_close(results, run(on_card, "reference", device="cuda"), relative_rms, tolerance)
+    assert_close(results, run(on_card, "reference", device="cuda"), relative_rms, tolerance or sums(inputs, dtype))
     if dtype != torch.float32:
         assert_close(results, run(on_card, "reference", device="cuda", function=rounding_reference(dtype)), relative_rms, tolerance / 2)
 

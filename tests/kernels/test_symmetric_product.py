@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.symmetric_product import orthogonalize_symmetric
 from kernels.symmetric_product import symmetric_product, symmetric_product_reference
+from tests.errors import float_bound, reference_bound, rounding_bound
 from tests.kernels.poison import poisoned_memory
 from train_gpt import orthogonalize
 
@@ -48,8 +49,9 @@ def moved(inputs, device):
 def test_reference_is_the_definition(shape, relative_rms):
     inputs = make_inputs(*shape, dtype=torch.float64)
     product = torch.einsum("...ik,...jk->...ij", inputs["x"], inputs["x"])
-    assert relative_rms(symmetric_product_reference(**inputs), 0.7 * product - 1.3 * inputs["a"], floor=0.0) < 1e-15
-    assert relative_rms(symmetric_product_reference(inputs["x"]), product, floor=0.0) < 1e-15
+    expected = 0.7 * product - 1.3 * inputs["a"]
+    assert relative_rms(symmetric_product_reference(**inputs), expected) < float_bound(5, torch.float64)
+    assert relative_rms(symmetric_product_reference(inputs["x"]), product) < float_bound(5, torch.float64)
 
 
 def test_gradcheck():
@@ -58,10 +60,11 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(call, (inputs["x"].requires_grad_(), inputs["a"].requires_grad_()))
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 3e-3), (torch.float16, 4e-4)])
-def test_reference_in_other_dtypes(dtype, tolerance, relative_rms):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_reference_in_other_dtypes(dtype, relative_rms):
     inputs = make_inputs(3, 40, 70, dtype=dtype)
     result = symmetric_product(**inputs)
+    tolerance = float_bound(70, torch.float32) + (rounding_bound(1, dtype) if dtype != torch.float32 else 0.0)
     assert result.dtype == dtype and relative_rms(result, exact(inputs), floor=0.0) < tolerance
 
 
@@ -69,7 +72,7 @@ def test_reference_in_other_dtypes(dtype, tolerance, relative_rms):
 def test_compiled_reference_equals_eager(compiler, relative_rms):
     inputs = make_inputs(3, 20, 30)
     result = torch.compile(symmetric_product, fullgraph=True, backend=compiler)(**inputs)
-    assert relative_rms(result, symmetric_product(**inputs), floor=0.0) < 1e-6
+    assert relative_rms(result, exact(inputs)) < float_bound(30, torch.float32)
 
 
 def test_flops_are_the_plain_products():
@@ -108,7 +111,7 @@ def test_wrong_arguments(change, message):
 def test_interpreted_kernel_equals_the_reference(shape, summand, tall, interpreter, relative_rms):
     inputs = make_inputs(*shape, summand=summand, tall=tall)
     result = interpreter(__name__, "run_interpreted", inputs)
-    assert relative_rms(result, exact(inputs), floor=0.0) < 1e-6
+    assert relative_rms(result, exact(inputs)) < float_bound(shape[-1], torch.float32)
     assert torch.equal(result, result.mT)
 
 
@@ -116,7 +119,8 @@ def test_interpreted_float16(interpreter, relative_rms):
     inputs = make_inputs(2, 70, 90, dtype=torch.float16)
     result = interpreter(__name__, "run_interpreted", inputs)
     assert result.dtype == torch.float16 and torch.equal(result, result.mT)
-    assert relative_rms(result, exact(inputs), floor=0.0) < 4e-4
+    tolerance = rounding_bound(1, torch.float16) + float_bound(90, torch.float32)
+    assert relative_rms(result, exact(inputs)) < tolerance
 
 
 def test_interpreted_kernel_reads_half_of_a(interpreter):
@@ -161,8 +165,10 @@ def orthogonalize_interpreted(matrices):
 def test_interpreted_orthogonalisation_is_the_trainers(shape, interpreter, relative_rms):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     result, true = interpreter(__name__, "orthogonalize_interpreted", matrices), orthogonalize(matrices.double())
-    assert relative_rms(result, true, floor=0.0) < 5e-6 and relative_rms(orthogonalize(matrices), true, floor=0.0) < 5e-6
-    assert torch.equal(orthogonalize_symmetric(matrices), orthogonalize(matrices))
+    trainers, terms = orthogonalize(matrices), 15 * 80  # five steps of three products
+    bound = reference_bound(trainers, true, terms)
+    assert relative_rms(result, true) < bound < 10 * float_bound(terms, torch.float32)
+    assert torch.equal(orthogonalize_symmetric(matrices), trainers)
 
 
 def opcheck_interpreted(x, a):

@@ -4,7 +4,9 @@ import torch
 
 from kernels import topological_attention, topological_attention_binned
 from kernels import topological_attention_cache as module
+from kernels import topological_attention_reference as reference
 from kernels.topological_attention_cache import TokenBuffer, TopologicalCache, hidden_keys
+from tests.errors import float_bound, reference_bound, rounding_bound
 
 
 def rows(T, B=2, H=4, kv=2, D=8, decay=0.0, bias=False, docs=False, coordinates=True, seed=0):
@@ -33,15 +35,31 @@ def decode(cache, tensors, doc_start, window, steps):
     return torch.cat(outs, 1)
 
 
+def exactly(tensors):
+    """The same numbers in float64."""
+    return {name: None if x is None else x.double() for name, x in tensors.items()}
+
+
+def assert_near(got, whole, tensors, terms=None):
+    """
+    Every number within the bound of a mean of values over so many keys (all if not given) and of the columns beside
+    them, in float32, and of the exponents that a token adds, its decay and its bias.
+    """
+    T, _, D = tensors["value"].shape[1:]
+    exponent = sum(x.abs().max().item() for x in (tensors["log_decay"], tensors["key_bias"]) if x is not None)
+    bound = float_bound((terms or T) + D, torch.float32) + rounding_bound(2, torch.float32) * exponent
+    torch.testing.assert_close(got.double(), whole, rtol=0, atol=bound * tensors["value"].abs().max().item())
+
+
 @pytest.mark.parametrize("coordinates", [True, False])
 @pytest.mark.parametrize("window", [None, 1, 7, 40])
 @pytest.mark.parametrize("options", [dict(), dict(decay=0.3), dict(decay=20.0, bias=True, docs=True), dict(bias=True), dict(docs=True)], ids=str)
 def test_pieces_equal_the_whole(options, window, coordinates):
     tensors, doc_start = rows(60, coordinates=coordinates, **options)
-    whole = topological_attention(**tensors, doc_start=doc_start, window=window)
+    whole = topological_attention(**exactly(tensors), doc_start=doc_start, window=window)
     for steps in ([60], [1] * 60, [20, 3, 1, 1, 35]):
         got = decode(TopologicalCache(), tensors, doc_start, window, steps)
-        torch.testing.assert_close(got, whole, atol=2e-5, rtol=2e-5)
+        assert_near(got, whole, tensors)
 
 
 @pytest.fixture
@@ -60,11 +78,11 @@ def test_sorted_runs_equal_the_whole(short_runs, options, window, B, docs):
         starts = torch.zeros(B, 240, dtype=torch.bool)
         starts[0, 130] = starts[-1, 200] = True
         doc_start = torch.where(starts, torch.arange(240), 0).cummax(1).values.int()
-    whole = topological_attention(**tensors, doc_start=doc_start, window=window)
+    whole = topological_attention(**exactly(tensors), doc_start=doc_start, window=window)
     for steps in ([120, 3, 1, 1, 115], [1] * 240):
         cache = TopologicalCache()
         got = decode(cache, tensors, doc_start, window, steps)
-        torch.testing.assert_close(got, whole, atol=2e-5, rtol=2e-5)
+        assert_near(got, whole, tensors)
     assert bool(cache.runs) == (window is None and B == 1)  # one row: a new document begins with nothing
     if cache.runs and not docs:
         assert [run.key.shape[-1] for run in cache.runs] == [128, 64, 16] and cache.key.tokens.shape[2] == 32
@@ -72,30 +90,29 @@ def test_sorted_runs_equal_the_whole(short_runs, options, window, B, docs):
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e4])
-def test_runs_of_equal_and_of_far_coordinates(short_runs, scale):
+def test_runs_of_equal_and_of_far_coordinates(short_runs, scale, relative_rms):
     tensors, _ = rows(100, B=1)
     tensors |= {name: tensors[name] * scale for name in ("query_coord", "key_coord")}
-    whole = topological_attention(**{name: None if x is None else x.double() for name, x in tensors.items()})
-    cache = TopologicalCache()
-    torch.testing.assert_close(decode(cache, tensors, None, None, [1] * 100).double(), whole, atol=5e-4 if scale else 2e-6, rtol=0)
+    whole, cache = topological_attention(**exactly(tensors)), TopologicalCache()
+    bound = reference_bound(reference(**tensors), whole, 100 + 8, factor=8.0)
+    assert relative_rms(decode(cache, tensors, None, None, [1] * 100), whole) < bound
     assert cache.runs
 
 
 @pytest.mark.parametrize("options", [dict(), dict(decay=0.3, bias=True, docs=True)], ids=str)
 def test_binned_pieces_equal_the_binned_whole(options):
     tensors, doc_start = rows(60, **options)
-    whole = topological_attention_binned(**tensors, doc_start=doc_start, bins=32)
+    whole = topological_attention_binned(**exactly(tensors), doc_start=doc_start, bins=32)
     for steps in ([1] * 60, [20, 3, 1, 36]):
         got = decode(TopologicalCache(32), tensors, doc_start, None, steps)
-        torch.testing.assert_close(got, whole, atol=2e-5, rtol=2e-5)
+        assert_near(got, whole, tensors)
 
 
 def test_many_tokens_lose_no_digits():
     """A decay of e^-1 a token moves the sum by 3,000: log-weights relative to the start would be off by 1e-4."""
     tensors, _ = rows(3000, B=1, H=1, kv=1, decay=1.0)
     got = decode(TopologicalCache(), tensors, None, None, [2000] + [1] * 1000)
-    exact = topological_attention(**{name: None if x is None else x.double() for name, x in tensors.items()})
-    assert (got - exact).abs().max() < 1e-5
+    assert_near(got, topological_attention(**exactly(tensors)), tensors, 100)  # a hundred tokens back weigh e^-80
 
 
 def test_bytes_kept():
@@ -124,7 +141,7 @@ def test_append_then_read():
     cache = TopologicalCache()
     cache.append(tensors["key_coord"], tensors["value"], tensors["log_decay"])
     got = cache.read(tensors["query_coord"][:, -1:])
-    torch.testing.assert_close(got, topological_attention(**tensors)[:, -1:], atol=1e-5, rtol=1e-5)
+    assert_near(got, topological_attention(**exactly(tensors))[:, -1:], tensors)
 
 
 def test_token_buffer_keeps_what_it_is_told():

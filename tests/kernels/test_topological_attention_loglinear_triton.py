@@ -14,8 +14,9 @@ import torch
 from kernels import topological_attention_loglinear as host
 from kernels import topological_attention_loglinear_triton as module
 from kernels import topological_attention_reference as reference
+from tests.errors import float_bound
 from tests.kernels.poison import poisoned_memory
-from tests.kernels.test_topological_attention import NAMES, exactly, inputs, run
+from tests.kernels.test_topological_attention import NAMES, exactly, float32_bounds, inputs, run
 
 SMALL = dict(chunk=32, tile=16, block=16, carry=16, carry_warps=4)  # several levels at lengths that the interpreter can afford
 
@@ -43,10 +44,12 @@ def interpreted(interpreter, tensors, doc_start, window=None, launch=SMALL):
     return interpreter(__name__, "run_interpreted", [None if x is None else x.detach() for x in tensors], doc_start, window, launch)
 
 
-def assert_close(got, tensors, doc_start, window, relative_rms, tolerance, floor=1e-9):
+def assert_close(got, tensors, doc_start, window, relative_rms, roundings=0):
     expected = run(reference, exactly(tensors), doc_start, window, tensors[2].dtype)
+    bounds, floor = float32_bounds(tensors, expected, doc_start, window, roundings)
     errors = {name: relative_rms(x, expected[name], floor) for name, x in got.items()}
-    assert got.keys() == expected.keys() and max(errors.values()) < tolerance, errors
+    assert got.keys() == expected.keys()
+    assert all(error < bounds[name] for name, error in errors.items()), (errors, bounds)
     assert all(got[name].dtype == x.dtype and got[name].shape == x.shape for name, x in zip(NAMES, tensors) if x is not None)
 
 
@@ -73,14 +76,14 @@ def test_interpreted_values_and_gradients(case, interpreter, relative_rms):
     T, window, sizes, options = case
     tensors, doc_start = inputs(T, dtype=torch.float32, **options)
     got = interpreted(interpreter, tensors, doc_start, window, SMALL | sizes)
-    assert_close(got, tensors, doc_start, window, relative_rms, 3e-6)
+    assert_close(got, tensors, doc_start, window, relative_rms)
 
 
-@pytest.mark.parametrize("scale, tolerance", [(100.0, 1e-5), (1e4, 1e-4)])
-def test_interpreted_sharp_heads(scale, tolerance, interpreter, relative_rms):
+@pytest.mark.parametrize("scale", [100.0, 1e4])
+def test_interpreted_sharp_heads(scale, interpreter, relative_rms):
     """Distances are float32 differences: at 1e4 an exponent is right to 5e-4 where a query is as far as that from every key."""
     tensors, doc_start = inputs(100, B=1, H=1, kv=1, dtype=torch.float32, scale=scale, docs=0.02)
-    assert_close(interpreted(interpreter, tensors, doc_start), tensors, doc_start, None, relative_rms, tolerance)
+    assert_close(interpreted(interpreter, tensors, doc_start), tensors, doc_start, None, relative_rms)
 
 
 def test_interpreted_queries_and_keys_far_apart(interpreter, relative_rms):
@@ -88,34 +91,35 @@ def test_interpreted_queries_and_keys_far_apart(interpreter, relative_rms):
     tensors, doc_start = inputs(70, B=1, H=2, kv=2, dtype=torch.float32)
     with torch.no_grad():
         tensors[1] += torch.tensor([-512.0, 512.0])
-    assert_close(interpreted(interpreter, tensors, doc_start), tensors, doc_start, None, relative_rms, 5e-5, 1e-5)
+    assert_close(interpreted(interpreter, tensors, doc_start), tensors, doc_start, None, relative_rms)
 
 
 def test_interpreted_hidden_keys(interpreter, relative_rms):
     tensors, doc_start = inputs(100, B=1, H=1, kv=1, dtype=torch.float32, bias=1.0)
     with torch.no_grad():
         tensors[4][:, 1:][torch.rand(1, 99, 1, generator=torch.Generator().manual_seed(0)) < 0.8] = -math.inf
-    assert_close(interpreted(interpreter, tensors, doc_start), tensors, doc_start, None, relative_rms, 3e-6)
+    assert_close(interpreted(interpreter, tensors, doc_start), tensors, doc_start, None, relative_rms)
 
 
 def test_interpreted_sums_over_many_blocks(interpreter, relative_rms):
     """More blocks in a node than are summed as a tile, more ends than are compared at a time."""
     tensors, doc_start = inputs(530, B=1, H=1, kv=1, D=2, dtype=torch.float32, decay=1e-3)
-    assert_close(interpreted(interpreter, tensors, doc_start, launch=SMALL | dict(chunk=256, tile=128)), tensors, doc_start, None, relative_rms, 3e-6)
+    assert_close(interpreted(interpreter, tensors, doc_start, launch=SMALL | dict(chunk=256, tile=128)), tensors,
+                 doc_start, None, relative_rms)
 
 
 def test_interpreted_half_precision(interpreter, relative_rms):
     """float16 only: the interpreter multiplies bfloat16 as the integers that it keeps them in."""
     tensors, doc_start = inputs(70, B=1, H=1, kv=1, D=5, dtype=torch.float32, decay=0.1, docs=0.02)
     tensors[2] = tensors[2].detach().half().requires_grad_()
-    assert_close(interpreted(interpreter, tensors, doc_start), tensors, doc_start, None, relative_rms, 1e-3)
+    assert_close(interpreted(interpreter, tensors, doc_start), tensors, doc_start, None, relative_rms, roundings=2)
 
 
 def test_interpreted_strided_values(interpreter, relative_rms):
     (a, b, v, *_), doc_start = inputs(40, B=1, H=2, kv=2, D=4, dtype=torch.float32)
     for values in (v.detach().transpose(1, 2).contiguous().transpose(1, 2), v.detach().repeat_interleave(2, -1)[..., ::2]):
         tensors = [a, b, values.requires_grad_(), None, None]
-        assert_close(interpreted(interpreter, tensors, doc_start), tensors, doc_start, None, relative_rms, 3e-6)
+        assert_close(interpreted(interpreter, tensors, doc_start), tensors, doc_start, None, relative_rms)
 
 
 def other_tokens(tensors, which):
@@ -138,7 +142,8 @@ def test_interpreted_causality(interpreter, relative_rms):
     """Later queries share a tile with earlier ones, so that these keep their values but for rounding."""
     tensors, doc_start = inputs(75, B=1, H=1, kv=1, dtype=torch.float32, decay=0.1, bias=1.0)
     first, second = (interpreted(interpreter, x, doc_start)["out"] for x in (tensors, other_tokens(tensors, torch.arange(75) >= 50)))
-    assert relative_rms(first[:, :50], second[:, :50], 0.0) < 1e-6 < relative_rms(first[:, 50:], second[:, 50:], 0.0)
+    assert relative_rms(first[:, :50], second[:, :50]) < float_bound(75, torch.float32)
+    assert relative_rms(first[:, 50:], second[:, 50:]) > 1e-2
 
 
 def orders(coordinates, doc, width, chunk):
@@ -260,6 +265,7 @@ def run_on_gpu(tensors, doc_start, window, function=host.topological_attention_l
 
 
 @pytest.mark.gpu
+# of sums over a thousand tokens
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 8e-3), (torch.float16, 2e-3), (torch.float32, 5e-5)])
 @pytest.mark.parametrize("case", GPU_CASES.values(), ids=GPU_CASES)
 def test_gpu_equals_the_reference(case, dtype, tolerance, relative_rms):

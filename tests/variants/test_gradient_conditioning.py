@@ -9,6 +9,7 @@ import torch
 
 import train_gpt, variants
 from data.shards import write_meta, write_shard
+from tests.errors import float_bound
 from train_gpt import Ranks, RunError
 from variants import gradient_conditioning as gc
 
@@ -19,6 +20,10 @@ TINY = dict(vocab_size=257, layers=2, model_dim=32, heads=2, head_dim=16, mlp_hi
             steps=6, val_tokens=320, val_every=2, window_pattern="L", window_short=(0,), window_long=(0,), compile="off", device="cpu", dtype="float32", lr_matrix=0.02)
 ACTIVE = {"none": "", "table": "table=*/1/0;blocks*/2/1e-3", "structural": "kappa=0.5,p=-0.5,q=0.25,r=1,beta0=1e-3,r_shift=-1", "hypergradient": "rho=0.002",
           "centralize": "", "normalize": "", "trust": "", "orthograd": ""}
+
+
+SUMS = float_bound(288, torch.float32)      # of numbers near 1 after sums over a tensor, of at most 3 x 12 x 8 numbers
+STEPS = float_bound(4 * 20, torch.float32)  # of weights near 1 after 20 steps of a few roundings each
 
 
 class Toy(torch.nn.Module):
@@ -87,7 +92,7 @@ def test_sgd_is_sgd():
             p.data.mul_(1 - 0.05 * 0.1 * (1 - step / 40))
         theirs.param_groups[0]["lr"] = 0.05 * (1 - step / 40)
         theirs.step()
-    same(follow([optimizer], model, 5), dict(reference.named_parameters()), 1e-5)
+    same(follow([optimizer], model, 5), dict(reference.named_parameters()), STEPS)
 
 
 def test_rate_of_the_trainer_and_of_parameters():
@@ -100,7 +105,7 @@ def test_rate_of_the_trainer_and_of_parameters():
 def test_table_last_match_wins():
     before, given, result = conditioned("source=table,table=*/3/0;blocks.*/0.5/1e-2;blocks.1/2/-1;kernel/1/0")
     pairs = dict.fromkeys(given, (3, 0)) | {"blocks.0": (0.5, 1e-2), "blocks.2": (0.5, 1e-2), "blocks.1": (2, -1), "kernel": (1, 0), "gain": (1, 0)}
-    same(result, {name: a * given[name] + b for name, (a, b) in pairs.items()}, 1e-6)
+    same(result, {name: a * given[name] + b for name, (a, b) in pairs.items()}, float_bound(1, torch.float32))
 
 
 def test_structural():
@@ -110,7 +115,7 @@ def test_structural():
     for k, (name, n) in enumerate(fan_in.items()):
         size = given[name].numel()
         a, b = 0.5 * n ** -0.5 * size ** 0.25 * ((k + 1) / 6) ** 2, 0.1 * n * size ** -0.5 * 6 / (k + 1)
-        torch.testing.assert_close(result[name], a * given[name] + b, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(result[name], a * given[name] + b, rtol=SUMS, atol=SUMS)
     assert torch.equal(result["gain"], given["gain"])
 
 
@@ -130,10 +135,10 @@ def test_centralize():
 
 def test_normalize_and_trust():
     before, given, result = conditioned("source=normalize")
-    same(result, {name: g if name == "gain" else g / g.norm() for name, g in given.items()}, 1e-6)
+    same(result, {name: g if name == "gain" else g / g.norm() for name, g in given.items()}, SUMS)
     before, given, result = conditioned("source=trust")
     expected = {name: g * before[name].norm() / g.norm() for name, g in given.items()} | {name: given[name] for name in ("gain", "zero")}
-    same(result, expected, 1e-6)
+    same(result, expected, SUMS)
     assert result["zero"].any()  # a = 0 would keep it at zero for ever
 
 
@@ -141,10 +146,10 @@ def test_orthograd():
     before, given, result = conditioned("source=orthograd")
     for name in given.keys() - {"gain", "zero"}:
         w, g, r = (tensors[name].double() for tensors in (before, given, result))
-        assert abs((w * r).sum() / (w.norm() * r.norm())) < 1e-6 < abs((w * g).sum() / (w.norm() * g.norm()))
-        assert r.norm().item() == pytest.approx(g.norm().item(), rel=1e-5)
+        assert abs((w * r).sum() / (w.norm() * r.norm())) < SUMS < abs((w * g).sum() / (w.norm() * g.norm()))
+        assert r.norm().item() == pytest.approx(g.norm().item(), rel=SUMS)
         left = g - (w * g).sum() / (w * w).sum() * w
-        torch.testing.assert_close(r, left * g.norm() / left.norm(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(r, left * g.norm() / left.norm(), rtol=SUMS, atol=SUMS)
     torch.testing.assert_close(result["zero"], given["zero"])
 
 
@@ -160,7 +165,7 @@ def test_no_gradient_stays_none(source):
 def test_clip(order, factor):
     before, given, result = conditioned(f"source=structural,kappa=4,include_1d=on,clip=0.5,clip_order={order}")
     norm = torch.cat([g.flatten() for g in given.values()]).norm()
-    same(result, {name: factor * 0.5 * g / norm for name, g in given.items()}, 1e-5)
+    same(result, {name: factor * 0.5 * g / norm for name, g in given.items()}, SUMS)
     before, given, result = conditioned("clip=1000")
     same(result, given)
 
@@ -180,18 +185,18 @@ def test_neutral_is_bit_identical(base, source):
 
 def test_scale_is_a_rate_per_tensor():
     for a in (0.1, 10):
-        same(trained(f"lr=0.02,source=structural,kappa={a},include_1d=on"), trained(f"lr={0.02 * a}"), 1e-5)
+        same(trained(f"lr=0.02,source=structural,kappa={a},include_1d=on"), trained(f"lr={0.02 * a}"), STEPS)
     one = trained("lr=0.02,source=table,table=blocks.0/10/0")
     whole, changed = trained("lr=0.02"), trained("lr=0.2")
-    same(one, {name: (changed if name == "blocks.0" else whole)[name] for name in one}, 1e-5)
+    same(one, {name: (changed if name == "blocks.0" else whole)[name] for name in one}, STEPS)
 
 
 @pytest.mark.parametrize("a", [0.1, 10])
 def test_scale_does_nothing_to_muon_and_adam(a):
     scaled = trained(f"base=default,source=structural,kappa={a},include_1d=on")
-    same(scaled, trained("base=default"), 1e-5)
+    same(scaled, trained("base=default"), STEPS)
     with pytest.raises(AssertionError):
-        same(trained(f"source=structural,kappa={a},include_1d=on"), trained("source=none"), 1e-5)
+        same(trained(f"source=structural,kappa={a},include_1d=on"), trained("source=none"), STEPS)
 
 
 def test_scale_does_nothing_to_adam_of_small_epsilon():
@@ -204,14 +209,14 @@ def test_scale_does_nothing_to_adam_of_small_epsilon():
                 p.grad = 1e-6 * a * gradients(model, step)[name].double()
             optimizer.step()
         results[a] = dict(model.named_parameters())
-    same(results[0.1], results[1], 1e-5), same(results[10], results[1], 1e-5)
+    same(results[0.1], results[1], STEPS), same(results[10], results[1], STEPS)
 
 
 def test_a_clip_lets_the_scale_act_on_adam():
     unclipped, clipped = (trained(f"base=default,source=table,table=table/100/0{clip}") for clip in ("", ",clip=5"))
-    same({"gain": unclipped["gain"]}, {"gain": trained("base=default")["gain"]}, 1e-5)
+    same({"gain": unclipped["gain"]}, {"gain": trained("base=default")["gain"]}, STEPS)
     plain = trained("base=default,clip=5")
-    assert all((clipped[name] - plain[name]).abs().max() > 1e-5 for name in ("gain", "table"))
+    assert all((clipped[name] - plain[name]).abs().max() > 2 * STEPS for name in ("gain", "table"))
 
 
 def test_muon_lifts_a_shift():
@@ -232,7 +237,7 @@ def test_shift_is_a_penalty_on_the_sum():
             (loss + penalty * sum(p.sum() for p in model.parameters() if p.ndim > 1)).backward()
             optimizer.step(1.0, step / 20)
         return {name: p.detach() for name, p in model.named_parameters()}
-    same(run("lr=0.01,source=structural,beta0=0.3", 0.0), run("lr=0.01", 0.3), 1e-5)
+    same(run("lr=0.01,source=structural,beta0=0.3", 0.0), run("lr=0.01", 0.3), STEPS)
     with pytest.raises(AssertionError):
         same(run("lr=0.01,source=structural,beta0=0.3", 0.0), run("lr=0.01", 0.0), 1e-3)
 
@@ -244,7 +249,9 @@ def test_drift_of_a_shift():
     for _ in range(steps):
         optimizer.step(1.0, 0.0)
     expected = -lr * b * sum((1 - momentum ** t) / (1 - momentum) for t in range(1, steps + 1))
-    torch.testing.assert_close(model.table.detach() - before, torch.full((17, 7), expected), rtol=1e-3, atol=1e-6)
+    # the same shift a step: roundings need not cancel
+    rounded = steps * torch.finfo(torch.float32).eps / 2 * (before.abs().max().item() + abs(expected))
+    torch.testing.assert_close(model.table.detach() - before, torch.full((17, 7), expected), rtol=0, atol=rounded)
     assert expected == pytest.approx(-lr * b * steps / (1 - momentum), rel=0.05)
 
 
@@ -268,7 +275,7 @@ def test_accumulation_and_loss_scale(source):
             optimizer.step(1.0, step / 4)
         return {name: p.detach() for name, p in model.named_parameters()}
     whole = run(1, 1.0)
-    same(run(2, 1.0), whole, 2e-5)
+    same(run(2, 1.0), whole, float_bound(4 * 128, torch.float32))  # four steps, gradients of 128 tokens
     same(run(1, 1024.0), whole)
 
 
@@ -455,13 +462,13 @@ def test_two_ranks_equal_one(tmp_path):
         same(final, results[1][base, source][2])
         options, model = f"{base},source={source},{ACTIVE[source]}".rstrip(","), Toy()
         optimizer = build(options, model)
-        same(follow([optimizer], model, 4), halfway, 2e-5)
-        same(follow([optimizer], model, 4, start=4), final, 2e-5)
+        same(follow([optimizer], model, 4), halfway, STEPS)
+        same(follow([optimizer], model, 4, start=4), final, STEPS)
         resumed = Toy()
         again = build(options, resumed)
         resumed.load_state_dict(halfway)
         again.load_state_dict(state)
-        same(follow([again], resumed, 4, start=4), final, 2e-5)
+        same(follow([again], resumed, 4, start=4), final, STEPS)
 
 
 @pytest.mark.gpu

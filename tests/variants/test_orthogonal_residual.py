@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import train_gpt, variants
+from tests.errors import float_bound, perturbed, relative_rms, rounding_bound
 from variants.orthogonal_residual import FORMS, Options, OrthogonalMix, along_output
 
 SMALL = dict(vocab_size=257, layers=2, model_dim=32, heads=2, head_dim=16, mlp_hidden=64, sequence_length=32, batch_tokens=128)
@@ -56,7 +57,10 @@ def test_form(form, gates):
     value = {name: begin[name] + drift[name].double() for name in learned}
     a, b = value.get("alpha", value.get("angle", value.get("scale"))), value.get("beta")
     x, y = pair(2, 5, 32)
-    torch.testing.assert_close(module(x.float(), y.float()), EXPECTED[form](x, y, a, b).float(), rtol=2e-5, atol=2e-5)
+    bound = float_bound(32, torch.float32)
+    if form == "published":  # it divides by a sum that can nearly cancel
+        bound *= (y.abs().sum(-1) / y.sum(-1).abs()).max().item()
+    torch.testing.assert_close(module(x.float(), y.float()), EXPECTED[form](x, y, a, b).float(), rtol=bound, atol=bound)
     module(x.float(), y.float().requires_grad_()).square().sum().backward()
     assert all(p.grad.any() for p in learned.values())
 
@@ -65,7 +69,8 @@ def test_form(form, gates):
 def test_backward_pass(shape, add):
     x, y = pair(2, 4, 6)
     x[0, 0], x[1, 1], y[1, 2] = 1e-3 * x[0, 0], 0.0, 0.0  # below eps, a row of zeros, a branch that says nothing
-    alpha, beta = (torch.full(shape, value, dtype=torch.float64) + 0.1 * torch.randn(shape, dtype=torch.float64) for value in (0.7, 1.2))
+    noise = torch.randn(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    alpha, beta = torch.tensor([0.7, 1.2], dtype=torch.float64).view(2, *[1] * len(shape)) + 0.1 * noise
     tensors = [t.requires_grad_() for t in (x, y, alpha, beta)]
     assert torch.autograd.gradcheck(lambda *t: OrthogonalMix.apply(*t, 1e-4, add), tensors, eps=1e-7, atol=1e-5)
 
@@ -117,7 +122,7 @@ def test_what_the_split_promises():
     torch.testing.assert_close(mix(torch.zeros_like(x), y, alpha, beta), alpha * y)
     x32, y32 = x.float(), y.float()
     rest = mix(x32, y32, 1.0, 0.0) - x32
-    assert ((rest * x32).sum(-1).abs() / (x32.norm(dim=-1) * y32.norm(dim=-1))).max() < 1e-6
+    assert ((rest * x32).sum(-1).abs() / (x32.norm(dim=-1) * y32.norm(dim=-1))).max() < float_bound(48, torch.float32)
 
 def test_only_scalar_gates_turn_with_the_stream():
     x, y = pair(16, 12)
@@ -130,7 +135,7 @@ def test_half_precision_computes_the_coefficient_in_single():
     x, y = pair(64, 768, dtype=torch.float32)
     low = OrthogonalMix.apply(x.bfloat16(), y.bfloat16(), ONE, ZERO, 1e-8, False)
     high = mix(x.bfloat16().double(), y.bfloat16().double(), 1.0, 0.0)
-    assert low.dtype == torch.bfloat16 and (low.double() - high).norm() / high.norm() < 2e-3  # one rounding
+    assert low.dtype == torch.bfloat16 and relative_rms(low, high) < rounding_bound(1, torch.bfloat16)
     big = OrthogonalMix.apply((1e3 * x).half(), (1e3 * y).half(), ONE, ZERO, 1e-8, False)
     assert big.isfinite().all()  # squares of 300 and more would not be
 
@@ -143,7 +148,8 @@ def test_initial_gates():
     module = residual("alpha=0.5,beta=2,gates=fixed")
     x, y = pair(3, 32, dtype=torch.float32)
     assert not list(module.parameters())
-    torch.testing.assert_close(module(x, y), mix(x.double(), y.double(), 0.5, 2.0).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(module(x, y), mix(x.double(), y.double(), 0.5, 2.0).float(),
+                               rtol=float_bound(32, torch.float32), atol=float_bound(32, torch.float32))
 
 def test_sites():
     for sites, counts in (("both", (2, 2)), ("attention", (2, 0)), ("mlp", (0, 2))):
@@ -176,20 +182,26 @@ def test_twenty_steps_of_the_identity_are_those_of_the_baseline():
 
 @pytest.mark.parametrize("options", ["form=split", "form=split,gates=channel,init=published", "form=layerscale", "form=orthogonal,eps_mode=add", "form=angle", "gates=fixed", "sites=mlp"])
 def test_the_kernel_computes_the_same(options):
-    """Attention's residual and the feed-forward's norm as one operation, here by its reference: loss and every gradient."""
+    """
+    Attention's residual and the feed-forward's norm as one operation, here by its reference: loss and every gradient,
+    within several times what one rounding of every weight makes of them.
+    """
     results = {}
-    for kernel in ("off", "on"):
+    for kernel, rounding in (("off", False), ("on", False), ("off", True)):
         model, tokens = build(f"orthogonal_residual:{options},kernel={kernel}"), torch.randint(257, (2, 33), generator=torch.Generator().manual_seed(2))
         assert (type(model.blocks[0]).__name__ == "FusedBlock") == (kernel == "on")
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.05 * torch.randn(p.shape, generator=generator))
+                if rounding:
+                    p.copy_(perturbed(p, p.numel()))
         model.set_windows(1.0)
         loss = model(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
-        results[kernel] = loss.detach(), [p.grad for p in model.parameters()]
-    torch.testing.assert_close(results["on"], results["off"], rtol=1e-4, atol=1e-6)
+        results[kernel, rounding] = [loss.detach(), *(p.grad for p in model.parameters())]
+    for found, expected, rounded in zip(results["on", False], results["off", False], results["off", True], strict=True):
+        assert relative_rms(found, expected) < max(8 * relative_rms(rounded, expected), float_bound(32, torch.float32))
 
 def test_the_kernel_wants_the_trainer_s_norm(monkeypatch):
     monkeypatch.setattr(train_gpt, "Norm", type("Other", (train_gpt.Norm,), {}))

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt, variants
+from tests.errors import float_bound, relative_rms
 from kernels.probability_maps import MAPS
 from variants.routed_skips import Router
 
@@ -40,7 +41,8 @@ def test_formula():
             y = y + router.weight * sum(p[..., j:j + 1] * streams[j] for j in range(layer))
         y = block(y, ctx)
         streams.append(y)
-    torch.testing.assert_close(model.run_blocks(x, contexts), y, rtol=1e-5, atol=1e-5)
+    # of either form, in five layers
+    assert relative_rms(model.run_blocks(x, contexts), y) < 2 * float_bound(5 * (16 + 5 * 32 + 64), torch.float32)
 
 @pytest.mark.parametrize("name", MAPS)
 def test_every_map_starts_with_equal_weights_and_is_used(name):
