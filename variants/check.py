@@ -49,7 +49,7 @@ ROW_LENGTH = 128       # tokens of a tiny row, at most
 HEAD_DIM = 16          # of a tiny model, at most
 LAYERS = 16            # of a tiny model, at most, unless the variant names a later layer
 COMPILED_LAYERS = 4    # the same for the trial of the compiler, which takes a second a layer
-LEARNING_STEPS = 12
+LEARNING_STEPS = 20
 TIMED_FLOPS = 3e10     # of one timed step on a CPU, about half a second on two cores: a step has as many whole rows as fit
 ROW_FLOPS = 1e11       # a row that takes more is not timed on a CPU
 TIMED_SECONDS = 6.0    # how long steps are timed; every arm has one at least
@@ -318,11 +318,11 @@ def start_loss(model: GPT) -> float:
 
 
 def train(model: GPT, steps: int = LEARNING_STEPS) -> dict[int, float]:
-    """Train a new model on one random text at full learning rate. Returns steps taken -> the text's validation loss then, every fourth and the last."""
+    """Train a new model on one random text at full learning rate. Returns steps taken -> the text's validation loss then, every tenth and the last."""
     optimizers, rows, losses = train_gpt.build_optimizers(model, model.config, ALONE), random_rows(model.config, 4), {}
     torch.manual_seed(1)
     for step in range(steps):
-        if step % 4 == 0:
+        if step % 10 == 0:
             losses[step] = start_loss(model)
         take_step(model.train(), optimizers, [rows], step / steps)
     return losses | {steps: start_loss(model)}
@@ -662,23 +662,28 @@ def main(argv: list[str] | None = None) -> int:
     except RunError as error:
         print(f"variants.check: error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(facts, indent=1) if given.json else "\n".join(lines_of(facts)))
+    print(as_json(facts) if given.json else "\n".join(lines_of(facts)))
     return int(bool(facts["faults"]))
 
 
-def check_all(track: str, options: list[str], as_json: bool) -> int:
+def as_json(facts: dict | list) -> str:
+    """Facts as JSON, in which a number that is none is null."""
+    return json.dumps(json.loads(json.dumps(facts), parse_constant=lambda name: None), indent=1)
+
+
+def check_all(track: str, options: list[str], json_wanted: bool) -> int:
     """Check every variant and print a line for each as soon as it is known, or all facts in one JSON list."""
     names, everything = variants.available(), []
     show = lambda cells: print(f"{cells[0]:<{max(map(len, names))}}  {cells[1]:>10}  {cells[2]:>8}  {cells[3]:>8}  {cells[4]}", flush=True)
-    if not as_json:
+    if not json_wanted:
         show(("variant", "parameters", "FLOPs", "ms", "verdict"))
     for name in names:
         faults, facts = attempt(lambda name=name: examine(parse_run(name, track, options), TIMED_SECONDS / 2))
         everything.append(facts or dict(variant=[name], track=track, notes=[], faults=faults))
-        if not as_json:
+        if not json_wanted:
             show(row_of(everything[-1]))
-    if as_json:
-        print(json.dumps(everything, indent=1))
+    if json_wanted:
+        print(as_json(everything))
     return int(any(facts["faults"] for facts in everything))
 
 

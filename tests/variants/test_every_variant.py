@@ -93,7 +93,7 @@ def test_counts(model):
 
 @every_spec
 def test_trains(model):
-    assert check.learning_faults(check.train(model, 8)) == []
+    assert check.learning_faults(check.train(model)) == []
 
 @every_variant
 def test_compiles_to_one_graph(model):
@@ -143,3 +143,143 @@ def test_two_compose_or_say_why_not(pair):
             assert loss.isfinite()
     except train_gpt.RunError as error:
         assert all(name in str(error) for name in pair) and "\n" not in str(error)
+
+# Ideas written for the tests of the contract. GOOD are accepted by all of it, each of BAD is refused by the tests that are named, and by no other.
+
+HEAD = '''"""An idea.
+
+Source: somebody, 2020
+Status: not yet measured
+"""
+from dataclasses import dataclass
+import torch
+import torch.nn.functional as F
+from torch import nn
+import train_gpt
+@dataclass
+class Options:
+    pass
+'''
+GOOD = dict(
+    dropout_mlp="""
+class DropoutMLP(train_gpt.MLP):
+    def forward(self, x):
+        return self.proj(F.dropout(F.relu(self.fc(x)).square(), 0.2, self.training))
+def patch(options):
+    train_gpt.MLP = DropoutMLP
+""",
+    two_tokens_ahead="""
+class TwoTokensAhead(train_gpt.GPT):
+    def __init__(self, config):
+        super().__init__(config)
+        self.second_norm = train_gpt.Norm(config, config.model_dim)
+        self.second = train_gpt.Linear(config, None, "gate", config.model_dim, config.model_dim)
+    def predict(self, tokens, masks, targets):
+        x = self.run_blocks(*self.embed(tokens, masks))
+        loss = self.head(self.final_norm(x), targets)
+        if targets is None or not self.training:
+            return loss
+        return loss + 0.3 * self.head(self.second_norm(x + self.second(x))[:, :-1], targets[:, 1:])
+def patch(options):
+    train_gpt.GPT = TwoTokensAhead
+""",
+    hardest_half="""
+class HardestHalf(train_gpt.LanguageModelHead):
+    def forward(self, x, targets=None):
+        if targets is None or not self.training:
+            return super().forward(x, targets)
+        losses = F.cross_entropy(super().forward(x).flatten(0, 1), targets.flatten().long(), reduction="none")
+        return losses.topk(len(losses) // 2).values.mean()
+def patch(options):
+    train_gpt.LanguageModelHead = HardestHalf
+""")
+BAD = dict(
+    looks_ahead=({"test_causal"}, """
+def forward(self, x):
+    y = self.proj(train_gpt.ReLUSquared.apply(self.fc(x)))
+    return y + 0.05 * F.pad(y[:, 1:], (0, 0, 0, 1))
+def patch(options):
+    train_gpt.MLP.forward = forward
+"""),
+    looks_ahead_in_training=({"test_causal"}, """
+def predict(self, tokens, masks, targets):
+    x = self.run_blocks(*self.embed(tokens, masks))
+    if self.training and targets is not None:
+        x = x + 0.1 * F.pad(x[:, 1:], (0, 0, 0, 1))
+    return self.head(self.final_norm(x), targets)
+def patch(options):
+    train_gpt.GPT.predict = predict
+"""),
+    ignores_borders=({"test_documents_do_not_see_each_other"}, """
+def attend(q, k, v, ctx, scale):
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+def patch(options):
+    train_gpt.attend = attend
+"""),
+    mixes_rows=({"test_rows_do_not_see_each_other", "test_documents_do_not_see_each_other"}, """
+class BatchCentred(train_gpt.MLP):
+    def forward(self, x):
+        y = super().forward(x)
+        return y - y.mean(0, keepdim=True) if self.training else y
+def patch(options):
+    train_gpt.MLP = BatchCentred
+"""),
+    unused_parameter=({"test_every_parameter_learns"}, """
+class Unused(train_gpt.MLP):
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.unused = nn.Parameter(torch.ones(3))
+def patch(options):
+    train_gpt.MLP = Unused
+"""),
+    wrong_loss=({"test_loss_at_start", "test_numbers"}, """
+class Less(train_gpt.LanguageModelHead):
+    def forward(self, x, targets=None):
+        return super().forward(x, targets) * (1.0 if targets is None or self.training else 0.9)
+def patch(options):
+    train_gpt.LanguageModelHead = Less
+"""),
+    told_the_answer=({"test_numbers"}, """
+def predict(self, tokens, masks, targets):
+    x = self.run_blocks(*self.embed(tokens, masks))
+    return self.head(self.final_norm(x if targets is None else x + 0.1 * self.embedding(targets)), targets)
+def patch(options):
+    train_gpt.GPT.predict = predict
+"""),
+    forgetful=({"test_trains"}, """
+def patch(options):
+    train_gpt.Muon.update = train_gpt.Adam.update = staticmethod(lambda data, gradient, *state: None)
+"""))
+OF_MODEL = (test_loss_at_start, test_counts, test_trains, test_compiles_to_one_graph)
+OF_PROBE = (test_numbers, test_causal, test_documents_do_not_see_each_other, test_rows_do_not_see_each_other, test_every_parameter_learns)
+OF_NAME = (test_docstring_and_options, test_some_layers_only, test_leaves_the_trainer_as_it_was)
+
+def refusing(name: str, compiled: bool) -> set[str]:
+    """Names of the contract's tests that refuse a variant; compiled: with the trial of the compiler, which takes two seconds."""
+    refused = set()
+    for test in (*OF_MODEL, *OF_PROBE, *OF_NAME):
+        if test is test_compiles_to_one_graph and not compiled:
+            continue
+        try:
+            if test in OF_NAME:
+                test(name)
+                continue
+            with variants.applied((name,), TINY):
+                model = check.build(TINY)
+                test(Probe(model) if test in OF_PROBE else model)
+        except AssertionError:
+            refused.add(test.__name__)
+    return refused
+
+@pytest.mark.parametrize("name", GOOD)
+def test_the_contract_accepts(write_file, name):
+    write_file(name, HEAD + GOOD[name])
+    assert refusing(name, compiled=name == "two_tokens_ahead") == set()
+    test_two_compose_or_say_why_not((name, "swiglu_mlp"))
+
+@pytest.mark.parametrize("name", BAD)
+def test_the_contract_refuses(write_file, name):
+    tests, text = BAD[name]
+    write_file(name, HEAD + text)
+    assert refusing(name, compiled=False) == tests
