@@ -508,8 +508,10 @@ def time_steps(arms: list[Config], flops_per_token: float, seconds: float) -> di
     return dict(tokens=rows * T, device=str(ranks.device), ms=times)
 
 
-def examine(config: Config, seconds: float = TIMED_SECONDS) -> dict:
-    """All that is said of config.variant, as facts. faults: what is wrong, notes: what is good to know, one line each."""
+def examine(config: Config, seconds: float) -> dict:
+    """
+    All that is said of config.variant, as facts; steps are timed for so many seconds. faults: what is wrong, notes: what is good to know, one line each.
+    """
     baseline = dataclasses.replace(config, variant=())
     facts = dict(variant=list(config.variant), track=config.track, vocab_size=config.vocab_size, notes=[])
     with quiet():
@@ -658,7 +660,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if given.variant == "all":
             return check_all(given.track, options, given.json)
-        facts = examine(parse_run(given.variant, given.track, options))
+        facts = examine(parse_run(given.variant, given.track, options), TIMED_SECONDS)
     except RunError as error:
         print(f"variants.check: error: {error}", file=sys.stderr)
         return 1
