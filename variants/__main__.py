@@ -29,7 +29,7 @@ def main():
     widths = [max(len(row[column]) for row in rows if len(row) == len(rows[0])) for column in range(len(rows[0]))]
     for row in rows:
         cells = [cell.rjust(width) if column in (2, 3) else cell.ljust(width) for column, (cell, width) in enumerate(zip(row, widths))]
-        print("  ".join(cells).rstrip())
+        train_gpt.say("  ".join(cells).rstrip())
 
 if __name__ == "__main__":
     main()

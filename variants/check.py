@@ -38,7 +38,7 @@ from torch import Tensor
 
 import train_gpt
 import variants
-from train_gpt import GPT, Config, Ranks, RunError
+from train_gpt import GPT, Config, Ranks, RunError, say
 
 ALONE = Ranks(0, 1, torch.device("cpu"), torch.float32)
 EPSILON = torch.finfo(torch.float32).eps
@@ -480,6 +480,8 @@ def time_steps(arms: list[Config], flops_per_token: float, seconds: float) -> di
     """
     arms = [dataclasses.replace(arm, compile="off") for arm in arms]
     ranks, T = Ranks.start(arms[0]), arms[0].sequence_length
+    if arms[0].threads:
+        torch.set_num_threads(arms[0].threads)
     rows = max(1, min(arms[0].batch_tokens, arms[0].micro_batch_tokens) // T)
     if ranks.device.type == "cpu":
         if flops_per_token * T > ROW_FLOPS:
@@ -624,8 +626,9 @@ def percent(value: float, base: float) -> str:
 
 
 def slower(facts: dict) -> str:
-    """How much longer a step takes than the baseline's, as the median over pairs of steps taken in turn."""
-    return percent(statistics.median(own / base for own, base in zip(*facts["step"]["ms"])), 1.0)
+    """How much longer a step takes than the baseline's: the median over pairs of steps taken in turn, and the least and the most of them."""
+    ratios = [own / base for own, base in zip(*facts["step"]["ms"])]
+    return f"{percent(statistics.median(ratios), 1.0)}, {percent(min(ratios), 1.0)} to {percent(max(ratios), 1.0)}"
 
 
 def row_of(facts: dict) -> tuple[str, ...]:
@@ -656,15 +659,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print facts as JSON instead of words")
     given, rest = parser.parse_known_args(argv)
     options = [word for text in rest for word in shlex.split(text)]
-    sys.stdout.reconfigure(errors="replace")
+    sys.stdout.reconfigure(errors="replace")  # a console that lacks a letter shows the others
     try:
         if given.variant == "all":
             return check_all(given.track, options, given.json)
         facts = examine(parse_run(given.variant, given.track, options), TIMED_SECONDS)
     except RunError as error:
-        print(f"variants.check: error: {error}", file=sys.stderr)
+        say(f"variants.check: error: {error}", stream=sys.stderr)
         return 1
-    print(as_json(facts) if given.json else "\n".join(lines_of(facts)))
+    say(as_json(facts) if given.json else "\n".join(lines_of(facts)))
     return int(bool(facts["faults"]))
 
 
@@ -676,7 +679,7 @@ def as_json(facts: dict | list) -> str:
 def check_all(track: str, options: list[str], json_wanted: bool) -> int:
     """Check every variant and print a line for each as soon as it is known, or all facts in one JSON list."""
     names, everything = variants.available(), []
-    show = lambda cells: print(f"{cells[0]:<{max(map(len, names))}}  {cells[1]:>10}  {cells[2]:>8}  {cells[3]:>8}  {cells[4]}", flush=True)
+    show = lambda cells: say(f"{cells[0]:<{max(map(len, names))}}  {cells[1]:>10}  {cells[2]:>8}  {cells[3]:>28}  {cells[4]}")
     if not json_wanted:
         show(("variant", "parameters", "FLOPs", "ms", "verdict"))
     for name in names:
@@ -685,7 +688,7 @@ def check_all(track: str, options: list[str], json_wanted: bool) -> int:
         if not json_wanted:
             show(row_of(everything[-1]))
     if json_wanted:
-        print(as_json(everything))
+        say(as_json(everything))
     return int(any(facts["faults"] for facts in everything))
 
 
