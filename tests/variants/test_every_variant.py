@@ -1,18 +1,26 @@
-"""What every file in variants/ has to satisfy, whoever wrote it: on a tiny model of 4 layers, 32 channels, rows of 32 bytes, float32, CPU."""
+"""
+What every file in variants/ has to satisfy, whoever wrote it: on a tiny model of 4 layers, 32 channels, rows of 32 bytes, float32, CPU. What a variant
+must not see, and that it learns, is asked by variants/check.py; the last tests show that good ideas pass and that each bad one is refused by its test.
+"""
 
-import inspect, math, typing
+import inspect
+import math
+import typing
+from dataclasses import replace
+from functools import cache
 from itertools import combinations
 
 import pytest
 import torch
 
-import train_gpt, variants
+import train_gpt
+import variants
+from variants import check
+from variants.check import Probe, awake, random_rows
 
 NAMES = variants.available()
-T, VOCABULARY, END_OF_TEXT = 32, 257, 256
-TINY = train_gpt.make_config(dict(vocab_size=VOCABULARY, layers=4, model_dim=32, heads=2, head_dim=16, mlp_hidden=64, sequence_length=T,
-                                  batch_tokens=4 * T))
-ALONE = train_gpt.Ranks(0, 1, torch.device("cpu"), torch.float32)
+T = 32
+TINY = train_gpt.make_config(dict(vocab_size=256, layers=4, model_dim=32, heads=2, head_dim=16, mlp_hidden=64, sequence_length=T, batch_tokens=4 * T))
 
 def is_literal(kind) -> bool:
     return typing.get_origin(kind) is typing.Literal
@@ -30,30 +38,19 @@ def specs_of(name: str) -> list[str]:
 SPECS = [spec for name in NAMES for spec in specs_of(name)]
 every_variant, every_spec = pytest.mark.parametrize("spec", NAMES), pytest.mark.parametrize("spec", SPECS)
 
-def build() -> train_gpt.GPT:
-    model = train_gpt.build_model(TINY, ALONE)
-    model.set_windows(0.0)
-    return model
-
-def awake(model: train_gpt.GPT) -> train_gpt.GPT:
-    """With random numbers for the parameters that begin at zero, so that every part has its say."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for p in model.parameters():
-            if not p.any():
-                p.normal_(std=0.1, generator=generator)
-    return model
-
-def random_rows(rows: int, seed: int = 0) -> torch.Tensor:
-    """(rows, T + 1) tokens, three documents in each row: from 0, 11 and 22 on."""
-    tokens = torch.randint(END_OF_TEXT, (rows, T + 1), generator=torch.Generator().manual_seed(seed))
-    tokens[:, [0, 11, 22]] = END_OF_TEXT
-    return tokens
-
 @pytest.fixture
 def model(spec):
     with variants.applied((spec,), TINY):
-        yield build()
+        yield check.build(TINY)
+
+@cache
+def probe_of(spec) -> Probe:
+    return Probe(check.build(TINY))
+
+@pytest.fixture
+def probe(spec):
+    with variants.applied((spec,), TINY):
+        yield probe_of(spec)
 
 @every_variant
 def test_docstring_and_options(spec):
@@ -67,92 +64,71 @@ def test_docstring_and_options(spec):
 
 @every_spec
 def test_loss_at_start(model):
-    rows = random_rows(4)
-    assert model(rows[:, :-1], rows[:, 1:]).item() == pytest.approx(math.log(VOCABULARY), rel=0.02)
+    assert check.start_faults(model) == []
 
 @every_spec
-def test_causal(model):
-    tokens = random_rows(2)[:, :-1]
-    with torch.no_grad():
-        before = awake(model)(tokens)
-        for position in (5, 16, T - 1):
-            changed = tokens.clone()
-            changed[:, position] = (changed[:, position] + 1) % END_OF_TEXT
-            difference = (model(changed) - before).abs().amax((0, 2))
-            assert difference[:position].max() < 1e-5 and difference[position] > 1e-5
+def test_numbers(probe):
+    assert check.number_faults(probe) == []
 
 @every_spec
-def test_documents_do_not_see_each_other(model):
-    tokens = random_rows(2)[:, :-1]
-    other = tokens.clone()
-    other[:, 12:22] = (other[:, 12:22] + 1) % END_OF_TEXT
-    with torch.no_grad():
-        difference = (awake(model)(tokens) - model(other)).abs().amax((0, 2))
-    assert difference[:12].max() < 1e-5 and difference[22:].max() < 1e-5 and difference[12:22].min() > 1e-5
+def test_causal(probe):
+    assert check.causality_faults(probe) == []
 
 @every_spec
-def test_every_parameter_learns(model):
-    rows = random_rows(4)
-    awake(model)(rows[:, :-1], rows[:, 1:]).backward()
-    wrong = {name: p.grad for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()}
-    assert not wrong
+def test_documents_do_not_see_each_other(probe):
+    assert check.document_faults(probe) == []
+
+@every_spec
+def test_rows_do_not_see_each_other(probe):
+    assert check.row_faults(probe) == []
+
+@every_spec
+def test_every_parameter_learns(probe):
+    assert check.gradient_faults(probe) == []
 
 @every_spec
 def test_counts(model):
     assert sum(p.numel() for p in model.parameters()) > 0 and all(p.dtype == torch.float32 for p in model.parameters())
-    assert 0 < train_gpt.flops_per_token(TINY) < math.inf  # builds the model on the meta device
+    assert 0 < train_gpt.flops_per_token(replace(TINY, layers=3)) < math.inf  # builds the model on the meta device
 
 @every_spec
 def test_trains(model):
-    optimizers, rows = train_gpt.build_optimizers(model, TINY, ALONE), random_rows(4)
-    losses = []
-    for step in range(21):
-        losses.append(model(rows[:, :-1], rows[:, 1:]))
-        losses[-1].backward()
-        for optimizer in optimizers:
-            optimizer.step(1.0, step / 21)
-    assert losses[-1].item() < 0.9 * losses[0].item()
+    assert check.learning_faults(check.train(model)) == []
 
 @every_variant
 def test_compiles_to_one_graph(model):
-    torch._dynamo.reset()
-    rows = random_rows(2)
-    expected = awake(model)(rows[:, :-1], rows[:, 1:]).item()
-    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
-    loss = compiled(rows[:, :-1], rows[:, 1:])
-    loss.backward()
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert check.compile_fault(awake(model)) is None
 
 @every_variant
 def test_some_layers_only(spec):
     shapes_of = lambda model: {name: p.shape for name, p in model.named_parameters()}
     kept = lambda shapes: {name: shape for name, shape in shapes.items() if not name.startswith("blocks.1.")}
-    baseline = shapes_of(build())
+    baseline = shapes_of(check.build(TINY))
     with variants.applied((spec,), TINY) as changed:
-        whole = shapes_of(build())
+        whole = shapes_of(check.build(TINY))
     per_layer = [name for name in changed[spec] if variants.is_per_layer(getattr(train_gpt, name, None))]
     if per_layer != changed[spec]:
         with pytest.raises(train_gpt.RunError, match="no layers= here"):
             variants.apply((f"{spec}:layers=1",), TINY)
         return
     with variants.applied((f"{spec}:layers=1",), TINY):
-        shapes = shapes_of(build())
-        rows = random_rows(2)
-        assert awake(build())(rows[:, :-1], rows[:, 1:]).isfinite()
+        shapes = shapes_of(check.build(TINY))
+        rows = random_rows(TINY, 2)
+        assert awake(check.build(TINY))(rows[:, :-1], rows[:, 1:]).isfinite()
     assert kept(shapes) == kept(baseline)
     assert shapes.items() - kept(shapes).items() == whole.items() - kept(whole).items()
 
 @every_variant
 def test_leaves_the_trainer_as_it_was(spec):
-    rows, before = random_rows(2), dict(vars(train_gpt))
-    baseline = awake(build())
+    rows, before = random_rows(TINY, 2), dict(vars(train_gpt))
+    baseline = awake(check.build(TINY))
     expected = baseline(rows[:, :-1], rows[:, 1:])
     with variants.applied((spec,), TINY) as changed:
         assert changed[spec]
-        awake(build())(rows[:, :-1], rows[:, 1:]).backward()
+        awake(check.build(TINY))(rows[:, :-1], rows[:, 1:]).backward()
     after = {name: value for name, value in vars(train_gpt).items() if not name.startswith("__")}
     assert all(before[name] is value for name, value in after.items())
-    again = awake(build())
+    again = awake(check.build(TINY))
     assert list(again.state_dict()) == list(baseline.state_dict())
     assert all(map(torch.equal, again.state_dict().values(), baseline.state_dict().values()))
     assert torch.equal(again(rows[:, :-1], rows[:, 1:]), expected)
@@ -161,9 +137,149 @@ def test_leaves_the_trainer_as_it_was(spec):
 def test_two_compose_or_say_why_not(pair):
     try:
         with variants.applied(pair, TINY):
-            rows = random_rows(2)
-            loss = awake(build())(rows[:, :-1], rows[:, 1:])
+            rows = random_rows(TINY, 2)
+            loss = awake(check.build(TINY))(rows[:, :-1], rows[:, 1:])
             loss.backward()
             assert loss.isfinite()
     except train_gpt.RunError as error:
         assert all(name in str(error) for name in pair) and "\n" not in str(error)
+
+# Ideas written for the tests of the contract. GOOD are accepted by all of it, each of BAD is refused by the tests that are named, and by no other.
+
+HEAD = '''"""An idea.
+
+Source: somebody, 2020
+Status: not yet measured
+"""
+from dataclasses import dataclass
+import torch
+import torch.nn.functional as F
+from torch import nn
+import train_gpt
+@dataclass
+class Options:
+    pass
+'''
+GOOD = dict(
+    dropout_mlp="""
+class DropoutMLP(train_gpt.MLP):
+    def forward(self, x):
+        return self.proj(F.dropout(F.relu(self.fc(x)).square(), 0.2, self.training))
+def patch(options):
+    train_gpt.MLP = DropoutMLP
+""",
+    two_tokens_ahead="""
+class TwoTokensAhead(train_gpt.GPT):
+    def __init__(self, config):
+        super().__init__(config)
+        self.second_norm = train_gpt.Norm(config, config.model_dim)
+        self.second = train_gpt.Linear(config, None, "gate", config.model_dim, config.model_dim)
+    def predict(self, tokens, masks, targets):
+        x = self.run_blocks(*self.embed(tokens, masks))
+        loss = self.head(self.final_norm(x), targets)
+        if targets is None or not self.training:
+            return loss
+        return loss + 0.3 * self.head(self.second_norm(x + self.second(x))[:, :-1], targets[:, 1:])
+def patch(options):
+    train_gpt.GPT = TwoTokensAhead
+""",
+    hardest_half="""
+class HardestHalf(train_gpt.LanguageModelHead):
+    def forward(self, x, targets=None):
+        if targets is None or not self.training:
+            return super().forward(x, targets)
+        losses = F.cross_entropy(super().forward(x).flatten(0, 1), targets.flatten().long(), reduction="none")
+        return losses.topk(len(losses) // 2).values.mean()
+def patch(options):
+    train_gpt.LanguageModelHead = HardestHalf
+""")
+BAD = dict(
+    looks_ahead=({"test_causal"}, """
+def forward(self, x):
+    y = self.proj(train_gpt.ReLUSquared.apply(self.fc(x)))
+    return y + 0.05 * F.pad(y[:, 1:], (0, 0, 0, 1))
+def patch(options):
+    train_gpt.MLP.forward = forward
+"""),
+    looks_ahead_in_training=({"test_causal"}, """
+def predict(self, tokens, masks, targets):
+    x = self.run_blocks(*self.embed(tokens, masks))
+    if self.training and targets is not None:
+        x = x + 0.1 * F.pad(x[:, 1:], (0, 0, 0, 1))
+    return self.head(self.final_norm(x), targets)
+def patch(options):
+    train_gpt.GPT.predict = predict
+"""),
+    ignores_borders=({"test_documents_do_not_see_each_other"}, """
+def attend(q, k, v, ctx, scale):
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+def patch(options):
+    train_gpt.attend = attend
+"""),
+    mixes_rows=({"test_rows_do_not_see_each_other", "test_documents_do_not_see_each_other"}, """
+class BatchCentred(train_gpt.MLP):
+    def forward(self, x):
+        y = super().forward(x)
+        return y - y.mean(0, keepdim=True) if self.training else y
+def patch(options):
+    train_gpt.MLP = BatchCentred
+"""),
+    unused_parameter=({"test_every_parameter_learns"}, """
+class Unused(train_gpt.MLP):
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.unused = nn.Parameter(torch.ones(3))
+def patch(options):
+    train_gpt.MLP = Unused
+"""),
+    wrong_loss=({"test_loss_at_start", "test_numbers"}, """
+class Less(train_gpt.LanguageModelHead):
+    def forward(self, x, targets=None):
+        return super().forward(x, targets) * (1.0 if targets is None or self.training else 0.9)
+def patch(options):
+    train_gpt.LanguageModelHead = Less
+"""),
+    told_the_answer=({"test_numbers"}, """
+def predict(self, tokens, masks, targets):
+    x = self.run_blocks(*self.embed(tokens, masks))
+    return self.head(self.final_norm(x if targets is None else x + 0.1 * self.embedding(targets)), targets)
+def patch(options):
+    train_gpt.GPT.predict = predict
+"""),
+    forgetful=({"test_trains"}, """
+def patch(options):
+    train_gpt.Muon.update = train_gpt.Adam.update = staticmethod(lambda data, gradient, *state: None)
+"""))
+OF_MODEL = (test_loss_at_start, test_counts, test_trains, test_compiles_to_one_graph)
+OF_PROBE = (test_numbers, test_causal, test_documents_do_not_see_each_other, test_rows_do_not_see_each_other, test_every_parameter_learns)
+OF_NAME = (test_docstring_and_options, test_some_layers_only, test_leaves_the_trainer_as_it_was)
+
+def refusing(name: str, compiled: bool) -> set[str]:
+    """Names of the contract's tests that refuse a variant; compiled: with the trial of the compiler, which takes two seconds."""
+    refused = set()
+    for test in (*OF_MODEL, *OF_PROBE, *OF_NAME):
+        if test is test_compiles_to_one_graph and not compiled:
+            continue
+        try:
+            if test in OF_NAME:
+                test(name)
+                continue
+            with variants.applied((name,), TINY):
+                model = check.build(TINY)
+                test(Probe(model) if test in OF_PROBE else model)
+        except AssertionError:
+            refused.add(test.__name__)
+    return refused
+
+@pytest.mark.parametrize("name", GOOD)
+def test_the_contract_accepts(write_file, name):
+    write_file(name, HEAD + GOOD[name])
+    assert refusing(name, compiled=name == "two_tokens_ahead") == set()
+    test_two_compose_or_say_why_not((name, "swiglu_mlp"))
+
+@pytest.mark.parametrize("name", BAD)
+def test_the_contract_refuses(write_file, name):
+    tests, text = BAD[name]
+    write_file(name, HEAD + text)
+    assert refusing(name, compiled=False) == tests

@@ -1,6 +1,6 @@
 """The loader: what it reads, what it changes and takes back, and the one line of every error."""
 
-import importlib, os, re, subprocess, sys
+import os, re, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -27,22 +27,14 @@ class Options:
 '''
 
 @pytest.fixture
-def write(tmp_path, monkeypatch):
-    """write(name, patch) makes a variant of that name in a folder of its own beside the real ones; patch: lines of the function patch."""
-    monkeypatch.setattr(variants, "__path__", [*variants.__path__, str(tmp_path)])
-    written = []
-    def write(name, patch, head=HEAD):
-        (tmp_path / f"{name}.py").write_text(head + f"def patch(options):\n    {patch}\n")
-        importlib.invalidate_caches()
-        written.append(name)
-    yield write
-    for name in written:
-        sys.modules.pop(f"variants.{name}", None)
-        vars(variants).pop(name, None)
+def write(write_file):
+    """write(name, patch) makes a variant of that name; patch: lines of its function patch."""
+    return lambda name, patch, head=HEAD: write_file(name, head + f"def patch(options):\n    {patch}\n")
 
 def state() -> dict:
     own = {name: value for name, value in vars(train_gpt).items() if not name.startswith("__")}
-    return own | {("GPT", name): value for name, value in vars(train_gpt.GPT).items()}
+    classes = [train_gpt.GPT, train_gpt.Trainer, train_gpt.TokenLoader]
+    return own | {(owner.__name__, name): value for owner in classes for name, value in vars(owner).items()}
 
 def error_of(*specs: str) -> str:
     """The message of the error of apply(), which must be one line and leave the trainer alone."""
@@ -101,13 +93,13 @@ def test_option_faults():
     assert error_of("swiglu_mlp:hidden") == "variant swiglu_mlp: 'hidden' is no option; write swiglu_mlp:key=value,key=value"
     assert error_of("swiglu_mlp:=3") == "variant swiglu_mlp: '=3' is no option; write swiglu_mlp:key=value,key=value"
 
-@pytest.mark.parametrize("name", ["nope", "", "__main__", "swiglu_mlp.Options", "../train_gpt", "os"])
+@pytest.mark.parametrize("name", ["nope", "", "__main__", "check", "swiglu_mlp.Options", "../train_gpt", "os"])
 def test_unknown_variant(name):
     assert error_of(name) == f"unknown variant {name!r}; there are {', '.join(variants.available())}"
 
 def test_available_is_the_folder(write):
     write("zz_new", "pass")
-    files = {file.stem for file in (ROOT / "variants").glob("*.py")} - {"__init__", "__main__"}
+    files = {file.stem for file in (ROOT / "variants").glob("*.py")} - {"__init__", "__main__", "check"}
     assert variants.available() == sorted(files) + ["zz_new"]
 
 def test_faults_of_the_file(write):
@@ -138,6 +130,93 @@ def test_faults_of_the_patch(write):
     check = "    def __post_init__(self):\n        if self.width > 9:\n            raise ValueError(f'width={self.width} is too wide')\n"
     write("strict", "train_gpt.MLP = None", head=HEAD + check)
     assert error_of("strict:width=10") == "variant strict: width=10 is too wide"
+
+@pytest.mark.parametrize("patch, names", [
+    ("train_gpt.Trainer.validate = lambda self, batches: 0.1", "Trainer.validate"),
+    ("train_gpt.TokenLoader = None", "TokenLoader"),
+    ("train_gpt.measured_peak = lambda ranks: 1.0", "measured_peak"),
+    ("train_gpt.MLP = train_gpt.Norm = None; train_gpt.GATE_CHANNELS = 4; train_gpt.validation_batches = None", "GATE_CHANNELS, validation_batches"),
+    ("train_gpt.Config.val_tokens = 1", "Config.val_tokens"),
+    ("train_gpt.Trainer.__init__ = None", "Trainer.__init__"),
+    ("train_gpt.TokenLoader.__repr__ = lambda self: 'mine'", "TokenLoader.__repr__"),
+    ("train_gpt.TRACKS['cpu']['lr_matrix'] = 1.0", "TRACKS"),
+    ("train_gpt.RESUME_FIELDS.add('seed')", "RESUME_FIELDS"),
+    ("train_gpt.Trainer.train_step.__code__ = (lambda self, rows, progress: 0).__code__", "Trainer.train_step"),
+    ("del train_gpt.TokenLoader", "TokenLoader"),
+    ("train_gpt.SEAMS = ('Trainer',)", "SEAMS"),
+])
+def test_the_referee_is_no_seam(write, patch, names):
+    write("cheat", patch)
+    tracks, code = str(train_gpt.TRACKS), train_gpt.Trainer.train_step.__code__
+    assert error_of("cheat") == (f"variant cheat: its patch changes {names}, which all arms of a comparison must share; a variant may assign "
+                                 f"{', '.join(train_gpt.SEAMS)}, and methods of these classes")
+    assert (str(train_gpt.TRACKS), train_gpt.Trainer.train_step.__code__) == (tracks, code)
+
+def test_changes_that_are_no_assignment(write):
+    write("deleting", "del train_gpt.GPT.embed")
+    assert error_of("deleting") == "variant deleting: its patch deletes GPT.embed or alters it in place; assign a replacement instead"
+    write("altering", "train_gpt.rotate.__code__ = (lambda x, rotary: x).__code__")
+    code = train_gpt.rotate.__code__
+    assert error_of("altering") == "variant altering: its patch deletes rotate or alters it in place; assign a replacement instead"
+    assert train_gpt.rotate.__code__ is code
+
+def test_import_changes_nothing(write):
+    write("eager", "train_gpt.MLP = None", head=HEAD + "train_gpt.GPT.embed = None\ntrain_gpt.Trainer.validate = None\n")
+    for _ in range(2):  # the second import is not silent
+        assert error_of("eager") == "variant eager: importing it changes GPT.embed, Trainer.validate; assign in its patch(options) instead"
+    write("leaving", "train_gpt.MLP = None", head=HEAD + "raise SystemExit(3)\n")
+    assert error_of("leaving") == f"variant leaving: SystemExit: 3 (leaving.py, line {HEAD.count(chr(10)) + 1})"
+
+def test_an_inherited_method(write):
+    original = train_gpt.GPT.train
+    write("averaged", "train_gpt.GPT.train = lambda self, mode=True: setattr(self, 'asked', mode) or original(self, mode)",
+          head=HEAD + "original = train_gpt.GPT.train\n")
+    with variants.applied(("averaged",), CONFIG) as changed:
+        assert changed == {"averaged": ["GPT.train"]}
+        model = train_gpt.GPT(CONFIG).eval()
+        assert model.asked is False and not model.blocks[0].training
+    assert "train" not in vars(train_gpt.GPT) and train_gpt.GPT.train is original
+    write("calling", "train_gpt.GPT.__call__ = lambda self, *arguments: None")
+    with variants.applied(("calling", "averaged"), CONFIG) as changed:
+        assert changed["calling"] == ["GPT.__call__"] and train_gpt.GPT(CONFIG)(0) is None
+    assert not {"train", "__call__"} & set(vars(train_gpt.GPT))
+    assert error_of("averaged", "averaged") == "variants averaged and averaged both change GPT.train; leave one out"
+    assert error_of("averaged:layers=1").startswith("variant averaged: no layers= here: it changes GPT.train")
+
+def test_blame(write):
+    forward = "    def forward(self, x):\n        return super().forward(x[..., :3])\n"
+    write("narrow", "train_gpt.MLP = Narrow", head=HEAD + f"class Narrow(train_gpt.MLP):\n{forward}")
+    line, tokens = HEAD.count("\n") + 3, torch.zeros(1, 8, dtype=torch.int64)
+
+    def error_in_forward(compiled: bool) -> str:
+        with variants.applied(("narrow",), CONFIG), pytest.raises(Exception) as caught:
+            model = train_gpt.build_model(CONFIG, train_gpt.Ranks(0, 1, torch.device("cpu"), torch.float32))
+            if compiled:
+                model.predict = torch.compile(model.predict, backend="eager", fullgraph=True)
+            model(tokens)
+        return variants.blame(caught.value)
+
+    message = error_in_forward(False)
+    assert message == f"variant narrow: RuntimeError: mat1 and mat2 shapes cannot be multiplied (8x3 and 32x96) (narrow.py, line {line})"
+    torch._dynamo.reset()
+    message = error_in_forward(True)
+    assert message.startswith("variant narrow: TorchRuntimeError: ") and message.endswith(f"(narrow.py, line {line})") and "\n" not in message
+    torch._dynamo.reset()
+
+def test_no_blame():
+    with pytest.raises(RuntimeError) as caught:  # passes through the loader, but through no variant
+        with variants.applied(("swiglu_mlp",), CONFIG):
+            raise RuntimeError("a fault of somebody else")
+    assert variants.blame(caught.value) is None
+
+def test_blame_of_the_cause(write):
+    write("wrapped", "train_gpt.MLP = None", head=HEAD + "def fail():\n    return {}['key']\n")
+    with pytest.raises(RuntimeError) as caught:
+        try:
+            variants.load("wrapped").fail()
+        except KeyError as error:
+            raise RuntimeError("while training") from error
+    assert variants.blame(caught.value) == f"variant wrapped: RuntimeError: while training (wrapped.py, line {HEAD.count(chr(10)) + 2})"
 
 def test_apply_and_undo(write):
     write("block_order", "train_gpt.GPT.run_blocks = lambda self, x, contexts: x")

@@ -1,0 +1,697 @@
+"""
+Says in words, in seconds, whether a variant is sound: that no position sees a later one, another document or another row, and that it learns.
+
+    python -m variants.check swiglu_mlp
+    python -m variants.check "my_idea:width=8" "--layers 8 --rope none" --track small     options of train_gpt.py behind the name
+    python -m variants.check all                                                           every variant, one line each
+    python -m variants.check my_idea --json
+
+It also says what the variant replaces and what it costs beside the baseline: parameters, FLOPs a token, milliseconds a step.
+
+- What is tried is the run's own model, with its layers, heads, windows and options, only narrower, with shorter rows and fewer token ids. Where a part
+  does not work at that size, the run's own width is taken.
+- Parameters that begin at zero are filled with random numbers, so that every part has its say.
+- A model is asked twice, with one thing changed that it must not see. Equal questions begin with equal seeds and equal buffers, so dropout and the like
+  give equal answers. An answer counts as changed from ROUNDING times float32's epsilon times the root mean square of the logits on, plus ten times what
+  the same question asked twice differs by: 1e-4, where rounding makes 1e-6 and a real leak 1e-2 and more.
+- Everything is asked in evaluation and in training, of the logits; in training of the loss as well, because a part may act only when it gets targets.
+- Exit code 0: sound, 1: faults, one line each; notes are no faults.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import json
+import math
+import shlex
+import statistics
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import train_gpt
+import variants
+from train_gpt import GPT, Config, Ranks, RunError, say
+
+ALONE = Ranks(0, 1, torch.device("cpu"), torch.float32)
+EPSILON = torch.finfo(torch.float32).eps
+ROUNDING = 1000        # times EPSILON and the logits' size: what rounding may change an answer by
+LOSS_ROUNDING = 32     # times EPSILON and the loss: the same for a loss, which is one number
+BORDER_REACH = 8       # tokens: a head that predicts several tokens ahead trains across a document's border by so many
+ROW_LENGTH = 128       # tokens of a tiny row, at most
+HEAD_DIM = 16          # of a tiny model, at most
+LAYERS = 16            # of a tiny model, at most, unless the variant names a later layer
+COMPILED_LAYERS = 4    # the same for the trial of the compiler, which takes a second a layer
+LEARNING_STEPS = 20
+TIMED_FLOPS = 3e10     # of one timed step on a CPU, about half a second on two cores: a step has as many whole rows as fit
+ROW_FLOPS = 1e11       # a row that takes more is not timed on a CPU
+TIMED_SECONDS = 6.0    # how long steps are timed; every arm has one at least
+
+# ---- Tiny models and texts --------------------------------------------------------------------------------------------------------------------------
+
+
+def tiny_configs(config: Config) -> list[Config]:
+    """
+    A run's configuration shrunk to be tried, on the CPU in float32: narrow and not too deep with 256 token ids; with the run's own layers; with its own
+    width; with its own token ids. The later ones are for parts that do not work in the smaller.
+    """
+    length = min(config.sequence_length, ROW_LENGTH)
+    head_dim = min(config.head_dim, HEAD_DIM)
+    shrink = lambda size: max(4, round(size * head_dim / config.head_dim))
+    windows = lambda sizes: tuple(size and max(2, round(size * length / config.sequence_length)) for size in sizes)
+
+    whole = dataclasses.replace(
+        config, sequence_length=length, batch_tokens=4 * length, micro_batch_tokens=4 * length, steps=LEARNING_STEPS, time_budget=0.0,
+        window_short=windows(config.window_short), window_long=windows(config.window_long), vocab_size=config.padded_vocabulary, document_token=-1,
+        device="cpu", dtype="float32", compile="off", resume="", init_from="", save=False)
+    few_ids = dataclasses.replace(whole, vocab_size=256, bigram_rows=min(config.bigram_rows, 512))
+    narrow = dataclasses.replace(few_ids, head_dim=head_dim, model_dim=shrink(config.model_dim), mlp_hidden=shrink(config.mlp_hidden))
+    shallow = dataclasses.replace(narrow, layers=min(config.layers, LAYERS))
+    return [shallow, narrow, few_ids, whole]
+
+
+def build(config: Config) -> GPT:
+    """The model with its initial tensors, on the CPU, with the windows of the beginning of a run."""
+    model = train_gpt.build_model(config, ALONE)
+    model.set_windows(0.0)
+    return model
+
+
+def awake(model: GPT) -> GPT:
+    """The model with random numbers for the parameters that begin at zero, so that every part has its say."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            if not p.any():
+                p.normal_(std=0.1, generator=generator)
+    return model
+
+
+def random_rows(config: Config, rows: int, seed: int = 0) -> Tensor:
+    """(rows, T + 1) random tokens: every row begins a document, as do its thirds, but for the last row, which is the middle of a document."""
+    shape, generator = (rows, config.sequence_length + 1), torch.Generator().manual_seed(seed)
+    tokens = torch.randint(config.end_of_text, shape, generator=generator)  # the end of text is the last id
+    tokens[:-1, borders(config)] = config.end_of_text
+    return tokens
+
+
+def borders(config: Config) -> list[int]:
+    """Where the three documents of a random row begin."""
+    third = (config.sequence_length + 1) // 3
+    return [0, third, 2 * third]
+
+
+class Probe:
+    """
+    An awake model and three rows of text, to be asked what a prediction depends on. Every question begins with the same seed and the same buffers, so
+    that equal questions get equal answers. training: as in a training step, else as in validation.
+    """
+
+    def __init__(self, model: GPT):
+        self.model = awake(model)
+        self.config = model.config
+        self.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        rows = random_rows(self.config, 3)
+        self.tokens, self.targets = rows[:, :-1], rows[:, 1:]                     # (3, T) each
+        self.other_targets = random_rows(self.config, 3, seed=1)[:, 1:]           # (3, T), what the targets are changed to
+        # every token is another one, and documents begin elsewhere
+        other = random_rows(self.config, 3, seed=2)[:, :-1].roll(self.config.sequence_length // 5, 1)
+        self.other = torch.where(other == self.tokens, (other + 1) % self.config.end_of_text, other)
+
+    def begin(self, training: bool):
+        torch.manual_seed(1)
+        for name, buffer in self.model.named_buffers():
+            if name in self.buffers and self.buffers[name].shape == buffer.shape:
+                buffer.copy_(self.buffers[name])
+        self.model.train(training)
+        self.model.set_windows(0.0 if training else 1.0)
+
+    def logits(self, tokens: Tensor, training: bool = False) -> Tensor:
+        """(B, T, vocabulary) for tokens (B, T)."""
+        self.begin(training)
+        with torch.set_grad_enabled(training):
+            return self.model(tokens).detach()
+
+    def loss(self, tokens: Tensor, targets: Tensor, training: bool = True) -> float:
+        self.begin(training)
+        with torch.set_grad_enabled(training):
+            return self.model(tokens, targets).item()
+
+    @cached_property
+    def answers(self) -> dict[bool, tuple[Tensor, float]]:
+        """training -> (logits of the text, how far two of equal questions may be apart)."""
+        return {training: self.answer(training) for training in (False, True)}
+
+    def answer(self, training: bool) -> tuple[Tensor, float]:
+        logits = self.logits(self.tokens, training)
+        noise = (self.logits(self.tokens, training) - logits).abs().max().item()
+        return logits, ROUNDING * EPSILON * logits.square().mean().sqrt().item() + 10 * noise
+
+    def is_steady(self, training: bool) -> bool:
+        """Whether logits are numbers, and equal questions get equal answers but for rounding."""
+        logits, tolerance = self.answers[training]
+        return bool(logits.isfinite().all()) and tolerance <= 2 * ROUNDING * EPSILON * logits.square().mean().sqrt().item()
+
+    def changed(self, tokens: Tensor, training: bool) -> Tensor:
+        """(3, T) bool: which predictions differ from those of the text, for tokens (3, T)."""
+        logits, tolerance = self.answers[training]
+        return (self.logits(tokens, training) - logits).abs().amax(-1) > tolerance
+
+    @cached_property
+    def training_loss(self) -> float:
+        return self.loss(self.tokens, self.targets)
+
+    @cached_property
+    def loss_tolerance(self) -> float:
+        """How far sums and differences of a few training losses may be from zero by rounding; infinite where the loss cannot be asked by targets."""
+        loss = self.training_loss
+        noise = abs(self.loss(self.tokens, self.targets) - loss)
+        tolerance = LOSS_ROUNDING * EPSILON * abs(loss) + 10 * noise
+
+        # a loss that is no sum over tokens, as one of the hardest half of them, couples targets by itself: the unlikeliest ones show it best
+        unlikely = self.answers[True][0].argmin(-1)
+        in_first, in_others = self.targets.clone(), unlikely.clone()
+        in_first[0], in_others[0] = unlikely[0], self.targets[0]
+        apart = self.loss(self.tokens, in_first) + self.loss(self.tokens, in_others)
+        coupling = loss + self.loss(self.tokens, unlikely) - apart
+        return tolerance if abs(coupling) <= tolerance else math.inf
+
+    def loss_depends(self, tokens: Tensor, where: Tensor) -> bool:
+        """
+        Whether in training the prediction of the targets at `where` (3, T) depends on what `tokens` changes in the text. With L(x, y) for the loss of
+        tokens x and targets y it asks for L(x, y) - L(x, y') - L(x', y) + L(x', y'): zero unless the log-probabilities of y or y' at `where` change.
+        """
+        targets = torch.where(where, self.other_targets, self.targets)
+        before = self.training_loss - self.loss(self.tokens, targets)
+        after = self.loss(tokens, self.targets) - self.loss(tokens, targets)
+        return abs(after - before) > self.loss_tolerance
+
+
+# ---- What must hold ---------------------------------------------------------------------------------------------------------------------------------
+# Each function returns its faults, one line each: [] for a sound variant.
+
+
+def number_faults(probe: Probe) -> list[str]:
+    """Logits and losses that are no numbers; a validation that says something else the second time; a loss that is not the logits' cross-entropy."""
+    faults = []
+    for training, (logits, _) in probe.answers.items():
+        if not logits.isfinite().all():
+            faults.append(f"NaN or infinite logits{mode(training)}")
+        loss = probe.loss(probe.tokens, probe.targets, training)
+        if not math.isfinite(loss):
+            faults.append(f"the loss is {loss}{mode(training)}")
+    if faults:
+        return faults
+
+    logits, tolerance = probe.answers[False]
+    if not probe.is_steady(False):
+        return ["RANDOM in evaluation: the same text and the same seed give other logits the second time"]
+    expected = F.cross_entropy(logits.flatten(0, 1), probe.targets.flatten()).item()
+    loss = probe.loss(probe.tokens, probe.targets, False)
+    if abs(loss - expected) > tolerance + ROUNDING * EPSILON * expected:
+        return [f"WRONG VALIDATION LOSS: with targets the model says {loss:.4f}, the cross-entropy of its own logits is {expected:.4f}"]
+    return []
+
+
+def causality_faults(probe: Probe) -> list[str]:
+    """Predictions that change when later tokens do."""
+    T = probe.config.sequence_length
+    for training in (False, True):
+        for position in sorted({7, T // 2 + 1, T - 1} & set(range(1, T))):
+            tokens = torch.cat((probe.tokens[:, :position], probe.other[:, position:]), 1)
+            changed = probe.changed(tokens, training)
+            if changed[:, :position].any():
+                return [looks_ahead(probe, position, changed, training)]
+            if not training and not changed[:, position].any():
+                return [f"BLIND: other tokens from {position} on change no prediction at {position}; is the input used?"]
+
+    position = T // 2 + 1
+    where = torch.zeros_like(probe.tokens, dtype=torch.bool)
+    where[:, :position] = True
+    if probe.loss_depends(torch.cat((probe.tokens[:, :position], probe.other[:, position:]), 1), where):
+        return [f"LOOKS AHEAD in the training loss: changing the tokens from {position} on changes how targets before {position} are predicted"]
+    return []
+
+
+def looks_ahead(probe: Probe, position: int, changed: Tensor, training: bool) -> str:
+    """The line for predictions before `position` that changed with the tokens from there on: names one token, if one alone does it."""
+    for later in range(position, probe.config.sequence_length):
+        tokens = probe.tokens.clone()
+        tokens[:, later] = probe.other[:, later]
+        alone = probe.changed(tokens, training)[:, :later].any(0)
+        if alone.any():
+            return f"LOOKS AHEAD: changing token {later} changes the prediction at token {first(alone)}{mode(training)}"
+    earlier = first(changed[:, :position].any(0))
+    return f"LOOKS AHEAD: changing the tokens from {position} on changes the prediction at token {earlier}{mode(training)}"
+
+
+def document_faults(probe: Probe) -> list[str]:
+    """Predictions that change when another document of the row does."""
+    if not probe.config.document_mask:
+        return []
+    _, begin, end = borders(probe.config)
+    ordinary = torch.where(probe.other == probe.config.end_of_text, 0, probe.other)
+    tokens = probe.tokens.clone()
+    tokens[:-1, begin + 1:end] = ordinary[:-1, begin + 1:end]  # the last row is one document
+    document = f"changing the document of tokens {begin}-{end - 1} changes"
+    for training in (False, True):
+        after = probe.changed(tokens, training)[:-1, end:].any(0)
+        if after.any():
+            return [f"SEES ANOTHER DOCUMENT: {document} the prediction at token {end + first(after)}{mode(training)}"]
+
+    where = torch.zeros_like(probe.tokens, dtype=torch.bool)
+    where[:-1, end + BORDER_REACH:] = True
+    if probe.loss_depends(tokens, where):
+        return [f"SEES ANOTHER DOCUMENT in the training loss: {document} how targets after it are predicted"]
+    return []
+
+
+def row_faults(probe: Probe) -> list[str]:
+    """Predictions that change when another row of the batch does."""
+    tokens = probe.other.clone()
+    tokens[1] = probe.tokens[1]
+    for training in (False, True):
+        changed = probe.changed(tokens, training)[1]
+        if changed.any():
+            return [f"SEES ANOTHER ROW: changing the other rows of the batch changes the prediction at token {first(changed)}{mode(training)}"]
+
+    where = torch.zeros_like(probe.tokens, dtype=torch.bool)
+    where[1] = True
+    if probe.loss_depends(tokens, where):
+        return ["SEES ANOTHER ROW in the training loss: changing the other rows of the batch changes how a row's targets are predicted"]
+    return []
+
+
+def gradient_faults(probe: Probe) -> list[str]:
+    """Parameters that three texts give no gradient, and gradients that are no numbers. Frozen parameters are not looked at."""
+    parameters = {name: p for name, p in probe.model.named_parameters() if p.requires_grad}
+    probe.model.zero_grad()
+    for seed in range(3):
+        probe.begin(training=True)
+        rows = random_rows(probe.config, 3, seed)
+        probe.model(rows[:, :-1], rows[:, 1:]).backward()
+        dead = [name for name, p in parameters.items() if p.grad is None or not p.grad.any()]
+        if not dead:
+            break
+    wrong = [name for name, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
+    return ([f"NaN or infinite gradients: {some(wrong)}"] if wrong else []) + ([f"no gradient: {some(dead)}"] if dead else [])
+
+
+def start_faults(model: GPT) -> list[str]:
+    """A validation loss at the start, of a model that is not awake, that is not within 2 % of guessing."""
+    loss, expected = start_loss(model), math.log(model.config.vocab_size)
+    return [] if abs(loss / expected - 1) <= 0.02 else [f"the loss at the start is {loss:.3f}, guessing gives ln {model.config.vocab_size} = {expected:.3f}"]
+
+
+@torch.no_grad()
+def start_loss(model: GPT) -> float:
+    """The validation loss of one random text."""
+    rows = random_rows(model.config, 4)
+    return model.eval()(rows[:, :-1], rows[:, 1:]).item()
+
+
+def train(model: GPT, steps: int = LEARNING_STEPS) -> dict[int, float]:
+    """Train a new model on one random text at full learning rate. Returns steps taken -> the text's validation loss then, every tenth and the last."""
+    optimizers, rows, losses = train_gpt.build_optimizers(model, model.config, ALONE), random_rows(model.config, 4), {}
+    torch.manual_seed(1)
+    for step in range(steps):
+        if step % 10 == 0:
+            losses[step] = start_loss(model)
+        take_step(model.train(), optimizers, [rows], step / steps)
+    return losses | {steps: start_loss(model)}
+
+
+def take_step(model: GPT, optimizers: list, micro_batches: list[Tensor], progress: float):
+    """One optimizer step on rows of tokens (n, T + 1), as the trainer takes it alone."""
+    for rows in micro_batches:
+        (model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) / len(micro_batches)).backward()
+    for optimizer in optimizers:
+        optimizer.step(1.0, progress)
+
+
+def learning_faults(losses: dict[int, float]) -> list[str]:
+    """Of the losses of train(): one that is no number or rises far above the start, or a text that is not learnt."""
+    for step, loss in losses.items():
+        if not math.isfinite(loss) or loss > 1.5 * losses[0]:
+            return [f"UNSTABLE: the loss is {loss:.3f} after {step} steps on one random text, {losses[0]:.3f} at the start"]
+    steps, loss = max(losses.items())
+    if loss >= 0.9 * losses[0]:
+        return [f"does not learn: the loss is {loss:.3f} after {steps} steps on one random text, {losses[0]:.3f} at the start"]
+    return []
+
+
+def compile_fault(model: GPT) -> str | None:
+    """Why the model does not compile to one graph with the loss that it has without, in one line; None if it does. Changes nothing in it."""
+    torch._dynamo.reset()
+    rows = random_rows(model.config, 2)
+    expected = model(rows[:, :-1], rows[:, 1:]).item()
+    try:
+        loss = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)(rows[:, :-1], rows[:, 1:])
+        loss.backward()
+    except Exception as error:
+        return error_line(error)
+    finally:
+        torch._dynamo.reset()
+    if abs(loss.item() - expected) > ROUNDING * EPSILON * abs(expected):
+        return f"the compiled model's loss is {loss.item():.6f}, without compiling {expected:.6f}"
+    return None
+
+
+def mode(training: bool) -> str:
+    return " in training" if training else ""
+
+
+def first(flags: Tensor) -> int:
+    return int(flags.nonzero()[0])
+
+
+def some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+# what is tried -> (how, what a sound variant is told)
+SOUNDNESS = dict(
+    numbers=(number_faults, "finite; the validation loss is the cross-entropy of the logits, and the same the second time"),
+    causality=(causality_faults, "sound: no position sees a later one"),
+    documents=(document_faults, "sound: no document of a row sees another"),
+    rows=(row_faults, "sound: no row of a batch sees another"),
+    gradients=(gradient_faults, "every parameter gets one"))
+
+
+def faults_of(config: Config) -> list[str]:
+    """
+    What makes the runs of config.variant worthless, one line each; [] if it is sound. It tries causality, isolation of documents and rows, numbers and
+    gradients at a tiny size, on the CPU, in this process, and leaves the trainer, random numbers and threads as they were.
+    """
+    with quiet():
+        faults, result = attempt(lambda: try_sizes(config))
+        return faults or sum(result[1].values(), [])
+
+
+def try_sizes(config: Config) -> tuple[Config, dict[str, list[str]]]:
+    """(the first of tiny_configs() at which the variant works, its faults there by what was tried). Raises the last size's error if there is none."""
+    *smaller, last = tiny_configs(config)
+    for size in smaller:
+        try:
+            return size, try_size(size)
+        except Exception:  # a part that needs its own width or token ids; if it is broken at any size, the last one shows it
+            continue
+    return last, try_size(last)
+
+
+def try_size(size: Config) -> dict[str, list[str]]:
+    """What was tried -> its faults. Where logits are no numbers or not the same twice, nothing else can be tried."""
+    faults = {}
+
+    def try_all():
+        probe = Probe(build(size))
+        for name, (find_faults, _) in SOUNDNESS.items():
+            faults[name] = find_faults(probe)
+            if not probe.is_steady(False) or not probe.answers[True][0].isfinite().all():
+                break
+
+    with variants.applied(size.variant, size):
+        changes = variants.observe(try_all)
+    if changes:
+        names = ", ".join(sorted(variants.label(*key) for key in changes))
+        faults["trainer"] = [f"changes the trainer while it runs: {names}; assign in patch(options) only"]
+    return faults
+
+
+def attempt(action: Callable) -> tuple[list[str], object]:
+    """([], what action() returns), or ([the error in one line], None)."""
+    try:
+        return [], action()
+    except Exception as error:
+        return [error_line(error)], None
+
+
+def error_line(error: Exception) -> str:
+    """An error in one line; with its kind, and the variant's file and line if it came from there, unless it was raised for the user."""
+    if isinstance(error, RunError):
+        return str(error)
+    return variants.blame(error) or textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
+
+
+@contextmanager
+def quiet():
+    """One thread, with which tiny models are fastest, and random numbers that nobody else notices."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+# ---- The report -------------------------------------------------------------------------------------------------------------------------------------
+
+
+def count_parameters(config: Config) -> tuple[list[str], int, int]:
+    """(names that config.variant changes, parameters of the model, parameters without embeddings and head)."""
+    with variants.applied(config.variant, config) as changed, torch.device("meta"):
+        model = train_gpt.GPT(config)
+    tables = {id(module.weight): module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    tables[id(model.head.projection.weight)] = model.head.projection.weight.numel()
+    parameters = sum(p.numel() for p in model.parameters())
+    return sorted(sum(changed.values(), [])), parameters, parameters - sum(tables.values())
+
+
+def measure_size(config: Config) -> dict:
+    """What the variant replaces, and parameters and FLOPs of the run's own model."""
+    replaced, parameters, without_embeddings = count_parameters(config)
+    with variants.applied(config.variant, config):
+        flops = train_gpt.flops_per_token(config)
+    return dict(replaces=replaced, parameters=parameters, parameters_without_embeddings=without_embeddings, flops_per_token=flops)
+
+
+def time_steps(arms: list[Config], flops_per_token: float, seconds: float) -> dict | str:
+    """
+    Milliseconds of eager training steps of the arms in turn, on the run's own device at its own size, or why not: dict(tokens=a step's, ms=a list for each
+    arm). A step has one micro batch, on a CPU no more rows than TIMED_FLOPS.
+    """
+    arms = [dataclasses.replace(arm, compile="off") for arm in arms]
+    ranks, T = Ranks.start(arms[0]), arms[0].sequence_length
+    if arms[0].threads:
+        torch.set_num_threads(arms[0].threads)
+    rows = max(1, min(arms[0].batch_tokens, arms[0].micro_batch_tokens) // T)
+    if ranks.device.type == "cpu":
+        if flops_per_token * T > ROW_FLOPS:
+            return f"not timed without a GPU: one row of {T:,} tokens takes {flops_per_token * T / 1e12:,.1f} TFLOPs"
+        rows = min(rows, max(1, int(TIMED_FLOPS // (flops_per_token * T))))
+    tokens = torch.randint(arms[0].vocab_size, (rows, T + 1), generator=torch.Generator().manual_seed(0)).to(ranks.device)
+
+    built = []
+    for arm in arms:
+        with variants.applied(arm.variant, arm):
+            model = train_gpt.build_model(arm, ranks)
+            built.append((model, train_gpt.build_optimizers(model, arm, ranks)))
+            model.set_windows(0.0)
+            take_step(*built[-1], [tokens], 0.0)  # the first one loads code and makes threads
+
+    times = [[] for _ in arms]
+    end = time.perf_counter() + seconds
+    while not times[0] or time.perf_counter() < end:
+        for arm, (model, optimizers), milliseconds in zip(arms, built, times):
+            with variants.applied(arm.variant, arm):
+                ranks.synchronize()
+                start = time.perf_counter()
+                take_step(model, optimizers, [tokens], 0.5)
+                ranks.synchronize()
+            milliseconds.append(1000 * (time.perf_counter() - start))
+    return dict(tokens=rows * T, device=str(ranks.device), ms=times)
+
+
+def examine(config: Config, seconds: float) -> dict:
+    """
+    All that is said of config.variant, as facts; steps are timed for so many seconds. faults: what is wrong, notes: what is good to know, one line each.
+    """
+    baseline = dataclasses.replace(config, variant=())
+    facts = dict(variant=list(config.variant), track=config.track, vocab_size=config.vocab_size, notes=[])
+    with quiet():
+        facts["faults"], size = attempt(lambda: measure_size(config))
+        if size is None:
+            return facts
+        facts |= size | dict(baseline=measure_size(baseline))
+        facts["faults"], result = attempt(lambda: try_sizes(config))
+        if result is None:
+            return facts
+
+        tiny, facts["tried"] = result
+        facts["faults"] = sum(facts["tried"].values(), [])
+        facts["tiny"] = dict(layers=tiny.layers, model_dim=tiny.model_dim, sequence_length=tiny.sequence_length, vocab_size=tiny.vocab_size)
+        if tiny.model_dim != tiny_configs(config)[0].model_dim:
+            facts["notes"].append(f"it does not work in a narrow model, so it was tried {tiny.model_dim} wide with {tiny.vocab_size:,} token ids")
+        with variants.applied(tiny.variant, tiny):
+            facts["faults"] += attempt(lambda: look_closer(tiny, facts))[0]
+
+    errors, timed = attempt(lambda: time_steps([config, baseline], max(facts["flops_per_token"], facts["baseline"]["flops_per_token"]), seconds))
+    facts["faults"] += errors
+    if isinstance(timed, str):
+        facts["notes"].append(timed)
+    elif timed:
+        facts["step"] = timed
+    return facts
+
+
+def look_closer(tiny: Config, facts: dict):
+    """Add to facts what new tiny models with the variant applied do: the start, learning, repeating, compiling, decoding."""
+    faults, notes = facts["faults"], facts["notes"]
+    probe = Probe(build(tiny))
+    if not probe.is_steady(True):
+        notes.append("training is random beyond its seed, so a look ahead in training alone could not be tried")
+    elif probe.loss_tolerance == math.inf:
+        notes.append("the training loss is no sum over tokens, so it was not asked for a look ahead in training, its logits were")
+
+    model = build(tiny)
+    facts["loss_at_start"], facts["guessing"] = start_loss(model), math.log(tiny.vocab_size)
+    faults += start_faults(model)
+
+    facts["learning"] = train(model)
+    faults += learning_faults(facts["learning"])
+    pair = [build(tiny) for _ in range(2)]
+    for model in pair:
+        train(model, 2)
+    facts["repeats"] = all(map(torch.equal, *(model.state_dict().values() for model in pair)))
+    if not facts["repeats"]:
+        notes.append("not reproducible: equal seeds give other parameters after equal steps, so a resumed run is another run")
+
+    facts["not_compiled"] = try_compiler(tiny)
+    if facts["not_compiled"]:
+        notes.append(f"does not compile to one graph, run it with --compile off: {facts['not_compiled']}")
+    from generate import decodes_from_cache  # a script: wanted here only
+    facts["decodes_from_cache"] = decodes_from_cache(awake(build(tiny)).eval())
+    if not facts["decodes_from_cache"]:
+        notes.append("does not decode from a cache: generate.py runs the whole context for every token")
+
+
+def try_compiler(tiny: Config) -> str | None:
+    """compile_fault() of an awake model of a few layers, or of all where the variant needs more."""
+    shallow = dataclasses.replace(tiny, layers=min(tiny.layers, COMPILED_LAYERS))
+    try:
+        variants.plan(tiny.variant, shallow)
+        return compile_fault(awake(build(shallow)))
+    except RunError:
+        return compile_fault(awake(build(tiny)))
+
+
+def lines_of(facts: dict) -> list[str]:
+    """The report of examine() for a person."""
+    lines = [("variant", f"{' + '.join(facts['variant']) or 'baseline'} on track {facts['track']}")]
+    if "baseline" in facts:
+        base = facts["baseline"]
+        against = lambda name: f"{facts[name]:,.0f} ({percent(facts[name], base[name])})"
+        lines += [("replaces", ", ".join(facts["replaces"]) or "nothing"),
+                  ("parameters", f"{against('parameters')}, without embeddings and head {against('parameters_without_embeddings')}"),
+                  ("FLOPs", f"{against('flops_per_token')} a token")]
+    if "tried" in facts:
+        tiny = facts["tiny"]
+        lines.append(("tried with", f"{tiny['layers']} layers, {tiny['model_dim']} wide, rows of {tiny['sequence_length']} tokens, in evaluation and training"))
+        lines += [(name, "; ".join(faults) or sound_word(name)) for name, faults in facts["tried"].items()]
+    if "loss_at_start" in facts:
+        lines.append(("at start", f"loss {facts['loss_at_start']:.4f}, ln {facts['tiny']['vocab_size']} = {facts['guessing']:.4f}"))
+    if "learning" in facts:
+        steps, loss = max(facts["learning"].items())
+        lines.append(("learning", f"loss {facts['learning'][0]:.3f} -> {loss:.3f} in {steps} steps on one random text"))
+    if "repeats" in facts:
+        lines.append(("repeats", "bit for bit with equal seeds" if facts["repeats"] else "not with equal seeds"))
+    if "not_compiled" in facts:
+        lines.append(("compiles", "not to one graph" if facts["not_compiled"] else "to one graph"))
+    if "decodes_from_cache" in facts:
+        lines.append(("decodes", "from a cache" if facts["decodes_from_cache"] else "without a cache"))
+    if "step" in facts:
+        own, base = facts["step"]["ms"]
+        spread = lambda times: f"{min(times):.0f}-{max(times):.0f}"
+        lines.append(("step", f"{statistics.median(own):.1f} ms beside {statistics.median(base):.1f} ({slower(facts)}); medians of {len(own)} in turn, "
+                              f"{spread(own)} and {spread(base)}; {facts['step']['tokens']:,} tokens, eager, {facts['step']['device']}"))
+    lines += [("note", note) for note in facts["notes"]] + [("fault", fault) for fault in facts["faults"]]
+    lines.append(("verdict", "not sound" if facts["faults"] else "sound"))
+    return [f"{title:<11} {text}" for title, text in lines]
+
+
+def sound_word(name: str) -> str:
+    return SOUNDNESS[name][1]
+
+
+def percent(value: float, base: float) -> str:
+    return f"{100 * (value / base - 1):+.1f} %"
+
+
+def slower(facts: dict) -> str:
+    """How much longer a step takes than the baseline's: the median over pairs of steps taken in turn, and the least and the most of them."""
+    ratios = [own / base for own, base in zip(*facts["step"]["ms"])]
+    return f"{percent(statistics.median(ratios), 1.0)}, {percent(min(ratios), 1.0)} to {percent(max(ratios), 1.0)}"
+
+
+def row_of(facts: dict) -> tuple[str, ...]:
+    """A variant's line in the table of all."""
+    against = lambda name: percent(facts[name], facts["baseline"][name]) if name in facts else ""
+    step = slower(facts) if "step" in facts else ""
+    verdict = "; ".join(facts["faults"]) or "; ".join(["sound", *facts["notes"]])
+    return facts["variant"][0], against("parameters"), against("flops_per_token"), step, verdict
+
+
+def parse_run(spec: str, track: str, options: list[str]) -> Config:
+    """The configuration that is checked. RunError for what the trainer or the loader refuses."""
+    variant = [] if spec == "baseline" else ["--variant", spec]
+    config = train_gpt.parse_config(["--track", track, *options, *variant])
+    try:
+        train_gpt.adopt_vocabulary(config)
+    except RunError:  # without its data: that of bytes or of GPT-2
+        config.vocab_size = 257 if track == "cpu" else 50257
+    return config
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line. Returns the exit code: 0 sound, 1 with faults."""
+    parser = argparse.ArgumentParser(prog="variants.check", description=inspect.getdoc(sys.modules[__name__]), allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variant", help="NAME[:options], several joined by +, baseline, or all")
+    parser.add_argument("--track", default=Config.track, help="the track whose model is checked (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print facts as JSON instead of words")
+    given, rest = parser.parse_known_args(argv)
+    options = [word for text in rest for word in shlex.split(text)]
+    sys.stdout.reconfigure(errors="replace")  # a console that lacks a letter shows the others
+    try:
+        if given.variant == "all":
+            return check_all(given.track, options, given.json)
+        facts = examine(parse_run(given.variant, given.track, options), TIMED_SECONDS)
+    except RunError as error:
+        say(f"variants.check: error: {error}", stream=sys.stderr)
+        return 1
+    say(as_json(facts) if given.json else "\n".join(lines_of(facts)))
+    return int(bool(facts["faults"]))
+
+
+def as_json(facts: dict | list) -> str:
+    """Facts as JSON, in which a number that is none is null."""
+    return json.dumps(json.loads(json.dumps(facts), parse_constant=lambda name: None), indent=1)
+
+
+def check_all(track: str, options: list[str], json_wanted: bool) -> int:
+    """Check every variant and print a line for each as soon as it is known, or all facts in one JSON list."""
+    names, everything = variants.available(), []
+    show = lambda cells: say(f"{cells[0]:<{max(map(len, names))}}  {cells[1]:>10}  {cells[2]:>8}  {cells[3]:>28}  {cells[4]}")
+    if not json_wanted:
+        show(("variant", "parameters", "FLOPs", "ms", "verdict"))
+    for name in names:
+        faults, facts = attempt(lambda name=name: examine(parse_run(name, track, options), TIMED_SECONDS / 2))
+        everything.append(facts or dict(variant=[name], track=track, notes=[], faults=faults))
+        if not json_wanted:
+            show(row_of(everything[-1]))
+    if json_wanted:
+        say(as_json(everything))
+    return int(any(facts["faults"] for facts in everything))
+
+
+if __name__ == "__main__":
+    from variants.check import main as run_main  # the one module, by name
+    sys.exit(run_main())
