@@ -33,7 +33,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -157,7 +157,7 @@ def parse_arms(texts: list[str], seeds: int, shared: list[str]) -> list[Arm]:
         arm = Arm(index, name, variant, words[1:], [again * seeds + n for n in range(1, seeds + 1)])
         require(arm.seeds[-1] < SWEEP_SEED, f"arm {text!r:.200} is given too often: its seeds would pass {SWEEP_SEED}; lower --seeds")
         try:
-            config = parse_config(trainer_options(arm, shared))
+            config = parse_options(trainer_options(arm, shared))
             variants.plan(config.variant, config)
         except RunError as error:
             raise RunError(f"arm {text!r:.200}: {error}") from None
@@ -179,15 +179,25 @@ def trainer_options(arm: Arm, shared: list[str]) -> list[str]:
     return [*options, *(["--variant", *arm.variant] if arm.variant else [])]
 
 
+@cache
+def parse_once(options: tuple[str, ...]) -> Config:
+    return parse_config(list(options))
+
+
+def parse_options(options: list[str]) -> Config:
+    """The trainer's configuration of a command line, parsed once; every call returns one of its own."""
+    return replace(parse_once(tuple(options)))
+
+
 def rate_options(arm: Arm, shared: list[str], factor: float) -> list[str]:
     """The arm's learning rates times a factor, as options of the trainer. RunError for rates that it refuses."""
     if factor == 1:
         return []
     options = trainer_options(arm, shared)
-    config = parse_config(options)
+    config = parse_options(options)
     rates = [word for name in RATES for word in (f"--{name}", f"{getattr(config, name) * factor:.6g}")]
     try:
-        parse_config(options + rates)
+        parse_options(options + rates)
     except RunError as error:
         raise RunError(f"arm {arm.name!r:.200}, --sweep factor {factor:g}: {error}") from None
     return rates
@@ -337,7 +347,7 @@ class Comparison:
         self.arms = arms            # the first is the baseline
         self.reuse = reuse          # folder of other comparisons whose finished runs are taken over, or None
         self.interrupt = interrupt
-        self.configs = {}           # job's name: the configuration that its log must have
+        self.configs = {}           # (a job's name, its options): the configuration that its log must have
         self.others = {}            # JSON beside a log of another comparison: its content, {} where that is not a finished run's
         self.scored = []            # a finished run of this plan; all others must be scored on the same tokens
         self.state = dict(failed={}, order=[], wall_seconds=0.0, runs_seconds=0.0, durations={}, reused={}, faults={})
@@ -395,15 +405,16 @@ class Comparison:
         return Job(f"{arm.slug}{kind}-seed{seed}", arm, seed, list(options))
 
     def options(self, job: Job) -> list[str]:
-        """The command line of a job's result: without the names of its files."""
-        return [*trainer_options(job.arm, self.plan["options"]), *job.options, "--seed", str(job.seed)]
+        """The command line of a job without its seed and the names of its files."""
+        return [*trainer_options(job.arm, self.plan["options"]), *job.options]
 
     def config(self, job: Job) -> Config:
         """The configuration that a job's log must have, with the vocabulary that its data give it."""
-        if job.name not in self.configs:
-            self.configs[job.name] = parse_config(self.options(job))
-            adopt_vocabulary(self.configs[job.name])
-        return self.configs[job.name]
+        key = (job.name, *job.options)
+        if key not in self.configs:
+            self.configs[key] = replace(parse_options(self.options(job)), seed=job.seed)
+            adopt_vocabulary(self.configs[key])
+        return self.configs[key]
 
     def differing_settings(self, config: dict, job: Job) -> list[str]:
         """The settings in which a logged configuration is not the job's, but for those that say nothing about the result."""
@@ -463,7 +474,8 @@ class Comparison:
         if not resume:
             for path in (log, log.with_suffix(".json")):
                 path.unlink(missing_ok=True)
-        return [*launch, str(ROOT / "train_gpt.py"), *self.options(job), "--run_id", job.name, "--log_dir", str(self.logs), *resume]
+        return [*launch, str(ROOT / "train_gpt.py"), *self.options(job), "--seed", str(job.seed), "--run_id", job.name,
+                "--log_dir", str(self.logs), *resume]
 
     def run(self, job: Job, done: int, total: int):
         """One training process, from its start or its checkpoint. A fault of its own is noted, and the others go on."""
@@ -497,7 +509,7 @@ class Comparison:
         run = self.read(job)
         if run is None:
             self.interrupt.check()
-            require(abs(code) not in [stop + shift for stop in STOPPING for shift in (0, 128)],
+            require(code not in [sign for stop in STOPPING for sign in (-stop, 128 + stop)],
                     f"run {job.name} was stopped from outside; call this again to go on")
             error = re.sub(r"^train_gpt\.py: error: ", "", last) or "no message"
             self.state["failed"][job.name] = f"{error} (exit code {code}; all of its output: logs/{output.name})"
@@ -781,7 +793,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     plan.add_argument("--sweep-seeds", type=int, default=1, help="runs for each of them (default: %(default)s)")
     how = parser.add_argument_group("how it is run")
     how.add_argument("--ranks", type=int, default=max(1, torch.cuda.device_count()), help="processes a run (default: one a GPU, here %(default)s)")
-    how.add_argument("--dry-run", action="store_true", help="show the plan, what of it is done and the time it will take; run nothing")
+    how.add_argument("--dry-run", action="store_true", help="show the plan, what of it is done and the time it will take (default: run it)")
     how.add_argument("--retry", action="store_true", help="run failed runs again (default: they stay failed)")
     how.add_argument("--anyway", action="store_true", help="go on with an arm that looks ahead; the report says so (default: stop)")
     how.add_argument("--reuse", type=Path, default=COMPARISONS, metavar="DIR",
@@ -815,7 +827,7 @@ def plan_of(given: argparse.Namespace, options: list[str], argv: list[str]) -> t
     """(plan as PLAN describes it, arms) of a command line. RunError for an arm that cannot be run or be compared."""
     shared = ["--track", given.track, *options]
     arms = parse_arms(given.arms, given.seeds, shared)
-    configs = [parse_config(trainer_options(arm, shared)) for arm in arms]
+    configs = [parse_options(trainer_options(arm, shared)) for arm in arms]
     for arm, config in zip(arms, configs):
         require(config.val_tokens == configs[0].val_tokens, f"arm {arm.name!r:.200} is validated on {config.val_tokens:,} tokens, {arms[0].name!r:.200} on "
                 f"{configs[0].val_tokens:,}; give --val_tokens to all of them, after --")
