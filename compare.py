@@ -4,17 +4,23 @@ Head to head: arms x seeds, in turn on one machine, and a verdict with statistic
     python compare.py baseline swiglu_mlp "parallel_residual:layers=0-1" --track cpu --seeds 3
     python compare.py baseline "swiglu_mlp --lr_matrix 0.02" --budget time --sweep 0.5,1,2 -- --steps 500
 
-- An arm is "baseline" or variants joined by +, with options of train_gpt.py after them; the first arm is what the others are compared with. Options
-  after -- go to every arm. An arm named again is run on seeds of its own: the baseline against itself calibrates the whole pipeline.
-- Before the first run every arm is tried for causality and for the isolation of documents; an arm that looks ahead stops the comparison.
-- Runs take turns, A B C A B C. Runs of one seed share the order of the data and the initial tensors of equal names; every run is a process of its own.
+- An arm is "baseline" or variants joined by +, with options of train_gpt.py after them; the first arm is what the
+  others are compared with. Options after -- go to every arm. An arm named again is run on seeds of its own: the baseline
+  against itself calibrates the whole pipeline.
+- Before the first run every arm is tried for causality and for the isolation of documents; an arm that looks ahead stops
+  the comparison.
+- Runs take turns, A B C A B C. Runs of one seed share the order of the data and the initial tensors of equal names;
+  every run is a process of its own.
 - --budget tokens: equal tokens. --budget time: equal seconds of training; each arm's schedule follows the clock.
-- --sweep: every arm tries its learning rates times these factors on other seeds than the reported ones, and keeps the best.
-- Stop it in any way and call it again: finished runs are kept, a run under way goes on from its checkpoint. More seeds afterwards are refused: adding
-  runs until a difference is significant finds one where there is none.
-- A finished run of another comparison is taken over where code, settings, seed, data and machine are the same, so that an edited variant alone is
-  trained again. The report names such runs, does not compare their times, and counts the results that had been seen.
-- Compiled code is shared by the seeds of an arm through PyTorch's cache on disk; compilation is outside every clock and reported apart.
+- --sweep: every arm tries its learning rates times these factors on other seeds than the reported ones, and keeps the
+  best.
+- Stop it in any way and call it again: finished runs are kept, a run under way goes on from its checkpoint. More seeds
+  afterwards are refused: adding runs until a difference is significant finds one where there is none.
+- A finished run of another comparison is taken over where code, settings, seed, data and machine are the same, so that
+  an edited variant alone is trained again. The report names such runs, does not compare their times, and counts the
+  results that had been seen.
+- Compiled code is shared by the seeds of an arm through PyTorch's cache on disk; compilation is outside every clock and
+  reported apart.
 
 The report: README.md, report.html, curves.png, results.json and all logs, in the folder of -o.
 """
@@ -38,11 +44,13 @@ from functools import cache
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() has its own handler: an import that is stopped says nothing
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() has its own handler: a stopped import says nothing
 
-# The trainer first: it bounds, for this process and for the runs, how long OpenMP's waiting threads spin, which torch reads when it is loaded.
-from train_gpt import (RANGES, STOPPING, Config, Ranks, RunError, adopt_vocabulary, compile_mode, environment, find_shards, parse_config, read_json,
-                       require, say, sha256_of_file, sha256_of_text, write_atomically)
+# The trainer first: it bounds, for this process and for the runs, how long OpenMP's waiting threads spin, which torch
+# reads when it is loaded.
+from train_gpt import (
+    RANGES, STOPPING, Config, Ranks, RunError, adopt_vocabulary, compile_mode, environment, find_shards, parse_config,
+    read_json, require, say, sha256_of_file, sha256_of_text, write_atomically)
 import torch
 
 import variants
@@ -50,9 +58,11 @@ from records.report import check_scored, console_table, sentences, summarize, wr
 from records.runs import Run, read_run
 
 ROOT = Path(__file__).resolve().parent
-COMPARISONS = Path("comparisons")  # where comparisons lie unless -o says otherwise, and where finished runs are looked for
-OWN = {"seed", "run_id", "log_dir", "resume", "save", "time_budget", "dry_run"}  # options that this script sets for every run
-# Of a configuration: what says nothing about the result of a run. Data and machine are compared by what they are, not by their names.
+COMPARISONS = Path("comparisons")  # where comparisons lie unless -o says otherwise, and finished runs are looked for
+# Options that this script sets for every run.
+OWN = {"seed", "run_id", "log_dir", "resume", "save", "time_budget", "dry_run"}
+# Of a configuration: what says nothing about the result of a run. Data and machine are compared by what they are, not by
+# their names.
 NO_RESULT = {"run_id", "log_dir", "resume", "save", "checkpoint_seconds", "keep_every", "dry_run", "data", "device"}
 RATES = ("lr_matrix", "lr_embed", "lr_head", "lr_scalar")
 SWEEP_SEED, BUDGET_SEED = 1_000_001, 2_000_001  # first seeds of runs that are not reported
@@ -92,8 +102,8 @@ class Interrupted(Exception):
 
 class Interrupt:
     """
-    The first signal that asks this script to stop. It is passed on to the run under way, which saves and ends; check() then leaves at a place where
-    nothing is half done. With no run under way a second signal ends this process at once.
+    The first signal that asks this script to stop. It is passed on to the run under way, which saves and ends; check()
+    then leaves at a place where nothing is half done. With no run under way a second signal ends this process at once.
     """
 
     def __init__(self):
@@ -142,7 +152,9 @@ class Interrupt:
 # ---- What was asked for
 
 def parse_arms(texts: list[str], seeds: int, shared: list[str]) -> list[Arm]:
-    """The arms of a command line, each tried on the trainer's own parser and the variants' loader. RunError names the arm."""
+    """
+    The arms of a command line, each tried on the trainer's own parser and the variants' loader. RunError names the arm.
+    """
     arms, times = [], {}
     for index, text in enumerate(texts):
         try:
@@ -155,26 +167,27 @@ def parse_arms(texts: list[str], seeds: int, shared: list[str]) -> list[Arm]:
         name = f"{text} ({again + 1})" if again else text
         variant = [] if words[0] == "baseline" else [words[0]]
         arm = Arm(index, name, variant, words[1:], [again * seeds + n for n in range(1, seeds + 1)])
-        require(arm.seeds[-1] < SWEEP_SEED, f"arm {text!r:.200} is given too often: its seeds would pass {SWEEP_SEED}; lower --seeds")
+        require(arm.seeds[-1] < SWEEP_SEED,
+                f"arm {text!r:.200} is given too often: its seeds would pass {SWEEP_SEED}; lower --seeds")
         try:
             config = parse_options(trainer_options(arm, shared))
             variants.plan(config.variant, config)
         except RunError as error:
             raise RunError(f"arm {text!r:.200}: {error}") from None
         except SystemExit:
-            raise RunError(f"arm {text!r:.200}: train_gpt.py does not take these options: {shlex.join(shared + words[1:])} "
-                           "(its message is above)") from None
+            raise RunError(f"arm {text!r:.200}: train_gpt.py does not take these options: "
+                           f"{shlex.join(shared + words[1:])} (its message is above)") from None
         arms.append(arm)
-    require(len(arms) > 1, f"one arm, {texts[0]!r:.200}, has nothing to be compared with; name two or more. The first is what the others are compared "
-            "with; an arm that is named twice shows the noise")
+    require(len(arms) > 1, f"one arm, {texts[0]!r:.200}, has nothing to be compared with; name two or more. The first is "
+            "what the others are compared with; an arm that is named twice shows the noise")
     return arms
 
 
 def trainer_options(arm: Arm, shared: list[str]) -> list[str]:
     """The arm's whole command line but for a run's own. RunError for what this script sets itself."""
     options = [*shared, *arm.options]
-    spelled = {word[2:].removeprefix("no-").replace("-", "_").partition("=")[0] for word in options if word.startswith("--")}
-    if taken := sorted(OWN & spelled):
+    names = [word[2:].partition("=")[0].removeprefix("no-") for word in options if word.startswith("--")]
+    if taken := sorted(OWN & {name.replace("-", "_") for name in names}):
         raise RunError(f"--{taken[0]} is compare.py's to set; leave it out")
     return [*options, *(["--variant", *arm.variant] if arm.variant else [])]
 
@@ -219,10 +232,11 @@ def text_and_digest(file: Path) -> tuple[str, str]:
 
 def source_of(arms: list[Arm]) -> dict[str, str]:
     """
-    Return {file: sha256} of all code that the arms' runs load: the trainer and, for arms with variants, the loader, their variants and what these
-    import of variants and kernels, in functions too.
+    Return {file: sha256} of all code that the arms' runs load: the trainer and, for arms with variants, the loader,
+    their variants and what these import of variants and kernels, in functions too.
     """
-    names = [spec.partition(":")[0].strip() for arm in arms for part in arm.variant for spec in re.split(r"\+(?=[a-z_])", part)]
+    specs = [spec for arm in arms for part in arm.variant for spec in re.split(r"\+(?=[a-z_])", part)]
+    names = [spec.partition(":")[0].strip() for spec in specs]
     waiting, source, done = ["train_gpt", *(f"variants.{name}" for name in names)], {}, set()
     while waiting:
         module = waiting.pop()
@@ -267,8 +281,8 @@ BLOCK, BLOCKS = 2 ** 16, 256  # bytes; a shard of up to BLOCK x BLOCKS is read w
 
 def data_identity(config: Config) -> dict:
     """
-    Return dict(train=..., val=...): one sha256 of all training shards and {name: sha256} of the validation shards. Of long training shards, sizes
-    and evenly spaced blocks are looked at: reading 20 GB would take longer than the plan is worth.
+    Return dict(train=..., val=...): one sha256 of all training shards and {name: sha256} of the validation shards. Of long
+    training shards, sizes and evenly spaced blocks are looked at: reading 20 GB would take longer than it is worth.
     """
     train = hashlib.sha256()
     for path in find_shards(config, "train"):
@@ -281,31 +295,51 @@ def data_identity(config: Config) -> dict:
     return dict(train=train.hexdigest(), val={path.name: sha256_of_file(path) for path in find_shards(config, "val")})
 
 
+def ranks_of(device: str, ranks: int) -> Ranks:
+    """The first of the processes of a run with this --device, without starting any."""
+    cuda = torch.cuda.is_available() and device != "cpu"
+    return Ranks(0, ranks, torch.device("cuda" if cuda else "cpu"), torch.float32)
+
+
 @cache
 def machine_facts(device: str, threads: int, ranks: int) -> dict:
     """What a run of this machine and environment logs of it, for a configuration's device and threads."""
-    cuda = torch.cuda.is_available() and device != "cpu"
-    facts = environment(Ranks(0, ranks, torch.device("cuda" if cuda else "cpu"), torch.float32))
-    if not cuda:
-        usual = torch.get_num_threads() if ranks == 1 or "OMP_NUM_THREADS" in os.environ else 1  # torchrun gives each of several processes one
-        facts |= dict(threads=threads or usual, device=re.sub(r"\d+ threads$", f"{threads or usual} threads", facts["device"]))
+    there = ranks_of(device, ranks)
+    facts = environment(there)
+    if there.device.type == "cpu":
+        usual = torch.get_num_threads()
+        if ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
+            usual = 1  # torchrun gives each of several processes one
+        facts["threads"] = threads or usual
+        facts["device"] = re.sub(r"\d+ threads$", f"{threads or usual} threads", facts["device"])
     return {name: facts[name] for name in ("device", "threads", "world_size", "torch", "cuda", "triton")}
 
 
 def names_a_file(config: Config) -> bool:
-    """Whether the result depends on a file whose content no log holds: a checkpoint to start from, or a variant's option that is a path."""
+    """
+    Whether the result depends on a file whose content no log holds: a checkpoint to start from, or a variant's option
+    that is a path.
+    """
     words = [word for spec in config.variant for word in re.split(r"[:,=]", spec)[1:]]
     return bool(config.init_from) or any(os.path.exists(word) for word in words)
 
 
 # ---- plan.json and state.json
 
-# What these files hold. int and float: not negative, finite; [kind]: a list; (kind, kind): a list of so many; {str: kind}: any names; {"name": kind}: these.
-DATA = {"train": str, "val": {str: str}}
-PLAN = {"arms": [str], "options": [str], "seeds": int, "budget": str, "seconds": float, "sweep": [float], "sweep_seeds": int, "ranks": int, "command": str,
-        "anyway": bool, "source": {str: str}, "data": {str: DATA}}
-STATE = {"failed": {str: str}, "order": [(str, str, int)], "wall_seconds": float, "runs_seconds": float, "durations": {str: [float]},
-         "reused": {str: {"log": str, "seen": [str]}}, "faults": {str: [str]}}
+# What these files hold. int and float: not negative, finite; [kind]: a list; (kind, kind): a list of so many;
+# {str: kind}: an object with any names; {"name": kind}: one with these.
+PLAN = {
+    "arms": [str], "options": [str], "seeds": int, "budget": str, "seconds": float, "sweep": [float], "sweep_seeds": int,
+    "ranks": int, "command": str, "anyway": bool,
+    "source": {str: str},                                   # file: sha256
+    "data": {str: {"train": str, "val": {str: str}}}}       # folder of shards: as data_identity() gives it
+STATE = {
+    "failed": {str: str},                                   # run: its error
+    "order": [(str, str, int)],                             # run, arm and seed of all that were begun
+    "wall_seconds": float, "runs_seconds": float,
+    "durations": {str: [float]},                            # arm: seconds of each of its runs, start included
+    "reused": {str: {"log": str, "seen": [str]}},           # run: as find_finished() gives them
+    "faults": {str: [str]}}                                 # arm: what makes it unsound; [] where it was tried
 UNCOMPARED = ("command", "anyway")  # of a plan: what another call of it may have otherwise
 
 
@@ -318,26 +352,31 @@ def fits(value, kind) -> bool:
     if isinstance(kind, dict) and str in kind:
         return isinstance(value, dict) and all(fits(item, kind[str]) for item in value.values())
     if isinstance(kind, dict):
-        return isinstance(value, dict) and value.keys() == kind.keys() and all(fits(value[name], kind[name]) for name in kind)
+        same_names = isinstance(value, dict) and value.keys() == kind.keys()
+        return same_names and all(fits(value[name], kind[name]) for name in kind)
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 <= value <= 1e12
     return isinstance(value, kind)
 
 
 def read_fields(path: Path, kinds: dict) -> dict:
-    """The content of plan.json or state.json. RunError, one line with the file and the field, for anything that does not belong there."""
+    """
+    The content of plan.json or state.json. RunError, one line with the file and the field, for anything that does not
+    belong there.
+    """
     remedy = "delete its folder, or choose another with -o"
     content = read_json(path, remedy)
-    for name in kinds.keys() | content.keys():
+    for name in sorted(kinds.keys() | content.keys()):
         require(name in kinds and name in content and fits(content[name], kinds[name]),
-                f"{path} is damaged or of another version: its field {name!r:.60} is {content.get(name, 'missing')!r:.60}; {remedy}")
+                f"{path} is damaged or of another version: its field {name!r:.60} is "
+                f"{content.get(name, 'missing')!r:.60}; {remedy}")
     return content
 
 
 class Comparison:
     """
-    A plan and its folder: plan.json is what was asked for and does not change; state.json holds failures, seconds, the order of runs and where runs
-    were taken over from. Whether a run is finished is read from its log alone.
+    A plan and its folder: plan.json is what was asked for and does not change; state.json holds failures, seconds, the
+    order of runs and where runs were taken over from. Whether a run is finished is read from its log alone.
     """
 
     def __init__(self, folder: Path, plan: dict, arms: list[Arm], reuse: Path | None, interrupt: Interrupt):
@@ -348,12 +387,15 @@ class Comparison:
         self.reuse = reuse          # folder of other comparisons whose finished runs are taken over, or None
         self.interrupt = interrupt
         self.configs = {}           # (a job's name, its options): the configuration that its log must have
-        self.others = {}            # JSON beside a log of another comparison: its content, {} where that is not a finished run's
+        self.others = {}            # log of another comparison: its JSON, {} where that is not a finished run's
         self.scored = []            # a finished run of this plan; all others must be scored on the same tokens
         self.state = dict(failed={}, order=[], wall_seconds=0.0, runs_seconds=0.0, durations={}, reused={}, faults={})
 
     def open(self, retry: bool):
-        """Make the folder and lock it, or take up what an earlier call left there. RunError if it had another plan or other code."""
+        """
+        Make the folder and lock it, or take up what an earlier call left there. RunError if it had another plan, other
+        code or other data.
+        """
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / ".lock", "w", encoding="utf-8")
@@ -369,7 +411,10 @@ class Comparison:
         self.save(self.folder / "plan.json", self.plan)
 
     def wait_for_others(self):
-        """One process a folder: a run inherits the lock, so that one which outlives its killed comparison is waited for, not doubled."""
+        """
+        One process a folder: a run inherits the lock, so that one which outlives its killed comparison is waited for, not
+        doubled.
+        """
         for attempt in range(120):
             self.interrupt.check()
             try:
@@ -378,20 +423,22 @@ class Comparison:
                 if not attempt:
                     say(f"compare.py: waiting for a run or comparison that still uses {self.folder}")
                 time.sleep(0.5)
-        raise RunError(f"another comparison uses {self.folder}; wait for it, or stop it, or choose another folder with -o")
+        raise RunError(f"another comparison uses {self.folder}; wait for it, or stop it, or choose another folder with "
+                       "-o")
 
     def check_plan(self, plan: dict):
         """RunError if the plan that began this folder is another one."""
-        changed = [file for file in self.plan["source"] | plan["source"] if self.plan["source"].get(file) != plan["source"].get(file)]
-        names = [name for name in PLAN if self.plan[name] != plan[name] and name not in UNCOMPARED]
-        others = [name for name in names if name not in ("source", "data")]
-        for name in others:
-            raise RunError(f"{self.folder} holds another plan ({name}: {plan[name]!r:.200}, now {self.plan[name]!r:.200}); repeat its command, or choose "
-                           "another folder with -o")
-        require("source" not in names, f"{', '.join(changed)} changed since {self.folder} was begun; runs of different code are not compared: restore it, "
-                "or choose another folder with -o")
-        require("data" not in names, f"the shards of {', '.join(self.plan['data'])} changed since {self.folder} was begun; runs on different data are not "
-                "compared: restore them, or choose another folder with -o")
+        other, remedy = [name for name in PLAN if self.plan[name] != plan[name]], "or choose another folder with -o"
+        for name in other:
+            if name not in (*UNCOMPARED, "source", "data"):
+                raise RunError(f"{self.folder} holds another plan ({name}: {plan[name]!r:.200}, now "
+                               f"{self.plan[name]!r:.200}); repeat its command, {remedy}")
+        old, new = plan["source"], self.plan["source"]
+        changed = [file for file in new | old if new.get(file) != old.get(file)]
+        require(not changed, f"{', '.join(changed)} changed since {self.folder} was begun; runs of different code are not "
+                f"compared: restore it, {remedy}")
+        require("data" not in other, f"the shards of {', '.join(self.plan['data'])} changed since {self.folder} was begun; "
+                f"runs on different data are not compared: restore them, {remedy}")
 
     def save(self, path: Path, content: dict):
         write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
@@ -417,32 +464,40 @@ class Comparison:
         return self.configs[key]
 
     def differing_settings(self, config: dict, job: Job) -> list[str]:
-        """The settings in which a logged configuration is not the job's, but for those that say nothing about the result."""
+        """The settings in which a logged configuration is not the job's, but for what says nothing about the result."""
         expected = json.loads(json.dumps(asdict(self.config(job))))  # a log has lists for tuples
         if expected["compile"] == "auto":
             config = config | dict(compile="auto")  # which a run settles by itself, as its facts say
-        return [name for name in expected | config if name not in NO_RESULT and (name not in config or config[name] != expected.get(name))]
+        names = [name for name in expected | config if name not in NO_RESULT]
+        return [name for name in names if name not in config or config[name] != expected.get(name)]
 
     def read(self, job: Job) -> Run | None:
-        """The job's run if it is finished. RunError for a finished log that is altered, or of other settings or code than the job's."""
+        """
+        The job's run if it is finished. RunError for a finished log that is altered, or of other settings or code than
+        the job's.
+        """
         log = self.logs / f"{job.name}.txt"
         if not log.exists():
             return None
         try:
             run = read_run(log)
         except RunError as error:
-            if json_facts(log).get("status") == "finished":  # not cut off by a stop: somebody changed it, and it must not be run again in silence
-                raise RunError(f"{error}; a finished run's log was altered: restore it, or delete {log.name} and {log.stem}.json to run it again") from None
+            # not cut off by a stop: somebody changed it, and it must not be run again in silence
+            if json_facts(log).get("status") == "finished":
+                raise RunError(f"{error}; a finished run's log was altered: restore it, or delete {log.name} and "
+                               f"{log.stem}.json to run it again") from None
             return None
         if not run.finished:
             return None
         remedy = f"delete {log.name} and {log.stem}.json to run it again, or choose another folder with -o"
         names = self.differing_settings(run.config, job)
         for name in names:
-            raise RunError(f"{log} is no run of arm {job.arm.name!r:.200}: its {name} is {run.config.get(name)!r:.200}; {remedy}")
+            raise RunError(f"{log} is no run of arm {job.arm.name!r:.200}: its {name} is {run.config.get(name)!r:.200}; "
+                           f"{remedy}")
         for module, digest in run.code.items():
             file = str((module_file(module) or ROOT / module).relative_to(ROOT))
-            require(self.plan["source"].get(file, digest) == digest, f"{log} ran another {file} than this comparison; {remedy}")
+            require(self.plan["source"].get(file, digest) == digest,
+                    f"{log} ran another {file} than this comparison; {remedy}")
         return run
 
     def execute(self, jobs: list[Job], done: int, total: int):
@@ -456,7 +511,8 @@ class Comparison:
                     say(f"{title}: taken over from {log}")
                 else:
                     changed = [file for file, digest in self.plan["source"].items() if digest_of(ROOT / file) != digest]
-                    require(not changed, f"{', '.join(changed)} changed while its comparison was under way; restore it and call again")
+                    require(not changed, f"{', '.join(changed)} changed while its comparison was under way; restore it and "
+                            "call again")
                     say(title)
                     self.run(job, done, total)
                 run = self.read(job)
@@ -474,8 +530,8 @@ class Comparison:
         if not resume:
             for path in (log, log.with_suffix(".json")):
                 path.unlink(missing_ok=True)
-        return [*launch, str(ROOT / "train_gpt.py"), *self.options(job), "--seed", str(job.seed), "--run_id", job.name,
-                "--log_dir", str(self.logs), *resume]
+        own = ["--seed", str(job.seed), "--run_id", job.name, "--log_dir", str(self.logs), *resume]
+        return [*launch, str(ROOT / "train_gpt.py"), *self.options(job), *own]
 
     def run(self, job: Job, done: int, total: int):
         """One training process, from its start or its checkpoint. A fault of its own is noted, and the others go on."""
@@ -489,9 +545,10 @@ class Comparison:
         # train, and show what the run says
         try:
             with open(output, "a", encoding="utf-8") as file:
-                child = subprocess.Popen(self.command(job), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
-                                         errors="replace", pass_fds=[self.lock.fileno()], start_new_session=True,
-                                         preexec_fn=die_with_parent)
+                child = subprocess.Popen(
+                    self.command(job), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                    encoding="utf-8", errors="replace", pass_fds=[self.lock.fileno()], start_new_session=True,
+                    preexec_fn=die_with_parent)
                 self.interrupt.started(child)
                 for line in child.stdout:
                     file.write(line)
@@ -499,7 +556,8 @@ class Comparison:
                     progress.show(last)
                 code = child.wait()
         except OSError as error:
-            raise RunError(f"run {job.name} cannot go on: {error.strerror or error}; finished runs are kept, call this again") from None
+            raise RunError(f"run {job.name} cannot go on: {error.strerror or error}; finished runs are kept, call this "
+                           "again") from None
         finally:
             self.interrupt.child = None
             seconds = time.perf_counter() - start
@@ -523,7 +581,10 @@ class Comparison:
     # ---- runs of other comparisons
 
     def take_over(self, job: Job) -> str:
-        """Copy the log of a finished run of another comparison that is the job's in all that its loss depends on. Returns where from, or ""."""
+        """
+        Copy the log of a finished run of another comparison that is the job's in all that its loss depends on. Returns
+        where from, or "".
+        """
         source, seen = self.find_finished(job)
         if source is None:
             return ""
@@ -532,15 +593,16 @@ class Comparison:
         except RunError:
             earlier = {}
         # The note is first: a log that is here without it would count as a run of this comparison.
-        self.state["reused"][job.name] = dict(log=earlier[source.stem]["log"] if source.stem in earlier else str(source), seen=seen)
+        origin = earlier[source.stem]["log"] if source.stem in earlier else str(source)
+        self.state["reused"][job.name] = dict(log=origin, seen=seen)
         self.save_state()
         for kind in (".json", ".txt"):
             content = source.with_suffix(kind).read_bytes()
             write_atomically(self.logs / (job.name + kind), lambda file, content=content: file.write(content))
-        return self.state["reused"][job.name]["log"]
+        return origin
 
     def find_finished(self, job: Job) -> tuple[Path | None, list[str]]:
-        """(the log of a run of another comparison that is the job's, or None; all comparisons that hold it and had a result)."""
+        """(the log of another comparison's run that is the job's, or None; all comparisons with it that had a result)."""
         config = self.config(job)
         if self.reuse is None or self.plan["budget"] == "time" or names_a_file(config):
             return None, []
@@ -553,7 +615,10 @@ class Comparison:
         return source, sorted(set(seen))
 
     def is_same_run(self, log: Path, job: Job, config: Config) -> bool:
-        """Whether a log is of a finished run with the job's settings, seed, data, code and machine. A damaged folder holds none."""
+        """
+        Whether a log is of a finished run with the job's settings, seed, data, code and machine. A damaged folder holds
+        none.
+        """
         facts = self.other_facts(log)
         if not facts or self.differing_settings(facts["config"], job):
             return False
@@ -566,7 +631,8 @@ class Comparison:
         data = self.plan["data"][config.data]
         if run.val_sha256 != data["val"] or plan["data"].get(run.config.get("data"), {}).get("train") != data["train"]:
             return False
-        if any(module_file(module) is None or digest_of(module_file(module)) != digest for module, digest in run.code.items()):
+        files = {module: module_file(module) for module in run.code}
+        if any(file is None or digest_of(file) != run.code[module] for module, file in files.items()):
             return False
         machine = self.machine(config)
         return all(run.facts.get(name) == value for name, value in machine.items())
@@ -575,24 +641,27 @@ class Comparison:
         """The JSON beside a log of another comparison, read once; {} where it is no finished run's."""
         if log not in self.others:
             facts = json_facts(log)
-            self.others[log] = facts if facts.get("status") == "finished" and isinstance(facts.get("config"), dict) else {}
+            usable = facts.get("status") == "finished" and isinstance(facts.get("config"), dict)
+            self.others[log] = facts if usable else {}
         return self.others[log]
 
     def machine(self, config: Config) -> dict:
         """What a run of this configuration would log of the machine that it runs on."""
-        ranks = self.plan["ranks"]
-        facts = machine_facts(config.device, config.threads, ranks)
-        cuda = torch.cuda.is_available() and config.device != "cpu"
-        return facts | dict(compile=compile_mode(config, Ranks(0, ranks, torch.device("cuda" if cuda else "cpu"), torch.float32)))
+        ranks = ranks_of(config.device, self.plan["ranks"])
+        return machine_facts(config.device, config.threads, ranks.world) | dict(compile=compile_mode(config, ranks))
 
     def expected_seconds(self, jobs: list[Job]) -> tuple[float | None, int]:
-        """(seconds of training that these runs will take, by runs of the track on this machine in the folder of comparisons; how many these are)."""
+        """
+        (seconds of training that these runs will take, by earlier runs of the track on this machine; how many those are);
+        (None, 0) where there is none.
+        """
         if not jobs:
             return 0.0, 0
+        track, device = self.config(jobs[0]).track, self.machine(self.config(jobs[0]))["device"]
         rates = {}  # variant: (seconds a token, seconds of warm-up) of each earlier run
         for log in sorted((self.reuse or COMPARISONS).glob("*/logs/*.txt")):
             facts = self.other_facts(log)
-            if facts and facts["config"].get("track") == self.config(jobs[0]).track and facts.get("device") == self.machine(self.config(jobs[0]))["device"]:
+            if facts and facts["config"].get("track") == track and facts.get("device") == device:
                 tokens, seconds = facts.get("tokens_per_second"), facts.get("warmup_seconds")
                 if fits(tokens, float) and tokens > 0 and fits(seconds, float):
                     rates.setdefault(json.dumps(facts["config"].get("variant")), []).append((1 / tokens, seconds))
@@ -610,40 +679,48 @@ class Comparison:
 
     def check_arms(self):
         """
-        Try every arm once for causality and the isolation of documents, in seconds and before the first run. RunError names an arm that fails, unless
-        the plan goes on anyway.
+        Try every arm once for causality and the isolation of documents, in seconds and before the first run. RunError
+        names an arm that fails, unless the plan goes on anyway.
         """
         from variants.check import faults_of  # not needed by a call that only shows its help
         known = self.state["faults"]
         for arm in self.arms:
             self.interrupt.check()
-            alike = next((other.name for other in self.arms if other.name in known and (other.variant, other.options) == (arm.variant, arm.options)), None)
+            same = [known[other.name] for other in self.arms
+                    if other.name in known and (other.variant, other.options) == (arm.variant, arm.options)]
             if arm.name not in known:
                 try:
-                    known[arm.name] = known[alike] if alike else faults_of(self.config(self.job(arm, arm.seeds[0])))
+                    known[arm.name] = same[0] if same else faults_of(self.config(self.job(arm, arm.seeds[0])))
                 except RunError as error:
                     raise RunError(f"arm {arm.name!r:.200}: {error}") from None
                 self.save_state()
             faults = [" ".join(fault.split()) for fault in known[arm.name]]
-            require(not faults or self.plan["anyway"], f"arm {arm.name!r:.200} is not sound: {'; '.join(faults)}. Mend it, or add --anyway: the report "
-                    "will say so")
+            require(not faults or self.plan["anyway"], f"arm {arm.name!r:.200} is not sound: {'; '.join(faults)}. Mend it, "
+                    "or add --anyway: the report will say so")
 
     def budget(self) -> float:
-        """Seconds of training an arm: as given, else what the first arm takes for its tokens, on a seed that is not reported."""
+        """
+        Seconds of training an arm: as given, else what the first arm takes for its tokens, on a seed that is not
+        reported.
+        """
         if seconds := self.plan["seconds"]:
             return seconds
         job = self.job(self.arms[0], BUDGET_SEED, "-budget")
         self.execute([job], 0, 1 + self.total())
         run = self.read(job)
         require(run is not None,
-                f"the run that measures the time budget failed: {self.state['failed'].get(job.name)}; give --seconds, or mend it and add --retry")
+                f"the run that measures the time budget failed: {self.state['failed'].get(job.name)}; give --seconds, or "
+                "mend it and add --retry")
         return run.train_ms / 1000
 
     def total(self) -> int:
         return len(self.arms) * (self.plan["seeds"] + len(self.plan["sweep"]) * self.plan["sweep_seeds"])
 
     def sweep(self, common: list[str]) -> dict | None:
-        """Every arm's learning rates by their factors: {arm: dict(tries=[dict(factor, seeds, losses)], chosen)}; None without --sweep."""
+        """
+        Every arm's learning rates by their factors: {arm: dict(tries=[dict(factor, seeds, losses)], chosen)}; None
+        without --sweep.
+        """
         if not self.plan["sweep"]:
             return None
         seeds = [SWEEP_SEED + n for n in range(self.plan["sweep_seeds"])]
@@ -658,9 +735,11 @@ class Comparison:
                 tries.append(dict(factor=factor, seeds=seeds, losses=[run and run.val_loss for run in runs]))
             whole = [attempt for attempt in tries if None not in attempt["losses"]]
             if not whole:
-                failed = [self.state["failed"].get(jobs[arm.name, factor, seed].name) for factor in self.plan["sweep"] for seed in seeds]
-                raise RunError(f"every learning rate of arm {arm.name!r} failed: {next(filter(None, failed))}")
-            result[arm.name] = dict(tries=tries, chosen=min(whole, key=lambda attempt: sum(attempt["losses"]))["factor"])
+                names = [jobs[arm.name, factor, seed].name for factor in self.plan["sweep"] for seed in seeds]
+                failed = [self.state["failed"][name] for name in names if name in self.state["failed"]]
+                raise RunError(f"every learning rate of arm {arm.name!r} failed: {failed[0]}")
+            best = min(whole, key=lambda attempt: sum(attempt["losses"]))
+            result[arm.name] = dict(tries=tries, chosen=best["factor"])
         return result
 
     def rates(self, arm: Arm, factor: float) -> list[str]:
@@ -674,15 +753,22 @@ class Comparison:
     def show(self):
         """Print the plan, what is done of it and how long the rest will take. Runs nothing and writes nothing."""
         seconds, measured = self.plan["seconds"], self.plan["budget"] == "time" and not self.plan["seconds"]
-        jobs = [job for turn in zip(*self.reported(["--time_budget", f"{seconds:.3f}"] if seconds else [], None)) for job in turn]
+        common = ["--time_budget", f"{seconds:.3f}"] if seconds else []
+        jobs = [job for turn in zip(*self.reported(common, None)) for job in turn]
         before = self.total() - len(jobs) + measured
         if before:
-            say(f"first, {before} runs on other seeds for {'the learning rates' if self.plan['sweep'] else 'the time budget'}; what follows depends on them")
+            purpose = "the learning rates" if self.plan["sweep"] else "the time budget"
+            say(f"first, {before} {'run' if before == 1 else 'runs'} on other seeds for {purpose}; what follows depends on them")
         missing = []
         for number, job in enumerate(jobs, 1):
             source = None if before else self.find_finished(job)[0]
-            what = "finished" if not before and self.read(job) else f"taken over from {source}" if source else "to be trained"
-            missing += [job] if what == "to be trained" else []
+            what = "to be trained"
+            if not before and self.read(job):
+                what = "finished"
+            elif source:
+                what = f"taken over from {source}"
+            else:
+                missing.append(job)
             say(f"{number:>5}  {job.arm.name}, seed {job.seed}: {what}")
 
         # how long it will take
@@ -691,7 +777,8 @@ class Comparison:
             say("expected time: not known; there is no earlier run of this track on this machine")
         else:
             each = expected / max(1, 1 if measured else len(missing))
-            say(f"expected time: {duration(each * (len(missing) + before))}, by {runs} earlier runs of this track on this machine")
+            say(f"expected time: {duration(each * (len(missing) + before))}, by {runs} earlier runs of this track on this "
+                "machine")
 
     def compare(self, log_x: bool = False) -> dict:
         """Everything: budget, sweep, the reported runs, the report (log_x: of its picture). Returns the results."""
@@ -715,16 +802,21 @@ class Comparison:
         plan, state = self.plan, self.state
         arms = []
         for arm, own in zip(self.arms, jobs):
-            runs = [self.read(job) or dict(seed=job.seed, error=state["failed"].get(job.name, "not finished")) for job in own]
-            arms.append(dict(name=arm.name, variant=arm.variant, options=arm.options, runs=runs, faults=state["faults"].get(arm.name, [])))
+            errors = [dict(seed=job.seed, error=state["failed"].get(job.name, "not finished")) for job in own]
+            runs = [self.read(job) or error for job, error in zip(own, errors)]
+            faults = state["faults"].get(arm.name, [])
+            arms.append(dict(name=arm.name, variant=arm.variant, options=arm.options, runs=runs, faults=faults))
         reported = {job.name: job for own in jobs for job in own}
-        reused = [dict(arm=job.arm.name, seed=job.seed, **state["reused"][name]) for name, job in reported.items() if name in state["reused"]]
+        reused = [dict(arm=job.arm.name, seed=job.seed, **state["reused"][name])
+                  for name, job in reported.items() if name in state["reused"]]
         config = self.config(jobs[0][0])
         wall, runs = state["wall_seconds"], state["runs_seconds"]
-        settings = dict(track=config.track, target=config.target, seeds=sorted({seed for arm in self.arms for seed in arm.seeds}), budget=plan["budget"],
-                        budget_seconds=seconds, command=plan["command"], order=[[arm, seed] for name, arm, seed in state["order"] if name in reported],
-                        sweep=sweep, tried=len(self.arms), reused=reused,
-                        overhead=dict(wall_seconds=wall, runs_seconds=runs, share=wall / runs - 1 if runs else None))
+        settings = dict(
+            track=config.track, target=config.target, seeds=sorted({seed for arm in self.arms for seed in arm.seeds}),
+            budget=plan["budget"], budget_seconds=seconds, command=plan["command"],
+            order=[[arm, seed] for name, arm, seed in state["order"] if name in reported], sweep=sweep,
+            tried=len(self.arms), reused=reused,
+            overhead=dict(wall_seconds=wall, runs_seconds=runs, share=wall / runs - 1 if runs else None))
         return summarize(settings, arms)
 
 
@@ -762,13 +854,17 @@ class Progress:
         now, step = time.perf_counter(), re.match(r"step (\d+)/(\d+) ", line)
         if step and now - self.shown >= (0 if self.terminal else 30):
             self.shown, part = now, int(step[1]) / max(int(step[2]), 1)
-            known = [seconds for own in self.state["durations"].values() for seconds in own] or [(now - self.start) / max(part, 0.01)]
+            known = [seconds for own in self.state["durations"].values() for seconds in own]
+            known = known or [(now - self.start) / max(part, 0.01)]
             left = sum(known) / len(known) * (self.total - self.done - part)
             text = f"  {line} | plan {100 * (self.done + part) / self.total:.0f} %, {duration(left)} left"
             say(f"\r\033[K{text}" if self.terminal else text, end="" if self.terminal else "\n")
 
     def end(self, run: Run | None, error: str | None, seconds: float):
-        result = f"  val_loss {run.val_loss:.4f} in {run.train_ms / 1000:.1f} s of training, {seconds:.1f} s in all" if run else f"  failed: {error}"
+        result = f"  failed: {error}"
+        if run:
+            training = run.train_ms / 1000
+            result = f"  val_loss {run.val_loss:.4f} in {training:.1f} s of training, {seconds:.1f} s in all"
         say(f"\r\033[K{result}" if self.terminal else result)
 
 
@@ -779,29 +875,37 @@ def numbers(text: str) -> list[float]:
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """(this script's arguments, those after -- for the trainer). RunError for values outside their ranges."""
-    parser = argparse.ArgumentParser(prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("arms", nargs="+", metavar="ARM", help='"baseline", or variants joined by +, and options of train_gpt.py; '
-                        "the first is what the others are compared with")
+    parser = argparse.ArgumentParser(prog="compare.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arms", nargs="+", metavar="ARM", help='"baseline", or variants joined by +, and options of '
+                        "train_gpt.py; the first is what the others are compared with")
     plan = parser.add_argument_group("what is compared")
     plan.add_argument("--track", default=Config.track, help="of train_gpt.py (default: %(default)s)")
     plan.add_argument("--seeds", type=int, default=3, help="reported runs an arm (default: %(default)s)")
-    plan.add_argument("--budget", choices=("tokens", "time"), default="tokens", help="what is equal (default: %(default)s)")
-    plan.add_argument("--seconds", type=float, default=0.0,
-                      help="of training a run under --budget time (default: what the first arm takes for its tokens, measured once)")
+    plan.add_argument("--budget", choices=("tokens", "time"), default="tokens",
+                      help="what is equal (default: %(default)s)")
+    plan.add_argument("--seconds", type=float, default=0.0, help="of training a run under --budget time (default: what the "
+                      "first arm takes for its tokens, measured once)")
     plan.add_argument("--sweep", type=numbers, default=[], metavar="FACTORS",
                       help="of all learning rates that every arm tries first, such as 0.5,1,2 (default: none)")
     plan.add_argument("--sweep-seeds", type=int, default=1, help="runs for each of them (default: %(default)s)")
     how = parser.add_argument_group("how it is run")
-    how.add_argument("--ranks", type=int, default=max(1, torch.cuda.device_count()), help="processes a run (default: one a GPU, here %(default)s)")
-    how.add_argument("--dry-run", action="store_true", help="show the plan, what of it is done and the time it will take (default: run it)")
+    how.add_argument("--ranks", type=int, default=max(1, torch.cuda.device_count()),
+                     help="processes a run (default: one a GPU, here %(default)s)")
+    how.add_argument("--dry-run", action="store_true",
+                     help="show the plan, what of it is done and the time it will take (default: run it)")
     how.add_argument("--retry", action="store_true", help="run failed runs again (default: they stay failed)")
-    how.add_argument("--anyway", action="store_true", help="go on with an arm that looks ahead; the report says so (default: stop)")
+    how.add_argument("--anyway", action="store_true",
+                     help="go on with an arm that looks ahead; the report says so (default: stop)")
     how.add_argument("--reuse", type=Path, default=COMPARISONS, metavar="DIR",
                      help="take finished runs over from the comparisons in this folder (default: ./%(default)s)")
-    how.add_argument("--no-reuse", dest="reuse", action="store_const", const=None, help="train every run, in turn, so that times are compared, too")
+    how.add_argument("--no-reuse", dest="reuse", action="store_const", const=None,
+                     help="train every run, in turn, so that times are compared, too")
     report = parser.add_argument_group("the report")
-    report.add_argument("-o", "--output", type=Path, help="its folder (default: one in ./comparisons that the same command finds again)")
-    report.add_argument("--log-x", action="store_true", help="curves.png with logarithmic axes of tokens and time (default: linear; report.html has a switch)")
+    report.add_argument("-o", "--output", type=Path,
+                        help="its folder (default: one in ./comparisons that the same command finds again)")
+    report.add_argument("--log-x", action="store_true", help="curves.png with logarithmic axes of tokens and time (default: "
+                        "linear; report.html has a switch)")
     cut = argv.index("--") if "--" in argv else len(argv)
     given = parser.parse_args(argv[:cut])
 
@@ -810,16 +914,21 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         value = getattr(given, name)
         require(1 <= value <= most, f"--{name.replace('_', '-')} must be at least 1 and at most {most:,}, got {value}")
     longest = RANGES["time_budget"][1]
-    require(0 <= given.seconds <= longest, f"--seconds must be greater than 0 and at most {longest:,.0f}, got {given.seconds:g}")
-    require(not given.seconds or given.budget == "time", f"--seconds {given.seconds:g} belongs to --budget time; add it, or leave --seconds out")
+    require(0 <= given.seconds <= longest,
+            f"--seconds must be greater than 0 and at most {longest:,.0f}, got {given.seconds:g}")
+    require(not given.seconds or given.budget == "time",
+            f"--seconds {given.seconds:g} belongs to --budget time; add it, or leave --seconds out")
     for name, path in dict(output=given.output, reuse=given.reuse).items():
         try:
             found = path is None or path.is_dir() or not path.exists()
         except (OSError, ValueError) as error:
-            raise RunError(f"--{name} {str(path)[:60]!r}: {getattr(error, 'strerror', None) or error}; choose another folder") from None
+            reason = getattr(error, "strerror", None) or error
+            raise RunError(f"--{name} {str(path)[:60]!r}: {reason}; choose another folder") from None
         require(found, f"--{name} {path} is a file; give a folder")
-    require(all(0 < factor <= 1e6 for factor in given.sweep) and len(given.sweep) == len(set(given.sweep)) <= 100,
-            f"--sweep takes up to 100 factors, all different, greater than 0 and at most 1,000,000, got {given.sweep!r:.100}")
+    different = len(given.sweep) == len(set(given.sweep))
+    require(all(0 < factor <= 1e6 for factor in given.sweep) and different and len(given.sweep) <= 100,
+            f"--sweep takes up to 100 factors, all different, greater than 0 and at most 1,000,000, got "
+            f"{given.sweep!r:.100}")
     return given, argv[cut + 1:]
 
 
@@ -829,27 +938,32 @@ def plan_of(given: argparse.Namespace, options: list[str], argv: list[str]) -> t
     arms = parse_arms(given.arms, given.seeds, shared)
     configs = [parse_options(trainer_options(arm, shared)) for arm in arms]
     for arm, config in zip(arms, configs):
-        require(config.val_tokens == configs[0].val_tokens, f"arm {arm.name!r:.200} is validated on {config.val_tokens:,} tokens, {arms[0].name!r:.200} on "
+        require(config.val_tokens == configs[0].val_tokens,
+                f"arm {arm.name!r:.200} is validated on {config.val_tokens:,} tokens, {arms[0].name!r:.200} on "
                 f"{configs[0].val_tokens:,}; give --val_tokens to all of them, after --")
         for factor in given.sweep:
             rate_options(arm, shared, factor)
     data = {config.data: data_identity(config) for config in {config.data: config for config in configs}.values()}
     for folder, identity in data.items():
         require(identity["val"] == data[configs[0].data]["val"],
-                f"the arms are validated on different data, {configs[0].data} and {folder}; give --data to all of them, after --")
-    plan = dict(arms=given.arms, options=shared, seeds=given.seeds, budget=given.budget, seconds=given.seconds, sweep=given.sweep,
-                sweep_seeds=given.sweep_seeds, ranks=given.ranks, source=source_of(arms), data=data)
+                f"the arms are validated on different data, {configs[0].data} and {folder}; give --data to all of them, "
+                "after --")
+    plan = dict(arms=given.arms, options=shared, seeds=given.seeds, budget=given.budget, seconds=given.seconds,
+                sweep=given.sweep, sweep_seeds=given.sweep_seeds, ranks=given.ranks, source=source_of(arms), data=data)
     return plan | dict(command=shlex.join(["python", "compare.py", *argv]), anyway=given.anyway), arms
 
 
 def folder_of(plan: dict, arms: list[Arm], track: str) -> Path:
     """The folder of a plan that names none: the same for the same plan, code and data."""
-    key = hashlib.sha256(json.dumps({name: plan[name] for name in PLAN if name not in UNCOMPARED}).encode()).hexdigest()[:6]
+    compared = {name: plan[name] for name in PLAN if name not in UNCOMPARED}
+    key = sha256_of_text(json.dumps(compared))[:6]
     return COMPARISONS / f"{track}-{'-'.join(arm.readable for arm in arms)[:60]}-{key}"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line. Returns the exit code: 0 done, 1 a fault (one line on stderr), 128 + n stopped by signal n."""
+    """
+    Run a command line. Returns the exit code: 0 done, 1 a fault (one line on stderr), 128 + n stopped by signal n.
+    """
     argv, folder = sys.argv[1:] if argv is None else argv, None
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -872,9 +986,11 @@ def main(argv: list[str] | None = None) -> int:
             say(f"compare.py: error: {error}", stream=sys.stderr)
             return 1
         except Interrupted as stop:
-            say(f"compare.py: stopped; finished runs are kept, call it again to go on (folder {folder})", stream=sys.stderr)
+            say(f"compare.py: stopped; finished runs are kept, call it again to go on (folder {folder})",
+                stream=sys.stderr)
             return 128 + stop.args[0]
-    say("\n".join([*sentences(results), "", console_table(results), "", f"report: {folder / 'README.md'} and report.html"]))
+    report = f"report: {folder / 'README.md'} and report.html"
+    say("\n".join([*sentences(results), "", console_table(results), "", report]))
     return 0
 
 

@@ -308,7 +308,7 @@ def test_two_comparisons_do_not_share_a_folder(stage, capsys, monkeypatch):
 # ---- What belongs to an arm
 
 def test_arms_that_look_alike_have_runs_of_their_own(stage):
-    texts = ["swiglu_mlp:layers=0-3", "swiglu_mlp:layers=0,3", "swiglu_mlp:layers=0+parallel_residual:layers=3", "Swiglu_mlp"[:0] + "swiglu_mlp:layers=3"]
+    texts = ["swiglu_mlp:layers=0-3", "swiglu_mlp:layers=0,3", "swiglu_mlp:layers=0+parallel_residual:layers=3", "swiglu_mlp:layers=3"]
     arms = compare.parse_arms(texts, 1, ["--data", str(stage.data)])
     assert arms[0].readable == arms[1].readable and len({arm.slug.lower() for arm in arms}) == 4
     for n, arm in enumerate(arms):
@@ -363,18 +363,15 @@ def test_an_arm_that_looks_ahead_stops_the_comparison(stage, capsys, monkeypatch
     assert text.count("NOT SOUND") == 2 and '<p class="card ">swiglu_mlp' in (stage.folder / "report.html").read_text()
 
 
-def test_what_code_belongs_to_an_arm(stage):
-    arms = compare.parse_arms(["baseline", "swiglu_mlp", "swiglu_mlp+orthogonal_residual:layers=0-3"], 1, [])
-    baseline, swiglu, both = (set(compare.source_of([arm])) for arm in arms)
+def test_what_code_belongs_to_an_arm():
+    names = ([], ["swiglu_mlp"], ["swiglu_mlp+orthogonal_residual:layers=0-3"])
+    baseline, swiglu, both = (set(compare.source_of([compare.Arm(0, "", name, [], [1])])) for name in names)
     assert baseline == {"train_gpt.py"} and swiglu == {"train_gpt.py", "variants/__init__.py", "variants/swiglu_mlp.py"}
     assert both > swiglu | {"variants/orthogonal_residual.py", "kernels/residual_norm.py", "kernels/__init__.py"}
     assert not any("routed_skips" in file for file in both)
 
 
 # ---- Runs of other comparisons
-
-CODE = "class Options: ..."
-
 
 def finished(stage, folder, *argv, **options):
     """Call, and return the run ids that were trained."""
@@ -435,34 +432,46 @@ def edit_log(log):
     log.write_text(log.read_text(encoding="utf-8").replace("# ---- variants.swiglu_mlp\n", "# ---- variants.swiglu_mlp\n# edited\n"), encoding="utf-8")
 
 
-@pytest.mark.parametrize("what", ["settings", "machine", "torch", "data", "time", "turned off", "unfinished", "damaged plan", "start"])
-def test_what_is_not_the_same_run_is_trained(begun, what, monkeypatch):
-    argv, options, first = ["baseline", "swiglu_mlp", "--seeds", "1"], [], Path("comparisons/first")
-    logs = sorted((first / "logs").glob("*.json"))
-    if what == "settings":
-        options = ["--momentum", "0.9"]
-    elif what in ("machine", "torch"):
-        original = Comparison.machine
-        monkeypatch.setattr(Comparison, "machine", lambda self, config: original(self, config) | {dict(machine="device").get(what, what): "another"})
-    elif what == "data":
-        shard = next(begun.data.glob("*train*.bin"))
-        content = shard.read_bytes()
-        shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    elif what == "time":
-        argv += ["--budget", "time", "--seconds", "5"]
-    elif what == "turned off":
-        argv += ["--no-reuse"]
-    elif what == "unfinished":
-        for log in logs:
-            log.write_text(json.dumps(json.loads(log.read_text()) | dict(status="running")))
-    elif what == "damaged plan":
-        (first / "plan.json").write_text("{")
-    elif what == "start":
-        options = ["--init_from", "x.pt"]
-        with_start = lambda argv: replace(parse_config([word for word in argv if word not in options]), init_from="x.pt")
-        monkeypatch.setattr(compare, "parse_config", with_start)
-        begun.parse = with_start
-    assert len(finished(begun, Path("comparisons/second"), *argv, options=options)) == 2
+def test_what_is_not_the_same_run_is_trained(begun, monkeypatch):
+    """Each case in a folder outside ./comparisons, which holds the finished one alone."""
+    argv, first = ["baseline", "swiglu_mlp", "--seeds", "1"], Path("comparisons/first")
+    machine, shard = Comparison.machine, next(begun.data.glob("*train*.bin"))
+
+    def trained(case, *more, options=()):
+        return len(finished(begun, Path("others") / case, *argv, *more, options=options))
+    assert trained("the same") == 0
+    assert trained("turned off", "--no-reuse") == 2
+    assert trained("another setting", options=["--momentum", "0.9"]) == 2
+    assert trained("equal time", "--budget", "time", "--seconds", "5") == 2
+    for name in ("device", "threads", "torch", "compile"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Comparison, "machine", lambda self, config, name=name: machine(self, config) | {name: "another"})
+            assert trained(f"another {name}") == 2
+    with monkeypatch.context() as patch:
+        begun.parse = lambda argv: replace(parse_config([word for word in argv if word not in ("--init_from", "x.pt")]), init_from="x.pt")
+        patch.setattr(compare, "parse_config", begun.parse)
+        assert trained("from a checkpoint", options=["--init_from", "x.pt"]) == 2
+        begun.parse = parse_config
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert trained("other data") == 2
+    shard.write_bytes(content)
+    plan = (first / "plan.json").read_text()
+    (first / "plan.json").write_text(plan[:-9])
+    assert trained("a damaged plan") == 2
+    (first / "plan.json").write_text(plan)
+    for file in (first / "logs").glob("*.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | dict(status="running")))
+    assert trained("unfinished") == 2
+
+
+def test_a_variant_that_reads_a_file_is_trained_again(begun, tmp_path):
+    """The content of the file is in no log."""
+    (tmp_path / "book.npz").write_text("")
+    config = parse_config([])
+    assert not compare.names_a_file(replace(config, variant=("swiglu_mlp:layers=0-3", "x:laplacian=domain:missing.npz")))
+    assert compare.names_a_file(replace(config, variant=("swiglu_mlp", "x:laplacian=domain:book.npz,tau=file")))
+    assert compare.names_a_file(replace(config, init_from="book.npz"))
 
 
 def test_a_run_that_was_taken_over_in_part_is_not_taken_for_an_own_one(begun, monkeypatch):
