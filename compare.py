@@ -5,10 +5,10 @@ Head to head: arms x seeds, in turn on one machine, and a verdict with statistic
     python compare.py baseline "swiglu_mlp --lr_matrix 0.02" --budget time --sweep 0.5,1,2 -- --steps 500
 
 - An arm is "baseline" or variants joined by +, with options of train_gpt.py after them; the first arm is what the
-  others are compared with. Options after -- go to every arm. An arm named again is run on seeds of its own: the baseline
-  against itself calibrates the whole pipeline.
-- Before the first run every arm is tried for causality and for the isolation of documents; an arm that looks ahead stops
-  the comparison.
+  others are compared with. Options after -- go to every arm. An arm named again is run on seeds of its own: the
+  baseline against itself calibrates the whole pipeline.
+- Before the first run every arm is tried for causality and for the isolation of documents; an arm that looks ahead
+  stops the comparison.
 - Runs take turns, A B C A B C. Runs of one seed share the order of the data and the initial tensors of equal names;
   every run is a process of its own.
 - --budget tokens: equal tokens. --budget time: equal seconds of training; each arm's schedule follows the clock.
@@ -61,8 +61,8 @@ ROOT = Path(__file__).resolve().parent
 COMPARISONS = Path("comparisons")  # where comparisons lie unless -o says otherwise, and finished runs are looked for
 # Options that this script sets for every run.
 OWN = {"seed", "run_id", "log_dir", "resume", "save", "time_budget", "dry_run"}
-# Of a configuration: what says nothing about the result of a run. Data and machine are compared by what they are, not by
-# their names.
+# Of a configuration: what says nothing about the result of a run. Data and machine are compared by what they are, not
+# by their names.
 NO_RESULT = {"run_id", "log_dir", "resume", "save", "checkpoint_seconds", "keep_every", "dry_run", "data", "device"}
 RATES = ("lr_matrix", "lr_embed", "lr_head", "lr_scalar")
 SWEEP_SEED, BUDGET_SEED = 1_000_001, 2_000_001  # first seeds of runs that are not reported
@@ -178,8 +178,9 @@ def parse_arms(texts: list[str], seeds: int, shared: list[str]) -> list[Arm]:
             raise RunError(f"arm {text!r:.200}: train_gpt.py does not take these options: "
                            f"{shlex.join(shared + words[1:])} (its message is above)") from None
         arms.append(arm)
-    require(len(arms) > 1, f"one arm, {texts[0]!r:.200}, has nothing to be compared with; name two or more. The first is "
-            "what the others are compared with; an arm that is named twice shows the noise")
+    require(len(arms) > 1,
+            f"one arm, {texts[0]!r:.200}, has nothing to be compared with; name two or more. The first is what the "
+            "others are compared with; an arm that is named twice shows the noise")
     return arms
 
 
@@ -281,8 +282,8 @@ BLOCK, BLOCKS = 2 ** 16, 256  # bytes; a shard of up to BLOCK x BLOCKS is read w
 
 def data_identity(config: Config) -> dict:
     """
-    Return dict(train=..., val=...): one sha256 of all training shards and {name: sha256} of the validation shards. Of long
-    training shards, sizes and evenly spaced blocks are looked at: reading 20 GB would take longer than it is worth.
+    Return dict(train=..., val=...): one sha256 of all training shards and {name: sha256} of the validation shards. Of
+    long training shards, sizes and evenly spaced blocks are looked at: reading 20 GB takes longer than it is worth.
     """
     train = hashlib.sha256()
     for path in find_shards(config, "train"):
@@ -329,8 +330,8 @@ def names_a_file(config: Config) -> bool:
 # What these files hold. int and float: not negative, finite; [kind]: a list; (kind, kind): a list of so many;
 # {str: kind}: an object with any names; {"name": kind}: one with these.
 PLAN = {
-    "arms": [str], "options": [str], "seeds": int, "budget": str, "seconds": float, "sweep": [float], "sweep_seeds": int,
-    "ranks": int, "command": str, "anyway": bool,
+    "arms": [str], "options": [str], "seeds": int, "budget": str, "seconds": float, "sweep": [float],
+    "sweep_seeds": int, "ranks": int, "command": str, "anyway": bool,
     "source": {str: str},                                   # file: sha256
     "data": {str: {"train": str, "val": {str: str}}}}       # folder of shards: as data_identity() gives it
 STATE = {
@@ -412,8 +413,8 @@ class Comparison:
 
     def wait_for_others(self):
         """
-        One process a folder: a run inherits the lock, so that one which outlives its killed comparison is waited for, not
-        doubled.
+        One process a folder: a run inherits the lock, so that one which outlives its killed comparison is waited for,
+        not doubled.
         """
         for attempt in range(120):
             self.interrupt.check()
@@ -435,10 +436,10 @@ class Comparison:
                                f"{self.plan[name]!r:.200}); repeat its command, {remedy}")
         old, new = plan["source"], self.plan["source"]
         changed = [file for file in new | old if new.get(file) != old.get(file)]
-        require(not changed, f"{', '.join(changed)} changed since {self.folder} was begun; runs of different code are not "
-                f"compared: restore it, {remedy}")
-        require("data" not in other, f"the shards of {', '.join(self.plan['data'])} changed since {self.folder} was begun; "
-                f"runs on different data are not compared: restore them, {remedy}")
+        require(not changed, f"{', '.join(changed)} changed since {self.folder} was begun; runs of different code are "
+                f"not compared: restore it, {remedy}")
+        require("data" not in other, f"the shards of {', '.join(self.plan['data'])} changed since {self.folder} was "
+                f"begun; runs on different data are not compared: restore them, {remedy}")
 
     def save(self, path: Path, content: dict):
         write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
@@ -492,8 +493,8 @@ class Comparison:
         remedy = f"delete {log.name} and {log.stem}.json to run it again, or choose another folder with -o"
         names = self.differing_settings(run.config, job)
         for name in names:
-            raise RunError(f"{log} is no run of arm {job.arm.name!r:.200}: its {name} is {run.config.get(name)!r:.200}; "
-                           f"{remedy}")
+            raise RunError(f"{log} is no run of arm {job.arm.name!r:.200}: its {name} is "
+                           f"{run.config.get(name)!r:.200}; {remedy}")
         for module, digest in run.code.items():
             file = str((module_file(module) or ROOT / module).relative_to(ROOT))
             require(self.plan["source"].get(file, digest) == digest,
@@ -511,8 +512,8 @@ class Comparison:
                     say(f"{title}: taken over from {log}")
                 else:
                     changed = [file for file, digest in self.plan["source"].items() if digest_of(ROOT / file) != digest]
-                    require(not changed, f"{', '.join(changed)} changed while its comparison was under way; restore it and "
-                            "call again")
+                    require(not changed, f"{', '.join(changed)} changed while its comparison was under way; restore it "
+                            "and call again")
                     say(title)
                     self.run(job, done, total)
                 run = self.read(job)
@@ -602,7 +603,7 @@ class Comparison:
         return origin
 
     def find_finished(self, job: Job) -> tuple[Path | None, list[str]]:
-        """(the log of another comparison's run that is the job's, or None; all comparisons with it that had a result)."""
+        """(log of another comparison's run that is the job's, or None; the comparisons with it that had results)."""
         config = self.config(job)
         if self.reuse is None or self.plan["budget"] == "time" or names_a_file(config):
             return None, []
@@ -652,8 +653,8 @@ class Comparison:
 
     def expected_seconds(self, jobs: list[Job]) -> tuple[float | None, int]:
         """
-        (seconds of training that these runs will take, by earlier runs of the track on this machine; how many those are);
-        (None, 0) where there is none.
+        (seconds of training that these runs will take, by earlier runs of the track on this machine; how many those
+        are); (None, 0) where there is none.
         """
         if not jobs:
             return 0.0, 0
@@ -695,8 +696,8 @@ class Comparison:
                     raise RunError(f"arm {arm.name!r:.200}: {error}") from None
                 self.save_state()
             faults = [" ".join(fault.split()) for fault in known[arm.name]]
-            require(not faults or self.plan["anyway"], f"arm {arm.name!r:.200} is not sound: {'; '.join(faults)}. Mend it, "
-                    "or add --anyway: the report will say so")
+            require(not faults or self.plan["anyway"], f"arm {arm.name!r:.200} is not sound: {'; '.join(faults)}. Mend "
+                    "it, or add --anyway: the report will say so")
 
     def budget(self) -> float:
         """
@@ -709,8 +710,8 @@ class Comparison:
         self.execute([job], 0, 1 + self.total())
         run = self.read(job)
         require(run is not None,
-                f"the run that measures the time budget failed: {self.state['failed'].get(job.name)}; give --seconds, or "
-                "mend it and add --retry")
+                f"the run that measures the time budget failed: {self.state['failed'].get(job.name)}; give --seconds, "
+                "or mend it and add --retry")
         return run.train_ms / 1000
 
     def total(self) -> int:
@@ -758,7 +759,7 @@ class Comparison:
         before = self.total() - len(jobs) + measured
         if before:
             purpose = "the learning rates" if self.plan["sweep"] else "the time budget"
-            say(f"first, {before} {'run' if before == 1 else 'runs'} on other seeds for {purpose}; what follows depends on them")
+            say(f"first, on other seeds for {purpose}: {before} runs, on which what follows depends")
         missing = []
         for number, job in enumerate(jobs, 1):
             source = None if before else self.find_finished(job)[0]
@@ -777,8 +778,8 @@ class Comparison:
             say("expected time: not known; there is no earlier run of this track on this machine")
         else:
             each = expected / max(1, 1 if measured else len(missing))
-            say(f"expected time: {duration(each * (len(missing) + before))}, by {runs} earlier runs of this track on this "
-                "machine")
+            say(f"expected time: {duration(each * (len(missing) + before))}, by {runs} earlier runs of this track on "
+                "this machine")
 
     def compare(self, log_x: bool = False) -> dict:
         """Everything: budget, sweep, the reported runs, the report (log_x: of its picture). Returns the results."""
@@ -884,8 +885,8 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     plan.add_argument("--seeds", type=int, default=3, help="reported runs an arm (default: %(default)s)")
     plan.add_argument("--budget", choices=("tokens", "time"), default="tokens",
                       help="what is equal (default: %(default)s)")
-    plan.add_argument("--seconds", type=float, default=0.0, help="of training a run under --budget time (default: what the "
-                      "first arm takes for its tokens, measured once)")
+    plan.add_argument("--seconds", type=float, default=0.0, help="of training a run under --budget time (default: what "
+                      "the first arm takes for its tokens, measured once)")
     plan.add_argument("--sweep", type=numbers, default=[], metavar="FACTORS",
                       help="of all learning rates that every arm tries first, such as 0.5,1,2 (default: none)")
     plan.add_argument("--sweep-seeds", type=int, default=1, help="runs for each of them (default: %(default)s)")
@@ -904,8 +905,8 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     report = parser.add_argument_group("the report")
     report.add_argument("-o", "--output", type=Path,
                         help="its folder (default: one in ./comparisons that the same command finds again)")
-    report.add_argument("--log-x", action="store_true", help="curves.png with logarithmic axes of tokens and time (default: "
-                        "linear; report.html has a switch)")
+    report.add_argument("--log-x", action="store_true", help="curves.png with logarithmic axes of tokens and time "
+                        "(default: linear; report.html has a switch)")
     cut = argv.index("--") if "--" in argv else len(argv)
     given = parser.parse_args(argv[:cut])
 
@@ -946,8 +947,8 @@ def plan_of(given: argparse.Namespace, options: list[str], argv: list[str]) -> t
     data = {config.data: data_identity(config) for config in {config.data: config for config in configs}.values()}
     for folder, identity in data.items():
         require(identity["val"] == data[configs[0].data]["val"],
-                f"the arms are validated on different data, {configs[0].data} and {folder}; give --data to all of them, "
-                "after --")
+                f"the arms are validated on different data, {configs[0].data} and {folder}; give --data to all of "
+                "them, after --")
     plan = dict(arms=given.arms, options=shared, seeds=given.seeds, budget=given.budget, seconds=given.seconds,
                 sweep=given.sweep, sweep_seeds=given.sweep_seeds, ranks=given.ranks, source=source_of(arms), data=data)
     return plan | dict(command=shlex.join(["python", "compare.py", *argv]), anyway=given.anyway), arms

@@ -25,12 +25,17 @@ OWN_FIELDS = RESUME_FIELDS | {"seed", "run_id"}  # of a configuration: what may 
 COLORS = ("#7d838c", "#d55e00", "#0a84d0", "#0a9e73", "#c264a0", "#b8860b", "#7a5fd0", "#2aa7b8")  # told apart by the colour-blind, on light and on dark
 LATE = 0.2  # pictures are scaled to the losses after this part of the longest run: those before would squeeze the rest
 TIME_WORDS = {"better": "faster", "worse": "slower"}
-# What a comparison holds fixed unless an arm changes it: of settings by these names, of replaced parts by what SEAMS says of them.
-VALIDATION, ORDER, START = "the validation data", "the order of the training data", "the initial tensors of equal name and shape"
+# What a comparison holds fixed unless an arm changes it, by a setting of these names or a part whose name says so. What
+# is not in SEAMS is the referee's: an arm that replaced it has changed all three.
+VALIDATION = "the validation data"
+ORDER = "the order of the training data"
+START = "the initial tensors of equal name and shape"
 SETTINGS_OF = {
     ORDER: {"sequence_length", "batch_tokens", "align_documents", "document_token", "vocab_size"},
     START: {"init_from", "zero_init_projections", "tied_embedding"}}
-PARTS_OF = {ORDER: re.compile(r"(?i)data|token|order|mixture|batch|row|shard|document"), START: re.compile(r"(?i)initial")}
+PARTS_OF = {
+    ORDER: re.compile(r"(?i)data|token|order|mixture|batch|row|shard|document"),
+    START: re.compile(r"(?i)initial")}
 
 
 # ---- Results
@@ -39,13 +44,15 @@ def summarize(settings: dict, arms: list[dict]) -> dict:
     """
     Results of a comparison, ready for JSON. RunError where the runs cannot be compared.
 
-    settings: track, seeds, budget ("tokens" or "time"), budget_seconds, target, command, order [[arm, seed], ...] as run, tried (number of arms),
-      sweep {arm: dict(tries=[dict(factor, seeds, losses)], chosen=factor)} or None, overhead dict(wall_seconds, runs_seconds) or None,
-      reused [dict(arm, seed, log, seen)], of runs that another comparison trained: its log, and the comparisons with them whose result was there
-    arms: dicts of name, variant [str], options [str] and runs, each a Run or, where there is no log, dict(seed, error); the baseline first; perhaps
-      faults [str], what makes the arm worthless whatever its loss
-    The target is settings["target"] if it was set for these validation data, or else the baseline's mean final loss. p values are Holm's over the
-    arms, for loss and for time apart. Times of reused runs are not compared: they did not take turns with the others.
+    settings: track, seeds, budget ("tokens" or "time"), budget_seconds, target, command, order [[arm, seed], ...] as
+      run, tried (number of arms), sweep {arm: dict(tries=[dict(factor, seeds, losses)], chosen=factor)} or None,
+      overhead dict(wall_seconds, runs_seconds) or None, reused [dict(arm, seed, log, seen)], of runs that another comparison
+      trained: its log, and the comparisons with that run whose result was there before this one began
+    arms: dicts of name, variant [str], options [str] and runs, each a Run or, where there is no log, dict(seed, error);
+      the baseline first; perhaps faults [str], what makes the arm worthless whatever its loss
+    The target is settings["target"] if it was set for these validation data, or else the baseline's mean final loss.
+    p values are Holm's over the arms, for loss and for time apart. Times of reused runs are not compared: they did not
+    take turns with the others.
     """
     logs = [[run for run in arm["runs"] if isinstance(run, Run)] for arm in arms]
     check_comparable(arms, logs)
@@ -59,7 +66,8 @@ def summarize(settings: dict, arms: list[dict]) -> dict:
         row["changed"], row["changed_code"] = changed(runs, logs[0])
         row["not_fixed"] = not_fixed(row, runs, logs[0])
         row["vs_baseline"] = None if row is baseline else versus(runs, logs[0], in_turn, timed[0])
-        row["pairs"] = [] if row is baseline else [[run.seed, run.val_loss - other.val_loss] for run, other in pairs_of(runs, logs[0])]
+        pairs = [] if row is baseline else pairs_of(runs, logs[0])
+        row["pairs"] = [[run.seed, run.val_loss - other.val_loss] for run, other in pairs]
     compared = [row["vs_baseline"] for row in rows if row["vs_baseline"]]
     for kind in ("loss", "time"):
         for result, p in zip(compared, holm([result[kind]["p"] for result in compared])):
@@ -101,14 +109,18 @@ def check_scored(runs: list[Run]):
     """RunError, one line with both logs' names, unless all runs were scored on the same tokens."""
     for run in runs[1:]:
         first, tokens, others = runs[0], runs[0].facts.get("val_tokens"), run.facts.get("val_tokens")
-        require(run.val_sha256 == first.val_sha256,
-                f"{first.path} and {run.path} were validated on different data; run one of them again with the other's --data")
-        require(tokens == others, f"{first.path} was scored on {number(tokens)} tokens, {run.path} on {number(others)}, so their losses cannot be "
-                "compared; run one of them again with the other's --val_tokens and --sequence_length")
+        require(run.val_sha256 == first.val_sha256, f"{first.path} and {run.path} were validated on different data; "
+                "run one of them again with the other's --data")
+        require(tokens == others, f"{first.path} was scored on {number(tokens)} tokens, {run.path} on {number(others)}"
+                ", so their losses cannot be compared; run one of them again with the other's --val_tokens and "
+                "--sequence_length")
 
 
 def check_comparable(arms: list[dict], logs: list[list[Run]]):
-    """RunError, one line with both logs' names, unless code and configuration are one within an arm and the scored tokens are one in all."""
+    """
+    RunError, one line with both logs' names, unless code and configuration are one within an arm and the scored tokens
+    are one in all.
+    """
     check_scored([run for runs in logs for run in runs])
     for arm, runs in zip(arms, logs):
         for run in runs[1:]:
@@ -165,15 +177,17 @@ def arm_results(arm: dict, runs: list[Run], timed: list[Run]) -> dict:
     tokens = one_or_summary([run.points[-1].tokens for run in finished])
     spent = tokens["mean"] if isinstance(tokens, dict) else tokens
     per_token = facts.get("flops_per_token")
-    measured = {name: known_summary(getattr(run, name) for run in finished) for name in ("bits_per_byte", "peak_memory_mib")}
+    measured = {name: known_summary(getattr(run, name) for run in finished)
+                for name in ("bits_per_byte", "peak_memory_mib")}
     measured |= {name: known_summary(getattr(run, name) for run in in_turn)
                  for name in ("ms_per_step", "tokens_per_second", "mfu", "warmup_seconds")}
+    measured["train_seconds"] = known_summary(seconds_of(run.train_ms) for run in in_turn)
     return dict(
         name=arm["name"], variant=arm["variant"], options=arm["options"], errors=errors, faults=arm.get("faults", []),
         status="complete" if len(finished) == len(listed) else f"{len(finished)} of {len(listed)} finished",
         **{name: facts.get(name) for name in ("replaced", "parameters", "parameters_without_embeddings", "flops_per_token")},
         training_flops=per_token * spent if per_token and spent else None, tokens=tokens, steps=one_or_summary([run.last_step for run in finished]),
-        loss=known_summary(run.val_loss for run in finished), train_seconds=known_summary(seconds_of(run.train_ms) for run in in_turn), **measured,
+        loss=known_summary(run.val_loss for run in finished), **measured,
         curve=mean_curve([curve_of(run) for run in finished]), runs=listed)
 
 
@@ -221,15 +235,16 @@ def pairs_of(runs: list[Run], baseline: list[Run]) -> list[tuple[Run, Run]]:
 
 def versus(runs: list[Run], baseline: list[Run], timed: list[Run], timed_baseline: list[Run]) -> dict | None:
     """
-    Welch's test of an arm's final losses against the baseline's and, of those runs of both whose times count, of the times of a step, if all ran on
-    one machine; None where a side has no finished run.
+    Welch's test of an arm's final losses against the baseline's and, of those runs of both whose times count, of the
+    times of a step, if all ran on one machine; None where a side has no finished run.
     """
     runs, baseline = [run for run in runs if run.finished], [run for run in baseline if run.finished]
     if not runs or not baseline:
         return None
     pairs = [(run.val_loss, other.val_loss) for run, other in pairs_of(runs, baseline)]
     alike = all(len(different(run.facts.get(name) for run in runs + baseline)) == 1 for name in MACHINE)
-    times = [[run.ms_per_step for run in side if alike and run.finished and run.ms_per_step is not None] for side in (timed, timed_baseline)]
+    times = [[run.ms_per_step for run in side if alike and run.finished and run.ms_per_step is not None]
+             for side in (timed, timed_baseline)]
     loss = welch([run.val_loss for run in runs], [run.val_loss for run in baseline])
     loss["paired"] = paired(*map(list, zip(*pairs))) | {"n": len(pairs)} if pairs else None
     return dict(loss=loss, time=welch(*times) if all(times) else dict.fromkeys(("difference", "low", "high", "p_less", "p_greater", "p")))
@@ -299,8 +314,9 @@ def sentences(results: dict) -> list[str]:
     if reused:
         total = sum(len(arm["runs"]) for arm in arms)
         seen = ", whose results had been seen" if seen_in(reused) else ""
-        lines.append(f"{len(reused)} of the {total} runs {'was' if len(reused) == 1 else 'were'} taken over from earlier comparisons{seen}; "
-                     "their times are not compared.")
+        verb = "was" if len(reused) == 1 else "were"
+        lines.append(f"{len(reused)} of the {total} runs {verb} taken over from earlier comparisons{seen}; their times "
+                     "are not compared.")
     return lines
 
 
@@ -382,8 +398,12 @@ def facts(results: dict) -> list[tuple[str, list[str]]]:
 
     held = [claim for claim in (VALIDATION, ORDER, START) if not any(claim in arm["not_fixed"] for arm in arms)]
     seeded = [claim for claim in held if claim != VALIDATION]
-    fixed = ["Held fixed: every setting of the trainer that is not named here" + f", {VALIDATION}" * (VALIDATION in held)
-             + f", and for equal seeds {' and '.join(seeded)}" * bool(seeded) + "."]
+    fixed = ["Held fixed: every setting of the trainer that is not named here"]
+    if VALIDATION in held:
+        fixed[0] += f", {VALIDATION}"
+    if seeded:
+        fixed[0] += f", and for equal seeds {' and '.join(seeded)}"
+    fixed[0] += "."
     for arm in arms:
         parts = [f"variant {' + '.join(arm['variant'])}"] if arm["variant"] else []
         parts += [f"replaces {', '.join(name for names in arm['replaced'].values() for name in names)}"] if arm["replaced"] else []
@@ -418,11 +438,15 @@ def facts(results: dict) -> list[tuple[str, list[str]]]:
                   "Paired p is over pairs of equal seeds and not corrected; no verdict rests on it.",
                   f"Measured noise: sd {number(noise['sd'], 4)} of the final loss over {noise['n']} runs of {base}." if noise and noise["sd"] is not None
                   else f"The noise was not measured: {base} has fewer than two finished runs.",
-                  f"The target is {target_words(settings, arms[0])}; steps and time to it are interpolated linearly, on the mean curve and on each run's."]
+                  f"The target is {target_words(settings, arms[0])}; steps and time to it are interpolated linearly, "
+                  "on the mean curve and on each run's."]
     looks = len(seen_in([entry for entry in reused if plain(entry["arm"]) != base]))
-    statistics += [f"Looks: {looks} earlier {'comparison' if looks == 1 else 'comparisons'} with runs of these arms had a result when this one began. "
-                   f"Where a result decides whether to go on, each look is a chance: that one of {looks + 1} verdicts finds a difference where there is "
-                   f"none happens in up to {100 * (looks + 1) * ALPHA:.0f} % of all cases."] if looks else []
+    if looks:
+        statistics.append(
+            f"Looks: {looks} earlier {'comparison' if looks == 1 else 'comparisons'} with runs of these arms had a "
+            "result when this one began. Where a result decides whether to go on, each look is a chance: that one of "
+            f"{looks + 1} verdicts finds a difference where there is none happens in up to "
+            f"{100 * (looks + 1) * ALPHA:.0f} % of all cases.")
     errors = [f"{plain(arm['name'])}, {plain(error)}" for arm in arms for error in arm["errors"]]
     return [("Set-up", setup), ("What was held fixed, and what not", fixed), ("How it was measured", measured), ("Statistics", statistics),
             *([("Runs without a result", errors)] if errors else [])]
@@ -433,10 +457,12 @@ def reused_lines(reused: list[dict], base: str) -> list[str]:
     if not reused:
         return []
     runs = ", ".join(f"{plain(entry['arm'])} {entry['seed']} ({plain(entry['log'])})" for entry in reused)
-    lines = [f"Taken over from other comparisons, with the same code, settings, seed, data and kind of machine: {runs}. They did not take turns with "
-             "the other runs, so their times are not compared; compare.py --no-reuse trains all of them in turn."]
+    lines = [f"Taken over from other comparisons, with the same code, settings, seed, data and kind of machine: {runs}."
+             " They did not take turns with the other runs, so their times are not compared; compare.py --no-reuse "
+             "trains all of them in turn."]
     if all(plain(entry["arm"]) == base for entry in reused):
-        lines.append(f"Only runs of {base} were taken over: verdicts that share them are not independent of each other.")
+        lines.append(f"Only runs of {base} were taken over: verdicts that share them are not independent of each "
+                     "other.")
     return lines
 
 
@@ -481,7 +507,8 @@ def markdown_table(heads: list[str], rows: list) -> str:
 
 def markdown(results: dict) -> str:
     parts = [f"# {escaped(title(results))}", "\n".join(f"- {escaped(line)}" for line in sentences(results))]
-    parts += ["![Differences from the baseline, seed by seed and with their 95 % intervals; validation loss against tokens and against time](curves.png)",
+    parts += ["![Differences from the baseline, seed by seed and with their 95 % intervals; validation loss against "
+              "tokens and against time](curves.png)",
               "report.html shows the curves with their values, results.json has all numbers."]
     for heading, heads, rows in tables(results):
         parts += [f"## {heading}", markdown_table(heads, [map(escaped, row) for row in rows])]
@@ -491,7 +518,10 @@ def markdown(results: dict) -> str:
 
 
 def axes(results: dict) -> list[tuple[str, int]]:
-    """(label, column of a curve) of the horizontal axes; steps where the logs do not say tokens, and no time where it is not known."""
+    """
+    (label, column of a curve) of the horizontal axes; steps where the logs do not say tokens, no time where it is not
+    known.
+    """
     points = [point for arm in results["arms"] for run in arm["runs"] for point in run.get("curve", [])]
     first = ("training tokens", 1) if all(point[1] is not None for point in points) else ("steps", 0)
     return [first] + [("training time, s", 2)] * all(point[2] is not None for point in points)
@@ -505,7 +535,7 @@ def compared(results: dict) -> list[tuple[int, dict]]:
 
 
 def intervals(arm: dict) -> list[tuple[float, float, float]]:
-    """[(difference, low, high)] of the verdict's test and of the pairs of equal seeds, where there is such an interval."""
+    """[(difference, low, high)] of the verdict's test and of the pairs of equal seeds, where there are intervals."""
     loss = arm["vs_baseline"]["loss"]
     tests = [loss] + ([loss["paired"]] if loss["paired"] else [])
     return [(test["difference"], test["low"], test["high"]) for test in tests if test["low"] is not None]
@@ -527,7 +557,7 @@ def spans(results: dict) -> tuple[tuple[float, float], tuple[float, float]]:
 
 
 def shift(k: int, n: int) -> float:
-    """The height of the k-th of n seeds' dots in its arm's row, from -0.3 to 0.3: a seed has the same height in every row."""
+    """The height in a row, from -0.3 to 0.3, of the k-th of n seeds: a seed has the same height in every row."""
     return 0.0 if n < 2 else 0.6 * k / (n - 1) - 0.3
 
 
@@ -542,13 +572,15 @@ def short_name(arm: dict, most: int = 32) -> str:
 
 def draw(file, results: dict, log_x: bool):
     """
-    curves.png. First the differences from the baseline: seed by seed, and their means with 95 % intervals. Then loss against tokens and against time,
-    every run thin, an arm's mean thick; the losses of the first fifth may lie above the picture.
+    curves.png. First the differences from the baseline: seed by seed, and their means with 95 % intervals. Then loss
+    against tokens and against time, every run thin, an arm's mean thick; the losses of the first fifth may lie above
+    the picture.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     arms, rows = results["arms"], compared(results)
-    styles = [dict(color=COLORS[i % len(COLORS)], linestyle=("-", "--", ":")[i // len(COLORS) % 3]) for i in range(len(arms))]
+    styles = [dict(color=COLORS[i % len(COLORS)], linestyle=("-", "--", ":")[i // len(COLORS) % 3])
+              for i in range(len(arms))]
     top = 0.9 + 0.34 * len(rows) if rows else 0.0
     figure = Figure(figsize=(12, 5.2 + top), dpi=130, layout="constrained")
     if rows:
@@ -558,14 +590,24 @@ def draw(file, results: dict, log_x: bool):
         lower = figure
     draw_curves(lower.subplots(1, len(axes(results)), sharey=True, squeeze=False)[0], results, styles, log_x)
     labels = [short_name(arm).replace("$", r"\$") for arm in arms]  # $ begins a formula
-    lower.legend([Line2D([], [], linewidth=2.0, **style) for style in styles], labels, loc="outside lower center", ncols=min(4, len(arms)), frameon=False)
+    lines = [Line2D([], [], linewidth=2.0, **style) for style in styles]
+    lower.legend(lines, labels, loc="outside lower center", ncols=min(4, len(arms)), frameon=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # characters that the font lacks
         figure.savefig(file, format="png")
 
 
+def headings(results: dict) -> tuple[str, str]:
+    """Of the two panels of differences."""
+    return (f"minus {short_name(results['arms'][0])} at equal seed, nats",
+            "mean difference, 95 % (thick: Welch, the verdict's; thin: paired), nats")
+
+
 def draw_differences(panels, results: dict):
-    """Two panels of matplotlib, a row an arm: the paired differences as dots by seed, and the mean differences with their intervals."""
+    """
+    Two panels of matplotlib, a row an arm: the paired differences as dots by seed, and the mean differences with their
+    intervals.
+    """
     rows, seeds = compared(results), seeds_of_pairs(results)
     for row, (i, arm) in enumerate(rows):
         color = COLORS[i % len(COLORS)]
@@ -576,10 +618,10 @@ def draw_differences(panels, results: dict):
             panels[1].plot([low, high], [height, height], linewidth=(2.4, 1.0)[k], color=color)
             panels[1].plot([mean], [height], "D" if k == 0 else "o", markersize=(6, 4)[k], color=color)
         if not intervals(arm):
-            panels[1].plot([arm["vs_baseline"]["loss"]["difference"]], [row], "D", markersize=6, markerfacecolor="none", color=color)
+            mean = arm["vs_baseline"]["loss"]["difference"]
+            panels[1].plot([mean], [row], "D", markersize=6, markerfacecolor="none", color=color)
     labels = [f"{short_name(arm)}: {arm['vs_baseline']['loss']['verdict']}".replace("$", r"\$") for _, arm in rows]
-    titles = (f"minus {short_name(results['arms'][0])} at equal seed, nats", "mean difference, 95 % (thick: Welch, the verdict's; thin: paired), nats")
-    for panel, ends, heading in zip(panels, spans(results), titles):
+    for panel, ends, heading in zip(panels, spans(results), headings(results)):
         panel.axvline(0, color="#808080", linewidth=0.8)
         panel.set(xlim=ends, ylim=(len(rows) - 0.4, -0.6), yticks=range(len(rows)))
         panel.set_yticklabels(labels, fontsize=8)
@@ -591,7 +633,10 @@ def draw_differences(panels, results: dict):
 
 
 def draw_curves(panels, results: dict, styles: list[dict], log_x: bool):
-    """The losses, in a panel for each axis, scaled to those after the first fifth; a target outside is an arrow at the edge."""
+    """
+    The losses, in a panel for each axis, scaled to those after the first fifth; a target outside is an arrow at the
+    edge.
+    """
     from matplotlib.ticker import EngFormatter, NullFormatter
     arms, target, late = results["arms"], results["arms"][0]["to_target"]["target"], []
     for panel, (label, column) in zip(panels, axes(results)):
@@ -618,8 +663,9 @@ def draw_curves(panels, results: dict, styles: list[dict], log_x: bool):
             panel.axhline(target, color="#808080", linewidth=0.8, linestyle=(0, (4, 3)))
         else:
             below = target < low
-            panel.annotate(f"target {target:.4g} {'↓' if below else '↑'}", (0.99, 0.01 if below else 0.99), xycoords="axes fraction", ha="right",
-                           va="bottom" if below else "top", color="#808080", fontsize=8)
+            place = dict(xy=(0.99, 0.01), va="bottom") if below else dict(xy=(0.99, 0.99), va="top")
+            panel.annotate(f"target {target:.4g} {'↓' if below else '↑'}", **place, xycoords="axes fraction",
+                           ha="right", color="#808080", fontsize=8)
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
@@ -644,11 +690,11 @@ def differences_svg(results: dict) -> str:
 
     def text(x, y, words, anchor):
         marks.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(words)}</text>')
-    panels = ((names + 20, middle - 20, spans(results)[0], f"minus {short_name(results['arms'][0])} at equal seed, nats"),
-              (middle + 20, right, spans(results)[1], "mean difference, 95 % (thick: Welch, the verdict's; thin: paired), nats"))
+    ends = ((names + 20, middle - 20), (middle + 20, right))
     scales = []
-    for start, end, (low, high), heading in panels:
-        scales.append(lambda value, start=start, end=end, low=low, high=high: start + (end - start) * (value - low) / (high - low))
+    for (start, end), (low, high), heading in zip(ends, spans(results), headings(results)):
+        scale = (end - start) / (high - low)
+        scales.append(lambda value, start=start, low=low, scale=scale: start + scale * (value - low))
         values = ticks(low, high, 5)
         digits = max(0, math.ceil(-math.log10(values[1] - values[0]))) if len(values) > 1 else 4
         text((start + end) / 2, 16, heading, "middle")
@@ -656,19 +702,21 @@ def differences_svg(results: dict) -> str:
             line(scales[-1](value), 26, scales[-1](value), bottom, "grid" if value else "zero")
             text(scales[-1](value), bottom + 16, f"{value:+.{digits}f}" if value else "0", "middle")
     for row, (i, arm) in enumerate(rows):
-        y, color = 30 + height * (row + 0.5), f' style="stroke:{COLORS[i % len(COLORS)]};fill:{COLORS[i % len(COLORS)]}"'
+        color = COLORS[i % len(COLORS)]
+        y, style = 30 + height * (row + 0.5), f' style="stroke:{color};fill:{color}"'
         text(names, y + 4, short_name(arm), "end")
         for seed, difference in arm["pairs"]:
             title = html.escape(f"{plain(arm['name'])}, seed {seed}: {difference:+.4f}")
-            marks.append(f'<circle cx="{scales[0](difference):.1f}" cy="{y + height * shift(seeds.index(seed), len(seeds)):.1f}" r="4"{color}>'
+            at = y + height * shift(seeds.index(seed), len(seeds))
+            marks.append(f'<circle cx="{scales[0](difference):.1f}" cy="{at:.1f}" r="4"{style}>'
                          f"<title>{title}</title></circle>")
         mean = arm["vs_baseline"]["loss"]["difference"]
         for k, (_, low, high) in enumerate(intervals(arm)):
-            line(scales[1](low), y + 9 * k, scales[1](high), y + 9 * k, "thin" if k else "thick", color)
+            line(scales[1](low), y + 9 * k, scales[1](high), y + 9 * k, "thin" if k else "thick", style)
         title = html.escape(f"{plain(arm['name'])}: {mean:+.4f}, {arm['vs_baseline']['loss']['verdict']}")
-        marks.append(f'<circle cx="{scales[1](mean):.1f}" cy="{y:.1f}" r="5"{color}><title>{title}</title></circle>')
-    return (f'<div class="panel"><svg class="differences" role="img" aria-label="Differences from the baseline" viewBox="0 0 {right + 20} {bottom + 24}">'
-            f'{"".join(marks)}</svg></div>')
+        marks.append(f'<circle cx="{scales[1](mean):.1f}" cy="{y:.1f}" r="5"{style}><title>{title}</title></circle>')
+    return ('<div class="panel"><svg class="differences" role="img" aria-label="Differences from the baseline" '
+            f'viewBox="0 0 {right + 20} {bottom + 24}">{"".join(marks)}</svg></div>')
 
 
 def page(results: dict) -> str:
@@ -684,13 +732,17 @@ def page(results: dict) -> str:
         body = "".join(f"<tr>{''.join(cell(i, head, text) for head, text in zip(heads, row))}</tr>" for i, row in enumerate(rows))
         top = "".join(f"<th>{head}</th>" for head in heads)
         return f"<h2>{heading}</h2><div class=wide><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
-    kinds = [kind(arm["vs_baseline"]["loss"]["verdict"]) if arm["vs_baseline"] and not arm["faults"] else "" for arm in results["arms"][1:]]
+    kinds = [kind(arm["vs_baseline"]["loss"]["verdict"]) if arm["vs_baseline"] and not arm["faults"] else ""
+             for arm in results["arms"][1:]]
     lines = sentences(results)
     cards = [f'<p class="card {sort}">{html.escape(line)}</p>' for line, sort in zip(lines, kinds + [""] * len(lines))]
     notes = [f"<section><h2>{heading}</h2><ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul></section>" for heading, lines in facts(results)]
     data = dict(results=results, names=[plain(arm["name"]) for arm in results["arms"]], colors=COLORS, axes=axes(results), late=LATE)
     text = TEMPLATE.read_text(encoding="utf-8")
-    for mark, part in dict(TITLE=html.escape(title(results)), CARDS="".join(cards), DIFFERENCES=differences_svg(results), TABLES="".join(table(*parts) for parts in tables(results)), FACTS="".join(notes),
-                           DATA=json.dumps(data, allow_nan=False).replace("<", r"\u003c")).items():
+    parts = dict(
+        TITLE=html.escape(title(results)), CARDS="".join(cards), DIFFERENCES=differences_svg(results),
+        TABLES="".join(table(*columns) for columns in tables(results)), FACTS="".join(notes),
+        DATA=json.dumps(data, allow_nan=False).replace("<", r"\u003c"))
+    for mark, part in parts.items():
         text = text.replace(f"<!--{mark}-->", part)
     return text

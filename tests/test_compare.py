@@ -508,7 +508,7 @@ def test_the_plan_alone(begun, capsys):
     assert capsys.readouterr().out.count(": finished") == 4
     assert begun.call("baseline", "swiglu_mlp", "--sweep", "1,2", "--dry-run", "--reuse", "nowhere", folder=second) == 0
     out = capsys.readouterr().out
-    assert "first, 4 runs on other seeds for the learning rates" in out and "not known; there is no earlier run" in out
+    assert "first, on other seeds for the learning rates: 4 runs, on which what follows depends" in out and "not known; there is no earlier run" in out
     assert not second.exists() and len(begun.calls()) == 4
 
 
