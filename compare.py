@@ -529,7 +529,7 @@ class Comparison:
         log, checkpoint = self.logs / f"{job.name}.txt", self.logs / f"{job.name}.pt"
         resume = ["--resume", str(checkpoint)] if checkpoint.exists() and log.exists() else []
         if not resume:
-            for path in (log, log.with_suffix(".json")):
+            for path in (log, log.with_suffix(".json"), checkpoint):
                 path.unlink(missing_ok=True)
         own = ["--seed", str(job.seed), "--run_id", job.name, "--log_dir", str(self.logs), *resume]
         return [*launch, str(ROOT / "train_gpt.py"), *self.options(job), *own]

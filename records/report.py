@@ -285,10 +285,10 @@ def interval(test: dict, digits: int) -> str:
 def sentence(arm: dict, baseline: dict) -> str:
     """An arm's verdict in words: loss, then time, then whether parameters and FLOPs are equal."""
     name, base = plain(arm["name"]), plain(baseline["name"])
-    unsound = "".join(f" {plain(side['name'])} IS NOT SOUND, so this says nothing: {plain('; '.join(side['faults']))}."
+    unsound = "".join(f"{plain(side['name'])} IS NOT SOUND, so this says nothing: {plain('; '.join(side['faults']))}. "
                       for side in (arm, baseline) if side["faults"])
     if arm["vs_baseline"] is None:
-        return f"{name}: no verdict, because {name if not arm['loss'] else base} has no finished run.{unsound}"
+        return f"{unsound}{name}: no verdict, because {name if not arm['loss'] else base} has no finished run."
     loss, time = arm["vs_baseline"]["loss"], arm["vs_baseline"]["time"]
     n = f"n = {arm['loss']['n']} and {baseline['loss']['n']}"
     if loss["verdict"] == "not distinguishable":
@@ -304,7 +304,7 @@ def sentence(arm: dict, baseline: dict) -> str:
         tested = f", {equals(time['p_holm'])}" if time["p"] is not None else ""
         text += (f". Time: {TIME_WORDS.get(time['verdict'], time['verdict'])}, {number(time['difference'], 2, signed=True)} ms a step "
                  f"({percent(time['difference'] / baseline['ms_per_step']['mean'])}{tested})")
-    return f"{text}. {parity(arm, baseline)}.{unsound}"
+    return f"{unsound}{text}. {parity(arm, baseline)}."
 
 
 def sentences(results: dict) -> list[str]:

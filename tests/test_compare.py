@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import compare
 import records.report
@@ -22,12 +23,13 @@ from train_gpt import TRACKS, adopt_vocabulary, parse_config
 ROOT = Path(__file__).resolve().parent.parent
 
 STAND_IN = """
-import json, pathlib, shutil, sys, time
+import json, os, pathlib, shutil, sys
 prepared, argv = pathlib.Path(sys.argv[1]), sys.argv[2:]
 given = dict(zip(argv[::2], argv[1::2]))
 with open(prepared / "calls.jsonl", "a") as file:
     file.write(json.dumps(argv) + "\\n")
 run = given["--run_id"]
+(prepared / "spin.json").write_text(json.dumps([os.environ.get(name) for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")]))
 if (prepared / (run + ".fault")).exists():
     sys.exit("train_gpt.py: error: " + (prepared / (run + ".fault")).read_text())
 print("step 1/2  loss 3.0", flush=True)
@@ -127,6 +129,19 @@ def test_runs_take_turns_and_the_report_has_a_verdict(stage, capsys):
     assert results["settings"]["order"][:2] == [["baseline", 1], ["swiglu_mlp --lr_matrix 0.02", 1]] and results["settings"]["target"] == TRACKS["cpu"]["target"]
     assert results["settings"]["overhead"]["wall_seconds"] >= results["settings"]["overhead"]["runs_seconds"] > 0
     assert {path.name for path in stage.folder.iterdir()} >= {"README.md", "report.html", "curves.png", "results.json", "logs"}
+
+
+def test_a_run_inherits_the_bound_on_spinning_and_threads_are_an_arms_own(stage):
+    texts = ["baseline", "baseline --threads 3"]
+    assert [arm.options for arm in compare.parse_arms(texts, 1, [])] == [[], ["--threads", "3"]]
+    prepare_all(stage, "A0-baseline", [1.0])
+    prepare_all(stage, "A1-baseline-threads-3", [1.0])
+    assert stage.call(*texts, "--seeds", "1") == 0
+    spin = json.loads((stage.prepared / "spin.json").read_text())
+    assert spin == [os.environ.get(name) for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")] and any(spin)
+    usual, three = (compare.machine_facts("cpu", threads, 1) for threads in (0, 3))
+    assert three["threads"] == 3 and three["device"].endswith(", 3 threads") and usual["threads"] == torch.get_num_threads()
+    assert stage.results()["environment_differs"]["device"] == [usual["device"], three["device"]]
 
 
 def test_the_picture_may_have_a_logarithmic_axis(stage, monkeypatch):
@@ -360,7 +375,7 @@ def test_an_arm_that_looks_ahead_stops_the_comparison(stage, capsys, monkeypatch
     assert "swiglu_mlp IS NOT SOUND, so this says nothing: position 3 sees position 4." in capsys.readouterr().out
     assert json.loads((stage.folder / "plan.json").read_text())["anyway"] is True
     text = (stage.folder / "README.md").read_text()
-    assert text.count("NOT SOUND") == 2 and '<p class="card ">swiglu_mlp' in (stage.folder / "report.html").read_text()
+    assert text.count("NOT SOUND") == 2 and '<p class="card ">swiglu_mlp IS NOT SOUND' in (stage.folder / "report.html").read_text()
 
 
 def test_what_code_belongs_to_an_arm():
