@@ -38,14 +38,15 @@ for kind in ("txt", "json"):
 """
 
 
-@pytest.fixture
-def corpus(tmp_path):
-    rng = np.random.default_rng(0)
-    (tmp_path / "corpus").mkdir()
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """One for all tests, so that equal command lines are parsed once. A test that changes a shard puts it back."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("data") / "corpus"
+    folder.mkdir()
     for split, tokens in (("train", 40_000), ("val", 3_000)):
-        write_shard(tmp_path / "corpus" / f"x_{split}_000000.bin", np.append(256, rng.integers(97, 105, tokens)))
-    write_meta(tmp_path / "corpus", vocab_size=257, tokenizer="bytes")
-    return tmp_path / "corpus"
+        write_shard(folder / f"x_{split}_000000.bin", np.append(256, rng.integers(97, 105, tokens)))
+    write_meta(folder, vocab_size=257, tokenizer="bytes")
+    return folder
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def stage(tmp_path, monkeypatch, corpus):
     class Stage:
         folder, prepared, runs, data = tmp_path / "out", tmp_path / "prepared", {}, corpus
         faults = {}  # variant: what variants.check finds
-        parse = staticmethod(parse_config)
+        parse = staticmethod(compare.parse_options)
 
         def prepare(self, run, loss=1.0, fault=None, ms=100.0, **facts):
             (self.prepared / f"{run}.fault").unlink(missing_ok=True)
@@ -67,9 +68,9 @@ def stage(tmp_path, monkeypatch, corpus):
 
         def write(self, comparison, job, argv):
             run = self.runs[job.name]
-            if "--resume" in argv:
-                argv = argv[:argv.index("--resume")]
-            config = self.parse(argv)
+            at = argv.index("--seed")
+            own = dict(zip(argv[at::2], argv[at + 1::2]))
+            config = replace(self.parse(argv[:at]), seed=int(own["--seed"]), run_id=own["--run_id"], log_dir=own["--log_dir"])
             adopt_vocabulary(config)
             texts = {file.removesuffix(".py").replace("/", "."): (ROOT / file).read_text(encoding="utf-8") for file in compare.source_of([job.arm])}
             facts = comparison.machine(config) | dict(val_sha256=comparison.plan["data"][config.data]["val"], val_tokens=64, seed=config.seed, target=0.0)
@@ -466,7 +467,7 @@ def test_what_is_not_the_same_run_is_trained(begun, monkeypatch):
         begun.parse = lambda argv: replace(parse_config([word for word in argv if word not in ("--init_from", "x.pt")]), init_from="x.pt")
         patch.setattr(compare, "parse_config", begun.parse)
         assert trained("from a checkpoint", options=["--init_from", "x.pt"]) == 2
-        begun.parse = parse_config
+        begun.parse = compare.parse_options
     content = shard.read_bytes()
     shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert trained("other data") == 2
@@ -480,9 +481,10 @@ def test_what_is_not_the_same_run_is_trained(begun, monkeypatch):
     assert trained("unfinished") == 2
 
 
-def test_a_variant_that_reads_a_file_is_trained_again(begun, tmp_path):
+def test_a_variant_that_reads_a_file_is_trained_again(tmp_path, monkeypatch):
     """The content of the file is in no log."""
-    (tmp_path / "book.npz").write_text("")
+    monkeypatch.chdir(tmp_path)
+    Path("book.npz").write_text("")
     config = parse_config([])
     assert not compare.names_a_file(replace(config, variant=("swiglu_mlp:layers=0-3", "x:laplacian=domain:missing.npz")))
     assert compare.names_a_file(replace(config, variant=("swiglu_mlp", "x:laplacian=domain:book.npz,tau=file")))
