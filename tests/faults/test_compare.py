@@ -25,12 +25,13 @@ from records.runs import read_run
 from tests.records.conftest import log_lines
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TINY = ["--layers", "2", "--model_dim", "32", "--heads", "2", "--head_dim", "16", "--mlp_hidden", "64", "--sequence_length", "32",
-        "--batch_tokens", "256", "--micro_batch_tokens", "256", "--val_tokens", "512", "--val_every", "0", "--checkpoint_seconds", "0.2"]
+TINY = ("--layers 2 --model_dim 32 --heads 2 --head_dim 16 --mlp_hidden 64 --sequence_length 32 --batch_tokens 256 "
+        "--micro_batch_tokens 256 --val_tokens 512 --val_every 0 --checkpoint_seconds 0.2").split()
 # compare.py with a check of the arms that takes no time
 DRIVER = ("import sys, types\nsys.path.insert(0, sys.argv.pop(1))\n"
           "sys.modules['variants.check'] = types.SimpleNamespace(faults_of=lambda config: [])\n"
-          "import signal\nsignal.signal(signal.SIGINT, signal.SIG_DFL)\nimport compare\nsys.exit(compare.main(sys.argv[1:]))")
+          "import signal\nsignal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+          "import compare\nsys.exit(compare.main(sys.argv[1:]))")
 
 
 @pytest.fixture
@@ -46,24 +47,28 @@ def corpus(tmp_path):
 # ---- Killed
 
 class Killed:
-    """One comparison of two real runs that is killed and called again until it ends. What is finished once must stay as it is."""
+    """
+    One comparison of two real runs that is killed and called again until it ends. What is finished once must stay as it
+    is.
+    """
 
     def __init__(self, folder: Path, corpus: Path, steps: int):
         self.folder = folder
         self.logs = [folder / "logs/A0-baseline-seed1.txt", folder / "logs/A1-swiglu_mlp-seed1.txt"]
-        argv = ["baseline", "swiglu_mlp", "--seeds", "1", "--no-reuse", "-o", str(folder), "--", "--data", str(corpus), *TINY]
-        self.command = [sys.executable, "-c", DRIVER, str(ROOT), *argv, "--steps", str(steps)]
+        argv = ["baseline", "swiglu_mlp", "--seeds", "1", "--no-reuse", "-o", str(folder)]
+        trainer = ["--data", str(corpus), *TINY, "--steps", str(steps)]
+        self.command = [sys.executable, "-c", DRIVER, str(ROOT), *argv, "--", *trainer]
         self.finished = {}      # log: its time of change and content, from the call on that first found it finished
         self.resumed = 0        # how often a run went on from its checkpoint
 
     def start(self) -> subprocess.Popen:
-        return subprocess.Popen(self.command, cwd=self.folder.parent, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE)
+        return subprocess.Popen(self.command, cwd=self.folder.parent, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"),
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def look(self):
         for log in self.logs:
             state = (log.stat().st_mtime_ns, log.read_text()) if log.exists() else None
-            assert log not in self.finished or self.finished[log] == state, f"{log.name} was finished and is another now"
+            assert self.finished.get(log, state) == state, f"{log.name} was finished and is another now"
             if state and json_status(log) == "finished" and read_run(log).finished:
                 self.finished[log] = state
 
@@ -98,9 +103,11 @@ class Killed:
         errors = process.stderr.read()
         assert process.wait(timeout=300) == 0 and not errors, errors
         self.look()
-        assert len(self.finished) == 2 and not list((self.folder / "logs").glob("*.pt")) and not list((self.folder / "logs").glob("*.out"))
+        assert len(self.finished) == 2
+        assert {path.suffix for path in (self.folder / "logs").iterdir()} == {".txt", ".json"}
         state = json.loads((self.folder / "state.json").read_text())
-        assert sorted(state["order"]) == [["A0-baseline-seed1", "baseline", 1], ["A1-swiglu_mlp-seed1", "swiglu_mlp", 1]] and not state["failed"]
+        assert not state["failed"]
+        assert sorted(state["order"]) == [["A0-baseline-seed1", "baseline", 1], ["A1-swiglu_mlp-seed1", "swiglu_mlp", 1]]
         for log in self.logs:
             run = read_run(log)
             assert len(run.step_ms) == run.last_step == run.steps
@@ -124,7 +131,10 @@ def wait_until(condition, process, seconds=200):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a run ends with its comparison on Linux only")
 def test_a_comparison_is_killed_and_loses_and_repeats_nothing(tmp_path, corpus):
-    """Killed in its first run, and asked to stop in its second, each time where there is a checkpoint: both runs go on from it."""
+    """
+    Killed in its first run, and asked to stop in its second, each time where there is a checkpoint: both runs go on from
+    it.
+    """
     killed = Killed(tmp_path / "out", corpus, steps=300)
     for number, log in zip((signal.SIGKILL, signal.SIGHUP), killed.logs):
         process = killed.start()
@@ -135,9 +145,11 @@ def test_a_comparison_is_killed_and_loses_and_repeats_nothing(tmp_path, corpus):
     assert killed.resumed == 2
 
     # what they have trained, another comparison of this machine takes over
-    again = [{"--no-reuse": f"--reuse={tmp_path}", str(tmp_path / "out"): str(tmp_path / "second")}.get(word, word) for word in killed.command]
-    second = subprocess.run(again, cwd=tmp_path, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, timeout=200)
-    assert second.returncode == 0 and second.stdout.count(": taken over from ") == 2 and "val_loss" not in second.stdout, second.stderr
+    instead = {"--no-reuse": f"--reuse={tmp_path}", str(tmp_path / "out"): str(tmp_path / "second")}
+    second = subprocess.run([instead.get(word, word) for word in killed.command], cwd=tmp_path, capture_output=True,
+                            text=True, env=os.environ | dict(OMP_NUM_THREADS="1"), timeout=200)
+    assert second.returncode == 0, second.stderr
+    assert second.stdout.count(": taken over from ") == 2 and "val_loss" not in second.stdout
 
 
 @pytest.mark.slow
@@ -160,32 +172,42 @@ def test_comparisons_are_killed_at_random_moments(tmp_path, corpus):
             kills += 1
         killed.end()
         resumed += killed.resumed
-    print(f"\n{kills} kills in {comparisons} comparisons, {ended} of which ended before: exit codes {codes}, {resumed} times gone on from a checkpoint; "
-          "nothing lost, nothing repeated, no traceback")
+    print(f"\n{kills} kills in {comparisons} comparisons, {ended} of which ended before: exit codes {codes}, {resumed} times "
+          "gone on from a checkpoint; nothing lost, nothing repeated, no traceback")
 
 
 # ---- Damaged files
 
 @pytest.fixture
 def folder(tmp_path, corpus, monkeypatch):
-    """A finished comparison of one seed, made of prepared logs, and check(): its outcome now, "" or the one line that refuses it."""
-    argv = ["baseline", "swiglu_mlp", "--seeds", "1", "--no-reuse", "-o", str(tmp_path / "out"), "--", "--data", str(corpus), "--steps", "2"]
+    """
+    A finished comparison of one seed, made of prepared logs, and check(): its outcome now, "" or the one line that
+    refuses it.
+    """
+    argv = ["baseline", "swiglu_mlp", "--seeds", "1", "--no-reuse", "-o", str(tmp_path / "out")]
+    argv += ["--", "--data", str(corpus), "--steps", "2"]
     given, options = compare.parse_arguments(argv)
     plan, arms = compare.plan_of(given, options, argv)
 
     def command(self, job):
         config = json.loads(json.dumps(compare.asdict(self.config(job))))
-        texts = {file.removesuffix(".py").replace("/", "."): (ROOT / file).read_text(encoding="utf-8") for file in compare.source_of([job.arm])}
-        lines, saved = log_lines({0: 5.0, 1: 2.0, 2: 1.0}, run_id=job.name, source=texts.pop("train_gpt"), modules=texts.items())
+        files = compare.source_of([job.arm])
+        texts = {name.removesuffix(".py").replace("/", "."): (ROOT / name).read_text(encoding="utf-8") for name in files}
+        lines, saved = log_lines({0: 5.0, 1: 2.0, 2: 1.0}, run_id=job.name, source=texts.pop("train_gpt"),
+                                 modules=texts.items())
         facts = dict(config=config, seed=1, val_sha256=plan["data"][str(corpus)]["val"])
         at = next(i for i, line in enumerate(lines) if line.startswith("facts: "))
         lines[at] = f"facts: {json.dumps(json.loads(lines[at][7:]) | facts)}"
         (self.logs / f"{job.name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         (self.logs / f"{job.name}.json").write_text(json.dumps(saved | facts))
         return ["true"]
+
+    def write_report(folder, results, log_x):
+        json.dumps(results, allow_nan=False)
+        assert markdown(results) and sentences(results)
     monkeypatch.setattr(Comparison, "command", command)
     monkeypatch.setattr(Comparison, "check_arms", lambda self: None)
-    monkeypatch.setattr(compare, "write_report", lambda folder, results, log_x: (json.dumps(results, allow_nan=False), markdown(results), sentences(results)))
+    monkeypatch.setattr(compare, "write_report", write_report)
     assert main(argv) == 0
     kept = {}  # logs are read once: they are not what is damaged here
     original = Comparison.read
@@ -219,10 +241,12 @@ def mutated_bytes(rng: random.Random, text: bytes) -> bytes:
         return text[:at] + text[end:]
     if kind == 3:
         return text[:end] + text[at:]
-    return text[:at] + rng.choice([b"\xff\xfe", b"\0", b"[" * 5000, b"9" * 6000, b"NaN", b"1e999", b'"\\ud800"']) + text[end:]
+    pieces = [b"\xff\xfe", b"\0", b"[" * 5000, b"9" * 6000, b"NaN", b"1e999", b'"\\ud800"']
+    return text[:at] + rng.choice(pieces) + text[end:]
 
 
-VALUES = [None, True, -1, 0, 1, 1e300, -0.5, 2 ** 80, "", "x", "\ud800", [], {}, [[]], [None], {"x": None}, [["x", "y"]], [["x", "y", "z"]], {"x": "y"}]
+VALUES = [None, True, -1, 0, 1, 1e300, -0.5, 2 ** 80, "", "x", "\ud800", [], {}, [[]], [None], {"x": None}, [["x", "y"]],
+          [["x", "y", "z"]], {"x": "y"}]
 
 
 def mutated_values(rng: random.Random, content) -> object:
@@ -233,7 +257,7 @@ def mutated_values(rng: random.Random, content) -> object:
         change = rng.random()
         if change < 0.1:
             return rest
-        return content | {"more": rng.choice(VALUES)} if change < 0.2 else content | {name: mutated_values(rng, content[name])}
+        return content | ({"more": rng.choice(VALUES)} if change < 0.2 else {name: mutated_values(rng, content[name])})
     if isinstance(content, list) and content and rng.random() < 0.7:
         at = rng.randrange(len(content))
         return [mutated_values(rng, value) if i == at else value for i, value in enumerate(content)]
@@ -242,7 +266,10 @@ def mutated_values(rng: random.Random, content) -> object:
 
 @pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.slow)])
 def test_damaged_files_are_refused_in_one_line_or_do_no_harm(folder, count):
-    """Of plan.json and state.json, bytes and values in turn: what is accepted is a value that may be there, or one that a call writes anew."""
+    """
+    Of plan.json and state.json, bytes and values in turn: what is accepted is a value that may be there, or one that a
+    call writes anew.
+    """
     path, check = folder
     rng, refused, accepted = random.Random(0), 0, 0
     files = {name: (path / name).read_bytes() for name in ("plan.json", "state.json")}
@@ -268,8 +295,11 @@ def test_every_field_of_every_file_is_checked(folder, name, kinds):
     content = json.loads((path / name).read_text())
     for field in kinds:
         for value in (None, -1, [[1]], {"x": 1}, ...):
-            changed = content | {field: value} if value is not ... else {key: old for key, old in content.items() if key != field}
+            changed = {key: old for key, old in content.items() if key != field}
+            if value is not ...:
+                changed[field] = value
             (path / name).write_text(json.dumps(changed))
-            assert re.search(rf"{name} is damaged or of another version: its field '{field}' is .*; delete its folder, or choose another with -o", check())
+            assert re.search(rf"{name} is damaged or of another version: its field '{field}' is .*; delete its folder, or "
+                             "choose another with -o", check())
     (path / name).write_text(json.dumps(content | dict(more=1)))
     assert "its field 'more' is 1" in check()
