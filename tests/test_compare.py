@@ -1,32 +1,35 @@
-"""compare.py: the plan with a stand-in for training that copies prepared logs, and one real comparison that is killed."""
+"""compare.py: the plan with a stand-in for training that copies prepared logs. Real runs, which are killed, are in faults/test_compare.py."""
+import fcntl
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import compare
+import records.report
 from compare import BUDGET_SEED, SWEEP_SEED, Comparison, main
 from data.shards import write_meta, write_shard
-from records.runs import read_run
 from tests.records.conftest import log_lines
-from train_gpt import TRACKS
+from train_gpt import TRACKS, adopt_vocabulary, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 
 STAND_IN = """
-import json, pathlib, shutil, sys, time
+import json, os, pathlib, shutil, sys
 prepared, argv = pathlib.Path(sys.argv[1]), sys.argv[2:]
 given = dict(zip(argv[::2], argv[1::2]))
 with open(prepared / "calls.jsonl", "a") as file:
     file.write(json.dumps(argv) + "\\n")
 run = given["--run_id"]
+(prepared / "spin.json").write_text(json.dumps([os.environ.get(name) for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")]))
 if (prepared / (run + ".fault")).exists():
     sys.exit("train_gpt.py: error: " + (prepared / (run + ".fault")).read_text())
 print("step 1/2  loss 3.0", flush=True)
@@ -35,117 +38,166 @@ for kind in ("txt", "json"):
 """
 
 
-@pytest.fixture
-def corpus(tmp_path):
-    rng = np.random.default_rng(0)
-    (tmp_path / "corpus").mkdir()
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """One for all tests, so that equal command lines are parsed once. A test that changes a shard puts it back."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("data") / "corpus"
+    folder.mkdir()
     for split, tokens in (("train", 40_000), ("val", 3_000)):
-        write_shard(tmp_path / "corpus" / f"x_{split}_000000.bin", np.append(256, rng.integers(97, 105, tokens)))
-    write_meta(tmp_path / "corpus", vocab_size=257, tokenizer="bytes")
-    return tmp_path / "corpus"
+        write_shard(folder / f"x_{split}_000000.bin", np.append(256, rng.integers(97, 105, tokens)))
+    write_meta(folder, vocab_size=257, tokenizer="bytes")
+    return folder
 
 
 @pytest.fixture
 def stage(tmp_path, monkeypatch, corpus):
-    """stage.prepare(run, loss) or stage.prepare(run, fault=text), then stage.call(arms and options) -> exit code; stage.calls(): the trainer's arguments."""
+    """
+    stage.prepare(run, loss) or stage.prepare(run, fault=text), then stage.call(arms and options) -> exit code; stage.calls(): the trainer's arguments.
+    A prepared log has the configuration of the command line that would have made it, and the source of its arm.
+    """
     class Stage:
-        folder, prepared = tmp_path / "out", tmp_path / "prepared"
+        folder, prepared, runs, data = tmp_path / "out", tmp_path / "prepared", {}, corpus
+        faults = {}  # variant: what variants.check finds
+        parse = staticmethod(compare.parse_options)
 
         def prepare(self, run, loss=1.0, fault=None, ms=100.0, **facts):
             (self.prepared / f"{run}.fault").unlink(missing_ok=True)
             if fault:
-                return (self.prepared / f"{run}.fault").write_text(fault)
-            lines, saved = log_lines({0: 5.0, 1: 2 * loss, 2: loss}, run_id=run, ms_per_step=ms, **facts)
-            (self.prepared / f"{run}.txt").write_text("\n".join(lines) + "\n")
-            (self.prepared / f"{run}.json").write_text(json.dumps(saved))
+                (self.prepared / f"{run}.fault").write_text(fault)
+            self.runs[run] = dict(loss=loss, ms=ms, facts=facts)
 
-        def call(self, *argv):
-            return main([*argv, "-o", str(self.folder), "--", "--data", str(corpus)])
+        def write(self, comparison, job, argv):
+            run = self.runs[job.name]
+            at = argv.index("--seed")
+            own = dict(zip(argv[at::2], argv[at + 1::2]))
+            config = replace(self.parse(argv[:at]), seed=int(own["--seed"]), run_id=own["--run_id"], log_dir=own["--log_dir"])
+            adopt_vocabulary(config)
+            texts = {file.removesuffix(".py").replace("/", "."): (ROOT / file).read_text(encoding="utf-8") for file in compare.source_of([job.arm])}
+            facts = comparison.machine(config) | dict(val_sha256=comparison.plan["data"][config.data]["val"], val_tokens=64, seed=config.seed, target=0.0)
+            facts |= run["facts"] | dict(config=json.loads(json.dumps(asdict(config))))
+            lines, saved = log_lines({0: 5.0, 1: 2 * run["loss"], 2: run["loss"]}, run_id=job.name, ms_per_step=run["ms"], source=texts.pop("train_gpt"),
+                                     modules=texts.items())
+            saved |= facts
+            at = next(i for i, line in enumerate(lines) if line.startswith("facts: "))
+            lines[at] = f"facts: {json.dumps(json.loads(lines[at][7:]) | facts)}"
+            (self.prepared / f"{job.name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            (self.prepared / f"{job.name}.json").write_text(json.dumps(saved))
+
+        def call(self, *argv, folder=None, options=()):
+            return main([*argv, "-o", str(folder or self.folder), "--", "--data", str(self.data), "--steps", "2", *options])
 
         def calls(self):
-            calls = [json.loads(line) for line in (self.prepared / "calls.jsonl").read_text().splitlines()]
+            file = self.prepared / "calls.jsonl"
+            calls = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
             return [dict(zip(call[::2], call[1::2])) for call in calls]
 
-        def results(self):
-            return json.loads((self.folder / "results.json").read_text())
+        def results(self, folder=None):
+            return json.loads(((folder or self.folder) / "results.json").read_text())
     stage = Stage()
     stage.prepared.mkdir()
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     original = Comparison.command
-    monkeypatch.setattr(Comparison, "command", lambda self, job: [sys.executable, str(tmp_path / "stand_in.py"), str(stage.prepared), *original(self, job)[2:]])
+
+    def command(self, job):
+        argv = original(self, job)[2:]
+        if job.name in stage.runs:
+            stage.write(self, job, argv)
+        return [sys.executable, str(tmp_path / "stand_in.py"), str(stage.prepared), *argv]
+    monkeypatch.setattr(Comparison, "command", command)
+    monkeypatch.setitem(sys.modules, "variants.check", SimpleNamespace(faults_of=lambda config: stage.faults.get(config.variant, [])))
+    monkeypatch.chdir(tmp_path)  # ./comparisons
+    stage.draw = records.report.draw
+    monkeypatch.setattr(records.report, "draw", lambda *parts: None)  # most tests need no picture
     return stage
 
 
 def prepare_all(stage, slug, losses, first=1, **facts):
     for seed, loss in enumerate(losses, first):
-        stage.prepare(f"{slug}-seed{seed}", loss, seed=seed, **facts)
+        stage.prepare(f"{slug}-seed{seed}", loss, **facts)
 
 
 def test_runs_take_turns_and_the_report_has_a_verdict(stage, capsys):
-    prepare_all(stage, "baseline", [1.00, 1.01, 0.99])
-    prepare_all(stage, "swiglu_mlp-lr_matrix-0.02", [0.90, 0.91, 0.89], variant=["swiglu_mlp"], lr_matrix=0.02)
+    prepare_all(stage, "A0-baseline", [1.00, 1.01, 0.99])
+    prepare_all(stage, "A1-swiglu_mlp-lr_matrix-0.02", [0.90, 0.91, 0.89])
     assert stage.call("baseline", "swiglu_mlp --lr_matrix 0.02", "--seeds", "3") == 0
     calls = stage.calls()
     assert [(call.get("--variant"), call["--seed"]) for call in calls] == [(variant, seed) for seed in "123" for variant in (None, "swiglu_mlp")]
     assert calls[1]["--lr_matrix"] == "0.02" and "--lr_matrix" not in calls[0] and {call["--track"] for call in calls} == {"cpu"}
     out = capsys.readouterr().out
     assert "run 6/6: swiglu_mlp --lr_matrix 0.02, seed 3" in out and "swiglu_mlp --lr_matrix 0.02 is better than baseline by 0.1000 nats" in out
+    assert out.index("is better than") < out.index("\narm  ") < out.index("report: ") and "0.9000 ± 0.0100  3 of 3  -0.1000" in out
     results = stage.results()
     assert results["settings"]["order"][:2] == [["baseline", 1], ["swiglu_mlp --lr_matrix 0.02", 1]] and results["settings"]["target"] == TRACKS["cpu"]["target"]
     assert results["settings"]["overhead"]["wall_seconds"] >= results["settings"]["overhead"]["runs_seconds"] > 0
     assert {path.name for path in stage.folder.iterdir()} >= {"README.md", "report.html", "curves.png", "results.json", "logs"}
 
 
-def test_the_picture_may_have_a_logarithmic_axis(stage):
-    prepare_all(stage, "baseline", [1.0, 1.1])
+def test_a_run_inherits_the_bound_on_spinning_and_threads_are_an_arms_own(stage):
+    texts = ["baseline", "baseline --threads 3"]
+    assert [arm.options for arm in compare.parse_arms(texts, 1, [])] == [[], ["--threads", "3"]]
+    prepare_all(stage, "A0-baseline", [1.0])
+    prepare_all(stage, "A1-baseline-threads-3", [1.0])
+    assert stage.call(*texts, "--seeds", "1") == 0
+    spin = json.loads((stage.prepared / "spin.json").read_text())
+    assert spin == [os.environ.get(name) for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")] and any(spin)
+    usual, three = (compare.machine_facts("cpu", threads, 1) for threads in (0, 3))
+    assert three["threads"] == 3 and three["device"].endswith(", 3 threads") and usual["threads"] == torch.get_num_threads()
+    assert stage.results()["environment_differs"]["device"] == [usual["device"], three["device"]]
+
+
+def test_the_picture_may_have_a_logarithmic_axis(stage, monkeypatch):
+    monkeypatch.setattr(records.report, "draw", stage.draw)
+    prepare_all(stage, "A0-baseline", [1.0])
+    prepare_all(stage, "A1-baseline-2", [1.1], first=2)
     pictures = []
     for options in ((), ("--log-x",)):
-        assert stage.call("baseline", "--seeds", "2", *options) == 0
+        assert stage.call("baseline", "baseline", "--seeds", "1", *options) == 0
         pictures.append((stage.folder / "curves.png").read_bytes())
     assert pictures[0] != pictures[1] and len(stage.calls()) == 2
 
 
 def test_finished_runs_are_neither_lost_nor_repeated(stage):
-    for slug in ("baseline", "swiglu_mlp"):
+    for slug in ("A0-baseline", "A1-swiglu_mlp"):
         prepare_all(stage, slug, [1.0, 1.1])
     assert stage.call("baseline", "swiglu_mlp", "--seeds", "2") == 0
-    log = stage.folder / "logs/swiglu_mlp-seed1.txt"
+    log = stage.folder / "logs/A1-swiglu_mlp-seed1.txt"
     cut = log.read_text().splitlines(keepends=True)
     log.write_text("".join(cut[:-6]))  # killed in its last step
     saved = json.loads(log.with_suffix(".json").read_text())
     log.with_suffix(".json").write_text(json.dumps(saved | dict(status="running")))
     assert stage.call("baseline", "swiglu_mlp", "--seeds", "2") == 0
-    assert [call["--run_id"] for call in stage.calls()[4:]] == ["swiglu_mlp-seed1"]
+    assert [call["--run_id"] for call in stage.calls()[4:]] == ["A1-swiglu_mlp-seed1"]
     assert log.read_text() == "".join(cut)
 
 
 def test_a_checkpoint_is_gone_on_from(stage):
-    prepare_all(stage, "baseline", [1.0])
+    prepare_all(stage, "A0-baseline", [1.0])
+    prepare_all(stage, "A1-baseline-2", [1.1], first=2)
     logs = stage.folder / "logs"
     logs.mkdir(parents=True)
-    (logs / "baseline-seed1.txt").write_text("cut off")
-    (logs / "baseline-seed1.pt").write_bytes(b"")
-    assert stage.call("baseline", "--seeds", "1") == 0
-    assert stage.calls()[0]["--resume"] == str(logs / "baseline-seed1.pt") and not (logs / "baseline-seed1.pt").exists()
+    (logs / "A0-baseline-seed1.txt").write_text("cut off")
+    (logs / "A0-baseline-seed1.pt").write_bytes(b"")
+    assert stage.call("baseline", "baseline", "--seeds", "1") == 0
+    assert stage.calls()[0]["--resume"] == str(logs / "A0-baseline-seed1.pt") and not (logs / "A0-baseline-seed1.pt").exists()
 
 
 def test_a_failing_arm_is_reported_and_the_others_go_on(stage, capsys):
-    prepare_all(stage, "baseline", [1.0, 1.1])
-    stage.prepare("swiglu_mlp-seed1", fault="the training loss is nan at step 7")
-    stage.prepare("swiglu_mlp-seed2", 1.2, seed=2)
+    prepare_all(stage, "A0-baseline", [1.0, 1.1])
+    stage.prepare("A1-swiglu_mlp-seed1", fault="the training loss is nan at step 7")
+    stage.prepare("A1-swiglu_mlp-seed2", 1.2)
     call = ("baseline", "swiglu_mlp", "--seeds", "2")
     assert stage.call(*call) == 0
-    assert "failed: the training loss is nan at step 7 (exit code 1; all of its output: logs/swiglu_mlp-seed1.out)" in capsys.readouterr().out
+    assert "failed: the training loss is nan at step 7 (exit code 1; all of its output: logs/A1-swiglu_mlp-seed1.out)" in capsys.readouterr().out
     arm = stage.results()["arms"][1]
     assert arm["status"] == "1 of 2 finished" and "the training loss is nan" in (stage.folder / "README.md").read_text()
     assert stage.call(*call) == 0 and len(stage.calls()) == 4, "a failure is not tried again by itself"
-    stage.prepare("swiglu_mlp-seed1", 1.3, seed=1)
+    stage.prepare("A1-swiglu_mlp-seed1", 1.3)
     assert stage.call(*call, "--retry") == 0 and len(stage.calls()) == 5 and stage.results()["arms"][1]["status"] == "complete"
 
 
 def test_an_arm_given_again_has_seeds_of_its_own(stage):
-    prepare_all(stage, "baseline", [1.0, 1.01])
-    prepare_all(stage, "baseline-2", [1.005, 1.012], first=3)
+    prepare_all(stage, "A0-baseline", [1.0, 1.01])
+    prepare_all(stage, "A1-baseline-2", [1.005, 1.012], first=3)
     assert stage.call("baseline", "baseline", "--seeds", "2") == 0
     assert [call["--seed"] for call in stage.calls()] == ["1", "3", "2", "4"]
     assert stage.results()["arms"][1]["vs_baseline"]["loss"]["verdict"] == "not distinguishable"
@@ -153,12 +205,11 @@ def test_an_arm_given_again_has_seeds_of_its_own(stage):
 
 def test_a_sweep_chooses_each_arms_rates_on_other_seeds(stage):
     best = {"baseline": 1, "swiglu_mlp": 2}
-    for slug in best:
-        for factor in (0.5, 1, 2):
-            stage.prepare(f"{slug}-lr{factor:g}-seed{SWEEP_SEED}", 1.5 + abs(factor - best[slug]))
-    stage.prepare(f"swiglu_mlp-lr0.5-seed{SWEEP_SEED}", fault="the training loss is inf")
-    prepare_all(stage, "baseline", [1.0, 1.1])
-    prepare_all(stage, "swiglu_mlp", [1.0, 1.1])
+    for index, name in enumerate(best):
+        prepare_all(stage, f"A{index}-{name}", [1.0, 1.1])
+        for factor in (0.5, 1.0, 2.0):
+            stage.prepare(f"A{index}-{name}-lr{factor}-seed{SWEEP_SEED}", 1.5 + abs(factor - best[name]))
+    stage.prepare(f"A1-swiglu_mlp-lr0.5-seed{SWEEP_SEED}", fault="the training loss is inf")
     assert stage.call("baseline", "swiglu_mlp", "--seeds", "2", "--sweep", "0.5,1,2") == 0
     tries, reported = stage.calls()[:6], stage.calls()[6:]
     assert {call["--seed"] for call in tries} == {str(SWEEP_SEED)} and {call["--seed"] for call in reported} == {"1", "2"}
@@ -172,9 +223,9 @@ def test_a_sweep_chooses_each_arms_rates_on_other_seeds(stage):
 
 
 def test_equal_time_is_what_the_first_arm_takes(stage):
-    stage.prepare(f"baseline-budget-seed{BUDGET_SEED}", 1.0, ms=2500.0)
-    prepare_all(stage, "baseline", [1.0])
-    prepare_all(stage, "swiglu_mlp", [1.1])
+    stage.prepare(f"A0-baseline-budget-seed{BUDGET_SEED}", 1.0, ms=2500.0)
+    prepare_all(stage, "A0-baseline", [1.0])
+    prepare_all(stage, "A1-swiglu_mlp", [1.1])
     assert stage.call("baseline", "swiglu_mlp", "--seeds", "1", "--budget", "time") == 0
     assert [float(call.get("--time_budget", 0)) for call in stage.calls()] == [0, 5, 5]
     assert stage.results()["settings"]["budget_seconds"] == 5
@@ -189,11 +240,28 @@ def fault(capsys, text):
     (["baseline", "no_such_thing"], "arm 'no_such_thing': unknown variant 'no_such_thing'; there are"),
     (["baseline", "swiglu_mlp --no_such_option 1"], "arm 'swiglu_mlp --no_such_option 1': train_gpt.py does not take these options"),
     (["baseline", "swiglu_mlp --seed 3"], "--seed is compare.py's to set"),
+    (["baseline", "swiglu_mlp --dry_run"], "--dry_run is compare.py's to set"),
+    (["baseline", "baseline 'x"], "arm \"baseline 'x\": No closing quotation; close its quotation marks"),
     (["baseline", "--heads 3"], "does not begin with a name|arguments are required"),
     (["baseline", "baseline --head_dim 3"], "arm 'baseline --head_dim 3': .*--head_dim 3 is not a multiple of 4"),
-    (["baseline", "--track", "no_such_track"], "unknown track 'no_such_track'"),
-    (["baseline", "--seeds", "0"], "--seeds must be at least 1, got 0"),
-    (["baseline", "--sweep", "1,-1"], "greater than 0"),
+    (["baseline", "baseline --val_tokens 64"], "is validated on 64 tokens, 'baseline' on 65,536; give --val_tokens to all"),
+    (["baseline"], "one arm, 'baseline', has nothing to be compared with; name two or more"),
+    (["baseline", "baseline", "--track", "no_such_track"], "unknown track 'no_such_track'"),
+    (["baseline", "baseline", "--seeds", "0"], "--seeds must be at least 1 and at most 10,000, got 0"),
+    (["baseline", "baseline", "--seeds", str(10 ** 9)], "at most 10,000, got 1000000000"),
+    ([*["baseline"] * 101, "--seeds", "10000"], "given too often: its seeds would pass"),
+    (["baseline", "baseline", "--sweep-seeds", str(10 ** 9)], "--sweep-seeds must be at least 1 and at most 1,000"),
+    (["baseline", "baseline", "--ranks", str(10 ** 6)], "--ranks must be at least 1 and at most"),
+    (["baseline", "baseline", "--sweep", "1,-1"], "greater than 0"),
+    (["baseline", "baseline", "--sweep", "nan"], "up to 100 factors, all different, greater than 0"),
+    (["baseline", "baseline", "--sweep", "inf"], "up to 100 factors"),
+    (["baseline", "baseline", "--sweep", "1,1"], "all different"),
+    (["baseline", "baseline", "--sweep", ""], "--sweep: invalid numbers value"),
+    (["baseline", "baseline", "--sweep", "999999"], "--sweep factor 999999: --lr_matrix must be from 0.0 to"),
+    (["baseline", "baseline", "--budget", "time", "--seconds", "nan"], "--seconds must be greater than 0 and at most 31,536,000, got nan"),
+    (["baseline", "baseline", "--budget", "time", "--seconds", "1e20"], "got 1e\\+20"),
+    (["baseline", "baseline", "--seconds", "5"], "belongs to --budget time"),
+    (["baseline", "baseline", "--reuse", "r" * 300], "--reuse 'r+': File name too long"),
 ])
 def test_bad_arguments(stage, capsys, argv, text):
     try:
@@ -204,63 +272,280 @@ def test_bad_arguments(stage, capsys, argv, text):
     assert not stage.folder.exists()
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_folders_that_cannot_be(stage, capsys, tmp_path, dry):
+    (tmp_path / "file").write_text("")
+    for folder, text in ((tmp_path / ("o" * 300), "File name too long"), (tmp_path / "file", "is a file")):
+        assert stage.call("baseline", "baseline", *dry, folder=folder) == 1
+        fault(capsys, text)
+
+
 def test_no_data(stage, capsys, tmp_path):
-    assert main(["baseline", "-o", str(stage.folder), "--", "--data", str(tmp_path)]) == 1
+    assert main(["baseline", "baseline", "-o", str(stage.folder), "--", "--data", str(tmp_path)]) == 1
     fault(capsys, "no train shards")
 
 
-def test_another_plan_other_code_or_an_altered_log_is_refused(stage, capsys):
-    prepare_all(stage, "baseline", [1.0, 1.1])
-    assert stage.call("baseline", "--seeds", "1") == 0
-    assert stage.call("baseline", "--seeds", "2") == 1
+def test_another_plan_other_code_other_data_or_an_altered_log_is_refused(stage, capsys):
+    prepare_all(stage, "A0-baseline", [1.0])
+    prepare_all(stage, "A1-baseline-2", [1.1], first=2)
+    call = ("baseline", "baseline", "--seeds", "1")
+    assert stage.call(*call) == 0
+    assert stage.call(*call[:2], "--seeds", "2") == 1
     fault(capsys, r"holds another plan \(seeds: 1, now 2\)")
     plan = json.loads((stage.folder / "plan.json").read_text())
     (stage.folder / "plan.json").write_text(json.dumps(plan | dict(source=plan["source"] | {"train_gpt.py": "0"})))
-    assert stage.call("baseline", "--seeds", "1") == 1
+    assert stage.call(*call) == 1
     fault(capsys, r"train_gpt\.py changed since")
     (stage.folder / "plan.json").write_text(json.dumps(plan))
-    log = stage.folder / "logs/baseline-seed1.txt"
-    log.write_text(log.read_text().replace("val_loss:1.0000", "val_loss:0.9000"))
-    assert stage.call("baseline", "--seeds", "1") == 1
-    fault(capsys, "baseline-seed1.* was altered|altered: restore it")
-    (stage.folder / "state.json").write_text("{")
-    assert stage.call("baseline", "--seeds", "1") == 1
-    fault(capsys, "damaged plan.json or state.json")
+    shard = next(stage.data.glob("*train*.bin"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert stage.call(*call) == 1
+    fault(capsys, "the shards of .*corpus changed since")
+    shard.write_bytes(content)
+    log = stage.folder / "logs/A0-baseline-seed1.txt"
+    before = log.read_text()
+    log.write_text(before.replace("val_loss:1.0000", "val_loss:0.9000"))
+    assert stage.call(*call) == 1
+    fault(capsys, "A0-baseline-seed1.* was altered|altered: restore it")
+    log.write_text(before)
+    assert stage.call(*call) == 0 and len(stage.calls()) == 2
 
 
 def test_two_comparisons_do_not_share_a_folder(stage, capsys, monkeypatch):
-    import fcntl
     monkeypatch.setattr(compare.time, "sleep", lambda seconds: None)
     stage.folder.mkdir()
     with open(stage.folder / ".lock", "w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        assert stage.call("baseline", "--seeds", "1") == 1
+        assert stage.call("baseline", "baseline", "--seeds", "1") == 1
     fault(capsys, "another comparison uses")
 
 
-TINY = ["--layers", "2", "--model_dim", "32", "--heads", "2", "--head_dim", "16", "--mlp_hidden", "64", "--sequence_length", "32", "--batch_tokens", "256", "--micro_batch_tokens", "256",
-        "--val_tokens", "512", "--val_every", "0", "--checkpoint_seconds", "0.2", "--steps"]
+# ---- What belongs to an arm
+
+def test_arms_that_look_alike_have_runs_of_their_own(stage):
+    texts = ["swiglu_mlp:layers=0-3", "swiglu_mlp:layers=0,3", "swiglu_mlp:layers=0+parallel_residual:layers=3", "swiglu_mlp:layers=3"]
+    arms = compare.parse_arms(texts, 1, ["--data", str(stage.data)])
+    assert arms[0].readable == arms[1].readable and len({arm.slug.lower() for arm in arms}) == 4
+    for n, arm in enumerate(arms):
+        prepare_all(stage, arm.slug, [1.0 + n / 10])
+    assert stage.call(*texts, "--seeds", "1") == 0
+    assert len(stage.calls()) == 4 and [arm["loss"]["mean"] for arm in stage.results()["arms"]] == pytest.approx([1.0, 1.1, 1.2, 1.3])
+    long = compare.parse_arms(["baseline", "baseline" + " --lr_matrix 0.1" * 100], 1, [])[1]
+    assert len(f"{long.slug}-lr1e-05-seed{SWEEP_SEED}") < 80
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_real_comparison_is_killed_and_called_again(corpus, tmp_path, number):
-    """The run under way ends by itself with its comparison and goes on from its checkpoint; the finished one is left alone."""
-    logs, steps = tmp_path / "out/logs", "400"
-    command = [sys.executable, "compare.py", "baseline", "swiglu_mlp", "--seeds", "1", "-o", str(tmp_path / "out"), "--", "--data", str(corpus), *TINY, steps]
-    settings = dict(cwd=ROOT, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
-    process = subprocess.Popen(command, **settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline, second = time.time() + 120, logs / "swiglu_mlp-seed1.txt"
-    while time.time() < deadline and not ((logs / "swiglu_mlp-seed1.pt").exists() and "step:20/" in second.read_text()):
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    if number == signal.SIGTERM:
-        assert process.returncode == 128 + number and "compare.py: stopped; finished runs are kept, call it again to go on" in errors
-    first = logs / "baseline-seed1.txt"
-    before = first.stat().st_mtime_ns, first.read_text()
-    assert read_run(first).finished and not read_run(second).finished
-    again = subprocess.run(command, **settings, capture_output=True, timeout=200)
-    assert again.returncode == 0, again.stderr
-    assert (first.stat().st_mtime_ns, first.read_text()) == before
-    assert "resumed from" in second.read_text() and read_run(second).finished and read_run(second).last_step == int(steps)
-    assert "report:" in again.stdout and not list(logs.glob("*.pt")) and not os.path.exists(logs / "swiglu_mlp-seed1.out")
+@pytest.mark.parametrize("field, value", [("variant", ["parallel_residual"]), ("layers", 5), ("seed", 2), ("no_such_setting", 1), (None, None)])
+def test_a_log_of_other_settings_is_not_taken(stage, capsys, field, value):
+    for slug in ("A0-baseline", "A1-swiglu_mlp"):
+        prepare_all(stage, slug, [1.0])
+    assert stage.call("baseline", "swiglu_mlp", "--seeds", "1") == 0
+    log = stage.folder / "logs/A1-swiglu_mlp-seed1.txt"
+    lines, saved = log.read_text(encoding="utf-8").split("\n"), json.loads(log.with_suffix(".json").read_text())
+    if field:
+        at = next(i for i, line in enumerate(lines) if line.startswith("facts: "))
+        header = json.loads(lines[at][7:])
+        header["config"][field] = saved["config"][field] = value
+        lines[at] = f"facts: {json.dumps(header)}"
+    else:
+        lines.insert(lines.index("# ---- variants.swiglu_mlp") + 1, "# other code")
+    log.write_text("\n".join(lines), encoding="utf-8")
+    log.with_suffix(".json").write_text(json.dumps(saved))
+    assert stage.call("baseline", "swiglu_mlp", "--seeds", "1") == 1
+    fault(capsys, f"is no run of arm 'swiglu_mlp': its {field} is" if field else r"ran another variants/swiglu_mlp\.py than this comparison")
+
+
+def test_arms_that_are_scored_on_different_tokens_stop_after_the_first_of_them(stage, capsys):
+    prepare_all(stage, "A0-baseline", [1.0, 1.0])
+    prepare_all(stage, "A1-swiglu_mlp", [1.0, 1.0], val_tokens=32)
+    assert stage.call("baseline", "swiglu_mlp", "--seeds", "2") == 1
+    fault(capsys, r"A0-baseline-seed1\.txt was scored on 64 tokens, .*A1-swiglu_mlp-seed1\.txt on 32")
+    assert len(stage.calls()) == 2
+
+
+def test_an_arm_that_looks_ahead_stops_the_comparison(stage, capsys, monkeypatch):
+    for slug in ("A0-baseline", "A1-swiglu_mlp"):
+        prepare_all(stage, slug, [1.0, 0.5])
+    stage.faults[("swiglu_mlp",)] = ["position 3 sees\nposition 4"]
+    call = ("baseline", "swiglu_mlp", "--seeds", "2")
+    assert stage.call(*call) == 1 and not stage.calls()
+    fault(capsys, "arm 'swiglu_mlp' is not sound: position 3 sees position 4. Mend it, or add --anyway")
+    monkeypatch.setitem(sys.modules, "variants.check", SimpleNamespace(faults_of=None))  # what is known is not tried again
+    assert stage.call(*call) == 1
+    assert stage.call(*call, "--anyway") == 0
+    assert "swiglu_mlp IS NOT SOUND, so this says nothing: position 3 sees position 4." in capsys.readouterr().out
+    assert json.loads((stage.folder / "plan.json").read_text())["anyway"] is True
+    text = (stage.folder / "README.md").read_text()
+    assert text.count("NOT SOUND") == 2 and '<p class="card ">swiglu_mlp IS NOT SOUND' in (stage.folder / "report.html").read_text()
+
+
+def test_what_code_belongs_to_an_arm():
+    names = ([], ["swiglu_mlp"], ["swiglu_mlp+orthogonal_residual:layers=0-3"])
+    baseline, swiglu, both = (set(compare.source_of([compare.Arm(0, "", name, [], [1])])) for name in names)
+    assert baseline == {"train_gpt.py"} and swiglu == {"train_gpt.py", "variants/__init__.py", "variants/swiglu_mlp.py"}
+    assert both > swiglu | {"variants/orthogonal_residual.py", "kernels/residual_norm.py", "kernels/__init__.py"}
+    assert not any("routed_skips" in file for file in both)
+
+
+# ---- Runs of other comparisons
+
+def finished(stage, folder, *argv, **options):
+    """Call, and return the run ids that were trained."""
+    before = len(stage.calls())
+    assert stage.call(*argv, folder=folder, **options) == 0
+    return [call["--run_id"] for call in stage.calls()[before:]]
+
+
+@pytest.fixture
+def begun(stage):
+    """A finished comparison of two seeds in ./comparisons/first."""
+    for slug in ("A0-baseline", "A1-swiglu_mlp", "A1-parallel_residual", "A0-swiglu_mlp", "A1-baseline"):
+        prepare_all(stage, slug, [1.00, 1.02, 1.01])
+    assert len(finished(stage, Path("comparisons/first"), "baseline", "swiglu_mlp", "--seeds", "2")) == 4
+    return stage
+
+
+def test_finished_runs_of_other_comparisons_are_taken_over(begun, capsys):
+    second = Path("comparisons/second")
+    assert finished(begun, second, "baseline", "swiglu_mlp", "--seeds", "3") == ["A0-baseline-seed3", "A1-swiglu_mlp-seed3"]
+    out, results = capsys.readouterr().out, begun.results(second)
+    assert "run 1/6: baseline, seed 1: taken over from comparisons/first/logs/A0-baseline-seed1.txt" in out
+    assert "4 of the 6 runs were taken over from earlier comparisons, whose results had been seen; their times are not compared." in out
+    text = (second / "README.md").read_text()
+    assert "baseline 1 (comparisons/first/logs/A0-baseline-seed1.txt), baseline 2" in text
+    assert "Looks: 1 earlier comparison with runs of these arms had a result" in text and "that one of 2 verdicts finds a difference where there is none happens in up to 2 %" in text
+    time, loss = (results["arms"][1]["vs_baseline"][kind] for kind in ("time", "loss"))
+    assert time["difference"] == 0 and time["p"] is None, "the only pair that took turns"
+    assert loss["paired"]["n"] == 3 and results["arms"][0]["ms_per_step"]["n"] == 1 and [entry[1] for entry in results["settings"]["order"]] == [3, 3]
+
+    # a third knows where they come from, and another arm of the same name in another place is the same run
+    third = Path("comparisons/third")
+    assert finished(begun, third, "swiglu_mlp", "baseline", "--seeds", "3") == []
+    reused = begun.results(third)["settings"]["reused"]
+    assert {entry["log"].split("/")[1] for entry in reused if entry["seed"] < 3} == {"first"} and reused[0]["seen"] == ["first", "second"]
+    assert begun.results(third)["arms"][1]["vs_baseline"]["time"]["difference"] is None and "taken over" in (third / "README.md").read_text()
+    assert finished(begun, third, "swiglu_mlp", "baseline", "--seeds", "3") == []
+
+
+def test_an_edited_variant_alone_is_trained_again(begun, monkeypatch, capsys):
+    second = Path("comparisons/second")
+    original = compare.text_and_digest
+    edited = lambda file: ("", "edited") if file.name == "swiglu_mlp.py" else original(file)
+    monkeypatch.setattr(compare, "text_and_digest", edited)
+    begun.write = lambda comparison, job, argv, write=begun.write: (write(comparison, job, argv), edit_log(begun.prepared / f"{job.name}.txt"))
+    monkeypatch.setattr(compare.Run, "code", property(lambda run, code=compare.Run.code.fget: {
+        name: "edited" if name == "variants.swiglu_mlp" and "# edited" in run.source else digest for name, digest in code(run).items()}))
+    assert begun.call("baseline", "swiglu_mlp", "--seeds", "2", folder=Path("comparisons/first")) == 1
+    fault(capsys, r"variants/swiglu_mlp\.py changed since .*choose another folder")
+    assert finished(begun, second, "baseline", "swiglu_mlp", "--seeds", "2") == ["A1-swiglu_mlp-seed1", "A1-swiglu_mlp-seed2"]
+    text = (second / "README.md").read_text()
+    assert "Only runs of baseline were taken over: verdicts that share them are not independent of each other." in text and "Looks:" not in text
+    # editing that variant is nothing to a comparison without it
+    assert finished(begun, Path("comparisons/other"), "baseline", "parallel_residual", "--seeds", "2") == ["A1-parallel_residual-seed1", "A1-parallel_residual-seed2"]
+
+
+def edit_log(log):
+    log.write_text(log.read_text(encoding="utf-8").replace("# ---- variants.swiglu_mlp\n", "# ---- variants.swiglu_mlp\n# edited\n"), encoding="utf-8")
+
+
+def test_what_is_not_the_same_run_is_trained(begun, monkeypatch):
+    """Each case in a folder outside ./comparisons, which holds the finished one alone."""
+    argv, first = ["baseline", "swiglu_mlp", "--seeds", "1"], Path("comparisons/first")
+    machine, shard = Comparison.machine, next(begun.data.glob("*train*.bin"))
+
+    def trained(case, *more, options=()):
+        return len(finished(begun, Path("others") / case, *argv, *more, options=options))
+    assert trained("the same") == 0
+    assert trained("turned off", "--no-reuse") == 2
+    assert trained("another setting", options=["--momentum", "0.9"]) == 2
+    assert trained("equal time", "--budget", "time", "--seconds", "5") == 2
+    for name in ("device", "threads", "torch", "compile"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Comparison, "machine", lambda self, config, name=name: machine(self, config) | {name: "another"})
+            assert trained(f"another {name}") == 2
+    with monkeypatch.context() as patch:
+        begun.parse = lambda argv: replace(parse_config([word for word in argv if word not in ("--init_from", "x.pt")]), init_from="x.pt")
+        patch.setattr(compare, "parse_config", begun.parse)
+        assert trained("from a checkpoint", options=["--init_from", "x.pt"]) == 2
+        begun.parse = compare.parse_options
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert trained("other data") == 2
+    shard.write_bytes(content)
+    plan = (first / "plan.json").read_text()
+    (first / "plan.json").write_text(plan[:-9])
+    assert trained("a damaged plan") == 2
+    (first / "plan.json").write_text(plan)
+    for file in (first / "logs").glob("*.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | dict(status="running")))
+    assert trained("unfinished") == 2
+
+
+def test_a_variant_that_reads_a_file_is_trained_again(tmp_path, monkeypatch):
+    """The content of the file is in no log."""
+    monkeypatch.chdir(tmp_path)
+    Path("book.npz").write_text("")
+    config = parse_config([])
+    assert not compare.names_a_file(replace(config, variant=("swiglu_mlp:layers=0-3", "x:laplacian=domain:missing.npz")))
+    assert compare.names_a_file(replace(config, variant=("swiglu_mlp", "x:laplacian=domain:book.npz,tau=file")))
+    assert compare.names_a_file(replace(config, init_from="book.npz"))
+
+
+def test_a_run_that_was_taken_over_in_part_is_not_taken_for_an_own_one(begun, monkeypatch):
+    """Stopped between the note and the log: the run is taken over again, or trained and then no longer noted."""
+    second = Path("comparisons/second")
+    with monkeypatch.context() as patch:
+        original = compare.write_atomically
+        patch.setattr(compare, "write_atomically", lambda path, write: interrupt_at(path) or original(path, write))
+        with pytest.raises(KeyboardInterrupt):
+            begun.call("baseline", "swiglu_mlp", "--seeds", "1", folder=second)
+    assert list(json.loads((second / "state.json").read_text())["reused"]) == ["A0-baseline-seed1"]
+    assert finished(begun, second, "baseline", "swiglu_mlp", "--seeds", "1", "--no-reuse") == ["A0-baseline-seed1", "A1-swiglu_mlp-seed1"]
+    assert begun.results(second)["settings"]["reused"] == []
+
+
+def interrupt_at(path):
+    if path.name == "A0-baseline-seed1.txt":
+        raise KeyboardInterrupt
+
+
+def test_the_same_command_finds_its_folder(begun, capsys):
+    argv = ["baseline", "swiglu_mlp", "--seeds", "2", "--", "--data", str(begun.data), "--steps", "2"]
+    assert main(argv) == 0 and main(argv) == 0 and len(begun.calls()) == 4
+    assert sorted(path.name[:24] for path in Path("comparisons").iterdir()) == ["cpu-baseline-swiglu_mlp-", "first"]
+
+
+def test_the_plan_alone(begun, capsys):
+    second = Path("comparisons/second")
+    assert begun.call("baseline", "swiglu_mlp", "--seeds", "3", "--dry-run", folder=second) == 0
+    out = capsys.readouterr().out
+    assert "1  baseline, seed 1: taken over from comparisons/first/logs/A0-baseline-seed1.txt" in out and "6  swiglu_mlp, seed 3: to be trained" in out
+    assert re.search(r"expected time: \d+:\d\d h, by 4 earlier runs of this track on this machine", out)
+    assert begun.call("baseline", "swiglu_mlp", "--seeds", "2", "--dry-run", folder=Path("comparisons/first")) == 0
+    assert capsys.readouterr().out.count(": finished") == 4
+    assert begun.call("baseline", "swiglu_mlp", "--sweep", "1,2", "--dry-run", "--reuse", "nowhere", folder=second) == 0
+    out = capsys.readouterr().out
+    assert "first, on other seeds for the learning rates: 4 runs, on which what follows depends" in out and "not known; there is no earlier run" in out
+    assert not second.exists() and len(begun.calls()) == 4
+
+
+def test_help_names_every_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and all(heading in text for heading in ("what is compared:", "how it is run:", "the report:"))
+    text = text.partition("what is compared:")[2]
+    assert text.count("(default: ") == 13 and text.count("--no-reuse") == 1, "every option has one, but --no-reuse, which is one of --reuse"
+
+
+# ---- The console
+
+def test_a_closed_console_and_a_locale_without_accents(corpus, tmp_path):
+    """A plan whose folder has accents, on a console that knows ASCII only and whose reader goes after the first line."""
+    argv = ["baseline", "swiglu_mlp", "--dry-run", "-o", "résultats", "--", "--steps", "2", "--data", str(corpus)]
+    environment = os.environ | dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii:strict")
+    process = subprocess.Popen([sys.executable, str(ROOT / "compare.py"), *argv], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"2 arms x 3 seeds, 6 runs; folder r??sultats\n"
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait() == 0 and errors == b"", errors

@@ -1,6 +1,8 @@
 """Results of comparisons against numbers worked out by hand, and the report's files as a reader and a browser get them."""
 import json
 import re
+import shutil
+import subprocess
 from html import unescape
 from html.parser import HTMLParser
 from statistics import mean, stdev
@@ -8,7 +10,7 @@ from statistics import mean, stdev
 import pytest
 from scipy import stats
 
-from records.report import LATE, TEMPLATE, mean_curve, summarize, write_report
+from records.report import COLORS, LATE, ORDER, START, TEMPLATE, VALIDATION, mean_curve, summarize, write_report
 from records.runs import read_run
 from records.statistics import ALPHA, detectable
 from train_gpt import RunError
@@ -87,15 +89,32 @@ def test_runs_of_equal_time(write_log, tmp_path):
     assert text.startswith("# baseline at equal time\n") and "1.0 s of training time for every run" in text and "9 ± 1" in text
 
 
+def edit_facts(log, **facts):
+    """Change what the header and the JSON of a log say."""
+    lines = log.read_text().split("\n")
+    at = next(i for i, line in enumerate(lines) if line.startswith("facts: "))
+    lines[at] = f"facts: {json.dumps(json.loads(lines[at][7:]) | facts)}"
+    log.write_text("\n".join(lines))
+    log.with_suffix(".json").write_text(json.dumps(json.loads(log.with_suffix(".json").read_text()) | facts))
+
+
 @pytest.mark.parametrize("difference, named", [
     (dict(source="import another"), "different code"), (dict(modules=[("variants.x", "x = 1")]), "different code"), (dict(layers=5), "differ in layers"),
-    (dict(seed=1), "with seed 1"), (dict(val_sha256={"v.bin": "c" * 64}), "different data")])
+    (dict(seed=1), "with seed 1"), (dict(val_sha256={"v.bin": "c" * 64}), "different data"),
+    (dict(scored=64), "baseline-1.txt was scored on .* tokens, .*odd.txt on 64")])
 def test_runs_that_cannot_be_compared(write_log, make_arm, difference, named):
-    arm, log = make_arm("good", [0.7]), write_log({0: 5.0, 4: 1.0, 8: 0.7}, run_id="odd", **dict(seed=2) | difference)
+    scored = {"val_tokens": difference["scored"]} if "scored" in difference else {}
+    options = dict(seed=2) | {name: value for name, value in difference.items() if name != "scored"}
+    log = write_log({0: 5.0, 4: 1.0, 8: 0.7}, run_id="odd", **options)
+    arm = make_arm("good", [0.7])
+    edit_facts(log, **scored)
     with pytest.raises(RunError) as error:
         summarize(SETTINGS, [make_arm("baseline", BASE), arm | dict(runs=[*arm["runs"], read_run(log)])])
-    first = "baseline-1.txt" if "val_sha256" in difference else "good" if "seed" in difference else "good-1.txt"
-    assert named in str(error.value) and "odd.txt" in str(error.value) and first in str(error.value) and "\n" not in str(error.value)
+    first = "good" if "seed" in difference else "good-1.txt"
+    if difference.keys() & {"val_sha256", "scored"}:
+        first = "baseline-1.txt"
+    text = str(error.value)
+    assert re.search(named, text) and "odd.txt" in text and first in text and "\n" not in text
 
 
 def test_runs_that_did_not_finish(write_log, make_arm, tmp_path):
@@ -149,10 +168,80 @@ def test_what_was_not_held_fixed(make_arm, tmp_path):
     assert results["environment_differs"] == {"device": ["x86_64, 2 threads", "another card"]}
     write_report(tmp_path / "report", results)
     text = (tmp_path / "report/README.md").read_text()
-    for words in ("deep: options --layers 6; layers 6 instead of 4.", "patched: other code of train_gpt.", "FLOPs a token unmatched (+50.00 %)",
+    for words in ("deep: options --layers 6; layers 6 instead of 4.", "FLOPs a token unmatched (+50.00 %)",
+                  "patched: other code of train_gpt; NOT HELD FIXED: the validation data (other code of train_gpt); NOT HELD",
                   "device (x86_64, 2 threads; another card). Their times are not comparable.", "Arms tried: 9, 3 of them in this report",
                   "deep: learning-rate factor 0.5, chosen of 0.5 (loss 0.9000, n = 1), 2 (loss -, n = 0)."):
         assert words in text, words
+
+
+@pytest.mark.parametrize("facts, held, broken", [
+    (dict(replaced={"x": ["MLP", "GPT.run_blocks", "build_optimizers"]}), [VALIDATION, ORDER, START], ""),
+    (dict(replaced={"x": ["Trainer.validate"]}), [], f"{VALIDATION} (Trainer.validate); NOT HELD FIXED: the order"),
+    (dict(replaced={"x": ["TokenLoader"]}), [], f"{ORDER} (TokenLoader)"),
+    (dict(replaced={"x": ["GPT.initialize"]}), [VALIDATION, ORDER], f"{START} (GPT.initialize)"),
+    (dict(sequence_length=128), [VALIDATION, START], f"{ORDER} (sequence_length)"),
+    (dict(train_data="other"), [VALIDATION, START], f"{ORDER} (other training data)"),
+    (dict(init_from="a.pt", zero_init_projections=False), [VALIDATION, ORDER], f"{START} (zero_init_projections, init_from)")])
+def test_nothing_is_called_fixed_that_an_arm_changed(make_arm, tmp_path, facts, held, broken):
+    results = summarize(SETTINGS, [make_arm("baseline", BASE), make_arm("good", GOOD, **facts)])
+    write_report(tmp_path / "report", results)
+    text = unescape((tmp_path / "report/report.html").read_text())
+    line = re.search(r"<li>Held fixed: every setting of the trainer that is not named here(.*?)\.</li>", text)[1]
+    assert [claim for claim in (VALIDATION, ORDER, START) if claim in line] == held
+    assert ("NOT HELD FIXED: " + broken in text) if broken else "NOT HELD" not in text
+
+
+def test_a_target_of_other_data_is_none(make_arm, tmp_path):
+    arms = [make_arm("baseline", BASE), make_arm("good", GOOD)]
+    assert summarize(SETTINGS | dict(target=0.5), arms)["arms"][0]["to_target"]["target"] == 0.5
+    for run in arms[0]["runs"]:
+        edit_facts(run.path, target=0)
+    arms[0]["runs"] = [read_run(run.path) for run in arms[0]["runs"]]
+    results = summarize(SETTINGS | dict(target=0.5), arms)
+    goal = results["arms"][1]["to_target"]
+    assert goal["target"] == pytest.approx(0.81) and goal["reached"] == "3 of 3" and 5 < goal["steps"] < 7
+    write_report(tmp_path / "report", results)
+    text = (tmp_path / "report/README.md").read_text()
+    assert "the mean final loss of baseline: 0.5, the track's, was set for other validation data" in text
+    assert "not reached" not in text.split("| good |")[-1]
+
+
+def test_runs_of_other_comparisons(make_arm, tmp_path):
+    def entry(arm, seed, *seen):
+        return dict(arm=arm, seed=seed, log=f"comparisons/a/logs/A0-{arm}-seed{seed}.txt", seen=list(seen))
+    arms = [make_arm("baseline", BASE), make_arm("good", GOOD, ms=(110.0, 111.0, 112.5))]
+    results = summarize(SETTINGS | dict(reused=[entry("baseline", seed) for seed in (1, 2, 3)]), arms)
+    base, good = results["arms"]
+    assert base["ms_per_step"] is None and base["loss"]["n"] == 3 and good["ms_per_step"]["n"] == 3
+    assert good["vs_baseline"]["time"]["difference"] is None and good["vs_baseline"]["loss"]["verdict"] == "better"
+    write_report(tmp_path / "report", results)
+    text = (tmp_path / "report/README.md").read_text()
+    for words in ("- 3 of the 6 runs were taken over from earlier comparisons; their times are not compared.",
+                  "baseline 1 (comparisons/a/logs/A0-baseline-seed1.txt), baseline 2",
+                  "Only runs of baseline were taken over"):
+        assert words in text, words
+    assert "Looks" not in text and "Time:" not in text
+    reused = [entry("baseline", 1, "a", "b"), entry("good", 1, "a"), entry("good", 2, "c")]
+    looked = summarize(SETTINGS | dict(reused=reused), arms)
+    time = looked["arms"][1]["vs_baseline"]["time"]
+    assert time["difference"] == pytest.approx(112.5 - 101.5) and time["p"] is None
+    write_report(tmp_path / "looked", looked)
+    text = (tmp_path / "looked/README.md").read_text()
+    assert "Looks: 2 earlier comparisons" in text
+    assert "one of 3 verdicts finds a difference where there is none happens in up to 3 %" in text
+    assert "3 of the 6 runs were taken over from earlier comparisons, whose results had been seen" in text
+
+
+def test_an_unsound_arm_says_so_first(make_arm, tmp_path):
+    good = make_arm("good", GOOD) | dict(faults=["position 3 sees position 4"])
+    results = summarize(SETTINGS, [make_arm("baseline", BASE), good])
+    write_report(tmp_path / "report", results)
+    text, page = (tmp_path / "report/README.md").read_text(), (tmp_path / "report/report.html").read_text()
+    first, _, rest = text.partition("![")
+    assert "- good IS NOT SOUND, so this says nothing: position 3 sees position 4." in first
+    assert "NOT SOUND: position 3" in rest
+    assert '<p class="card ">good IS NOT SOUND' in page
 
 
 class Page(HTMLParser):
@@ -222,14 +311,95 @@ def test_curves(results, tmp_path):
     for name, log_x in (("linear", False), ("log", True)):
         write_report(tmp_path / name, results, log_x=log_x)
     linear, log = (matplotlib.image.imread(tmp_path / name / "curves.png") for name in ("linear", "log"))
-    assert linear.shape == log.shape and linear.shape[1] > 1.8 * linear.shape[0] > 1000 and (linear != log).any()
-    for panel in (linear[:560, :800], linear[:560, 830:]):  # above the legend
+    top = linear.shape[0] - 676  # the differences, above the curves
+    assert linear.shape == log.shape and 200 < top < 300 and linear.shape[1] == 1560 and (linear != log).any()
+    for panel in (linear[top:top + 560, :800], linear[top:top + 560, 830:]):  # above the legend
         ends = []
         for color in ("#d55e00", "#0a84d0"):
             exact = [int(color[i:i + 2], 16) / 255 for i in (1, 3, 5)]
             rows, columns = (abs(panel[..., :3] - exact).max(-1) < 0.01).nonzero()
             ends.append(rows[columns == columns.max()].mean())
         assert ends[0] - ends[1] > 300  # losses of 0.61 and 0.96 where the run began at 5
+
+
+def of_color(picture, color):
+    exact = [int(color[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+    return abs(picture[..., :3] - exact).max(-1) < 0.01
+
+
+def count(picture, color):
+    return int(of_color(picture, color).sum())
+
+
+def test_the_paired_picture_is_first(results, tmp_path):
+    import matplotlib.image
+    write_report(tmp_path / "report", results)
+    readme, page = (tmp_path / "report/README.md").read_text(), (tmp_path / "report/report.html").read_text()
+    assert readme.index("- good is better") < readme.index("(curves.png)") < readme.index("## Loss")
+    order = ["good is better", '<svg class="differences"', 'id="chart"', "<h2>Loss</h2>"]
+    assert sorted(order, key=page.index) == order
+    picture = matplotlib.image.imread(tmp_path / "report/curves.png")
+    dots, intervals = picture[25:-676 - 30, 250:900], picture[25:-676 - 30, 930:]
+    for color in COLORS[1:4]:
+        assert count(dots, color) > 30 and count(intervals, color) > 100
+    assert count(picture[25:-676 - 30], COLORS[0]) == 0, "the baseline is the zero line"
+
+    # the dots are the differences at equal seed, on one scale
+    labels = re.findall(r'cx="([\d.]+)" cy="[\d.]+" r="4"[^>]*><title>([^<]*)</title>', page)
+    expected = [f"{name}, seed {seed + 1}: {losses[seed] - BASE[seed]:+.4f}"
+                for name, losses in (("good", GOOD), ("bad", BAD), ("same", SAME)) for seed in range(3)]
+    assert sorted(text for _, text in labels) == sorted(expected)
+    places = [(float(text.split(": ")[1]), float(x)) for x, text in labels]
+    (a, x), (b, y) = min(places), max(places)
+    assert all(place == pytest.approx(x + (y - x) * (value - a) / (b - a), abs=0.2) for value, place in places)
+    assert len(re.findall('class="thick"', page)) == 3 and len(re.findall('class="thin"', page)) == 3
+    pairs = [arm["pairs"] for arm in results["arms"]]
+    assert pairs[0] == [] and pairs[1] == [[seed + 1, pytest.approx(GOOD[seed] - BASE[seed])] for seed in range(3)]
+
+
+def test_a_target_outside_leaves_the_picture_to_the_data(make_arm, tmp_path):
+    import matplotlib.image
+    rows, arms = {}, [make_arm("baseline", BASE), make_arm("good", GOOD)]
+    for target in (0.8, 1e-9):
+        results = summarize(SETTINGS | dict(target=target), arms)
+        write_report(tmp_path / str(target), results)
+        picture = matplotlib.image.imread(tmp_path / str(target) / "curves.png")[-676:-100, :800]
+        rows[target] = of_color(picture, COLORS[1]).any(axis=1).nonzero()[0]
+        assert count(picture[:, 100:700], "#808080") > 100 or target < 0.1, "a line across"
+    assert max(rows[1e-9]) - min(rows[1e-9]) == max(rows[0.8]) - min(rows[0.8]) > 400
+
+
+def test_the_page_in_a_browser(results, tmp_path):
+    """Offline and without an error; the curves are drawn, and "minus baseline" subtracts the run of equal seed."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no Chromium on this machine; test_page_is_one_file_that_loads_nothing reads the page as text")
+    write_report(tmp_path / "report", results)
+    page = (tmp_path / "report/report.html").read_text(encoding="utf-8")
+    probe = """<script>addEventListener("error", event => document.title += " ERROR " + event.message);
+addEventListener("securitypolicyviolation", event => document.title += " REFUSED " + event.violatedDirective);
+</script>"""
+    after = """<script>
+const press = text => [...document.querySelectorAll("button")].find(button => button.textContent === text).click();
+press("minus baseline");
+const ends = {};
+for (const {curve, line} of lines) ends[`${names[curve.arm]} ${curve.mean ? "mean" : curve.seed}`] = line.at(-1)[1];
+for (const text of ["training time, s", "logarithmic", "all losses", "seeds", "loss", "linear"]) press(text);
+const textContent = JSON.stringify({ends, paths: chart.querySelectorAll("path").length});
+document.body.append(Object.assign(document.createElement("pre"), {id: "probe", textContent}));
+</script>"""
+    page = page.replace("<title>", probe + "<title>").replace("</body>", after + "</body>")
+    (tmp_path / "probe.html").write_text(page, encoding="utf-8")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+               "--window-size=1300,1400", "--dump-dom", (tmp_path / "probe.html").as_uri()]
+    shown = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300).stdout
+    assert re.findall("<title>(.*?)</title>", shown)[0] == "good, bad, same against baseline at equal tokens"
+    found = json.loads(unescape(re.search('<pre id="probe">(.*?)</pre>', shown)[1]))
+    assert found["paths"] >= 4
+    for name, losses in (("good", GOOD), ("bad", BAD), ("same", SAME)):
+        each = [loss - base for loss, base in zip(losses, BASE)]
+        assert [found["ends"][f"{name} {seed}"] for seed in (1, 2, 3)] == pytest.approx(each)
+        assert found["ends"][f"{name} mean"] == pytest.approx(mean(each))
 
 
 def test_a_folder_that_cannot_be_made(results, tmp_path):
