@@ -401,6 +401,18 @@ def test_an_arm_that_looks_ahead_stops_the_comparison(stage, capsys, monkeypatch
     assert '<p class="card ">swiglu_mlp IS NOT SOUND' in (stage.folder / "report.html").read_text()
 
 
+def test_the_arms_are_tried_by_variants_check(stage, monkeypatch):
+    monkeypatch.delitem(sys.modules, "variants.check")  # the stand-in
+    argv = ["baseline", "swiglu_mlp", "swiglu_mlp", "--", "--data", str(stage.data), "--steps", "2"]
+    plan, arms = compare.plan_of(*compare.parse_arguments(argv), argv)
+    comparison = Comparison(stage.folder, plan, arms, None, compare.Interrupt())
+    comparison.open(retry=False)
+    comparison.check_arms()
+    comparison.lock.close()
+    faults = json.loads((stage.folder / "state.json").read_text())["faults"]
+    assert faults == {"baseline": [], "swiglu_mlp": [], "swiglu_mlp (2)": []}
+
+
 def test_what_code_belongs_to_an_arm():
     names = ([], ["swiglu_mlp"], ["swiglu_mlp+orthogonal_residual:layers=0-3"])
     baseline, swiglu, both = (set(compare.source_of([compare.Arm(0, "", name, [], [1])])) for name in names)
