@@ -46,8 +46,8 @@ def summarize(settings: dict, arms: list[dict]) -> dict:
 
     settings: track, seeds, budget ("tokens" or "time"), budget_seconds, target, command, order [[arm, seed], ...] as
       run, tried (number of arms), sweep {arm: dict(tries=[dict(factor, seeds, losses)], chosen=factor)} or None,
-      overhead dict(wall_seconds, runs_seconds) or None, reused [dict(arm, seed, log, seen)], of runs that another comparison
-      trained: its log, and the comparisons with that run whose result was there before this one began
+      overhead dict(wall_seconds, runs_seconds) or None, reused [dict(arm, seed, log, seen)], of runs that another
+      comparison trained: its log, and the comparisons with that run whose result was there before this one began
     arms: dicts of name, variant [str], options [str] and runs, each a Run or, where there is no log, dict(seed, error);
       the baseline first; perhaps faults [str], what makes the arm worthless whatever its loss
     The target is settings["target"] if it was set for these validation data, or else the baseline's mean final loss.

@@ -1,4 +1,7 @@
-"""compare.py: the plan with a stand-in for training that copies prepared logs. Real runs, which are killed, are in faults/test_compare.py."""
+"""
+compare.py: the plan with a stand-in for training that copies prepared logs. Real runs, which are killed, are in
+faults/test_compare.py.
+"""
 import fcntl
 import json
 import os
@@ -29,7 +32,7 @@ given = dict(zip(argv[::2], argv[1::2]))
 with open(prepared / "calls.jsonl", "a") as file:
     file.write(json.dumps(argv) + "\\n")
 run = given["--run_id"]
-(prepared / "spin.json").write_text(json.dumps([os.environ.get(name) for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")]))
+(prepared / "environment.json").write_text(json.dumps(dict(os.environ)))
 if (prepared / (run + ".fault")).exists():
     sys.exit("train_gpt.py: error: " + (prepared / (run + ".fault")).read_text())
 print("step 1/2  loss 3.0", flush=True)
@@ -52,8 +55,9 @@ def corpus(tmp_path_factory):
 @pytest.fixture
 def stage(tmp_path, monkeypatch, corpus):
     """
-    stage.prepare(run, loss) or stage.prepare(run, fault=text), then stage.call(arms and options) -> exit code; stage.calls(): the trainer's arguments.
-    A prepared log has the configuration of the command line that would have made it, and the source of its arm.
+    stage.prepare(run, loss) or stage.prepare(run, fault=text), then stage.call(arms and options) -> exit code;
+    stage.calls(): the trainer's arguments. A prepared log has the configuration of the command line that would have
+    made it, and the source of its arm.
     """
     class Stage:
         folder, prepared, runs, data = tmp_path / "out", tmp_path / "prepared", {}, corpus
@@ -70,13 +74,16 @@ def stage(tmp_path, monkeypatch, corpus):
             run = self.runs[job.name]
             at = argv.index("--seed")
             own = dict(zip(argv[at::2], argv[at + 1::2]))
-            config = replace(self.parse(argv[:at]), seed=int(own["--seed"]), run_id=own["--run_id"], log_dir=own["--log_dir"])
+            config = replace(self.parse(argv[:at]), seed=int(own["--seed"]), run_id=own["--run_id"],
+                             log_dir=own["--log_dir"])
             adopt_vocabulary(config)
-            texts = {file.removesuffix(".py").replace("/", "."): (ROOT / file).read_text(encoding="utf-8") for file in compare.source_of([job.arm])}
-            facts = comparison.machine(config) | dict(val_sha256=comparison.plan["data"][config.data]["val"], val_tokens=64, seed=config.seed, target=0.0)
-            facts |= run["facts"] | dict(config=json.loads(json.dumps(asdict(config))))
-            lines, saved = log_lines({0: 5.0, 1: 2 * run["loss"], 2: run["loss"]}, run_id=job.name, ms_per_step=run["ms"], source=texts.pop("train_gpt"),
-                                     modules=texts.items())
+            texts = {file.removesuffix(".py").replace("/", "."): (ROOT / file).read_text(encoding="utf-8")
+                     for file in compare.source_of([job.arm])}
+            facts = comparison.machine(config) | dict(val_sha256=comparison.plan["data"][config.data]["val"])
+            facts |= dict(val_tokens=64, seed=config.seed, target=0.0) | run["facts"]
+            facts["config"] = json.loads(json.dumps(asdict(config)))
+            lines, saved = log_lines({0: 5.0, 1: 2 * run["loss"], 2: run["loss"]}, run_id=job.name,
+                                     ms_per_step=run["ms"], source=texts.pop("train_gpt"), modules=texts.items())
             saved |= facts
             at = next(i for i, line in enumerate(lines) if line.startswith("facts: "))
             lines[at] = f"facts: {json.dumps(json.loads(lines[at][7:]) | facts)}"
@@ -84,7 +91,8 @@ def stage(tmp_path, monkeypatch, corpus):
             (self.prepared / f"{job.name}.json").write_text(json.dumps(saved))
 
         def call(self, *argv, folder=None, options=()):
-            return main([*argv, "-o", str(folder or self.folder), "--", "--data", str(self.data), "--steps", "2", *options])
+            trainer = ["--data", str(self.data), "--steps", "2", *options]
+            return main([*argv, "-o", str(folder or self.folder), "--", *trainer])
 
         def calls(self):
             file = self.prepared / "calls.jsonl"
@@ -104,7 +112,8 @@ def stage(tmp_path, monkeypatch, corpus):
             stage.write(self, job, argv)
         return [sys.executable, str(tmp_path / "stand_in.py"), str(stage.prepared), *argv]
     monkeypatch.setattr(Comparison, "command", command)
-    monkeypatch.setitem(sys.modules, "variants.check", SimpleNamespace(faults_of=lambda config: stage.faults.get(config.variant, [])))
+    check = SimpleNamespace(faults_of=lambda config: stage.faults.get(config.variant, []))
+    monkeypatch.setitem(sys.modules, "variants.check", check)
     monkeypatch.chdir(tmp_path)  # ./comparisons
     stage.draw = records.report.draw
     monkeypatch.setattr(records.report, "draw", lambda *parts: None)  # most tests need no picture
@@ -125,7 +134,8 @@ def test_runs_take_turns_and_the_report_has_a_verdict(stage, capsys):
     assert calls[1]["--lr_matrix"] == "0.02" and "--lr_matrix" not in calls[0] and {call["--track"] for call in calls} == {"cpu"}
     out = capsys.readouterr().out
     assert "run 6/6: swiglu_mlp --lr_matrix 0.02, seed 3" in out and "swiglu_mlp --lr_matrix 0.02 is better than baseline by 0.1000 nats" in out
-    assert out.index("is better than") < out.index("\narm  ") < out.index("report: ") and "0.9000 ± 0.0100  3 of 3  -0.1000" in out
+    assert out.index("is better than") < out.index("\narm  ") < out.index("report: ")
+    assert "0.9000 ± 0.0100  3 of 3  -0.1000" in out
     results = stage.results()
     assert results["settings"]["order"][:2] == [["baseline", 1], ["swiglu_mlp --lr_matrix 0.02", 1]] and results["settings"]["target"] == TRACKS["cpu"]["target"]
     assert results["settings"]["overhead"]["wall_seconds"] >= results["settings"]["overhead"]["runs_seconds"] > 0
@@ -138,10 +148,13 @@ def test_a_run_inherits_the_bound_on_spinning_and_threads_are_an_arms_own(stage)
     prepare_all(stage, "A0-baseline", [1.0])
     prepare_all(stage, "A1-baseline-threads-3", [1.0])
     assert stage.call(*texts, "--seeds", "1") == 0
-    spin = json.loads((stage.prepared / "spin.json").read_text())
-    assert spin == [os.environ.get(name) for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")] and any(spin)
+    inherited = json.loads((stage.prepared / "environment.json").read_text())
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
+    spin = [inherited.get(name) for name in names]
+    assert spin == [os.environ.get(name) for name in names] and any(spin)
     usual, three = (compare.machine_facts("cpu", threads, 1) for threads in (0, 3))
-    assert three["threads"] == 3 and three["device"].endswith(", 3 threads") and usual["threads"] == torch.get_num_threads()
+    assert three["threads"] == 3 and three["device"].endswith(", 3 threads")
+    assert usual["threads"] == torch.get_num_threads()
     assert stage.results()["environment_differs"]["device"] == [usual["device"], three["device"]]
 
 
@@ -178,7 +191,8 @@ def test_a_checkpoint_is_gone_on_from(stage):
     (logs / "A0-baseline-seed1.txt").write_text("cut off")
     (logs / "A0-baseline-seed1.pt").write_bytes(b"")
     assert stage.call("baseline", "baseline", "--seeds", "1") == 0
-    assert stage.calls()[0]["--resume"] == str(logs / "A0-baseline-seed1.pt") and not (logs / "A0-baseline-seed1.pt").exists()
+    assert stage.calls()[0]["--resume"] == str(logs / "A0-baseline-seed1.pt")
+    assert not (logs / "A0-baseline-seed1.pt").exists()
 
 
 def test_a_failing_arm_is_reported_and_the_others_go_on(stage, capsys):
@@ -187,7 +201,8 @@ def test_a_failing_arm_is_reported_and_the_others_go_on(stage, capsys):
     stage.prepare("A1-swiglu_mlp-seed2", 1.2)
     call = ("baseline", "swiglu_mlp", "--seeds", "2")
     assert stage.call(*call) == 0
-    assert "failed: the training loss is nan at step 7 (exit code 1; all of its output: logs/A1-swiglu_mlp-seed1.out)" in capsys.readouterr().out
+    assert ("failed: the training loss is nan at step 7 (exit code 1; all of its output: logs/A1-swiglu_mlp-seed1.out)"
+            in capsys.readouterr().out)
     arm = stage.results()["arms"][1]
     assert arm["status"] == "1 of 2 finished" and "the training loss is nan" in (stage.folder / "README.md").read_text()
     assert stage.call(*call) == 0 and len(stage.calls()) == 4, "a failure is not tried again by itself"
@@ -244,7 +259,8 @@ def fault(capsys, text):
     (["baseline", "baseline 'x"], "arm \"baseline 'x\": No closing quotation; close its quotation marks"),
     (["baseline", "--heads 3"], "does not begin with a name|arguments are required"),
     (["baseline", "baseline --head_dim 3"], "arm 'baseline --head_dim 3': .*--head_dim 3 is not a multiple of 4"),
-    (["baseline", "baseline --val_tokens 64"], "is validated on 64 tokens, 'baseline' on 65,536; give --val_tokens to all"),
+    (["baseline", "baseline --val_tokens 64"],
+     "is validated on 64 tokens, 'baseline' on 65,536; give --val_tokens to all"),
     (["baseline"], "one arm, 'baseline', has nothing to be compared with; name two or more"),
     (["baseline", "baseline", "--track", "no_such_track"], "unknown track 'no_such_track'"),
     (["baseline", "baseline", "--seeds", "0"], "--seeds must be at least 1 and at most 10,000, got 0"),
@@ -258,7 +274,8 @@ def fault(capsys, text):
     (["baseline", "baseline", "--sweep", "1,1"], "all different"),
     (["baseline", "baseline", "--sweep", ""], "--sweep: invalid numbers value"),
     (["baseline", "baseline", "--sweep", "999999"], "--sweep factor 999999: --lr_matrix must be from 0.0 to"),
-    (["baseline", "baseline", "--budget", "time", "--seconds", "nan"], "--seconds must be greater than 0 and at most 31,536,000, got nan"),
+    (["baseline", "baseline", "--budget", "time", "--seconds", "nan"],
+     "--seconds must be greater than 0 and at most 31,536,000, got nan"),
     (["baseline", "baseline", "--budget", "time", "--seconds", "1e20"], "got 1e\\+20"),
     (["baseline", "baseline", "--seconds", "5"], "belongs to --budget time"),
     (["baseline", "baseline", "--reuse", "r" * 300], "--reuse 'r+': File name too long"),
@@ -324,18 +341,21 @@ def test_two_comparisons_do_not_share_a_folder(stage, capsys, monkeypatch):
 # ---- What belongs to an arm
 
 def test_arms_that_look_alike_have_runs_of_their_own(stage):
-    texts = ["swiglu_mlp:layers=0-3", "swiglu_mlp:layers=0,3", "swiglu_mlp:layers=0+parallel_residual:layers=3", "swiglu_mlp:layers=3"]
+    texts = ["swiglu_mlp:layers=0-3", "swiglu_mlp:layers=0,3", "swiglu_mlp:layers=0+parallel_residual:layers=3",
+             "swiglu_mlp:layers=3"]
     arms = compare.parse_arms(texts, 1, ["--data", str(stage.data)])
     assert arms[0].readable == arms[1].readable and len({arm.slug.lower() for arm in arms}) == 4
     for n, arm in enumerate(arms):
         prepare_all(stage, arm.slug, [1.0 + n / 10])
     assert stage.call(*texts, "--seeds", "1") == 0
-    assert len(stage.calls()) == 4 and [arm["loss"]["mean"] for arm in stage.results()["arms"]] == pytest.approx([1.0, 1.1, 1.2, 1.3])
+    assert len(stage.calls()) == 4
+    assert [arm["loss"]["mean"] for arm in stage.results()["arms"]] == pytest.approx([1.0, 1.1, 1.2, 1.3])
     long = compare.parse_arms(["baseline", "baseline" + " --lr_matrix 0.1" * 100], 1, [])[1]
     assert len(f"{long.slug}-lr1e-05-seed{SWEEP_SEED}") < 80
 
 
-@pytest.mark.parametrize("field, value", [("variant", ["parallel_residual"]), ("layers", 5), ("seed", 2), ("no_such_setting", 1), (None, None)])
+@pytest.mark.parametrize("field, value", [
+    ("variant", ["parallel_residual"]), ("layers", 5), ("seed", 2), ("no_such_setting", 1), (None, None)])
 def test_a_log_of_other_settings_is_not_taken(stage, capsys, field, value):
     for slug in ("A0-baseline", "A1-swiglu_mlp"):
         prepare_all(stage, slug, [1.0])
@@ -352,7 +372,7 @@ def test_a_log_of_other_settings_is_not_taken(stage, capsys, field, value):
     log.write_text("\n".join(lines), encoding="utf-8")
     log.with_suffix(".json").write_text(json.dumps(saved))
     assert stage.call("baseline", "swiglu_mlp", "--seeds", "1") == 1
-    fault(capsys, f"is no run of arm 'swiglu_mlp': its {field} is" if field else r"ran another variants/swiglu_mlp\.py than this comparison")
+    fault(capsys, f"is no run of arm 'swiglu_mlp': its {field} is" if field else r"ran another variants/swiglu_mlp\.py")
 
 
 def test_arms_that_are_scored_on_different_tokens_stop_after_the_first_of_them(stage, capsys):
@@ -370,13 +390,27 @@ def test_an_arm_that_looks_ahead_stops_the_comparison(stage, capsys, monkeypatch
     call = ("baseline", "swiglu_mlp", "--seeds", "2")
     assert stage.call(*call) == 1 and not stage.calls()
     fault(capsys, "arm 'swiglu_mlp' is not sound: position 3 sees position 4. Mend it, or add --anyway")
-    monkeypatch.setitem(sys.modules, "variants.check", SimpleNamespace(faults_of=None))  # what is known is not tried again
+    # what is known is not tried again
+    monkeypatch.setitem(sys.modules, "variants.check", SimpleNamespace(faults_of=None))
     assert stage.call(*call) == 1
     assert stage.call(*call, "--anyway") == 0
     assert "swiglu_mlp IS NOT SOUND, so this says nothing: position 3 sees position 4." in capsys.readouterr().out
     assert json.loads((stage.folder / "plan.json").read_text())["anyway"] is True
     text = (stage.folder / "README.md").read_text()
-    assert text.count("NOT SOUND") == 2 and '<p class="card ">swiglu_mlp IS NOT SOUND' in (stage.folder / "report.html").read_text()
+    assert text.count("NOT SOUND") == 2
+    assert '<p class="card ">swiglu_mlp IS NOT SOUND' in (stage.folder / "report.html").read_text()
+
+
+def test_the_arms_are_tried_by_variants_check(stage, monkeypatch):
+    monkeypatch.delitem(sys.modules, "variants.check")  # the stand-in
+    argv = ["baseline", "swiglu_mlp", "swiglu_mlp", "--", "--data", str(stage.data), "--steps", "2"]
+    plan, arms = compare.plan_of(*compare.parse_arguments(argv), argv)
+    comparison = Comparison(stage.folder, plan, arms, None, compare.Interrupt())
+    comparison.open(retry=False)
+    comparison.check_arms()
+    comparison.lock.close()
+    faults = json.loads((stage.folder / "state.json").read_text())["faults"]
+    assert faults == {"baseline": [], "swiglu_mlp": [], "swiglu_mlp (2)": []}
 
 
 def test_what_code_belongs_to_an_arm():
@@ -407,23 +441,28 @@ def begun(stage):
 
 def test_finished_runs_of_other_comparisons_are_taken_over(begun, capsys):
     second = Path("comparisons/second")
-    assert finished(begun, second, "baseline", "swiglu_mlp", "--seeds", "3") == ["A0-baseline-seed3", "A1-swiglu_mlp-seed3"]
+    new = finished(begun, second, "baseline", "swiglu_mlp", "--seeds", "3")
+    assert new == ["A0-baseline-seed3", "A1-swiglu_mlp-seed3"]
     out, results = capsys.readouterr().out, begun.results(second)
     assert "run 1/6: baseline, seed 1: taken over from comparisons/first/logs/A0-baseline-seed1.txt" in out
-    assert "4 of the 6 runs were taken over from earlier comparisons, whose results had been seen; their times are not compared." in out
+    assert ("4 of the 6 runs were taken over from earlier comparisons, whose results had been seen; their times are "
+            "not compared.") in out
     text = (second / "README.md").read_text()
     assert "baseline 1 (comparisons/first/logs/A0-baseline-seed1.txt), baseline 2" in text
-    assert "Looks: 1 earlier comparison with runs of these arms had a result" in text and "that one of 2 verdicts finds a difference where there is none happens in up to 2 %" in text
+    assert "Looks: 1 earlier comparison with runs of these arms had a result" in text
+    assert "that one of 2 verdicts finds a difference where there is none happens in up to 2 %" in text
     time, loss = (results["arms"][1]["vs_baseline"][kind] for kind in ("time", "loss"))
     assert time["difference"] == 0 and time["p"] is None, "the only pair that took turns"
-    assert loss["paired"]["n"] == 3 and results["arms"][0]["ms_per_step"]["n"] == 1 and [entry[1] for entry in results["settings"]["order"]] == [3, 3]
+    assert loss["paired"]["n"] == 3 and results["arms"][0]["ms_per_step"]["n"] == 1
+    assert [seed for _, seed in results["settings"]["order"]] == [3, 3]
 
     # a third knows where they come from, and another arm of the same name in another place is the same run
     third = Path("comparisons/third")
     assert finished(begun, third, "swiglu_mlp", "baseline", "--seeds", "3") == []
     reused = begun.results(third)["settings"]["reused"]
-    assert {entry["log"].split("/")[1] for entry in reused if entry["seed"] < 3} == {"first"} and reused[0]["seen"] == ["first", "second"]
-    assert begun.results(third)["arms"][1]["vs_baseline"]["time"]["difference"] is None and "taken over" in (third / "README.md").read_text()
+    assert {entry["log"].split("/")[1] for entry in reused if entry["seed"] < 3} == {"first"}
+    assert reused[0]["seen"] == ["first", "second"] and "taken over" in (third / "README.md").read_text()
+    assert begun.results(third)["arms"][1]["vs_baseline"]["time"]["difference"] is None
     assert finished(begun, third, "swiglu_mlp", "baseline", "--seeds", "3") == []
 
 
@@ -432,20 +471,26 @@ def test_an_edited_variant_alone_is_trained_again(begun, monkeypatch, capsys):
     original = compare.text_and_digest
     edited = lambda file: ("", "edited") if file.name == "swiglu_mlp.py" else original(file)
     monkeypatch.setattr(compare, "text_and_digest", edited)
-    begun.write = lambda comparison, job, argv, write=begun.write: (write(comparison, job, argv), edit_log(begun.prepared / f"{job.name}.txt"))
-    monkeypatch.setattr(compare.Run, "code", property(lambda run, code=compare.Run.code.fget: {
-        name: "edited" if name == "variants.swiglu_mlp" and "# edited" in run.source else digest for name, digest in code(run).items()}))
+    begun.write = lambda *parts, write=begun.write: (write(*parts), edit_log(begun.prepared / f"{parts[1].name}.txt"))
+    code = compare.Run.code.fget
+    edited_code = lambda run: {"variants.swiglu_mlp": "edited"} if "# edited" in run.source else {}
+    monkeypatch.setattr(compare.Run, "code", property(lambda run: code(run) | edited_code(run)))
     assert begun.call("baseline", "swiglu_mlp", "--seeds", "2", folder=Path("comparisons/first")) == 1
     fault(capsys, r"variants/swiglu_mlp\.py changed since .*choose another folder")
-    assert finished(begun, second, "baseline", "swiglu_mlp", "--seeds", "2") == ["A1-swiglu_mlp-seed1", "A1-swiglu_mlp-seed2"]
+    new = finished(begun, second, "baseline", "swiglu_mlp", "--seeds", "2")
+    assert new == ["A1-swiglu_mlp-seed1", "A1-swiglu_mlp-seed2"]
     text = (second / "README.md").read_text()
-    assert "Only runs of baseline were taken over: verdicts that share them are not independent of each other." in text and "Looks:" not in text
+    assert "Only runs of baseline were taken over: verdicts that share them are not independent" in text
+    assert "Looks:" not in text
+
     # editing that variant is nothing to a comparison without it
-    assert finished(begun, Path("comparisons/other"), "baseline", "parallel_residual", "--seeds", "2") == ["A1-parallel_residual-seed1", "A1-parallel_residual-seed2"]
+    new = finished(begun, Path("comparisons/other"), "baseline", "parallel_residual", "--seeds", "2")
+    assert new == ["A1-parallel_residual-seed1", "A1-parallel_residual-seed2"]
 
 
 def edit_log(log):
-    log.write_text(log.read_text(encoding="utf-8").replace("# ---- variants.swiglu_mlp\n", "# ---- variants.swiglu_mlp\n# edited\n"), encoding="utf-8")
+    head = "# ---- variants.swiglu_mlp\n"
+    log.write_text(log.read_text(encoding="utf-8").replace(head, head + "# edited\n"), encoding="utf-8")
 
 
 def test_what_is_not_the_same_run_is_trained(begun, monkeypatch):
@@ -461,10 +506,12 @@ def test_what_is_not_the_same_run_is_trained(begun, monkeypatch):
     assert trained("equal time", "--budget", "time", "--seconds", "5") == 2
     for name in ("device", "threads", "torch", "compile"):
         with monkeypatch.context() as patch:
-            patch.setattr(Comparison, "machine", lambda self, config, name=name: machine(self, config) | {name: "another"})
+            other = lambda self, config, name=name: machine(self, config) | {name: "another"}
+            patch.setattr(Comparison, "machine", other)
             assert trained(f"another {name}") == 2
     with monkeypatch.context() as patch:
-        begun.parse = lambda argv: replace(parse_config([word for word in argv if word not in ("--init_from", "x.pt")]), init_from="x.pt")
+        without = lambda argv: [word for word in argv if word not in ("--init_from", "x.pt")]  # no such file
+        begun.parse = lambda argv: replace(parse_config(without(argv)), init_from="x.pt")
         patch.setattr(compare, "parse_config", begun.parse)
         assert trained("from a checkpoint", options=["--init_from", "x.pt"]) == 2
         begun.parse = compare.parse_options
@@ -486,8 +533,9 @@ def test_a_variant_that_reads_a_file_is_trained_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("book.npz").write_text("")
     config = parse_config([])
-    assert not compare.names_a_file(replace(config, variant=("swiglu_mlp:layers=0-3", "x:laplacian=domain:missing.npz")))
-    assert compare.names_a_file(replace(config, variant=("swiglu_mlp", "x:laplacian=domain:book.npz,tau=file")))
+    for variant, expected in (("swiglu_mlp:layers=0-3", False), ("x:laplacian=domain:missing.npz", False),
+                              ("x:laplacian=domain:book.npz,tau=file", True)):
+        assert compare.names_a_file(replace(config, variant=("swiglu_mlp", variant))) == expected
     assert compare.names_a_file(replace(config, init_from="book.npz"))
 
 
@@ -500,7 +548,8 @@ def test_a_run_that_was_taken_over_in_part_is_not_taken_for_an_own_one(begun, mo
         with pytest.raises(KeyboardInterrupt):
             begun.call("baseline", "swiglu_mlp", "--seeds", "1", folder=second)
     assert list(json.loads((second / "state.json").read_text())["reused"]) == ["A0-baseline-seed1"]
-    assert finished(begun, second, "baseline", "swiglu_mlp", "--seeds", "1", "--no-reuse") == ["A0-baseline-seed1", "A1-swiglu_mlp-seed1"]
+    new = finished(begun, second, "baseline", "swiglu_mlp", "--seeds", "1", "--no-reuse")
+    assert new == ["A0-baseline-seed1", "A1-swiglu_mlp-seed1"]
     assert begun.results(second)["settings"]["reused"] == []
 
 
@@ -519,13 +568,15 @@ def test_the_plan_alone(begun, capsys):
     second = Path("comparisons/second")
     assert begun.call("baseline", "swiglu_mlp", "--seeds", "3", "--dry-run", folder=second) == 0
     out = capsys.readouterr().out
-    assert "1  baseline, seed 1: taken over from comparisons/first/logs/A0-baseline-seed1.txt" in out and "6  swiglu_mlp, seed 3: to be trained" in out
+    assert "1  baseline, seed 1: taken over from comparisons/first/logs/A0-baseline-seed1.txt" in out
+    assert "6  swiglu_mlp, seed 3: to be trained" in out
     assert re.search(r"expected time: \d+:\d\d h, by 4 earlier runs of this track on this machine", out)
     assert begun.call("baseline", "swiglu_mlp", "--seeds", "2", "--dry-run", folder=Path("comparisons/first")) == 0
     assert capsys.readouterr().out.count(": finished") == 4
     assert begun.call("baseline", "swiglu_mlp", "--sweep", "1,2", "--dry-run", "--reuse", "nowhere", folder=second) == 0
     out = capsys.readouterr().out
-    assert "first, on other seeds for the learning rates: 4 runs, on which what follows depends" in out and "not known; there is no earlier run" in out
+    assert "first, on other seeds for the learning rates: 4 runs, on which what follows depends" in out
+    assert "not known; there is no earlier run" in out
     assert not second.exists() and len(begun.calls()) == 4
 
 
@@ -533,18 +584,20 @@ def test_help_names_every_default(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0 and all(heading in text for heading in ("what is compared:", "how it is run:", "the report:"))
+    assert stop.value.code == 0
+    assert all(heading in text for heading in ("what is compared:", "how it is run:", "the report:"))
     text = text.partition("what is compared:")[2]
-    assert text.count("(default: ") == 13 and text.count("--no-reuse") == 1, "every option has one, but --no-reuse, which is one of --reuse"
+    assert text.count("(default: ") == 13 and text.count("--no-reuse") == 1  # every option has one, but --no-reuse
 
 
 # ---- The console
 
 def test_a_closed_console_and_a_locale_without_accents(corpus, tmp_path):
-    """A plan whose folder has accents, on a console that knows ASCII only and whose reader goes after the first line."""
+    """A plan whose folder has accents, on a console that knows ASCII only and that closes after the first line."""
     argv = ["baseline", "swiglu_mlp", "--dry-run", "-o", "résultats", "--", "--steps", "2", "--data", str(corpus)]
-    environment = os.environ | dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii:strict")
-    process = subprocess.Popen([sys.executable, str(ROOT / "compare.py"), *argv], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    locale = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii:strict")
+    process = subprocess.Popen([sys.executable, str(ROOT / "compare.py"), *argv], cwd=tmp_path, env=os.environ | locale,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == b"2 arms x 3 seeds, 6 runs; folder r??sultats\n"
     process.stdout.close()
     errors = process.stderr.read()

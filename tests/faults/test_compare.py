@@ -62,8 +62,8 @@ class Killed:
         self.resumed = 0        # how often a run went on from its checkpoint
 
     def start(self) -> subprocess.Popen:
-        return subprocess.Popen(self.command, cwd=self.folder.parent, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"),
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen(self.command, cwd=self.folder.parent, env=os.environ | dict(OMP_NUM_THREADS="1"),
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def look(self):
         for log in self.logs:
@@ -107,7 +107,7 @@ class Killed:
         assert {path.suffix for path in (self.folder / "logs").iterdir()} == {".txt", ".json"}
         state = json.loads((self.folder / "state.json").read_text())
         assert not state["failed"]
-        assert sorted(state["order"]) == [["A0-baseline-seed1", "baseline", 1], ["A1-swiglu_mlp-seed1", "swiglu_mlp", 1]]
+        assert sorted(run for run, _, _ in state["order"]) == [log.stem for log in self.logs]
         for log in self.logs:
             run = read_run(log)
             assert len(run.step_ms) == run.last_step == run.steps
@@ -132,8 +132,8 @@ def wait_until(condition, process, seconds=200):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a run ends with its comparison on Linux only")
 def test_a_comparison_is_killed_and_loses_and_repeats_nothing(tmp_path, corpus):
     """
-    Killed in its first run, and asked to stop in its second, each time where there is a checkpoint: both runs go on from
-    it.
+    Killed in its first run, and asked to stop in its second, each time where there is a checkpoint: both runs go on
+    from it.
     """
     killed = Killed(tmp_path / "out", corpus, steps=300)
     for number, log in zip((signal.SIGKILL, signal.SIGHUP), killed.logs):
@@ -172,8 +172,8 @@ def test_comparisons_are_killed_at_random_moments(tmp_path, corpus):
             kills += 1
         killed.end()
         resumed += killed.resumed
-    print(f"\n{kills} kills in {comparisons} comparisons, {ended} of which ended before: exit codes {codes}, {resumed} times "
-          "gone on from a checkpoint; nothing lost, nothing repeated, no traceback")
+    print(f"\n{kills} kills in {comparisons} comparisons, {ended} of which ended before: exit codes {codes}, {resumed} "
+          "times gone on from a checkpoint; nothing lost, nothing repeated, no traceback")
 
 
 # ---- Damaged files
@@ -192,7 +192,8 @@ def folder(tmp_path, corpus, monkeypatch):
     def command(self, job):
         config = json.loads(json.dumps(compare.asdict(self.config(job))))
         files = compare.source_of([job.arm])
-        texts = {name.removesuffix(".py").replace("/", "."): (ROOT / name).read_text(encoding="utf-8") for name in files}
+        texts = {name.removesuffix(".py").replace("/", "."): (ROOT / name).read_text(encoding="utf-8")
+                 for name in files}
         lines, saved = log_lines({0: 5.0, 1: 2.0, 2: 1.0}, run_id=job.name, source=texts.pop("train_gpt"),
                                  modules=texts.items())
         facts = dict(config=config, seed=1, val_sha256=plan["data"][str(corpus)]["val"])
@@ -245,8 +246,8 @@ def mutated_bytes(rng: random.Random, text: bytes) -> bytes:
     return text[:at] + rng.choice(pieces) + text[end:]
 
 
-VALUES = [None, True, -1, 0, 1, 1e300, -0.5, 2 ** 80, "", "x", "\ud800", [], {}, [[]], [None], {"x": None}, [["x", "y"]],
-          [["x", "y", "z"]], {"x": "y"}]
+VALUES = [None, True, -1, 0, 1, 1e300, -0.5, 2 ** 80, "", "x", "\ud800", [], {}, [[]], [None], {"x": None},
+          [["x", "y"]], [["x", "y", "z"]], {"x": "y"}]
 
 
 def mutated_values(rng: random.Random, content) -> object:
@@ -299,7 +300,7 @@ def test_every_field_of_every_file_is_checked(folder, name, kinds):
             if value is not ...:
                 changed[field] = value
             (path / name).write_text(json.dumps(changed))
-            assert re.search(rf"{name} is damaged or of another version: its field '{field}' is .*; delete its folder, or "
-                             "choose another with -o", check())
+            assert re.search(rf"{name} is damaged or of another version: its field '{field}' is .*; delete its folder, "
+                             "or choose another with -o", check())
     (path / name).write_text(json.dumps(content | dict(more=1)))
     assert "its field 'more' is 1" in check()

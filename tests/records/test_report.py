@@ -169,7 +169,7 @@ def test_what_was_not_held_fixed(make_arm, tmp_path):
     write_report(tmp_path / "report", results)
     text = (tmp_path / "report/README.md").read_text()
     for words in ("deep: options --layers 6; layers 6 instead of 4.", "FLOPs a token unmatched (+50.00 %)",
-                  "patched: other code of train_gpt; NOT HELD FIXED: the validation data (other code of train_gpt); NOT HELD",
+                  f"patched: other code of train_gpt; NOT HELD FIXED: {VALIDATION} (other code of train_gpt); NOT HELD",
                   "device (x86_64, 2 threads; another card). Their times are not comparable.", "Arms tried: 9, 3 of them in this report",
                   "deep: learning-rate factor 0.5, chosen of 0.5 (loss 0.9000, n = 1), 2 (loss -, n = 0)."):
         assert words in text, words
@@ -182,7 +182,8 @@ def test_what_was_not_held_fixed(make_arm, tmp_path):
     (dict(replaced={"x": ["GPT.initialize"]}), [VALIDATION, ORDER], f"{START} (GPT.initialize)"),
     (dict(sequence_length=128), [VALIDATION, START], f"{ORDER} (sequence_length)"),
     (dict(train_data="other"), [VALIDATION, START], f"{ORDER} (other training data)"),
-    (dict(init_from="a.pt", zero_init_projections=False), [VALIDATION, ORDER], f"{START} (zero_init_projections, init_from)")])
+    (dict(init_from="a.pt", zero_init_projections=False), [VALIDATION, ORDER],
+     f"{START} (zero_init_projections, init_from)")])
 def test_nothing_is_called_fixed_that_an_arm_changed(make_arm, tmp_path, facts, held, broken):
     results = summarize(SETTINGS, [make_arm("baseline", BASE), make_arm("good", GOOD, **facts)])
     write_report(tmp_path / "report", results)
