@@ -16,7 +16,7 @@ Sources, by name; README.md says what is from where: modded-nanogpt, Muon, Polar
 value residual learning, U-net skips, Gemma 2 (logit cap), Liger-Kernel (gradient of the loss in its forward pass), FlexAttention, ZeRO.
 """
 
-import argparse, base64, dataclasses, hashlib, inspect, json, math, os, platform, re, secrets, shutil, signal, subprocess, sys, time, traceback, zipfile, zlib
+import argparse, base64, dataclasses, functools, hashlib, inspect, json, math, os, platform, re, secrets, shutil, signal, subprocess, sys, time, traceback, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -247,6 +247,12 @@ TRACKS = {
     "benchmark": FINEWEB | MODEL_124M | WHOLE_ROWS | dict(tokens=1_703_936_000, sequence_length=1024, x0_skip=False, unet_skips=False, smear=False, attention_gate=False, target=3.28, target_data="fineweb_val_"),
 }
 
+@functools.cache
+def config_comments() -> list[tuple[str, str, str]]:
+    """(comment, "", "") for each line of Config's source that is one, ("", field, comment beside it) for each field, in their order."""
+    return re.findall(r"^    (?:# (.*)|(\w+): .*?  # (.*))$", inspect.getsource(Config), re.M)
+
+
 def parse_config(argv: list[str] | None = None) -> Config:
     """Config from a command line (default: this process')."""
     parser = argparse.ArgumentParser(
@@ -258,7 +264,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
 
     # a group for each comment of its own in Config's source, an option for each field, with the comment beside it
     group, types = parser, {field.name: field.type for field in dataclasses.fields(Config)}
-    for title, name, comment in re.findall(r"^    (?:# (.*)|(\w+): .*?  # (.*))$", inspect.getsource(Config), re.M):
+    for title, name, comment in config_comments():
         if title:
             group = parser.add_argument_group(title)
             continue

@@ -200,6 +200,8 @@ def check_rules(stats: dict, arms: list[dict], standing: dict | None):
         for run in (run for entry in arms for run in entry["runs"]):
             if run.config.get(name) != value:
                 raise RunError(f"{where}{run.path.name} has {name} {run.config.get(name)}, the track {value}; run it with the track's own")
+    require(not stats["settings"].get("reused"), f"{where}some of its runs were taken over from earlier comparisons, so their times were not measured in "
+            "turn; compare again with --no-reuse, or add it with --negative")
     for run in (run for entry in arms for run in entry["runs"]):
         require(run.target == rules["target"], f"{where}{run.path.name} was validated on data for which the track's "
                                                "target is not known; use the track's own data")

@@ -171,6 +171,17 @@ def test_folder_of_compare(root, write_arm, add, run, tmp_path):
     assert stats["arms"][1]["vs_baseline"] == results["arms"][1]["vs_baseline"] and run("check")[0] == 0
 
 
+def test_a_comparison_with_runs_of_an_earlier_one_sets_no_record(root, write_arm, add, tmp_path):
+    """Their times were not measured in turn; as a comparison it counts."""
+    folder = write_arm("c/baseline")
+    add(write_arm("first/baseline"), "First")
+    settings, arms = leaderboard.read_arms(folder)
+    results = summarize(settings | dict(reused=[dict(arm="baseline", seed=1, log="x.txt", seen=[])]), arms)
+    (folder / "results.json").write_text(json.dumps(results))
+    before = contents(root)
+    assert "some of its runs were taken over from earlier comparisons" in refused(add(folder, "No"), root, before)
+
+
 def test_arm_of_several(root, write_arm, add):
     for name, speed in (("baseline", 100.0), ("a", 95.0), ("b", 90.0)):
         source = write_arm(f"source/{name}", ms_per_step=speed)
