@@ -7,7 +7,8 @@ Loads variants, the replacement parts of the trainer: one idea, one file of this
 variants/<name>.py holds a docstring (idea, source, maths, cost; one line "Source: ..." and one "Status: ..."), a dataclass Options whose fields have
 defaults (int, float, bool, str, Literal[...] or tuple[int, ...]), its modules, and patch(options), which assigns to attributes of train_gpt
 (train_gpt.MLP = ...) or of its classes (train_gpt.GPT.run_blocks = ...). What a variant replaces is what its patch was seen to assign.
-train_gpt.SEAMS names what may be assigned; a variant that touches anything else there is refused, because all arms of a comparison share the rest.
+train_gpt.SEAMS names what may be assigned; a variant that touches anything else there is refused, because all arms of a
+comparison share the rest.
 
 Every patch meets the unchanged trainer, so the order of variants does not matter. layers=0-3,7 works for every variant that changes nothing but parts
 made for each layer, with a signature (config, layer, ...): the other layers, and what belongs to no layer, keep the original.
@@ -109,9 +110,13 @@ def is_seam(owner, name: str) -> bool:
     return (name if owner is train_gpt else owner.__name__) in SEAMS
 
 def attributes(owners: list) -> dict:
-    """(owner, attribute) -> value. Of names with two underscores, methods of classes only: the others are Python's and the compiler's."""
+    """
+    (owner, attribute) -> value. Of names with two underscores it has methods of classes only: the others are Python's
+    and the compiler's.
+    """
     special = lambda owner, name, value: name.startswith("__") and (owner is train_gpt or not inspect.isfunction(value))
-    return {(owner, name): value for owner in owners for name, value in vars(owner).items() if not special(owner, name, value)}
+    held = ((owner, name, value) for owner in owners for name, value in vars(owner).items())
+    return {(owner, name): value for owner, name, value in held if not special(owner, name, value)}
 
 def contents(value):
     """What can be changed in a value without assigning it: a copy of a container's items, a function's code; None for anything else."""
@@ -131,11 +136,11 @@ def put_back(value, content):
 
 def observe(action: Callable[[], None]) -> dict:
     """
-    Call action() and take back what it did to the trainer. Returns (owner, attribute) -> new value, ABSENT for one that it deleted or altered in place,
-    as `train_gpt.TRACKS["cpu"] = ...` does.
+    Call action() and take back what it did to the trainer. Returns (owner, attribute) -> new value, ABSENT for one that
+    it deleted or altered in place, as `train_gpt.TRACKS["cpu"] = ...` does.
     """
-    own_class = lambda name, value: isinstance(value, type) and (value.__module__, value.__name__) == (train_gpt.__name__, name)
-    owners = [train_gpt] + [value for name, value in vars(train_gpt).items() if own_class(name, value)]
+    own_name = lambda value: isinstance(value, type) and value.__module__ == train_gpt.__name__ and value.__name__
+    owners = [train_gpt] + [value for name, value in vars(train_gpt).items() if own_name(value) == name]
     before = attributes(owners)
     held = {key: content for key, value in before.items() if (content := contents(value)) is not None}
     changes = {}
@@ -161,18 +166,21 @@ def changes_of(variant: str, module: ModuleType, options) -> dict:
         raise fault(variant, error) from error
     names = lambda wanted: ", ".join(sorted(label(*key) for key in changes if wanted(*key)))
     unknown = names(lambda owner, name: not hasattr(owner, name))
-    require(not unknown, f"variant {variant}: its patch assigns {unknown}, which train_gpt does not define; correct the name")
+    require(not unknown,
+            f"variant {variant}: its patch assigns {unknown}, which train_gpt does not define; correct the name")
     check_seams(variant, changes, "its patch changes")
     altered = names(lambda owner, name: changes[owner, name] is ABSENT)
-    require(not altered, f"variant {variant}: its patch deletes {altered} or alters it in place; assign a replacement instead")
-    require(changes, f"variant {variant}: its patch changes nothing with these options; let it assign to an attribute of train_gpt")
+    require(not altered,
+            f"variant {variant}: its patch deletes {altered} or alters it in place; assign a replacement instead")
+    require(changes, f"variant {variant}: its patch changes nothing with these options; let it assign to an attribute "
+                     "of train_gpt")
     return changes
 
 def check_seams(variant: str, changes: dict, does: str):
     """RunError if a variant changes what it may not. does: the verb of the message, such as "its patch changes"."""
     refused = ", ".join(sorted(label(*key) for key in changes if not is_seam(*key)))
-    require(not refused, f"variant {variant}: {does} {refused}, which all arms of a comparison must share; a variant may assign {', '.join(SEAMS)}, "
-                         "and methods of these classes")
+    require(not refused, f"variant {variant}: {does} {refused}, which all arms of a comparison must share; a variant "
+                         f"may assign {', '.join(SEAMS)}, and methods of these classes")
 
 def load(variant: str) -> ModuleType:
     """Import a variant by its full name. RunError if there is none, or it is broken."""
@@ -186,7 +194,8 @@ def load(variant: str) -> ModuleType:
     module = sys.modules[name]
     if changes:
         del sys.modules[name]  # or a second import would do nothing, and the variant would seem to be sound
-        raise RunError(f"variant {variant}: importing it changes {', '.join(sorted(label(*key) for key in changes))}; assign in its patch(options) instead")
+        names = ", ".join(sorted(label(*key) for key in changes))
+        raise RunError(f"variant {variant}: importing it changes {names}; assign in its patch(options) instead")
     if not dataclasses.is_dataclass(getattr(module, "Options", None)) or not callable(getattr(module, "patch", None)):
         raise RunError(f"variant {variant}: its file lacks a dataclass Options or a function patch(options); add it")
     return module
@@ -199,19 +208,21 @@ def fault(variant: str, error: BaseException) -> RunError:
 
 def blame(error: BaseException) -> str | None:
     """
-    One line, "variant NAME: KIND: text (NAME.py, line N)", for an error that came up in a variant's code or in what that called; None for an error
-    that passed through no variant's file. Of several variants it names the one that was called last.
+    One line, "variant NAME: KIND: text (NAME.py, line N)", for an error that came up in a variant's code or in what
+    that called; None for an error that passed through no variant's file. Of several variants it names the one that was
+    called last.
     """
     place = place_of(error)
     return describe_error(place[0], place, error) if place else None
 
 def place_of(error: BaseException | None) -> tuple[str, int] | None:
-    """(variant, line) of the last line in a variant's file that an error passed through, or the error that it was made from."""
+    """(variant, line) of the last line of a variant's file that an error, or the one it came from, passed through."""
     names = available()
     files = {str(Path(folder, f"{name}.py")): name for folder in __path__ for name in names}
     while error is not None:
         lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-        lines += [(frame.filename, frame.lineno) for frame in getattr(error, "real_stack", None) or ()]  # the compiler's: the code that it read
+        compiled = getattr(error, "real_stack", None) or ()  # of the compiler's own errors: the code that it read
+        lines += [(frame.filename, frame.lineno) for frame in compiled]
         if places := [(files[file], line) for file, line in lines if file in files]:
             return places[-1]
         error = error.__cause__ or error.__context__

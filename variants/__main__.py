@@ -1,4 +1,7 @@
-"""The table of all variants: python -m variants. Parameters are those of the cpu track, with each variant's default options."""
+"""
+The table of all variants: python -m variants. Parameters are those of the cpu track, with each variant's default
+options.
+"""
 
 import inspect
 import re

@@ -1,20 +1,24 @@
 """
-Says in words, in seconds, whether a variant is sound: that no position sees a later one, another document or another row, and that it learns.
+Says in words, in seconds, whether a variant is sound: that no position sees a later one, another document or another
+row, and that it learns.
 
     python -m variants.check swiglu_mlp
-    python -m variants.check "my_idea:width=8" "--layers 8 --rope none" --track small     options of train_gpt.py behind the name
-    python -m variants.check all                                                           every variant, one line each
+    python -m variants.check "my_idea:width=8" "--layers 8 --rope none" --track small     with options of the trainer
+    python -m variants.check all                                                         every variant, one line each
     python -m variants.check my_idea --json
 
-It also says what the variant replaces and what it costs beside the baseline: parameters, FLOPs a token, milliseconds a step.
+It also says what the variant replaces and what it costs beside the baseline: parameters, FLOPs a token, milliseconds a
+step.
 
-- What is tried is the run's own model, with its layers, heads, windows and options, only narrower, with shorter rows and fewer token ids. Where a part
-  does not work at that size, the run's own width is taken.
+- What is tried is the run's own model, with its layers, heads, windows and options, only narrower, with shorter rows
+  and fewer token ids. Where a part does not work at that size, the run's own width is taken.
 - Parameters that begin at zero are filled with random numbers, so that every part has its say.
-- A model is asked twice, with one thing changed that it must not see. Equal questions begin with equal seeds and equal buffers, so dropout and the like
-  give equal answers. An answer counts as changed from ROUNDING times float32's epsilon times the root mean square of the logits on, plus ten times what
-  the same question asked twice differs by: 1e-4, where rounding makes 1e-6 and a real leak 1e-2 and more.
-- Everything is asked in evaluation and in training, of the logits; in training of the loss as well, because a part may act only when it gets targets.
+- A model is asked twice, with one thing changed that it must not see. Equal questions begin with equal seeds and equal
+  buffers, so dropout and the like give equal answers. An answer counts as changed from ROUNDING times float32's epsilon
+  times the root mean square of the logits on, plus ten times what the same question asked twice differs by: 1e-4, where
+  rounding makes 1e-6 and a real leak 1e-2 and more.
+- Everything is asked in evaluation and in training, of the logits; in training of the loss as well, because a part may
+  act only when it gets targets.
 - Exit code 0: sound, 1: faults, one line each; notes are no faults.
 """
 
@@ -42,25 +46,26 @@ from train_gpt import GPT, Config, Ranks, RunError, say
 
 ALONE = Ranks(0, 1, torch.device("cpu"), torch.float32)
 EPSILON = torch.finfo(torch.float32).eps
-ROUNDING = 1000        # times EPSILON and the logits' size: what rounding may change an answer by
-LOSS_ROUNDING = 32     # times EPSILON and the loss: the same for a loss, which is one number
-BORDER_REACH = 8       # tokens: a head that predicts several tokens ahead trains across a document's border by so many
-ROW_LENGTH = 128       # tokens of a tiny row, at most
-HEAD_DIM = 16          # of a tiny model, at most
-LAYERS = 16            # of a tiny model, at most, unless the variant names a later layer
-COMPILED_LAYERS = 4    # the same for the trial of the compiler, which takes a second a layer
+ROUNDING = 1000  # times EPSILON and the logits' size: what rounding may change an answer by
+LOSS_ROUNDING = 32  # times EPSILON and the loss: the same for a loss, which is one number
+BORDER_REACH = 8  # tokens: a head that predicts several tokens ahead trains across a document's border by so many
+ROW_LENGTH = 128  # tokens of a tiny row, at most
+HEAD_DIM = 16  # of a tiny model, at most
+LAYERS = 16  # of a tiny model, at most, unless the variant names a later layer
+COMPILED_LAYERS = 4  # the same for the trial of the compiler, which takes a second a layer
 LEARNING_STEPS = 20
-TIMED_FLOPS = 3e10     # of one timed step on a CPU, about half a second on two cores: a step has as many whole rows as fit
-ROW_FLOPS = 1e11       # a row that takes more is not timed on a CPU
-TIMED_SECONDS = 6.0    # how long steps are timed; every arm has one at least
+TIMED_FLOPS = 3e10  # of one timed step on a CPU, about half a second on two cores: a step has as many whole rows as fit
+ROW_FLOPS = 1e11  # a row that takes more is not timed on a CPU
+TIMED_SECONDS = 6.0  # how long steps are timed; every arm has one at least
 
-# ---- Tiny models and texts --------------------------------------------------------------------------------------------------------------------------
+# ---- Tiny models and texts -----------------------------------------------------------------------------------------
 
 
 def tiny_configs(config: Config) -> list[Config]:
     """
-    A run's configuration shrunk to be tried, on the CPU in float32: narrow and not too deep with 256 token ids; with the run's own layers; with its own
-    width; with its own token ids. The later ones are for parts that do not work in the smaller.
+    A run's configuration shrunk to be tried, on the CPU in float32: narrow and not too deep with 256 token ids; with
+    the run's own layers; with its own width; with its own token ids. The later ones are for parts that do not work in
+    the smaller.
     """
     length = min(config.sequence_length, ROW_LENGTH)
     head_dim = min(config.head_dim, HEAD_DIM)
@@ -68,11 +73,27 @@ def tiny_configs(config: Config) -> list[Config]:
     windows = lambda sizes: tuple(size and max(2, round(size * length / config.sequence_length)) for size in sizes)
 
     whole = dataclasses.replace(
-        config, sequence_length=length, batch_tokens=4 * length, micro_batch_tokens=4 * length, steps=LEARNING_STEPS, time_budget=0.0,
-        window_short=windows(config.window_short), window_long=windows(config.window_long), vocab_size=config.padded_vocabulary, document_token=-1,
-        device="cpu", dtype="float32", compile="off", resume="", init_from="", save=False)
+        config,
+        sequence_length=length,
+        batch_tokens=4 * length,
+        micro_batch_tokens=4 * length,
+        steps=LEARNING_STEPS,
+        time_budget=0.0,
+        window_short=windows(config.window_short),
+        window_long=windows(config.window_long),
+        vocab_size=config.padded_vocabulary,
+        document_token=-1,
+        device="cpu",
+        dtype="float32",
+        compile="off",
+        resume="",
+        init_from="",
+        save=False,
+    )
     few_ids = dataclasses.replace(whole, vocab_size=256, bigram_rows=min(config.bigram_rows, 512))
-    narrow = dataclasses.replace(few_ids, head_dim=head_dim, model_dim=shrink(config.model_dim), mlp_hidden=shrink(config.mlp_hidden))
+    narrow = dataclasses.replace(
+        few_ids, head_dim=head_dim, model_dim=shrink(config.model_dim), mlp_hidden=shrink(config.mlp_hidden)
+    )
     shallow = dataclasses.replace(narrow, layers=min(config.layers, LAYERS))
     return [shallow, narrow, few_ids, whole]
 
@@ -95,7 +116,10 @@ def awake(model: GPT) -> GPT:
 
 
 def random_rows(config: Config, rows: int, seed: int = 0) -> Tensor:
-    """(rows, T + 1) random tokens: every row begins a document, as do its thirds, but for the last row, which is the middle of a document."""
+    """
+    (rows, T + 1) random tokens: every row begins a document, as do its thirds, but for the last row, which is the
+    middle of a document.
+    """
     shape, generator = (rows, config.sequence_length + 1), torch.Generator().manual_seed(seed)
     tokens = torch.randint(config.end_of_text, shape, generator=generator)  # the end of text is the last id
     tokens[:-1, borders(config)] = config.end_of_text
@@ -110,8 +134,9 @@ def borders(config: Config) -> list[int]:
 
 class Probe:
     """
-    An awake model and three rows of text, to be asked what a prediction depends on. Every question begins with the same seed and the same buffers, so
-    that equal questions get equal answers. training: as in a training step, else as in validation.
+    An awake model and three rows of text, to be asked what a prediction depends on. Every question begins with the same
+    seed and the same buffers, so that equal questions get equal answers. training: as in a training step, else as in
+    validation.
     """
 
     def __init__(self, model: GPT):
@@ -119,8 +144,8 @@ class Probe:
         self.config = model.config
         self.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         rows = random_rows(self.config, 3)
-        self.tokens, self.targets = rows[:, :-1], rows[:, 1:]                     # (3, T) each
-        self.other_targets = random_rows(self.config, 3, seed=1)[:, 1:]           # (3, T), what the targets are changed to
+        self.tokens, self.targets = rows[:, :-1], rows[:, 1:]  # (3, T) each
+        self.other_targets = random_rows(self.config, 3, seed=1)[:, 1:]  # (3, T), what the targets are changed to
         # every token is another one, and documents begin elsewhere
         other = random_rows(self.config, 3, seed=2)[:, :-1].roll(self.config.sequence_length // 5, 1)
         self.other = torch.where(other == self.tokens, (other + 1) % self.config.end_of_text, other)
@@ -157,7 +182,9 @@ class Probe:
     def is_steady(self, training: bool) -> bool:
         """Whether logits are numbers, and equal questions get equal answers but for rounding."""
         logits, tolerance = self.answers[training]
-        return bool(logits.isfinite().all()) and tolerance <= 2 * ROUNDING * EPSILON * logits.square().mean().sqrt().item()
+        return (
+            bool(logits.isfinite().all()) and tolerance <= 2 * ROUNDING * EPSILON * logits.square().mean().sqrt().item()
+        )
 
     def changed(self, tokens: Tensor, training: bool) -> Tensor:
         """(3, T) bool: which predictions differ from those of the text, for tokens (3, T)."""
@@ -170,12 +197,16 @@ class Probe:
 
     @cached_property
     def loss_tolerance(self) -> float:
-        """How far sums and differences of a few training losses may be from zero by rounding; infinite where the loss cannot be asked by targets."""
+        """
+        How far sums and differences of a few training losses may be from zero by rounding; infinite where the loss
+        cannot be asked by targets.
+        """
         loss = self.training_loss
         noise = abs(self.loss(self.tokens, self.targets) - loss)
         tolerance = LOSS_ROUNDING * EPSILON * abs(loss) + 10 * noise
 
-        # a loss that is no sum over tokens, as one of the hardest half of them, couples targets by itself: the unlikeliest ones show it best
+        # a loss that is no sum over tokens, as one of the hardest half of them, couples targets by itself: the
+        # unlikeliest targets show it best
         unlikely = self.answers[True][0].argmin(-1)
         in_first, in_others = self.targets.clone(), unlikely.clone()
         in_first[0], in_others[0] = unlikely[0], self.targets[0]
@@ -185,8 +216,9 @@ class Probe:
 
     def loss_depends(self, tokens: Tensor, where: Tensor) -> bool:
         """
-        Whether in training the prediction of the targets at `where` (3, T) depends on what `tokens` changes in the text. With L(x, y) for the loss of
-        tokens x and targets y it asks for L(x, y) - L(x, y') - L(x', y) + L(x', y'): zero unless the log-probabilities of y or y' at `where` change.
+        Whether in training the prediction of the targets at `where` (3, T) depends on what `tokens` changes in the
+        text. With L(x, y) for the loss of tokens x and targets y it asks for L(x, y) - L(x, y') - L(x', y) + L(x', y'):
+        zero unless the log-probabilities of y or y' at `where` change.
         """
         targets = torch.where(where, self.other_targets, self.targets)
         before = self.training_loss - self.loss(self.tokens, targets)
@@ -194,12 +226,15 @@ class Probe:
         return abs(after - before) > self.loss_tolerance
 
 
-# ---- What must hold ---------------------------------------------------------------------------------------------------------------------------------
+# ---- What must hold ------------------------------------------------------------------------------------------------
 # Each function returns its faults, one line each: [] for a sound variant.
 
 
 def number_faults(probe: Probe) -> list[str]:
-    """Logits and losses that are no numbers; a validation that says something else the second time; a loss that is not the logits' cross-entropy."""
+    """
+    Logits and losses that are no numbers; a validation that says something else the second time; a loss that is not the
+    logits' cross-entropy.
+    """
     faults = []
     for training, (logits, _) in probe.answers.items():
         if not logits.isfinite().all():
@@ -216,7 +251,10 @@ def number_faults(probe: Probe) -> list[str]:
     expected = F.cross_entropy(logits.flatten(0, 1), probe.targets.flatten()).item()
     loss = probe.loss(probe.tokens, probe.targets, False)
     if abs(loss - expected) > tolerance + ROUNDING * EPSILON * expected:
-        return [f"WRONG VALIDATION LOSS: with targets the model says {loss:.4f}, the cross-entropy of its own logits is {expected:.4f}"]
+        return [
+            f"WRONG VALIDATION LOSS: with targets the model says {loss:.4f}, "
+            f"the cross-entropy of its own logits is {expected:.4f}"
+        ]
     return []
 
 
@@ -230,18 +268,26 @@ def causality_faults(probe: Probe) -> list[str]:
             if changed[:, :position].any():
                 return [looks_ahead(probe, position, changed, training)]
             if not training and not changed[:, position].any():
-                return [f"BLIND: other tokens from {position} on change no prediction at {position}; is the input used?"]
+                return [
+                    f"BLIND: other tokens from {position} on change no prediction at {position}; is the input used?"
+                ]
 
     position = T // 2 + 1
     where = torch.zeros_like(probe.tokens, dtype=torch.bool)
     where[:, :position] = True
     if probe.loss_depends(torch.cat((probe.tokens[:, :position], probe.other[:, position:]), 1), where):
-        return [f"LOOKS AHEAD in the training loss: changing the tokens from {position} on changes how targets before {position} are predicted"]
+        return [
+            f"LOOKS AHEAD in the training loss: changing the tokens from {position} on "
+            f"changes how targets before {position} are predicted"
+        ]
     return []
 
 
 def looks_ahead(probe: Probe, position: int, changed: Tensor, training: bool) -> str:
-    """The line for predictions before `position` that changed with the tokens from there on: names one token, if one alone does it."""
+    """
+    The line for predictions before `position` that changed with the tokens from there on: names one token, if one alone
+    does it.
+    """
     for later in range(position, probe.config.sequence_length):
         tokens = probe.tokens.clone()
         tokens[:, later] = probe.other[:, later]
@@ -249,7 +295,9 @@ def looks_ahead(probe: Probe, position: int, changed: Tensor, training: bool) ->
         if alone.any():
             return f"LOOKS AHEAD: changing token {later} changes the prediction at token {first(alone)}{mode(training)}"
     earlier = first(changed[:, :position].any(0))
-    return f"LOOKS AHEAD: changing the tokens from {position} on changes the prediction at token {earlier}{mode(training)}"
+    return (
+        f"LOOKS AHEAD: changing the tokens from {position} on changes the prediction at token {earlier}{mode(training)}"
+    )
 
 
 def document_faults(probe: Probe) -> list[str]:
@@ -259,7 +307,7 @@ def document_faults(probe: Probe) -> list[str]:
     _, begin, end = borders(probe.config)
     ordinary = torch.where(probe.other == probe.config.end_of_text, 0, probe.other)
     tokens = probe.tokens.clone()
-    tokens[:-1, begin + 1:end] = ordinary[:-1, begin + 1:end]  # the last row is one document
+    tokens[:-1, begin + 1 : end] = ordinary[:-1, begin + 1 : end]  # the last row is one document
     document = f"changing the document of tokens {begin}-{end - 1} changes"
     for training in (False, True):
         after = probe.changed(tokens, training)[:-1, end:].any(0)
@@ -267,7 +315,7 @@ def document_faults(probe: Probe) -> list[str]:
             return [f"SEES ANOTHER DOCUMENT: {document} the prediction at token {end + first(after)}{mode(training)}"]
 
     where = torch.zeros_like(probe.tokens, dtype=torch.bool)
-    where[:-1, end + BORDER_REACH:] = True
+    where[:-1, end + BORDER_REACH :] = True
     if probe.loss_depends(tokens, where):
         return [f"SEES ANOTHER DOCUMENT in the training loss: {document} how targets after it are predicted"]
     return []
@@ -280,17 +328,26 @@ def row_faults(probe: Probe) -> list[str]:
     for training in (False, True):
         changed = probe.changed(tokens, training)[1]
         if changed.any():
-            return [f"SEES ANOTHER ROW: changing the other rows of the batch changes the prediction at token {first(changed)}{mode(training)}"]
+            return [
+                "SEES ANOTHER ROW: changing the other rows of the batch changes "
+                f"the prediction at token {first(changed)}{mode(training)}"
+            ]
 
     where = torch.zeros_like(probe.tokens, dtype=torch.bool)
     where[1] = True
     if probe.loss_depends(tokens, where):
-        return ["SEES ANOTHER ROW in the training loss: changing the other rows of the batch changes how a row's targets are predicted"]
+        return [
+            "SEES ANOTHER ROW in the training loss: changing the other rows of the batch "
+            "changes how a row's targets are predicted"
+        ]
     return []
 
 
 def gradient_faults(probe: Probe) -> list[str]:
-    """Parameters that three texts give no gradient, and gradients that are no numbers. Frozen parameters are not looked at."""
+    """
+    Parameters that three texts give no gradient, and gradients that are no numbers. Frozen parameters are not looked
+    at.
+    """
     parameters = {name: p for name, p in probe.model.named_parameters() if p.requires_grad}
     probe.model.zero_grad()
     for seed in range(3):
@@ -301,13 +358,19 @@ def gradient_faults(probe: Probe) -> list[str]:
         if not dead:
             break
     wrong = [name for name, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
-    return ([f"NaN or infinite gradients: {some(wrong)}"] if wrong else []) + ([f"no gradient: {some(dead)}"] if dead else [])
+    return ([f"NaN or infinite gradients: {some(wrong)}"] if wrong else []) + (
+        [f"no gradient: {some(dead)}"] if dead else []
+    )
 
 
 def start_faults(model: GPT) -> list[str]:
     """A validation loss at the start, of a model that is not awake, that is not within 2 % of guessing."""
     loss, expected = start_loss(model), math.log(model.config.vocab_size)
-    return [] if abs(loss / expected - 1) <= 0.02 else [f"the loss at the start is {loss:.3f}, guessing gives ln {model.config.vocab_size} = {expected:.3f}"]
+    return (
+        []
+        if abs(loss / expected - 1) <= 0.02
+        else [f"the loss at the start is {loss:.3f}, guessing gives ln {model.config.vocab_size} = {expected:.3f}"]
+    )
 
 
 @torch.no_grad()
@@ -318,7 +381,10 @@ def start_loss(model: GPT) -> float:
 
 
 def train(model: GPT, steps: int = LEARNING_STEPS) -> dict[int, float]:
-    """Train a new model on one random text at full learning rate. Returns steps taken -> the text's validation loss then, every tenth and the last."""
+    """
+    Train a new model on one random text at full learning rate. Returns steps taken -> the text's validation loss then,
+    every tenth and the last.
+    """
     optimizers, rows, losses = train_gpt.build_optimizers(model, model.config, ALONE), random_rows(model.config, 4), {}
     torch.manual_seed(1)
     for step in range(steps):
@@ -340,15 +406,23 @@ def learning_faults(losses: dict[int, float]) -> list[str]:
     """Of the losses of train(): one that is no number or rises far above the start, or a text that is not learnt."""
     for step, loss in losses.items():
         if not math.isfinite(loss) or loss > 1.5 * losses[0]:
-            return [f"UNSTABLE: the loss is {loss:.3f} after {step} steps on one random text, {losses[0]:.3f} at the start"]
+            return [
+                f"UNSTABLE: the loss is {loss:.3f} after {step} steps on one random text, {losses[0]:.3f} at the start"
+            ]
     steps, loss = max(losses.items())
     if loss >= 0.9 * losses[0]:
-        return [f"does not learn: the loss is {loss:.3f} after {steps} steps on one random text, {losses[0]:.3f} at the start"]
+        return [
+            f"does not learn: the loss is {loss:.3f} after {steps} steps "
+            f"on one random text, {losses[0]:.3f} at the start"
+        ]
     return []
 
 
 def compile_fault(model: GPT) -> str | None:
-    """Why the model does not compile to one graph with the loss that it has without, in one line; None if it does. Changes nothing in it."""
+    """
+    Why the model does not compile to one graph with the loss that it has without, in one line; None if it does. Changes
+    nothing in it.
+    """
     torch._dynamo.reset()
     rows = random_rows(model.config, 2)
     expected = model(rows[:, :-1], rows[:, 1:]).item()
@@ -378,17 +452,22 @@ def some(names: list[str]) -> str:
 
 # what is tried -> (how, what a sound variant is told)
 SOUNDNESS = dict(
-    numbers=(number_faults, "finite; the validation loss is the cross-entropy of the logits, and the same the second time"),
+    numbers=(
+        number_faults,
+        "finite; the validation loss is the cross-entropy of the logits, and the same the second time",
+    ),
     causality=(causality_faults, "sound: no position sees a later one"),
     documents=(document_faults, "sound: no document of a row sees another"),
     rows=(row_faults, "sound: no row of a batch sees another"),
-    gradients=(gradient_faults, "every parameter gets one"))
+    gradients=(gradient_faults, "every parameter gets one"),
+)
 
 
 def faults_of(config: Config) -> list[str]:
     """
-    What makes the runs of config.variant worthless, one line each; [] if it is sound. It tries causality, isolation of documents and rows, numbers and
-    gradients at a tiny size, on the CPU, in this process, and leaves the trainer, random numbers and threads as they were.
+    What makes the runs of config.variant worthless, one line each; [] if it is sound. It tries causality, isolation of
+    documents and rows, numbers and gradients at a tiny size, on the CPU, in this process, and leaves the trainer,
+    random numbers and threads as they were.
     """
     with quiet():
         faults, result = attempt(lambda: try_sizes(config))
@@ -396,12 +475,17 @@ def faults_of(config: Config) -> list[str]:
 
 
 def try_sizes(config: Config) -> tuple[Config, dict[str, list[str]]]:
-    """(the first of tiny_configs() at which the variant works, its faults there by what was tried). Raises the last size's error if there is none."""
+    """
+    (the first of tiny_configs() at which the variant works, its faults there by what was tried). Raises the last size's
+    error if there is none.
+    """
     *smaller, last = tiny_configs(config)
     for size in smaller:
         try:
             return size, try_size(size)
-        except Exception:  # a part that needs its own width or token ids; if it is broken at any size, the last one shows it
+        except (
+            Exception
+        ):  # a part that needs its own width or token ids; if it is broken at any size, the last one shows it
             continue
     return last, try_size(last)
 
@@ -434,7 +518,10 @@ def attempt(action: Callable) -> tuple[list[str], object]:
 
 
 def error_line(error: Exception) -> str:
-    """An error in one line; with its kind, and the variant's file and line if it came from there, unless it was raised for the user."""
+    """
+    An error in one line; with its kind, and the variant's file and line if it came from there, unless it was raised for
+    the user.
+    """
     if isinstance(error, RunError):
         return str(error)
     return variants.blame(error) or textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
@@ -452,14 +539,16 @@ def quiet():
         torch.set_num_threads(threads)
 
 
-# ---- The report -------------------------------------------------------------------------------------------------------------------------------------
+# ---- The report ----------------------------------------------------------------------------------------------------
 
 
 def count_parameters(config: Config) -> tuple[list[str], int, int]:
     """(names that config.variant changes, parameters of the model, parameters without embeddings and head)."""
     with variants.applied(config.variant, config) as changed, torch.device("meta"):
         model = train_gpt.GPT(config)
-    tables = {id(module.weight): module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    tables = {
+        id(module.weight): module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Embedding)
+    }
     tables[id(model.head.projection.weight)] = model.head.projection.weight.numel()
     parameters = sum(p.numel() for p in model.parameters())
     return sorted(sum(changed.values(), [])), parameters, parameters - sum(tables.values())
@@ -470,13 +559,18 @@ def measure_size(config: Config) -> dict:
     replaced, parameters, without_embeddings = count_parameters(config)
     with variants.applied(config.variant, config):
         flops = train_gpt.flops_per_token(config)
-    return dict(replaces=replaced, parameters=parameters, parameters_without_embeddings=without_embeddings, flops_per_token=flops)
+    return dict(
+        replaces=replaced,
+        parameters=parameters,
+        parameters_without_embeddings=without_embeddings,
+        flops_per_token=flops,
+    )
 
 
 def time_steps(arms: list[Config], flops_per_token: float, seconds: float) -> dict | str:
     """
-    Milliseconds of eager training steps of the arms in turn, on the run's own device at its own size, or why not: dict(tokens=a step's, ms=a list for each
-    arm). A step has one micro batch, on a CPU no more rows than TIMED_FLOPS.
+    Milliseconds of eager training steps of the arms in turn, on the run's own device at its own size, or why not:
+    dict(tokens=a step's, ms=a list for each arm). A step has one micro batch, on a CPU no more rows than TIMED_FLOPS.
     """
     arms = [dataclasses.replace(arm, compile="off") for arm in arms]
     ranks, T = Ranks.start(arms[0]), arms[0].sequence_length
@@ -487,7 +581,9 @@ def time_steps(arms: list[Config], flops_per_token: float, seconds: float) -> di
         if flops_per_token * T > ROW_FLOPS:
             return f"not timed without a GPU: one row of {T:,} tokens takes {flops_per_token * T / 1e12:,.1f} TFLOPs"
         rows = min(rows, max(1, int(TIMED_FLOPS // (flops_per_token * T))))
-    tokens = torch.randint(arms[0].vocab_size, (rows, T + 1), generator=torch.Generator().manual_seed(0)).to(ranks.device)
+    tokens = torch.randint(arms[0].vocab_size, (rows, T + 1), generator=torch.Generator().manual_seed(0)).to(
+        ranks.device
+    )
 
     built = []
     for arm in arms:
@@ -512,7 +608,8 @@ def time_steps(arms: list[Config], flops_per_token: float, seconds: float) -> di
 
 def examine(config: Config, seconds: float) -> dict:
     """
-    All that is said of config.variant, as facts; steps are timed for so many seconds. faults: what is wrong, notes: what is good to know, one line each.
+    All that is said of config.variant, as facts; steps are timed for so many seconds. faults: what is wrong, notes:
+    what is good to know, one line each.
     """
     baseline = dataclasses.replace(config, variant=())
     facts = dict(variant=list(config.variant), track=config.track, vocab_size=config.vocab_size, notes=[])
@@ -527,13 +624,25 @@ def examine(config: Config, seconds: float) -> dict:
 
         tiny, facts["tried"] = result
         facts["faults"] = sum(facts["tried"].values(), [])
-        facts["tiny"] = dict(layers=tiny.layers, model_dim=tiny.model_dim, sequence_length=tiny.sequence_length, vocab_size=tiny.vocab_size)
+        facts["tiny"] = dict(
+            layers=tiny.layers,
+            model_dim=tiny.model_dim,
+            sequence_length=tiny.sequence_length,
+            vocab_size=tiny.vocab_size,
+        )
         if tiny.model_dim != tiny_configs(config)[0].model_dim:
-            facts["notes"].append(f"it does not work in a narrow model, so it was tried {tiny.model_dim} wide with {tiny.vocab_size:,} token ids")
+            facts["notes"].append(
+                "it does not work in a narrow model, "
+                f"so it was tried {tiny.model_dim} wide with {tiny.vocab_size:,} token ids"
+            )
         with variants.applied(tiny.variant, tiny):
             facts["faults"] += attempt(lambda: look_closer(tiny, facts))[0]
 
-    errors, timed = attempt(lambda: time_steps([config, baseline], max(facts["flops_per_token"], facts["baseline"]["flops_per_token"]), seconds))
+    errors, timed = attempt(
+        lambda: time_steps(
+            [config, baseline], max(facts["flops_per_token"], facts["baseline"]["flops_per_token"]), seconds
+        )
+    )
     facts["faults"] += errors
     if isinstance(timed, str):
         facts["notes"].append(timed)
@@ -543,13 +652,17 @@ def examine(config: Config, seconds: float) -> dict:
 
 
 def look_closer(tiny: Config, facts: dict):
-    """Add to facts what new tiny models with the variant applied do: the start, learning, repeating, compiling, decoding."""
+    """
+    Add to facts what new tiny models with the variant applied do: the start, learning, repeating, compiling, decoding.
+    """
     faults, notes = facts["faults"], facts["notes"]
     probe = Probe(build(tiny))
     if not probe.is_steady(True):
         notes.append("training is random beyond its seed, so a look ahead in training alone could not be tried")
     elif probe.loss_tolerance == math.inf:
-        notes.append("the training loss is no sum over tokens, so it was not asked for a look ahead in training, its logits were")
+        notes.append(
+            "the training loss is no sum over tokens, so it was not asked for a look ahead in training, its logits were"
+        )
 
     model = build(tiny)
     facts["loss_at_start"], facts["guessing"] = start_loss(model), math.log(tiny.vocab_size)
@@ -562,12 +675,15 @@ def look_closer(tiny: Config, facts: dict):
         train(model, 2)
     facts["repeats"] = all(map(torch.equal, *(model.state_dict().values() for model in pair)))
     if not facts["repeats"]:
-        notes.append("not reproducible: equal seeds give other parameters after equal steps, so a resumed run is another run")
+        notes.append(
+            "not reproducible: equal seeds give other parameters after equal steps, so a resumed run is another run"
+        )
 
     facts["not_compiled"] = try_compiler(tiny)
     if facts["not_compiled"]:
         notes.append(f"does not compile to one graph, run it with --compile off: {facts['not_compiled']}")
     from generate import decodes_from_cache  # a script: wanted here only
+
     facts["decodes_from_cache"] = decodes_from_cache(awake(build(tiny)).eval())
     if not facts["decodes_from_cache"]:
         notes.append("does not decode from a cache: generate.py runs the whole context for every token")
@@ -589,15 +705,31 @@ def lines_of(facts: dict) -> list[str]:
     if "baseline" in facts:
         base = facts["baseline"]
         against = lambda name: f"{facts[name]:,.0f} ({percent(facts[name], base[name])})"
-        lines += [("replaces", ", ".join(facts["replaces"]) or "nothing"),
-                  ("parameters", f"{against('parameters')}, without embeddings and head {against('parameters_without_embeddings')}"),
-                  ("FLOPs", f"{against('flops_per_token')} a token")]
+        lines += [
+            ("replaces", ", ".join(facts["replaces"]) or "nothing"),
+            (
+                "parameters",
+                f"{against('parameters')}, without embeddings and head {against('parameters_without_embeddings')}",
+            ),
+            ("FLOPs", f"{against('flops_per_token')} a token"),
+        ]
     if "tried" in facts:
         tiny = facts["tiny"]
-        lines.append(("tried with", f"{tiny['layers']} layers, {tiny['model_dim']} wide, rows of {tiny['sequence_length']} tokens, in evaluation and training"))
+        lines.append(
+            (
+                "tried with",
+                f"{tiny['layers']} layers, {tiny['model_dim']} wide, rows of {tiny['sequence_length']} "
+                "tokens, in evaluation and training",
+            )
+        )
         lines += [(name, "; ".join(faults) or sound_word(name)) for name, faults in facts["tried"].items()]
     if "loss_at_start" in facts:
-        lines.append(("at start", f"loss {facts['loss_at_start']:.4f}, ln {facts['tiny']['vocab_size']} = {facts['guessing']:.4f}"))
+        lines.append(
+            (
+                "at start",
+                f"loss {facts['loss_at_start']:.4f}, ln {facts['tiny']['vocab_size']} = {facts['guessing']:.4f}",
+            )
+        )
     if "learning" in facts:
         steps, loss = max(facts["learning"].items())
         lines.append(("learning", f"loss {facts['learning'][0]:.3f} -> {loss:.3f} in {steps} steps on one random text"))
@@ -610,8 +742,15 @@ def lines_of(facts: dict) -> list[str]:
     if "step" in facts:
         own, base = facts["step"]["ms"]
         spread = lambda times: f"{min(times):.0f}-{max(times):.0f}"
-        lines.append(("step", f"{statistics.median(own):.1f} ms beside {statistics.median(base):.1f} ({slower(facts)}); medians of {len(own)} in turn, "
-                              f"{spread(own)} and {spread(base)}; {facts['step']['tokens']:,} tokens, eager, {facts['step']['device']}"))
+        lines.append(
+            (
+                "step",
+                f"{statistics.median(own):.1f} ms beside {statistics.median(base):.1f} "
+                f"({slower(facts)}); medians of {len(own)} in turn, "
+                f"{spread(own)} and {spread(base)}; {facts['step']['tokens']:,} "
+                f"tokens, eager, {facts['step']['device']}",
+            )
+        )
     lines += [("note", note) for note in facts["notes"]] + [("fault", fault) for fault in facts["faults"]]
     lines.append(("verdict", "not sound" if facts["faults"] else "sound"))
     return [f"{title:<11} {text}" for title, text in lines]
@@ -626,7 +765,10 @@ def percent(value: float, base: float) -> str:
 
 
 def slower(facts: dict) -> str:
-    """How much longer a step takes than the baseline's: the median over pairs of steps taken in turn, and the least and the most of them."""
+    """
+    How much longer a step takes than the baseline's: the median over pairs of steps taken in turn, and the least and
+    the most of them.
+    """
     ratios = [own / base for own, base in zip(*facts["step"]["ms"])]
     return f"{percent(statistics.median(ratios), 1.0)}, {percent(min(ratios), 1.0)} to {percent(max(ratios), 1.0)}"
 
@@ -652,8 +794,12 @@ def parse_run(spec: str, track: str, options: list[str]) -> Config:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line. Returns the exit code: 0 sound, 1 with faults."""
-    parser = argparse.ArgumentParser(prog="variants.check", description=inspect.getdoc(sys.modules[__name__]), allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="variants.check",
+        description=inspect.getdoc(sys.modules[__name__]),
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("variant", help="NAME[:options], several joined by +, baseline, or all")
     parser.add_argument("--track", default=Config.track, help="the track whose model is checked (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print facts as JSON instead of words")
@@ -679,7 +825,9 @@ def as_json(facts: dict | list) -> str:
 def check_all(track: str, options: list[str], json_wanted: bool) -> int:
     """Check every variant and print a line for each as soon as it is known, or all facts in one JSON list."""
     names, everything = variants.available(), []
-    show = lambda cells: say(f"{cells[0]:<{max(map(len, names))}}  {cells[1]:>10}  {cells[2]:>8}  {cells[3]:>28}  {cells[4]}")
+    show = lambda cells: say(
+        f"{cells[0]:<{max(map(len, names))}}  {cells[1]:>10}  {cells[2]:>8}  {cells[3]:>28}  {cells[4]}"
+    )
     if not json_wanted:
         show(("variant", "parameters", "FLOPs", "ms", "verdict"))
     for name in names:
@@ -694,4 +842,5 @@ def check_all(track: str, options: list[str], json_wanted: bool) -> int:
 
 if __name__ == "__main__":
     from variants.check import main as run_main  # the one module, by name
+
     sys.exit(run_main())

@@ -10,7 +10,10 @@ import variants
 
 @pytest.fixture
 def write_file(tmp_path, monkeypatch):
-    """write_file(name, text) makes variants/<name>.py in a folder of its own beside the real ones, for the length of the test."""
+    """
+    write_file(name, text) makes variants/<name>.py in a folder of its own beside the real ones, for the length of the
+    test.
+    """
     monkeypatch.setattr(variants, "__path__", [*variants.__path__, str(tmp_path)])
     written = []
 

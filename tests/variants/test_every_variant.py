@@ -1,6 +1,7 @@
 """
-What every file in variants/ has to satisfy, whoever wrote it: on a tiny model of 4 layers, 32 channels, rows of 32 bytes, float32, CPU. What a variant
-must not see, and that it learns, is asked by variants/check.py; the last tests show that good ideas pass and that each bad one is refused by its test.
+What every file in variants/ has to satisfy, whoever wrote it: on a tiny model of 4 layers, 32 channels, rows of 32
+bytes, float32, CPU. What a variant must not see, and that it learns, is asked by variants/check.py; the last tests show
+that good ideas pass and that each bad one is refused by its test.
 """
 
 import inspect
@@ -20,7 +21,8 @@ from variants.check import Probe, awake, random_rows
 
 NAMES = variants.available()
 T = 32
-TINY = train_gpt.make_config(dict(vocab_size=256, layers=4, model_dim=32, heads=2, head_dim=16, mlp_hidden=64, sequence_length=T, batch_tokens=4 * T))
+TINY = train_gpt.make_config(dict(vocab_size=256, layers=4, model_dim=32, heads=2, head_dim=16, mlp_hidden=64,
+                                  sequence_length=T, batch_tokens=4 * T))
 
 def is_literal(kind) -> bool:
     return typing.get_origin(kind) is typing.Literal
@@ -144,7 +146,8 @@ def test_two_compose_or_say_why_not(pair):
     except train_gpt.RunError as error:
         assert all(name in str(error) for name in pair) and "\n" not in str(error)
 
-# Ideas written for the tests of the contract. GOOD are accepted by all of it, each of BAD is refused by the tests that are named, and by no other.
+# Ideas written for the tests of the contract. All of it accepts the GOOD; each of the BAD is refused by the tests that
+# are named with it, and by no other.
 
 HEAD = '''"""An idea.
 
@@ -252,11 +255,15 @@ def patch(options):
     train_gpt.Muon.update = train_gpt.Adam.update = staticmethod(lambda data, gradient, *state: None)
 """))
 OF_MODEL = (test_loss_at_start, test_counts, test_trains, test_compiles_to_one_graph)
-OF_PROBE = (test_numbers, test_causal, test_documents_do_not_see_each_other, test_rows_do_not_see_each_other, test_every_parameter_learns)
+OF_PROBE = (test_numbers, test_causal, test_documents_do_not_see_each_other, test_rows_do_not_see_each_other,
+            test_every_parameter_learns)
 OF_NAME = (test_docstring_and_options, test_some_layers_only, test_leaves_the_trainer_as_it_was)
 
 def refusing(name: str, compiled: bool) -> set[str]:
-    """Names of the contract's tests that refuse a variant; compiled: with the trial of the compiler, which takes two seconds."""
+    """
+    Names of the contract's tests that refuse a variant; compiled: with the trial of the compiler, which takes two
+    seconds.
+    """
     refused = set()
     for test in (*OF_MODEL, *OF_PROBE, *OF_NAME):
         if test is test_compiles_to_one_graph and not compiled:
