@@ -1309,8 +1309,8 @@ def digest_of(value, digest=None) -> str:
 
 
 def write_checkpoint(path: Path, state: dict):
-    """Write the state of a run, a dict with CHECKPOINT_FIELDS, with its digest. RunError where the disk refuses."""
-    state = dict(format=CHECKPOINT, **state)
+    """Write the state of a run, a dict with CHECKPOINT_FIELDS, or what read_checkpoint returned, with its digest. RunError where the disk refuses."""
+    state = dict(format=CHECKPOINT) | {name: state[name] for name in CHECKPOINT_FIELDS if name in state}
     write_atomically(path, lambda file: torch.save(state | dict(digest=digest_of(state)), file))
 
 
@@ -1424,6 +1424,11 @@ def new_run_id(config: Config, ranks: Ranks) -> str:
     return f"{moment[:4]}-{moment[4:]}-{config.track}-{names}-s{config.seed}-{stamp & 0xffff:04x}"
 
 
+def json_text(value, indent: int | None = None) -> str:
+    """JSON in which bytes that a locale without UTF-8 could not decode, as of a folder's name, are the characters that they are in UTF-8."""
+    return json.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 class RunLog:
     """
     logs/<run id>.txt, line by line, and logs/<run id>.json from `facts`. Only rank 0 writes. On a terminal one line is rewritten in place. Nothing is
@@ -1532,7 +1537,7 @@ class RunLog:
     def save_facts(self, **facts):
         self.facts.update(facts)
         if self.main and self.file:
-            write_atomically(self.json, lambda file: file.write(json.dumps(self.facts, indent=1).encode()))
+            write_atomically(self.json, lambda file: file.write(json_text(self.facts, indent=1).encode()))
 
 # ---- Training -----------------------------------------------------------------------------------------------------------------------------------------
 
@@ -1627,7 +1632,7 @@ class Trainer:
         log.begin("\n".join([
             "\n".join(f"# ---- {name}\n{text}" for name, text in sources.items()), "=" * 100,
             f"Running Python {facts['python']}, PyTorch {facts['torch']} compiled for CUDA {facts['cuda']}, Triton {facts['triton']}",
-            f"facts: {json.dumps(facts)}", command_output("nvidia-smi") if ranks.device.type == "cuda" else "no GPU", "=" * 100]))
+            f"facts: {json_text(facts)}", command_output("nvidia-smi") if ranks.device.type == "cuda" else "no GPU", "=" * 100]))
         facts["curve"], facts["train_curve"] = [], []  # train_curve: [[step, loss], ...], of rank 0's rows
         length = f"{config.time_budget:.0f} s" if config.time_budget else f"{config.steps} steps"
         log.show(f"run {config.run_id}: track {config.track}{''.join(' + ' + v for v in config.variant)}, {facts['parameters'] / 1e6:.2f}M parameters, "
@@ -1980,6 +1985,18 @@ def report(trainer: Trainer | None, fault: str, details: str = ""):
         say(f"train_gpt.py: error: {fault}", stream=sys.stderr)
 
 
+def leave(code: int, alone: bool):
+    """
+    End the process. One rank of several leaves without Python's own end: a thread of gloo that frees a tensor meanwhile, which a busy machine lets
+    happen, would abort it ("terminate called without an active exception").
+    """
+    if alone:
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        say("", end="", stream=stream)  # which flushes it
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    from train_gpt import main as run_main  # the one trainer module, by name
-    sys.exit(run_main())
+    import train_gpt  # the one trainer module, by name
+    train_gpt.leave(train_gpt.main(), alone=os.environ.get("WORLD_SIZE", "1") == "1")

@@ -42,18 +42,18 @@ import zipfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-import torch
-from scipy import sparse
-from scipy.sparse.csgraph import connected_components
-from scipy.sparse.linalg import svds
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt
 import variants
 from data.shards import RunError, check_value, open_shard, read_merges, require, run_script, sha256_of, write_atomically
 from train_gpt import RANGES, Config, Ranks, adopt_vocabulary, checked, find_shards, read_checkpoint, validation_batches
 from variants.topological_attention import chain_laplacian, read_laplacian
+
+import numpy as np
+import torch
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
+from scipy.sparse.linalg import svds
 
 SMOOTHING, KEPT_KEYS, TAU_FLOOR = 0.75, 8192, 1e-10
 TAU_MODES = ("fixed", "median", "mean", "percentile")

@@ -29,15 +29,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt
 import variants
 from data.shards import RunError, check_option, check_space, read_meta, require, run_script, write_folder
 from train_gpt import RANGES, Config, Ranks, check_value, find_shards, read_checkpoint
+
+import numpy as np
+import torch
+import torch.nn.functional as F
 
 STREAMS = dict(train=0, val=1, evaluate=2)  # of random numbers: no sequence of one is drawn for another
 

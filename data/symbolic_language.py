@@ -39,8 +39,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt
 import variants
@@ -50,6 +48,8 @@ from data.symbolic_proofs import IDS, LABELS, PAD, PROPOSITIONS, SETS, TEMPLATES
     split_words, symbolic_words
 from generate import Decoder, decodes_from_cache, sample
 from train_gpt import RANGES, Config, Ranks, find_shards, read_checkpoint, write_atomically
+
+import torch
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------------
 # Families: a function of random numbers and a difficulty -> (problem, trace, what is shown, number of possible answers)

@@ -370,7 +370,7 @@ def test_memory_that_others_took(run, capsys, monkeypatch, error):
     def fail(*arguments):
         raise error
     monkeypatch.setattr(generate, "decodes_from_cache", fail)
-    assert f"there is too little memory ({error}); ask for less" in refused(capsys, "--checkpoint", run / "run.pt")
+    assert f"this machine has too little memory for that ({error}); ask for less" in refused(capsys, "--checkpoint", run / "run.pt")
 
 
 # ---- where the model comes from
@@ -484,7 +484,7 @@ def test_an_interrupt(run, capsys, monkeypatch):
         raise KeyboardInterrupt
     monkeypatch.setattr(generate, "sample", interrupt)
     code, out, error = command(capsys, "--checkpoint", run / "run.pt", "--prompt", "a")
-    assert (code, out, error) == (130, "ab", "\ngenerate.py: interrupted\n")
+    assert (code, out, error) == (130, "ab", "generate.py: interrupted\n")
 
 
 class ClosedPipe(io.TextIOWrapper):
@@ -509,7 +509,7 @@ def test_output_to_a_full_disk(run, capsys, monkeypatch):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         assert generate.main(["--checkpoint", str(run / "run.pt"), "--prompt", "x", "--tokens", "2"]) == 1
-    assert "cannot write the output: No space left on device" in capsys.readouterr().err
+    assert "the output cannot be used: No space left on device" in capsys.readouterr().err
 
 
 def test_a_reader_of_five_bytes(run):

@@ -49,7 +49,7 @@ def test_one_run_is_trained_and_marked(made, rendering):
     assert marks["test"]["count"] == 4 and marks["x2"]["count"] == 2 and run["marks"]["all"]["test"]["count"] == 8
     assert (marks["test"]["joint"] is None) is (rendering == "answer_only") and 0 <= marks["test"]["exact"] <= 4 and 0 < marks["test"]["majority"] < 1
     assert not list(folder.glob("*.pt"))
-    with pytest.raises(RunError, match="-problems-3 failed: .*--layers must be at least 1"):
+    with pytest.raises(RunError, match="-problems-3 failed: .*--layers must be from 1 to 1,024"):
         benchmark.train_and_mark(folder, (rendering, "problems"), 4096, 3, (4, 2), ["--layers", "0"], 1)
 
 

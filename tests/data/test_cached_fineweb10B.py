@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import numpy as np
 import pytest
+import train_gpt
 
 from data import cached_fineweb10B as cached
 from data.shards import check_folder, read_merges, sha256_of, write_shard
@@ -153,7 +154,7 @@ def test_a_changed_token_is_fetched_again(tmp_path, hub, monkeypatch):
     hub.asked.clear()
     hub.checked.clear()
     with monkeypatch.context() as patch:  # all is known to be whole: no network, and no file is read again
-        patch.setattr(cached, "sha256_of", lambda paths: pytest.fail("read again"))
+        patch.setattr(train_gpt, "sha256_of_file", lambda path: pytest.fail("read again"))
         assert run(tmp_path, 2) == 0 and hub.asked == hub.checked == []
     for content in ("[", "{}", '{"fineweb_train_000001.bin": 3}', '{"fineweb_train_000001.bin": [1, 2]}'):
         (tmp_path / ".checked.json").write_text(content)

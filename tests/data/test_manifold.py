@@ -283,11 +283,11 @@ def trained(corpus: str, folder: Path, *arguments: str) -> str:
 
 def test_checkpoint(corpus, tmp_path):
     path = trained(corpus, tmp_path, "--rope", "none")
-    saved = torch.load(path, weights_only=True)
+    saved = train_gpt.read_checkpoint(path)
     weight = saved["model"]["blocks.1.attention.k.weight"].view(2, 16, 32)
     weight[:, 5] = 2 * weight[:, 3]     # in both heads channel 5 is channel 3
     weight[1, 9] = weight[1, 0]         # and in the second channel 9 is channel 0
-    torch.save(saved, path)
+    train_gpt.write_checkpoint(Path(path), saved)
     manifold = from_checkpoint(path, tokens=800, graph=Graph(topk=4))
     edges = np.diag(np.diag(manifold.laplacian)) - manifold.laplacian
     rounding = float_bound(1600, torch.float32)  # of a sum over all keys
@@ -330,7 +330,7 @@ def test_the_variant_trains_with_the_file_and_hands_keys_back(corpus, tmp_path):
                                rtol=float_bound(1, torch.float32))
     manifold = from_checkpoint(path, tokens=400)
     assert manifold.laplacian.shape == (16, 16) and manifold.provenance["variant"] == [f"topological_attention:laplacian=domain:{tmp_path / 'a.npz'}"]
-    scalar = trained(corpus, tmp_path, "--variant", "topological_attention:preset=fast,layers=1")
+    scalar = trained(corpus, tmp_path / "scalar", "--variant", "topological_attention:preset=fast,layers=1")
     assert from_checkpoint(scalar, tokens=400, layer=0).laplacian.shape == (16, 16)
     with pytest.raises(RunError, match="^layer 1 of this checkpoint, TopologicalAttention, has no keys; choose another --layer$"):
         from_checkpoint(scalar, tokens=400, layer=1)
@@ -403,7 +403,7 @@ def test_faults_of_files(corpus, tmp_path, capsys):
         ("checkpoint", checkpoint, "--head", 2): "--head 2 is none of the layer's 2 heads (-1: all of them)",
         ("checkpoint", checkpoint, "--eps", 0.001): "the graph of 16 nodes and 0 edges falls into 16 components, the largest of 1 nodes",
         ("checkpoint", checkpoint, "--tokens", 3): "4 validation tokens in",
-        ("corpus", tmp_path / "empty"): f"no train shards (*train*.bin) in {tmp_path / 'empty'}",
+        ("corpus", tmp_path / "empty"): f"no train shards (*_train_*.bin) in {tmp_path / 'empty'}",
         ("corpus", tmp_path / "broken"): f"{tmp_path / 'broken' / 'a_train_000000.bin'} is no token shard",
         ("chain", "--features", 1): "--features must be at least 2, got 1",
     }.items():

@@ -85,7 +85,7 @@ def test_the_folder_trains(tmp_path):
     loader, documents = TokenLoader(config), {bytes(row) for row in open_shard(tmp_path / "recall_train_000000.bin").reshape(300, T).astype(np.uint8)}
     seen = {bytes(row) for _ in range(74) for row in loader.next_batch()[0][:, :T].numpy().astype(np.uint8)}
     assert seen <= documents and len(seen) > 250  # whole documents, one a row
-    rows = validation_batches(config).reshape(-1, T + 1)
+    rows = np.concatenate(validation_batches(config))
     assert len(rows) == 49 and (rows[:, 0] == 15).all() and (rows[:, -1] == 15).all()
     assert rows[:, :T].tolist() == next(batches(task, 50, 3, "val"))[0][:49].tolist()
 
@@ -137,11 +137,11 @@ def test_evaluate_a_checkpoint_of_a_variant(tmp_path, capsys):
     assert len(lines) == 2 and lines[0] == (f"{checkpoint}: accuracy {result['accuracy']:.4f} +- {result['standard_error']:.4f} on 400 answers, "
                                             f"{result['nats_per_answer']:.4f} nats an answer; chance 0.1250")
     # the weights count, and they are the checkpoint's: a model that always says token 9 is right where the answer is 9
-    saved = torch.load(checkpoint, weights_only=True)
+    saved = train_gpt.read_checkpoint(checkpoint)
     saved["model"]["head.projection.weight"].zero_()[9] = 1.0
     saved["model"]["embedding.weight"].fill_(1.0)
     saved["model"]["blocks.0.stream_mix"].copy_(torch.tensor([1.0, 0.0]))
-    torch.save(saved, tmp_path / "nine.pt")
+    train_gpt.write_checkpoint(tmp_path / "nine.pt", saved)
     nines = np.mean(np.concatenate([tokens[answers] for tokens, answers in batches(task, 300, 1, "evaluate")]) == 9)
     assert evaluate(str(tmp_path / "nine.pt"), count=300)["accuracy"] == pytest.approx(nines, abs=0.02)
     # another task
@@ -154,8 +154,7 @@ def test_evaluate_a_checkpoint_of_a_variant(tmp_path, capsys):
 
 def test_a_folder_without_a_task(tmp_path):
     make(tmp_path, Recall(2, 3, 2, 1), 5, 5, seed=1)
-    checkpoint = tmp_path / "a.pt"
-    torch.save(dict(format="knotgpt-1", config=dict(vars(Config(data=str(tmp_path), vocab_size=7)))), checkpoint)
+    checkpoint = trained(tmp_path, task=Recall(2, 3, 2, 1), steps=1)
     for meta in ('{"vocab_size": 7}', '{"recall": {"pear": 1}}', '{"recall": 3}', "text"):
         (tmp_path / "meta.json").write_text(meta)
         with pytest.raises(RunError, match="meta.json does not describe a recall task; give --data a folder that data/recall.py made"):

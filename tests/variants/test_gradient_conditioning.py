@@ -446,6 +446,7 @@ for base in BASES:
         results[base, source] = (*halfway, follow([optimizer], model, 4, (0.25, 0.75)[rank], start=4))
 torch.save(results, sys.argv[3] + f"/{rank}.pt")
 dist.destroy_process_group()
+train_gpt.leave(0, alone=False)
 """
 BASES = ("base=sgd,lr=0.01,clip=40", "base=default,allow_shift_muon=on,include_1d=on,clip=40,clip_order=after")
 
