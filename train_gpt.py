@@ -875,7 +875,8 @@ def compiler_fault(device: torch.device) -> str | None:
         torch.compile(lambda x: x + number, dynamic=False)(torch.ones(8, device=device))
         return None
     except Exception as error:  # whatever the compiler, the linker or the file system raise
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100] if str(error).strip() else 'no message'}"
+        lines = str(error).strip().splitlines() or ["no message"]
+        return f"{type(error).__name__}: {lines[0][:100]}"
     finally:
         torch._dynamo.reset()
 
@@ -1448,9 +1449,9 @@ class RunLog:
             return
         try:
             self.text.parent.mkdir(parents=True, exist_ok=True)
-            taken = [file for file in (self.text, self.json, self.checkpoint) if file.exists()]
-            require(resumed or not taken, f"{taken[0] if taken else ''} exists: a run's id is its own; go on with --resume {self.checkpoint}, or choose "
-                    "another --run_id, or delete its files")
+            for file in () if resumed else (self.text, self.json, self.checkpoint):
+                require(not file.exists(), f"{file} exists: a run's id is its own; go on with --resume {self.checkpoint}, or choose another --run_id, "
+                        "or delete its files")
             if resumed and self.text.exists():
                 self.file = open(self.text, "r+", encoding="utf-8", errors="replace", newline="\n")
                 self._lock()
@@ -1635,7 +1636,7 @@ class Trainer:
             f"facts: {json_text(facts)}", command_output("nvidia-smi") if ranks.device.type == "cuda" else "no GPU", "=" * 100]))
         facts["curve"], facts["train_curve"] = [], []  # train_curve: [[step, loss], ...], of rank 0's rows
         length = f"{config.time_budget:.0f} s" if config.time_budget else f"{config.steps} steps"
-        log.show(f"run {config.run_id}: track {config.track}{''.join(' + ' + v for v in config.variant)}, {facts['parameters'] / 1e6:.2f}M parameters, "
+        log.show(f"run {config.run_id}: track {' + '.join((config.track, *config.variant))}, {facts['parameters'] / 1e6:.2f}M parameters, "
                  f"{length} of {config.batch_tokens} tokens on {ranks.world} x {ranks.device.type} in {facts['dtype']}, compile {facts['compile']}; "
                  f"log {log.text}")
 
@@ -1877,15 +1878,19 @@ class Trainer:
         log.write(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
 
         # for people
-        bits = facts["val_bits_per_byte"]
+        bits = f" = {facts['val_bits_per_byte']:.4f} bits a byte" if facts["val_bits_per_byte"] else ""
         minutes, seconds = divmod(round(self.train_seconds), 60)
-        log.show(f"loss    {facts['val_loss']:.4f} nats a token{f' = {bits:.4f} bits a byte' if bits else ''}, over {self.val_tokens:,} validation tokens")
+        target = f"{self.target} nats a token: {reached}" if self.target else "none is known for these data; compare.py measures against the baseline"
+        files, following = f"{log.text} (the record), .json", f"./run.sh compare baseline {'+'.join(config.variant) or 'VARIANT'} --seeds 6"
+        if config.save:
+            files += ", .pt (the checkpoint)"
+            following = f"./run.sh generate --checkpoint {config.run_id} --prompt TEXT, or {following}"
+        log.show(f"loss    {facts['val_loss']:.4f} nats a token{bits}, over {self.val_tokens:,} validation tokens")
         log.show(f"time    {minutes}:{seconds:02d} of training, {facts['ms_per_step']:.1f} ms a step, {rate:,.0f} tokens/s, {allocated:,} MiB, "
                  f"MFU {100 * facts['mfu']:.0f} %{self._swinging()}")
-        log.show(f"target  {f'{self.target} nats a token: {reached}' if self.target else 'none is known for these data; compare.py measures against the baseline'}")
-        log.show(f"files   {log.text} (the record), .json{', .pt (the checkpoint)' if config.save else ''}")
-        log.show(f"next    ./run.sh generate --checkpoint {config.run_id} --prompt TEXT, or ./run.sh compare baseline "
-                 f"{'+'.join(config.variant) or 'VARIANT'} --seeds 6" if config.save else "next    ./run.sh compare baseline VARIANT --seeds 6")
+        log.show(f"target  {target}")
+        log.show(f"files   {files}")
+        log.show(f"next    {following}")
         return 0
 
     def _swinging(self) -> str:
@@ -1903,11 +1908,12 @@ class Trainer:
         config, costs = self.config, self.costs
         steps = config.steps or max(1, config.tokens // config.batch_tokens)
         flops = costs["flops_per_token"] * config.batch_tokens * steps
-        say(f"run     track {config.track}{''.join(' + ' + v for v in config.variant)}, seed {config.seed}, on {self.ranks.world} x {self.ranks.device.type}, "
-            f"compile {compile_mode(config, self.ranks)}")
-        say(f"model   {costs['parameters']:,} parameters, {costs['parameters_without_embeddings']:,} of them in blocks; {costs['flops_per_token']:,.0f} FLOPs a token")
-        say(f"plan    {f'{config.time_budget:.0f} s' if config.time_budget else f'{steps:,} steps'} of {config.batch_tokens:,} tokens, "
-            f"{flops:.3g} FLOPs; validation on {self.val_tokens:,} tokens every {config.val_every} steps")
+        length = f"{config.time_budget:.0f} s" if config.time_budget else f"{steps:,} steps"
+        names = " + ".join((config.track, *config.variant))
+        say(f"run     track {names}, seed {config.seed}, on {self.ranks.world} x {self.ranks.device.type}, compile {compile_mode(config, self.ranks)}")
+        say(f"model   {costs['parameters']:,} parameters, {costs['parameters_without_embeddings']:,} of them in blocks; "
+            f"{costs['flops_per_token']:,.0f} FLOPs a token")
+        say(f"plan    {length} of {config.batch_tokens:,} tokens, {flops:.3g} FLOPs; validation on {self.val_tokens:,} tokens every {config.val_every} steps")
         say(f"memory  about {costs['memory_needed'] >> 20:,} MiB of {costs['memory_of_machine'] >> 20:,}")
         say(f"time    {self._expected_time(flops)}")
 

@@ -234,8 +234,6 @@ def synthetic_shards(folder: Path, shard_tokens: int = 8 * 524_288, val_tokens: 
         starts = np.cumsum(random.lognormal(6, 1, count // 100).astype(np.int64) + 2)
         tokens[0] = tokens[starts[starts < count]] = 50256
         write_shard(folder / f"synthetic_{name}.bin", tokens)
-    # No text stands behind these tokens. A table of merges without any of them keeps the trainer from downloading GPT-2's for its bits per byte.
-    (folder / "none.tiktoken").write_text("IQ== 65535\n")
     return folder
 
 

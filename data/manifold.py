@@ -38,7 +38,6 @@ import argparse
 import hashlib
 import json
 import sys
-import zipfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -46,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt
 import variants
 from data.shards import RunError, check_value, open_shard, read_merges, require, run_script, sha256_of, write_atomically
-from train_gpt import RANGES, Config, Ranks, adopt_vocabulary, checked, find_shards, read_checkpoint, validation_batches
+from train_gpt import RANGES, Config, Ranks, adopt_vocabulary, checked, find_checkpoint, find_shards, read_checkpoint, validation_batches
 from variants.topological_attention import chain_laplacian, read_laplacian
 
 import numpy as np
@@ -58,7 +57,6 @@ from scipy.sparse.linalg import svds
 SMOOTHING, KEPT_KEYS, TAU_FLOOR = 0.75, 8192, 1e-10
 TAU_MODES = ("fixed", "median", "mean", "percentile")
 MOST_FEATURES = 4096  # the width of a head
-MOST_BYTES = 2 ** 31  # of a file's arrays: a few kilobytes of compressed zeros must not fill the memory
 
 
 @dataclass(frozen=True)
@@ -121,21 +119,8 @@ class Manifold:
         write_atomically(Path(path), lambda file: np.savez(file, **arrays))
 
 
-def unpacked_size(path: Path) -> int:
-    """Bytes of a zip archive's files when they are unpacked; 0 for what is no archive, which its reader will say."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return sum(entry.file_size for entry in archive.infolist())
-    except Exception:  # of the disk or the archive
-        return 0
-
-
 def read_manifold(path: Path) -> Manifold:
     """RunError if the file is damaged or not of this script."""
-    size = unpacked_size(path)
-    require(size <= MOST_BYTES,
-            f"{path} unpacks to {size:,} bytes, more than the {MOST_BYTES:,} that such a file may have; "
-            "give another file")
     try:
         laplacian = read_laplacian(str(path))
         with np.load(path) as file:
@@ -393,7 +378,7 @@ def from_checkpoint(path: str, layer: int = -1, head: int = -1, data: str = "", 
     """The manifold of a layer's keys, of all heads or (head >= 0) of one. RunError if they cannot be had, or for a graph in parts."""
     check_value(int, tokens, "--tokens", RANGES["val_tokens"])
     check_value(int, seed, "--seed", RANGES["seed"])
-    saved = read_checkpoint(path)
+    saved = read_checkpoint(find_checkpoint(path))
     config = Config(**saved["config"])
     config = replace(config, compile="off", device=device, data=data or config.data, val_tokens=tokens)
     keys = keys_of(saved, config, layer)

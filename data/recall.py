@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt
 import variants
 from data.shards import RunError, check_option, check_space, read_meta, require, run_script, write_folder
-from train_gpt import RANGES, Config, Ranks, check_value, find_shards, read_checkpoint
+from train_gpt import RANGES, Config, Ranks, check_value, find_checkpoint, find_shards, read_checkpoint
 
 import numpy as np
 import torch
@@ -161,7 +161,7 @@ def evaluate(checkpoint: str, data: str = "", count: int = 512, seed: int = 1, d
     Accuracy of a checkpoint's model on `count` fresh sequences: dict(accuracy, standard_error, nats_per_answer, answers, chance). data: folder whose
     meta.json has the task (default: the checkpoint's); device: auto, cpu or cuda. RunError if the checkpoint or the task cannot be read or do not fit.
     """
-    saved = read_checkpoint(checkpoint)
+    saved = read_checkpoint(find_checkpoint(checkpoint))
     config = Config(**saved["config"])
     config = replace(config, compile="off", device=device, data=data or config.data)
     task = read_task(config)

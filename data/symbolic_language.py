@@ -47,7 +47,7 @@ from data.shards import (SHARD_TOKENS, RunError, check_folder, check_option, che
 from data.symbolic_proofs import IDS, LABELS, PAD, PROPOSITIONS, SETS, TEMPLATES, VARIABLES, VOCAB_SIZE, VOCABULARY, Parser, Verdict, check, normalised, rendered, split_of, \
     split_words, symbolic_words
 from generate import Decoder, decodes_from_cache, sample
-from train_gpt import RANGES, Config, Ranks, find_shards, read_checkpoint, write_atomically
+from train_gpt import RANGES, Config, Ranks, find_checkpoint, find_shards, read_checkpoint, write_atomically
 
 import torch
 
@@ -470,7 +470,7 @@ def evaluate(checkpoint: str, data: str = "", count: int = 1000, seed: int = 1, 
     tables() of a checkpoint's model, on `count` tests of every family, drawn by the seed, and `length_count` (None: as many) in each of its length sets, which are the
     longest to answer. data: folder with the tests (default: the checkpoint's). RunError if the checkpoint or the tests cannot be read or do not fit.
     """
-    saved = read_checkpoint(checkpoint)
+    saved = read_checkpoint(find_checkpoint(checkpoint))
     config = Config(**saved["config"])
     config = replace(config, compile="off", device=device, data=data or config.data)
     task, tests = read_tests(find_shards(config, "train")[0].parent, count, seed, length_count)
