@@ -1341,6 +1341,10 @@ def read_checkpoint(path: str | Path) -> dict:
     for name, kind in CHECKPOINT_FIELDS.items():
         require(type(saved.get(name)) is kind, f"{whole}: {name} is no {kind.__name__}; give another one")
     require(0 <= saved["step"] <= RANGES["steps"][1] and 0 <= saved["train_seconds"] < math.inf, f"{whole}: its step or time is impossible; give another one")
+    try:
+        json.dumps([saved[name] for name in ("curve", "train_curve", "data", "sources")])  # all of it goes into the run's JSON
+    except (TypeError, ValueError, RecursionError):
+        raise RunError(f"{whole}: its curves, data or sources hold what no JSON can; give another one") from None
     place = [saved["loader"].get(name) for name in ("epoch", "shard", "row")]
     require(all(type(number) is int and number >= 0 for number in place), f"{whole}: its place in the data is {place}; give another one")
     require(all(isinstance(tensor, Tensor) for tensor in (*saved["model"].values(), *saved["rng"])), f"{whole}: its model is no tensors; give another one")

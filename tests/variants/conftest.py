@@ -7,6 +7,22 @@ import pytest
 
 import variants
 
+# How the file of an idea begins that a test writes; its classes and its patch follow.
+HEAD = '''"""An idea.
+
+Source: somebody, 2020
+Status: not yet measured
+"""
+from dataclasses import dataclass
+import torch
+import torch.nn.functional as F
+from torch import nn
+import train_gpt
+@dataclass
+class Options:
+    pass
+'''
+
 
 @pytest.fixture
 def write_file(tmp_path, monkeypatch):

@@ -10,21 +10,9 @@ import torch
 import train_gpt
 import variants
 from train_gpt import make_config
+from tests.variants.conftest import HEAD
 from variants import check
 
-HEAD = '''"""An idea.
-
-Source: somebody, 2020
-Status: not yet measured
-"""
-from dataclasses import dataclass
-import torch
-import torch.nn.functional as F
-import train_gpt
-@dataclass
-class Options:
-    pass
-'''
 SMALL = (
     "--layers 3 --model_dim 64 --heads 2 --head_dim 32 --mlp_hidden 64 --sequence_length 64 --batch_tokens 256 "
     "--vocab_size 256"

@@ -18,6 +18,7 @@ import train_gpt
 import variants
 from variants import check
 from variants.check import Probe, awake, random_rows
+from tests.variants.conftest import HEAD
 
 NAMES = variants.available()
 T = 32
@@ -149,20 +150,6 @@ def test_two_compose_or_say_why_not(pair):
 # Ideas written for the tests of the contract. All of it accepts the GOOD; each of the BAD is refused by the tests that
 # are named with it, and by no other.
 
-HEAD = '''"""An idea.
-
-Source: somebody, 2020
-Status: not yet measured
-"""
-from dataclasses import dataclass
-import torch
-import torch.nn.functional as F
-from torch import nn
-import train_gpt
-@dataclass
-class Options:
-    pass
-'''
 GOOD = dict(
     dropout_mlp="""
 class DropoutMLP(train_gpt.MLP):
