@@ -444,7 +444,10 @@ class ShardedOptimizer:
                 state.setdefault(name, {}).update(bucket.collect(own))
         return dict(steps=self.steps, state=state)
     def load_state_dict(self, saved: dict):
+        """Take up a state_dict(). KeyError, ValueError or another of Python's own errors for what is none."""
         self.steps = saved["steps"]
+        if type(self.steps) is not int or self.steps < 0:
+            raise ValueError(f"an optimizer's steps are {self.steps!r:.40}")
         for bucket in self.buckets:
             for name, own in bucket.state.items():
                 bucket.distribute(saved["state"][name], own)
