@@ -1806,9 +1806,9 @@ class Trainer:
         """
         now = time.perf_counter()
         if self.loss_on_its_way is None and now - self.loss_taken >= 0.1:
-            self.loss_taken, event = now, None
-            copy = self.loss.to("cpu", non_blocking=True)
-            if self.loss.is_cuda:
+            self.loss_taken, copy, event = now, self.loss, None
+            if self.loss.is_cuda:  # into pinned memory: a copy into other memory waits for the device
+                copy = torch.empty_like(self.loss, device="cpu", pin_memory=True).copy_(self.loss, non_blocking=True)
                 event = torch.cuda.Event()
                 event.record()
             self.loss_on_its_way = self.step, copy, event
