@@ -199,7 +199,7 @@ prepare() {
         return
     fi
     if [ "$1" = cpu ]; then
-        [ -f "$checkout/$folder/meta.json" ] || "$python" -P -m data.local_corpus
+        ls "$checkout/$folder/meta.json" "$checkout/$folder"/*_train_*.bin >/dev/null 2>&1 || "$python" -P -m data.local_corpus
         return
     fi
     # a third more than the track's tokens: rows that begin with a document leave the ends of long documents out

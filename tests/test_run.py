@@ -102,7 +102,8 @@ def call(checkout, *arguments, **settings):
 
 def give_corpus(folder):
     (folder / "data/python_bytes").mkdir(parents=True)
-    (folder / "data/python_bytes/meta.json").write_text("{}")
+    for name in ("meta.json", "python_train_000000.bin"):
+        (folder / "data/python_bytes" / name).write_text("{}")
 
 
 # ---- training and comparing
@@ -157,9 +158,11 @@ def test_the_callers_data_folder_comes_first_as_in_the_trainer(checkout, tmp_pat
     give_corpus(tmp_path / "caller")
     assert call(checkout, folder=tmp_path / "caller")[1] == ["@/train_gpt.py"]
     give_corpus(checkout)
-    (checkout / "data/python_bytes/meta.json").unlink()
-    # the checkout's own folder is no folder of the caller's
-    assert call(checkout, folder=checkout)[1] == ["-P -m data.local_corpus", "@/train_gpt.py"]
+    for name in ("meta.json", "python_train_000000.bin"):  # without either of them the corpus is made again
+        (checkout / "data/python_bytes" / name).rename(checkout / "kept")
+        # the checkout's own folder is no folder of the caller's
+        assert call(checkout, folder=checkout)[1] == ["-P -m data.local_corpus", "@/train_gpt.py"]
+        (checkout / "kept").rename(checkout / "data/python_bytes" / name)
 
 
 @pytest.mark.parametrize("arguments", ["", "compare baseline", "--track short"])
