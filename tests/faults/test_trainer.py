@@ -1,8 +1,11 @@
 """
-The trainer under faults: runs killed at random moments, damaged and mutated checkpoints, settings without meaning, consoles and terminals that go away.
+The trainer under faults: runs killed at random moments, damaged and mutated checkpoints, settings without meaning,
+consoles and terminals that go away.
 
-The default form takes seconds; the full one, with the counts that an issue asks for, is marked slow. Counts are printed: pytest -s shows them.
+The default form takes seconds; the full one, with the counts that an issue asks for, is marked slow. Counts are
+printed: pytest -s shows them.
 """
+
 import copy
 import io
 import json
@@ -24,11 +27,37 @@ import torch
 import train_gpt
 from data.shards import write_meta, write_shard
 from records.runs import read_run
-from train_gpt import Config, RunError, find_checkpoint, main, make_config, parse_config, read_checkpoint, write_checkpoint
+from train_gpt import (
+    Config,
+    RunError,
+    find_checkpoint,
+    main,
+    make_config,
+    parse_config,
+    read_checkpoint,
+    write_checkpoint,
+)
 
 ROOT = Path(train_gpt.__file__).resolve().parent
-TINY = dict(vocab_size=257, layers=2, model_dim=16, heads=2, head_dim=8, mlp_hidden=32, sequence_length=32, batch_tokens=128, micro_batch_tokens=64,
-            steps=15, val_tokens=320, val_every=5, keep_every=5, checkpoint_seconds=0, compile="off", device="cpu", threads=1)
+TINY = dict(
+    vocab_size=257,
+    layers=2,
+    model_dim=16,
+    heads=2,
+    head_dim=8,
+    mlp_hidden=32,
+    sequence_length=32,
+    batch_tokens=128,
+    micro_batch_tokens=64,
+    steps=15,
+    val_tokens=320,
+    val_every=5,
+    keep_every=5,
+    checkpoint_seconds=0,
+    compile="off",
+    device="cpu",
+    threads=1,
+)
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +73,10 @@ def corpus(tmp_path_factory):
 
 def arguments(corpus, folder, **changes):
     settings = {**TINY, "data": corpus, "log_dir": folder, "run_id": "run", **changes}
-    return [f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}" for name, value in settings.items()]
+    return [
+        f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
+        for name, value in settings.items()
+    ]
 
 
 def fails(capsys, *words) -> str:
@@ -58,10 +90,12 @@ def fails(capsys, *words) -> str:
 
 # ---- killed at any moment
 
+
 def in_a_child(words: list[str], arm=lambda: None) -> int:
     """
-    Fork a process that runs a command line, without waiting for another start of Python. Returns its process id. Two things that take long and do not
-    matter here are left out: the wait for the disk, and the measurement of the processor. arm: called there first.
+    Fork a process that runs a command line, without waiting for another start of Python. Returns its process id. Two
+    things that take long and do not matter here are left out: the wait for the disk, and the measurement of the
+    processor. arm: called there first.
     """
     train_gpt.flops_per_token(make_config(TINY))  # what it imports, every child then has
     child = os.fork()
@@ -84,7 +118,10 @@ def exit_code_of(child: int) -> int:
 
 
 def go_on(corpus, folder) -> list[str]:
-    """The command line that a person gives after a kill: --resume where there is a checkpoint, else again, what the killed run left deleted."""
+    """
+    The command line that a person gives after a kill: --resume where there is a checkpoint, else again, what the killed
+    run left deleted.
+    """
     if (folder / "run.pt").exists():
         return ["--resume", str(folder / "run.pt"), "--log_dir", str(folder)]
     for file in folder.glob("run*"):
@@ -93,14 +130,20 @@ def go_on(corpus, folder) -> list[str]:
 
 
 def contents(path: Path) -> str:
-    """The digest of all that a run's last checkpoint says of model, optimizers, loader, random state and losses, without times."""
+    """
+    The digest of all that a run's last checkpoint says of model, optimizers, loader, random state and losses, without
+    times.
+    """
     saved = read_checkpoint(path)
     losses = [(point["step"], point["val_loss"]) for point in saved["curve"]]
     return train_gpt.digest_of([saved[name] for name in ("step", "loader", "rng", "model", "optimizers")] + [losses])
 
 
 def kill_at_a_moment(corpus, folder, number: int, chance: random.Random, seconds: float) -> int:
-    """One kill after a random part of `seconds`, or at a random write to the disk; then the run is taken up until it ends. Returns the kills."""
+    """
+    One kill after a random part of `seconds`, or at a random write to the disk; then the run is taken up until it ends.
+    Returns the kills.
+    """
     kills = 0
     for attempt in range(20):
         left = [chance.randrange(1, 60)]
@@ -112,6 +155,7 @@ def kill_at_a_moment(corpus, folder, number: int, chance: random.Random, seconds
 
         def arm():
             os.fsync = dying
+
         by_write = attempt == 0 and chance.random() < 0.4
         child = in_a_child(go_on(corpus, folder), arm if by_write else lambda: None)
         if attempt == 0 and not by_write:
@@ -132,9 +176,14 @@ def kill_at_a_moment(corpus, folder, number: int, chance: random.Random, seconds
     raise AssertionError("the run never ended")
 
 
-@pytest.mark.parametrize("counts", [(3, 1, 1), pytest.param((100, 50, 50), marks=pytest.mark.slow)], ids=["short", "full"])
+@pytest.mark.parametrize(
+    "counts", [(3, 1, 1), pytest.param((100, 50, 50), marks=pytest.mark.slow)], ids=["short", "full"]
+)
 def test_runs_killed_at_random_moments_end_bit_equal(corpus, tmp_path, counts):
-    """SIGKILL, SIGTERM and SIGINT: in the warm-up, a step, a validation, while a file is written; afterwards nothing is lost, and nothing is left."""
+    """
+    SIGKILL, SIGTERM and SIGINT: in the warm-up, a step, a validation, while a file is written; afterwards nothing is
+    lost, and nothing is left.
+    """
     start = time.perf_counter()
     assert exit_code_of(in_a_child(arguments(corpus, tmp_path / "whole"))) == 0
     seconds, expected = time.perf_counter() - start, contents(tmp_path / "whole/run.pt")
@@ -142,11 +191,15 @@ def test_runs_killed_at_random_moments_end_bit_equal(corpus, tmp_path, counts):
     for number, count in zip((signal.SIGKILL, signal.SIGTERM, signal.SIGINT), counts):
         killed = 0
         while killed < count:
-            folder = tmp_path / f"{number}-{kills + killed}-{chance.randrange(10 ** 9)}"
+            folder = tmp_path / f"{number}-{kills + killed}-{chance.randrange(10**9)}"
             killed += kill_at_a_moment(corpus, folder, number, chance, seconds)
             assert contents(folder / "run.pt") == expected
             run = read_run(folder / "run.txt")
-            assert run.finished and run.last_step == TINY["steps"] and [point.step for point in run.points] == [0, 5, 10, 15]
+            assert (
+                run.finished
+                and run.last_step == TINY["steps"]
+                and [point.step for point in run.points] == [0, 5, 10, 15]
+            )
             kept = sorted(file.name for file in folder.glob("run-step*.pt"))
             assert kept == [f"run-step{step:06d}.pt" for step in (0, 5, 10)]
             assert sorted(file.name for file in folder.iterdir()) == sorted(["run.txt", "run.json", "run.pt", *kept])
@@ -155,7 +208,10 @@ def test_runs_killed_at_random_moments_end_bit_equal(corpus, tmp_path, counts):
                 assert exit_code_of(in_a_child(["--resume", str(folder / file)])) == 0
                 assert contents(folder / "run.pt") == expected
         kills += killed
-    print(f"{kills} kills ({', '.join(map(str, counts))} or more by SIGKILL, SIGTERM, SIGINT): all ends bit-equal, no file left over")
+    print(
+        f"{kills} kills ({', '.join(map(str, counts))} or more by SIGKILL, SIGTERM, SIGINT): all ends bit-equal, "
+        "no file left over"
+    )
 
 
 def test_a_log_cut_anywhere_is_mended_when_the_run_goes_on(corpus, tmp_path):
@@ -173,16 +229,20 @@ def test_a_log_cut_anywhere_is_mended_when_the_run_goes_on(corpus, tmp_path):
 
 # ---- names of runs
 
+
 def test_an_id_is_used_once(corpus, tmp_path, capsys):
     assert main(arguments(corpus, tmp_path)) == 0
     files = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     error = fails(capsys, *arguments(corpus, tmp_path))
-    assert f"run.txt exists: a run's id is its own; go on with --resume {tmp_path}/run.pt, or choose another --run_id" in error
+    assert (
+        f"run.txt exists: a run's id is its own; go on with --resume {tmp_path}/run.pt, or choose another --run_id"
+        in error
+    )
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == files
 
 
 def test_a_run_under_way_is_locked(corpus, tmp_path, capsys):
-    child = in_a_child(arguments(corpus, tmp_path, steps=10 ** 6, keep_every=0))
+    child = in_a_child(arguments(corpus, tmp_path, steps=10**6, keep_every=0))
     try:
         while not (tmp_path / "run.pt").exists():
             time.sleep(0.05)
@@ -204,15 +264,27 @@ def test_two_starts_at_once_under_one_id(corpus, tmp_path):
 def test_ids_that_a_person_can_read_and_type(corpus, tmp_path):
     ranks = train_gpt.Ranks(0, 1, torch.device("cpu"), torch.float32)
     config = make_config(dict(TINY, variant=("swiglu_mlp:layers=0", "parallel_residual"), seed=3))
-    assert re.fullmatch(r"\d{4}-\d{4}-cpu-swiglu_mlp\+parallel_residual-s3-[0-9a-f]{4}", train_gpt.new_run_id(config, ranks))
+    assert re.fullmatch(
+        r"\d{4}-\d{4}-cpu-swiglu_mlp\+parallel_residual-s3-[0-9a-f]{4}", train_gpt.new_run_id(config, ranks)
+    )
     assert re.fullmatch(r"\d{4}-\d{4}-cpu-baseline-s1-[0-9a-f]{4}", train_gpt.new_run_id(make_config(TINY), ranks))
-    for number, name in enumerate(("1130-0412-cpu-baseline-s1-7f3a", "1130-0412-cpu-baseline-s2-aaaa", "1201-1000-cpu-x-s1-0000", "1201-1000-cpu-x-s1-0000-step000010")):
+    for number, name in enumerate(
+        (
+            "1130-0412-cpu-baseline-s1-7f3a",
+            "1130-0412-cpu-baseline-s2-aaaa",
+            "1201-1000-cpu-x-s1-0000",
+            "1201-1000-cpu-x-s1-0000-step000010",
+        )
+    ):
         (tmp_path / f"{name}.pt").write_text("")
         os.utime(tmp_path / f"{name}.pt", (number, number))
     assert find_checkpoint("last", tmp_path).stem == "1201-1000-cpu-x-s1-0000" == find_checkpoint("1201", tmp_path).stem
     assert find_checkpoint("1130-0412-cpu-baseline-s2", tmp_path).stem.endswith("aaaa")
     assert find_checkpoint("1201-1000-cpu-x-s1-0000-step000010", tmp_path).stem.endswith("step000010")
-    for name, message in {"1130": "is the beginning of 2 runs: 1130-0412-cpu-baseline-s1-7f3a", "nothing": r"there is no checkpoint of a run 'nothing' in .* \(3 runs\)"}.items():
+    for name, message in {
+        "1130": "is the beginning of 2 runs: 1130-0412-cpu-baseline-s1-7f3a",
+        "nothing": r"there is no checkpoint of a run 'nothing' in .* \(3 runs\)",
+    }.items():
         with pytest.raises(RunError, match=message):
             find_checkpoint(name, tmp_path)
 
@@ -226,6 +298,7 @@ def test_a_run_is_resumed_by_a_part_of_its_name(corpus, tmp_path, capsys):
 
 # ---- where a run begins and goes on
 
+
 def test_resume_wants_the_same_shards(corpus, tmp_path, capsys):
     assert main(arguments(corpus, tmp_path / "logs")) == 0
     for split, kind in (("train", "training"), ("val", "validation")):
@@ -235,7 +308,10 @@ def test_resume_wants_the_same_shards(corpus, tmp_path, capsys):
             (other / file.name).write_bytes(file.read_bytes())
         write_shard(other / f"words_{split}_000000.bin", np.full(2500, 99))
         error = fails(capsys, "--resume", tmp_path / "logs/run.pt", "--data", other)
-        assert f"does not hold the {kind} shards of {tmp_path}/logs/run.pt; give --data the folder that the run began with" in error
+        assert (
+            f"does not hold the {kind} shards of {tmp_path}/logs/run.pt; give --data the folder that the run began with"
+            in error
+        )
     assert read_run(tmp_path / "logs/run.txt").finished
 
 
@@ -245,14 +321,31 @@ def test_a_commit_is_recorded_only_of_the_projects_own_repository(tmp_path):
     subprocess.run([*git, "init", "-q", tmp_path], check=True)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], cwd=tmp_path, check=True)
     (tmp_path / "inside").mkdir()
-    for folder, commits in ((tmp_path / "inside", [""]), (tmp_path, [subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True).stdout.strip()])):
+    for folder, commits in (
+        (tmp_path / "inside", [""]),
+        (
+            tmp_path,
+            [subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True).stdout.strip()],
+        ),
+    ):
         (folder / "train_gpt.py").write_text((ROOT / "train_gpt.py").read_text())
-        code = "import train_gpt, torch; print(train_gpt.environment(train_gpt.Ranks(0, 1, torch.device('cpu'), None))['git_commit'])"
-        result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(folder)})
+        code = (
+            "import train_gpt, torch; ranks = train_gpt.Ranks(0, 1, torch.device('cpu'), None)\n"
+            "print(train_gpt.environment(ranks)['git_commit'])"
+        )
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONPATH": str(folder)},
+        )
         assert [result.stdout.strip()] == commits
 
 
 # ---- consoles, locales, environments
+
 
 def environment(**changes):
     return {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
@@ -260,21 +353,48 @@ def environment(**changes):
 
 def test_training_goes_on_without_its_console(corpus, tmp_path):
     """As under `train_gpt.py ... | head -2`."""
-    process = subprocess.Popen([sys.executable, ROOT / "train_gpt.py", *arguments(corpus, tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train_gpt.py", *arguments(corpus, tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout.readline().startswith("run run: track cpu")
     process.stdout.close()
     assert (process.wait(), process.stderr.read()) == (0, "")
-    assert json.loads((tmp_path / "run.json").read_text())["status"] == "finished" and read_checkpoint(tmp_path / "run.pt")["step"] == 15
+    assert (
+        json.loads((tmp_path / "run.json").read_text())["status"] == "finished"
+        and read_checkpoint(tmp_path / "run.pt")["step"] == 15
+    )
 
 
-@pytest.mark.parametrize("locale", [dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"), dict(LC_ALL="en_US.ISO-8859-1", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")], ids=["C", "latin1"])
+@pytest.mark.parametrize(
+    "locale",
+    [
+        dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"),
+        dict(LC_ALL="en_US.ISO-8859-1", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"),
+    ],
+    ids=["C", "latin1"],
+)
 def test_a_variant_with_accents_in_any_locale(corpus, tmp_path, locale):
-    (tmp_path / "accented.py").write_text('"""Une idée, 想法.\n\nSource: ours.\nStatus: not yet measured.\n"""\nfrom dataclasses import dataclass\nimport train_gpt\n\n@dataclass\nclass Options:\n'
-                                          '    pass\n\ndef patch(options):\n    train_gpt.MLP = type("Idée", (train_gpt.MLP,), {})\n', encoding="utf-8")
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train_gpt, variants; variants.__path__.append({str(tmp_path)!r}); sys.exit(train_gpt.main(sys.argv[1:]))"
+    (tmp_path / "accented.py").write_text(
+        '"""Une idée, 想法.\n\nSource: ours.\nStatus: not yet measured.\n"""\n'
+        "from dataclasses import dataclass\nimport train_gpt\n\n@dataclass\nclass Options:\n"
+        '    pass\n\ndef patch(options):\n    train_gpt.MLP = type("Idée", (train_gpt.MLP,), {})\n',
+        encoding="utf-8",
+    )
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train_gpt, variants\n"
+        f"variants.__path__.append({str(tmp_path)!r}); sys.exit(train_gpt.main(sys.argv[1:]))"
+    )
     words = arguments(corpus, tmp_path / "logs", steps=2, data="idée")
     os.symlink(corpus, tmp_path / "idée")
-    result = subprocess.run([sys.executable, "-c", code, *words, "--variant", "accented"], capture_output=True, cwd=tmp_path, env=environment(**locale))
+    result = subprocess.run(
+        [sys.executable, "-c", code, *words, "--variant", "accented"],
+        capture_output=True,
+        cwd=tmp_path,
+        env=environment(**locale),
+    )
     assert (result.returncode, result.stderr) == (0, b"")
     run = read_run(tmp_path / "logs/run.txt")
     assert run.finished and "想法" in run.source and run.variant == ("accented",)
@@ -282,58 +402,102 @@ def test_a_variant_with_accents_in_any_locale(corpus, tmp_path, locale):
 
 def test_without_docstrings_and_with_a_stray_world_size(corpus, tmp_path):
     def run(*words, **changes):
-        result = subprocess.run([sys.executable, ROOT / "train_gpt.py", *words], capture_output=True, text=True, env=environment(**changes))
+        result = subprocess.run(
+            [sys.executable, ROOT / "train_gpt.py", *words], capture_output=True, text=True, env=environment(**changes)
+        )
         return result.returncode, result.stderr
+
     assert run("--help", PYTHONOPTIMIZE="2") == (0, "")
     assert run(*arguments(corpus, tmp_path, steps=2), PYTHONOPTIMIZE="2") == (0, "")
-    for name, value, message in (("WORLD_SIZE", "4", "but not by torchrun"), ("WORLD_SIZE", "many", "is no number"), ("RANK", "-1", "is no number")):
+    for name, value, message in (
+        ("WORLD_SIZE", "4", "but not by torchrun"),
+        ("WORLD_SIZE", "many", "is no number"),
+        ("RANK", "-1", "is no number"),
+    ):
         code, error = run(*arguments(corpus, tmp_path, run_id="b"), **{name: value})
         assert code == 1 and message in error and f"{name}={value}" in error and error.count("\n") == 1
 
 
 def test_a_compiler_that_does_not_work(corpus, tmp_path):
-    """auto goes on without, with a line; a mode by name is one line. A number in the tried function keeps caches out of it."""
+    """
+    auto goes on without, with a line; a mode by name is one line. A number in the tried function keeps caches out of
+    it.
+    """
+
     def run(*words):
-        result = subprocess.run([sys.executable, ROOT / "train_gpt.py", *arguments(corpus, tmp_path), *words], capture_output=True, text=True,
-                                env=environment(CXX="/bin/false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "a cache")))
+        result = subprocess.run(
+            [sys.executable, ROOT / "train_gpt.py", *arguments(corpus, tmp_path), *words],
+            capture_output=True,
+            text=True,
+            env=environment(CXX="/bin/false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "a cache")),
+        )
         return result.returncode, result.stdout, result.stderr
+
     code, _, error = run("--compile", "blocks")
-    assert code == 1 and error.startswith("train_gpt.py: error: torch.compile does not work here (") and error.endswith("; mend it or use --compile off\n")
+    assert (
+        code == 1
+        and error.startswith("train_gpt.py: error: torch.compile does not work here (")
+        and error.endswith("; mend it or use --compile off\n")
+    )
     assert error.count("\n") == 1
     code, out, error = run("--compile", "auto", "--steps", "100000", "--dry-run")
-    assert code == 0 and "on 1 x cpu, compile off" in out and error.startswith("torch.compile does not work here (") and error.count("\n") == 1
+    assert (
+        code == 0
+        and "on 1 x cpu, compile off" in out
+        and error.startswith("torch.compile does not work here (")
+        and error.count("\n") == 1
+    )
 
 
 # ---- settings
+
 
 @pytest.mark.parametrize("name", train_gpt.RANGES)
 def test_every_number_has_a_range(name):
     """Just outside it, far outside, and no number at all: one line that names the option and what it got."""
     least, most = train_gpt.RANGES[name]
     kind = {field.name: field.type for field in train_gpt.dataclasses.fields(Config)}[name]
-    wrong = [least - 1, most + 1, -10 ** 30, 10 ** 30, int("9" * 300)] + ([float("nan"), float("inf"), -float("inf")] if kind is float else [])
+    wrong = [least - 1, most + 1, -(10**30), 10**30, int("9" * 300)] + (
+        [float("nan"), float("inf"), -float("inf")] if kind is float else []
+    )
     for value in wrong:
         try:
             parse_config([f"--{name}={float(value) if kind is float and value < 1e300 else value}"])
         except RunError as error:
-            assert "\n" not in str(error) and len(str(error)) < 300 and re.search(rf"--{name} (must be from|\S+ is not a multiple)", str(error)), error
+            assert (
+                "\n" not in str(error)
+                and len(str(error)) < 300
+                and re.search(rf"--{name} (must be from|\S+ is not a multiple)", str(error))
+            ), error
         else:
             raise AssertionError(f"--{name}={value} was taken")
 
 
 def test_every_number_is_in_the_table():
-    numbers = {field.name for field in train_gpt.dataclasses.fields(Config) if field.type in (int, float, tuple[int, ...])}
+    numbers = {
+        field.name for field in train_gpt.dataclasses.fields(Config) if field.type in (int, float, tuple[int, ...])
+    }
     assert numbers == set(train_gpt.RANGES)
 
 
-@pytest.mark.parametrize("words,message", [
-    (["--run_id", "../escape"], "--run_id is a file's name"), (["--run_id", "a/b"], "--run_id is a file's name"), (["--run_id", ".hidden"], "--run_id is a file's name"),
-    (["--run_id", "x" * 200], "--run_id is a file's name"), (["--run_id", "a\nb"], "--run_id must be text"),
-    (["--data", "x" * 300], "cannot read the folder x+: File name too long; give --data"), (["--data", "x" * 5000], "--data must be text of less than 4096"),
-    (["--log_dir", "y" * 300], "cannot write y+/run.txt: File name too long; choose another --log_dir"), (["--bigram_rows", "1"], "--bigram_rows is 0 or at least 2"),
-    (["--document_token", "300"], "--document_token 300 is outside the vocabulary of 257"), (["--window_short", "5,-1"], "--window_short must be from 0"),
-    (["--threads", "9999"], "--threads must be from 0 to 1,024"), (["--variant", "no_such_variant"], "unknown variant"),
-])
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--run_id", "../escape"], "--run_id is a file's name"),
+        (["--run_id", "a/b"], "--run_id is a file's name"),
+        (["--run_id", ".hidden"], "--run_id is a file's name"),
+        (["--run_id", "x" * 200], "--run_id is a file's name"),
+        (["--run_id", "a\nb"], "--run_id must be text"),
+        (["--data", "x" * 300], "cannot read the folder x+: File name too long; give --data"),
+        (["--data", "x" * 5000], "--data must be text of less than 4096"),
+        (["--log_dir", "y" * 300], "cannot write y+/run.txt: File name too long; choose another --log_dir"),
+        (["--bigram_rows", "1"], "--bigram_rows is 0 or at least 2"),
+        (["--document_token", "300"], "--document_token 300 is outside the vocabulary of 257"),
+        (["--window_short", "5,-1"], "--window_short must be from 0"),
+        (["--threads", "9999"], "--threads must be from 0 to 1,024"),
+        (["--variant", "no_such_variant"], "unknown variant"),
+    ],
+)
 def test_nonsense_is_one_line(corpus, tmp_path, capsys, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     assert re.search(message, fails(capsys, *arguments(corpus, tmp_path / "logs"), *words))
@@ -341,6 +505,7 @@ def test_nonsense_is_one_line(corpus, tmp_path, capsys, monkeypatch, words, mess
 
 
 # ---- damaged and mutated checkpoints
+
 
 @pytest.fixture(scope="session")
 def checkpoint(corpus, tmp_path_factory) -> bytes:
@@ -350,7 +515,9 @@ def checkpoint(corpus, tmp_path_factory) -> bytes:
 
 
 def refused(path: Path) -> str | None:
-    """The one line with which a checkpoint is refused; None where it is taken. Anything else that is raised is a fault."""
+    """
+    The one line with which a checkpoint is refused; None where it is taken. Anything else that is raised is a fault.
+    """
     try:
         read_checkpoint(path)
         return None
@@ -368,7 +535,7 @@ def mutated(content: bytes, chance: random.Random) -> bytes:
     elif kind == 1:
         del damaged[place:]
     elif kind == 2:
-        damaged[place:place + chance.randrange(1, 4000)] = chance.randbytes(chance.randrange(4000))
+        damaged[place : place + chance.randrange(1, 4000)] = chance.randbytes(chance.randrange(4000))
     else:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
@@ -377,7 +544,9 @@ def mutated(content: bytes, chance: random.Random) -> bytes:
         if kind == 3:
             entries[victim] = (name, entries[chance.randrange(len(entries))][1])
         else:
-            entries[victim:victim + 1] = chance.choice([[], [(name, data), (name + "x", data)], [(name[:-1] + "9", data)]])
+            entries[victim : victim + 1] = chance.choice(
+                [[], [(name, data), (name + "x", data)], [(name[:-1] + "9", data)]]
+            )
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", chance.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])) as archive:
             for name, data in entries:
@@ -388,7 +557,10 @@ def mutated(content: bytes, chance: random.Random) -> bytes:
 
 @pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.slow)])
 def test_mutated_checkpoints_are_refused_or_harmless(tmp_path, checkpoint, count):
-    """Bits, cuts, records: what is taken all the same holds exactly what was written (a change between the records of a file, or of one's date)."""
+    """
+    Bits, cuts, records: what is taken all the same holds exactly what was written (a change between the records of a
+    file, or of one's date).
+    """
     chance, path, refusals = random.Random(3), tmp_path / "mutated.pt", 0
     path.write_bytes(checkpoint)
     original = read_checkpoint(path)["digest"]
@@ -398,16 +570,36 @@ def test_mutated_checkpoints_are_refused_or_harmless(tmp_path, checkpoint, count
             refusals += 1
         else:
             assert read_checkpoint(path)["digest"] == original
-    print(f"{count} mutated checkpoints: {refusals} refused in one line, {count - refusals} taken with unchanged contents")
+    print(
+        f"{count} mutated checkpoints: {refusals} refused in one line, {count - refusals} taken with unchanged contents"
+    )
     assert refusals > count / 3
 
 
-STRANGE = (True, None, -1, 2 ** 70, float("nan"), float("inf"), "x", "", [], [1], {}, {"a": 1}, (1, 2), [[]], torch.zeros(2), b"x", "9" * 5000)
+STRANGE = (
+    True,
+    None,
+    -1,
+    2**70,
+    float("nan"),
+    float("inf"),
+    "x",
+    "",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    (1, 2),
+    [[]],
+    torch.zeros(2),
+    b"x",
+    "9" * 5000,
+)
 
 
 def places_in(value, path=()):
     """Paths to all fields of nested dicts and lists."""
-    for key in (value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()):
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
         yield (*path, key)
         yield from places_in(value[key], (*path, key))
 
@@ -425,14 +617,20 @@ def with_field(saved: dict, path: tuple, value) -> dict:
 @pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.slow)])
 def test_strange_fields_of_a_checkpoint(tmp_path, checkpoint, corpus, capsys, count):
     """
-    A whole file with another value in one field: without a fitting digest it is refused always; with one, as somebody could write it, it is refused
-    in one line or it resumes, and nothing hangs. What is tried there is every setting of the configuration and the fields of the run.
+    A whole file with another value in one field: without a fitting digest it is refused always; with one, as somebody
+    could write it, it is refused in one line or it resumes, and nothing hangs. What is tried there is every setting of
+    the configuration and the fields of the run.
     """
     path, chance, refusals = tmp_path / "run.pt", random.Random(5), 0
     path.write_bytes(checkpoint)
     saved = read_checkpoint(path)
     content = {name: value for name, value in saved.items() if name not in ("format", "digest")}
-    fields = [place for place in places_in(content) if place[0] in ("config", "step", "train_seconds", "loader", "curve", "rng", "model", "optimizers", "data", "sources")]
+    fields = [
+        place
+        for place in places_in(content)
+        if place[0]
+        in ("config", "step", "train_seconds", "loader", "curve", "rng", "model", "optimizers", "data", "sources")
+    ]
     for number in range(count):
         place, value = chance.choice(fields), chance.choice(STRANGE)
         torch.save(with_field(saved, place, value), path)
@@ -444,17 +642,35 @@ def test_strange_fields_of_a_checkpoint(tmp_path, checkpoint, corpus, capsys, co
         except (TypeError, pickle.PicklingError):
             continue
         if refused(path) is None:
-            code = exit_code_of(in_a_child(["--resume", str(path), "--data", str(corpus), "--log_dir", str(tmp_path / f"logs{number}"), "--steps", "15"], lambda: signal.alarm(60)))
+            code = exit_code_of(
+                in_a_child(
+                    [
+                        "--resume",
+                        str(path),
+                        "--data",
+                        str(corpus),
+                        "--log_dir",
+                        str(tmp_path / f"logs{number}"),
+                        "--steps",
+                        "15",
+                    ],
+                    lambda: signal.alarm(60),
+                )
+            )
             assert code in (0, 1), (place, value, code)
             continue
         refusals += 1
-    print(f"{count} strange fields without a fitting digest: all refused; of {len(range(0, count, 3))} with one {refusals} refused at reading")
+    print(
+        f"{count} strange fields without a fitting digest: all refused; "
+        f"of {len(range(0, count, 3))} with one {refusals} refused at reading"
+    )
 
 
 def test_nothing_in_a_checkpoint_is_executed_or_unpacked_beyond_its_size(tmp_path):
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/executed",)
+
     torch.save(dict(format=train_gpt.CHECKPOINT, model=Evil()), tmp_path / "evil.pt")
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Evil()))
     with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -470,7 +686,9 @@ def test_a_checkpoint_tells_whose_code_wrote_it(corpus, tmp_path, capsys):
     saved = read_checkpoint(tmp_path / "run.pt")
     assert set(saved["sources"]) >= {"train_gpt"} and train_gpt.changed_sources(saved) == []
     content = {name: value for name, value in saved.items() if name not in ("format", "digest")}
-    write_checkpoint(tmp_path / "run.pt", content | dict(sources=dict(train_gpt="0" * 64, **{"variants.gone": "1" * 64})))
+    write_checkpoint(
+        tmp_path / "run.pt", content | dict(sources=dict(train_gpt="0" * 64, **{"variants.gone": "1" * 64}))
+    )
     assert main(["--resume", str(tmp_path / "run.pt"), "--log_dir", str(tmp_path / "b")]) == 0
     assert f"warning: train_gpt, variants.gone changed since {tmp_path}/run.pt was written" in capsys.readouterr().out
 
