@@ -920,35 +920,23 @@ def stream_statistics(model: GPT, tokens: Tensor) -> list[dict]:
             hook.remove()
     return rows
 
-def measure_model(config: Config, dtype: torch.dtype = torch.float32) -> dict:
+def measure_model(config: Config) -> dict:
     """
     What a model costs, counted on one row without data (PyTorch's meta device), as a dict: parameters; parameters_without_embeddings, which leaves
-    the tables and the head out; flops_per_token, of training, forward and backward, scores that are computed and masked counted too;
-    activation_bytes, what the forward pass of one row keeps for its backward pass when nothing is compiled.
+    the tables and the head out; flops_per_token, of training, forward and backward, scores that are computed and masked counted too.
     """
     from torch.utils.flop_counter import FlopCounterMode
     with torch.device("meta"):
         model, tokens = GPT(config), torch.zeros(1, config.sequence_length, dtype=torch.int64)
-    model.dtype = dtype
     model.set_windows(1.0)
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
     with FlopCounterMode(display=False) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = model(tokens, tokens)
-        loss.backward()
+        model(tokens, tokens).backward()
 
     tables = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
     tables[id(model.head.projection.weight)] = model.head.projection.weight.numel()
     parameters = sum(p.numel() for p in model.parameters())
     return dict(parameters=parameters, parameters_without_embeddings=parameters - sum(tables.values()),
-                flops_per_token=counter.get_total_flops() / config.sequence_length, activation_bytes=sum(kept.values()))
+                flops_per_token=counter.get_total_flops() / config.sequence_length)
 
 def flops_per_token(config: Config) -> float:
     """Training FLOPs of one token, forward and backward."""
@@ -956,17 +944,18 @@ def flops_per_token(config: Config) -> float:
 
 def memory_needed(config: Config, dtype: torch.dtype) -> int:
     """
-    About how many bytes a process of this run takes at its peak: for every parameter its weight, its gradient and two numbers of its optimizer, and
-    during the warm-up a copy of three of these; the activations of a micro batch, the logits of a chunk and the tokens of two batches. Models of
-    more than eight layers are measured at four and eight and continued in a straight line, so that a plan of any depth takes a second.
+    Bytes that a process of this run takes at the least, whatever is fused: for every parameter its weight, its gradient and two numbers of its
+    optimizer, and during the warm-up a copy of three of these; the stream of a micro batch after every layer, the logits of a chunk and the tokens of
+    two batches. Parameters of more than eight layers are counted at four and eight and continued in a straight line: any depth takes a second.
     """
-    more = measure_model(dataclasses.replace(config, layers=min(config.layers, 8)), dtype)
-    few = measure_model(dataclasses.replace(config, layers=4), dtype) if config.layers > 8 else more
-    beyond = max(config.layers - 8, 0) / 4
-    parameters, activations = (more[key] + beyond * (more[key] - few[key]) for key in ("parameters", "activation_bytes"))
-    micro_rows = max(1, min(config.micro_batch_tokens, config.batch_tokens) // config.sequence_length)
-    logits = 3 * 4 * config.padded_vocabulary * min(config.loss_chunk, micro_rows * config.sequence_length)
-    return int(28 * parameters + micro_rows * activations + logits + 8 * config.batch_tokens)
+    few, more = (dataclasses.replace(config, layers=min(config.layers, n)) for n in (4, 8))
+    with torch.device("meta"):
+        counts = [sum(p.numel() for p in GPT(c).parameters()) for c in (few, more)]
+    parameters = counts[1] + max(config.layers - 8, 0) / 4 * (counts[1] - counts[0])
+    tokens = max(1, min(config.micro_batch_tokens, config.batch_tokens) // config.sequence_length) * config.sequence_length
+    streams = tokens * config.layers * config.model_dim * dtype.itemsize
+    logits = 4 * config.padded_vocabulary * min(config.loss_chunk, tokens)
+    return int(28 * parameters + streams + logits + 8 * config.batch_tokens)
 
 def memory_of_machine(ranks: Ranks) -> int:
     """Bytes of memory that a process of this run may take at most: its GPU's, or its share of the machine's, which a container may have limited."""
@@ -1583,9 +1572,9 @@ class Trainer:
         fit = max(1, config.micro_batch_tokens // config.sequence_length)
         self.micro_rows = max(n for n in range(1, min(fit, self.loader.rows) + 1) if self.loader.rows % n == 0)
         needed, there = memory_needed(config, self.ranks.dtype), memory_of_machine(self.ranks)
-        require(config.dry_run or needed <= there, f"this run needs about {needed:,} bytes of memory and there are {there:,}; choose a smaller model or "
+        require(config.dry_run or needed <= there, f"this run needs at least {needed:,} bytes of memory and there are {there:,}; choose a smaller model or "
                 "--micro_batch_tokens")
-        self.costs = measure_model(config, self.ranks.dtype) | dict(memory_needed=needed, memory_of_machine=there)
+        self.costs = measure_model(config) | dict(memory_needed=needed, memory_of_machine=there)
         self._settle_compilation()
         self.step = 0
         self.train_seconds = 0.0            # on the clock so far
@@ -1921,7 +1910,7 @@ class Trainer:
         say(f"model   {costs['parameters']:,} parameters, {costs['parameters_without_embeddings']:,} of them in blocks; "
             f"{costs['flops_per_token']:,.0f} FLOPs a token")
         say(f"plan    {length} of {config.batch_tokens:,} tokens, {flops:.3g} FLOPs; validation on {self.val_tokens:,} tokens every {config.val_every} steps")
-        say(f"memory  about {costs['memory_needed'] >> 20:,} MiB of {costs['memory_of_machine'] >> 20:,}")
+        say(f"memory  at least {costs['memory_needed'] >> 20:,} MiB of {costs['memory_of_machine'] >> 20:,}")
         say(f"time    {self._expected_time(flops)}")
 
     def _expected_time(self, flops: float) -> str:
