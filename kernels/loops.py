@@ -30,8 +30,8 @@ def _cache_folder() -> Path | None:
     The folder of compiled loops, one for each state of their sources: Numba compares a function's own file only, and a loop calls those of other files. None
     where no folder can be written, so that loops are compiled in every process.
     """
-    sources = sorted(Path(__file__).parent.glob("*loops.py"))
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sources) + repr((numba.__version__, numba.config.BOUNDSCHECK)).encode())
+    names = ["simd.py", *sorted(file.name for file in Path(__file__).parent.glob("*loops.py"))]
+    digest = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in names) + repr((numba.__version__, numba.config.BOUNDSCHECK)).encode())
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = base / "knotgpt" / f"loops-{digest.hexdigest()[:12]}"
     try:
@@ -47,6 +47,7 @@ if _folder is not None:
     numba.config.CACHE_DIR = str(_folder)
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
+BOUNDSCHECK = bool(numba.config.BOUNDSCHECK)  # NUMBA_BOUNDSCHECK=1: every index is checked, for tests
 _options = dict(cache=_folder is not None, fastmath=FASTMATH, error_model="numpy")
 loop = njit(nogil=True, **_options)                             # one thread
 inline_loop = njit(nogil=True, inline="always", **_options)     # copied into the loop that calls it

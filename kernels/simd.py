@@ -1,0 +1,238 @@
+"""
+Vectors of 8 numbers for Numba's loops: what the compiler is told to do at once, it need not find out.
+
+Numba's loops over arrays are vectorised only where the compiler can prove that they may be: indices that could be negative (Numba lets them wrap around), arrays
+that could overlap and maxima of numbers that could be NaN are each enough to stop it. A row of D numbers, D a multiple of 8, is read and written here by
+load and store, without any of that, and stays in registers between.
+
+    Vector      8 float32 or 8 float64; + - * and the functions below take two vectors of one type
+    load, store at an index of a one-dimensional contiguous array: no wrap-around; tested with NUMBA_BOUNDSCHECK=1
+    splat       a scalar in all 8 places                    madd        a b + c
+    total       the sum of the 8 numbers                    largest     the larger of each pair, the second where one is NaN
+    exp2        2^x, as loops.exp2_f32 for float32          distance    |a - b|
+    cast        to an array's dtype                         select      x where a > b, else y
+"""
+
+import operator
+
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic, models, overload, register_model
+
+from kernels.loops import BOUNDSCHECK, inline_loop
+
+WIDTH = 8
+FLAGS = ("contract", "reassoc", "nsz", "arcp")
+
+
+class Vector(types.Type):
+    """The type of 8 numbers of a dtype, types.float32 or types.float64."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+        super().__init__(f"Vector({dtype})")
+
+
+@register_model(Vector)
+class VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, vector):
+        super().__init__(manager, vector, ir.VectorType(manager[vector.dtype].get_value_type(), WIDTH))
+
+
+def _pointer(context, builder, array_type, array, index):
+    data = context.make_array(array_type)(context, builder, array).data
+    vector = ir.VectorType(context.get_value_type(array_type.dtype), WIDTH)
+    return builder.bitcast(builder.gep(data, [index]), vector.as_pointer())
+
+
+def _bytes(array_type) -> int:
+    return array_type.dtype.bitwidth // 8
+
+
+@intrinsic
+def _load(typing, x, i):
+    def generate(context, builder, signature, arguments):
+        pointer = _pointer(context, builder, signature.args[0], *arguments)
+        return builder.load(pointer, align=_bytes(signature.args[0]))
+    return Vector(x.dtype)(x, types.intp), generate
+
+
+@intrinsic
+def _store(typing, x, i, v):
+    def generate(context, builder, signature, arguments):
+        array, index, vector = arguments
+        builder.store(vector, _pointer(context, builder, signature.args[0], array, index), align=_bytes(signature.args[0]))
+        return context.get_dummy_value()
+    return types.void(x, types.intp, Vector(x.dtype)), generate
+
+
+@inline_loop
+def load(x, i):
+    """x[i], ..., x[i + 7]"""
+    if BOUNDSCHECK:
+        if i < 0 or i + 8 > x.size:
+            raise IndexError("a vector is read outside its array")
+    return _load(x, i)
+
+
+@inline_loop
+def store(x, i, v):
+    if BOUNDSCHECK:
+        if i < 0 or i + 8 > x.size:
+            raise IndexError("a vector is written outside its array")
+    _store(x, i, v)
+
+
+@intrinsic
+def splat(typing, x):
+    def generate(context, builder, signature, arguments):
+        vector = ir.VectorType(arguments[0].type, WIDTH)
+        first = builder.insert_element(ir.Constant(vector, ir.Undefined), arguments[0], ir.Constant(ir.IntType(32), 0))
+        return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH))
+    return Vector(x)(x), generate
+
+
+def _pairwise(name, build):
+    """An intrinsic of two vectors of one type; build(builder, a, b) makes its instructions."""
+    def typed(typing, a, b):
+        if not isinstance(a, Vector) or a != b:
+            return None
+        return a(a, b), lambda context, builder, signature, arguments: build(builder, *arguments)
+    typed.__name__ = name
+    return intrinsic(typed)
+
+
+def _call(builder, name, *vectors):
+    """LLVM's function of vectors of one type."""
+    kind = vectors[0].type
+    element = "f32" if isinstance(kind.element, ir.FloatType) else "f64"
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * len(vectors)), f"llvm.{name}.v{WIDTH}{element}")
+    return builder.call(function, vectors, fastmath=FLAGS)
+
+
+def _larger(builder, a, b):
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+_add = _pairwise("_add", lambda builder, a, b: builder.fadd(a, b, flags=FLAGS))
+_subtract = _pairwise("_subtract", lambda builder, a, b: builder.fsub(a, b, flags=FLAGS))
+_multiply = _pairwise("_multiply", lambda builder, a, b: builder.fmul(a, b, flags=FLAGS))
+largest = _pairwise("largest", _larger)
+distance = _pairwise("distance", lambda builder, a, b: _call(builder, "fabs", builder.fsub(a, b)))
+
+
+def _operate(symbol, function):
+    @overload(symbol)
+    def operation(a, b):
+        if isinstance(a, Vector) and a == b:
+            return lambda a, b: function(a, b)
+
+
+_operate(operator.add, _add)
+_operate(operator.sub, _subtract)
+_operate(operator.mul, _multiply)
+
+
+@intrinsic
+def madd(typing, a, b, c):
+    """a b + c"""
+    if not a == b == c:
+        return None
+    return a(a, b, c), lambda context, builder, signature, arguments: _call(builder, "fmuladd", *arguments)
+
+
+@intrinsic
+def select(typing, a, b, x, y):
+    """x where a > b, else y"""
+    def generate(context, builder, signature, arguments):
+        a, b, x, y = arguments
+        return builder.select(builder.fcmp_ordered(">", a, b), x, y)
+    return x(a, b, x, y), generate
+
+
+@intrinsic
+def total(typing, a):
+    def generate(context, builder, signature, arguments):
+        kind = arguments[0].type
+        element = "f32" if isinstance(kind.element, ir.FloatType) else "f64"
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind.element, [kind.element, kind]), f"llvm.vector.reduce.fadd.v{WIDTH}{element}")
+        return builder.call(function, [ir.Constant(kind.element, 0.0), arguments[0]], fastmath=FLAGS)
+    return a.dtype(a), generate
+
+
+@intrinsic
+def _narrow(typing, a):
+    def generate(context, builder, signature, arguments):
+        return builder.fptrunc(arguments[0], ir.VectorType(ir.FloatType(), WIDTH))
+    return Vector(types.float32)(a), generate
+
+
+def cast(a, array):
+    """The vector a in array's dtype, which is a's own or narrower."""
+    raise NotImplementedError("only within Numba's loops")
+
+
+@overload(cast)
+def _cast(a, array):
+    if array.dtype == a.dtype:
+        return lambda a, array: a
+    return lambda a, array: _narrow(a)
+
+
+@intrinsic
+def _floor(typing, a):
+    return a(a), lambda context, builder, signature, arguments: _call(builder, "floor", *arguments)
+
+
+@intrinsic
+def _power(typing, a):
+    """2^a of whole float32 numbers from -127 (taken as 0) to 128 (infinity), by the exponent's bits."""
+    def generate(context, builder, signature, arguments):
+        integers = ir.VectorType(ir.IntType(32), WIDTH)
+        whole = builder.fptosi(arguments[0], integers)
+        bits = builder.shl(builder.add(whole, ir.Constant(integers, [127] * WIDTH)), ir.Constant(integers, [23] * WIDTH))
+        return builder.bitcast(bits, arguments[0].type)
+    return a(a), generate
+
+
+@intrinsic
+def _exp2_f64(typing, a):
+    return a(a), lambda context, builder, signature, arguments: _call(builder, "exp2", *arguments)
+
+
+@intrinsic
+def _or_nan(typing, a, b):
+    """b, but NaN where a is."""
+    def generate(context, builder, signature, arguments):
+        a, b = arguments
+        return builder.select(builder.fcmp_ordered("ord", a, a), b, a)
+    return a(a, b), generate
+
+
+@inline_loop
+def _exp2_f32(x):
+    bounded = largest(x, splat(np.float32(-127.0)))
+    bounded = select(bounded, splat(np.float32(128.0)), splat(np.float32(128.0)), bounded)
+    whole = _floor(bounded + splat(np.float32(0.5)))
+    f = bounded - whole
+    p = splat(np.float32(1.5403530393381609e-4))
+    p = madd(p, f, splat(np.float32(1.3333558146428443e-3)))
+    p = madd(p, f, splat(np.float32(9.618129107628477e-3)))
+    p = madd(p, f, splat(np.float32(5.550410866482158e-2)))
+    p = madd(p, f, splat(np.float32(2.402265069591007e-1)))
+    p = madd(p, f, splat(np.float32(6.931471805599453e-1)))
+    p = madd(p, f, splat(np.float32(1.0)))
+    return _or_nan(x, p * _power(whole))
+
+
+def exp2(x):
+    """2^x of a vector."""
+    raise NotImplementedError("only within Numba's loops")
+
+
+@overload(exp2)
+def _exp2(x):
+    if x.dtype == types.float32:
+        return lambda x: _exp2_f32(x)
+    return lambda x: _exp2_f64(x)
