@@ -1,0 +1,834 @@
+"""
+Topological attention, backend "loglinear" on a CPU: the exact O(T log T) sums of topological_attention_loglinear.py as compiled loops, without a large tensor.
+
+A row is one head of one sequence. Its tokens lie in chunks of CHUNK; pairs inside a chunk are a dense tile of scores. Then nodes of s = CHUNK, 2 CHUNK, ... tokens:
+the keys of the left one of each pair act on the queries of the right one. A node has one list of its keys and its queries, sorted by coordinate, where a key
+comes before the queries that equal it; the lists of two nodes are merged, and one walk through the result gives the sources (left keys) in order and for every
+target (right query) its rank r, how many sources are at or below it. With potentials p_j = b_j + G_j and q_j = -b_j + G_j of the sources, G_j = c_j - F_j,
+    U_r = sum over the first r sources of 2^(p_j - y_r) [v_j, 1]       y_r their largest p
+    V_r = sum over the others of 2^(q_j - z_r) [v_j, 1]                z_r their largest q
+are tables of rows of D + 1 numbers, each made from its neighbour, and a target reads one row of both: 2^(y_r - a_i + F_i) U_r + 2^(z_r + a_i + F_i) V_r.
+Sources go through in blocks whose tables stay in the second-level cache; before the first block of several, one walk down gives the V that each begins with.
+Every exponent is a difference of float64 numbers and lies below the row's largest so far, by which the sums are scaled. Coordinates, decays and biases are
+times log2(e) here. Rows narrower or wider than a multiple of 8 numbers are padded by the caller.
+
+Backward, with P_ij = 2^(s_ij - L_i), L_i = M_i + log2 Z_i, u_i = dOut_i, delta_i = u_i . out_i, E_ij = P_ij (u_i . v_j - delta_i), whose sums over j vanish:
+    da_i = -2 sum over b_j <= a_i of E_ij + sum over b_j = a_i of E_ij         from U alone, read as a product of rows
+    dv_j = sum_i P_ij u_i, dc_j = sum_i E_ij, db_j = sum_i sgn(a_i - b_j) E_ij     the same tables of [u_i, delta_i], targets and sources changing places
+Equal coordinates are summed once more, by themselves, where there are any.
+
+Work for a token of a row and level: 3 D multiply-adds forward, 5 D backward; 2 steps of a merge; 4 exponentials forward, in vectors. Memory: about 100 bytes a token of
+the rows that are worked on at once, GROUP_TOKENS or one row, and a table a thread. Results are equal bit for bit whatever the number of threads.
+
+Source: the algorithm is ours; merging sorted halves: merge sort; rows kept with the exponent of their maximum: Milakov and Gimelshein, arxiv.org/abs/1805.02867
+"""
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+from numba import prange
+
+from kernels.loops import inline_loop, loop, parallel_loop, use_threads
+from kernels.simd import cast, distance, exp2, largest, load, madd, select, splat, store, total
+
+CHUNK = 32              # tokens of a chunk, a multiple of 8
+SUBTREE_LEVELS = 4
+SUBTREE = CHUNK << SUBTREE_LEVELS   # tokens that one thread takes through all their levels: they stay in the second-level cache
+GROUP_TOKENS = 1 << 13  # tokens of the rows that are worked on at once, unless one row has more
+TABLE = 1 << 14         # numbers of a table of rows
+LOWEST = -1e30          # the potential of no source at all: finite, as it is subtracted from itself
+NEGLIGIBLE = 2.0 ** -80
+LOG2_E = 1.4426950408889634
+
+POSITION = (1 << 30) - 1    # of an item in a list: code << 32 | is_query << 30 | position
+
+# A triangle of 8 x 8 pairs: 1 where query lane >= key - first query, then where it is below: keys at or before, and after a query.
+_lanes = np.arange(8)
+TRIANGLES = np.stack([(_lanes >= _lanes[:, None]), (_lanes < _lanes[:, None])]).astype(np.float64).ravel()
+
+FORWARD, QUERY_GRADIENT, KEY_GRADIENT = 0, 1, 2
+
+
+class Matrix(NamedTuple):
+    """Rows of D numbers: row i begins at data[base + i step]."""
+    data: np.ndarray
+    base: int
+    step: int
+
+
+class Side(NamedTuple):
+    """The keys or the queries of a row, by position."""
+    coordinate: np.ndarray      # float64
+    bias: np.ndarray            # float64: what a source adds to its potential, a target to its scores
+    unit: np.ndarray            # the number beside the D of each row: 1 of keys, delta of queries
+    rows: Matrix                # v of keys, u of queries
+
+
+class Sums(NamedTuple):
+    """What a pass makes, by position."""
+    highest: np.ndarray         # float64: M, the largest score so far; backward unused
+    normalizer: np.ndarray      # Z so far; backward da
+    key_gradient: np.ndarray    # db
+    bias_gradient: np.ndarray   # dc
+    rows: Matrix                # out; backward dv
+
+
+class Work(NamedTuple):
+    """A thread's own arrays. A block is the sources whose tables are made at a time."""
+    unsorted: np.ndarray        # (2 CHUNK) int64
+    source: np.ndarray          # (T + 8) int32: positions of sources in order
+    target: np.ndarray          # (T + 8) int32: positions of targets in order
+    rank: np.ndarray            # (T + 8) int32: of targets
+    back: np.ndarray            # (T + 8) int32: of sources, how many targets come before them
+    thin: np.ndarray            # (7, block + 16) float64: potentials and exponents
+    factors: np.ndarray         # (4, block + 16): what rows are multiplied by
+    table: np.ndarray           # (2, (block + 1) (D + 1)): U and V
+    carried: np.ndarray         # ((blocks + 1) (D + 1)): V at the ends of blocks
+    carried_potential: np.ndarray   # (blocks + 1) float64
+    chunk: np.ndarray           # (5, CHUNK) float64, of a chunk's queries: coordinate, bias, document, M, what is kept of the sums
+    chunk_sums: np.ndarray      # (3, CHUNK): of a chunk's queries: Z or da, what is kept of the rows, delta
+    tile: np.ndarray            # (CHUNK CHUNK): weights of [key, query]
+    columns: np.ndarray         # (D CHUNK): u of a chunk's queries by columns
+
+
+# ---- Rows of D numbers
+
+
+@loop
+def _mix(y, i, keep, x, j, add, D):
+    """y_i = keep y_i + add x_j, D numbers each from i and j on."""
+    keep_all, add_all = splat(keep), splat(add)
+    for d in range(0, D, 8):
+        store(y, i + d, madd(keep_all, load(y, i + d), add_all * load(x, j + d)))
+
+
+@loop
+def _next_row(table, to, by, keep, x, j, add, D):
+    """table_to = keep table_by + add x_j"""
+    keep_all, add_all = splat(keep), splat(add)
+    for d in range(0, D, 8):
+        store(table, to + d, madd(keep_all, load(table, by + d), add_all * load(x, j + d)))
+
+
+@loop
+def _dot(x, i, y, j, D):
+    sums = load(x, i) * load(y, j)
+    for d in range(8, D, 8):
+        sums = madd(load(x, i + d), load(y, j + d), sums)
+    return total(sums)
+
+
+@loop
+def _add_products(to, r, count, keep, weights, at, to_step, by_step, by, first, last, D):
+    """
+    Rows r, r + 1, ... (count, at most 4) of to: keep_r to_r + sum over x from first to last of weights[at + k to_step + (x - first) by_step] by_x; with no keep
+    the sum alone. Four sums at a time stay in registers; weights must be there for all four.
+    """
+    for d in range(0, D, 8):
+        y0 = splat(weights.dtype.type(0))
+        y1 = y0
+        y2 = y0
+        y3 = y0
+        w = at
+        for x in range(first, last):
+            row = load(by.data, by.base + x * by.step + d)
+            y0 = madd(splat(weights[w]), row, y0)
+            y1 = madd(splat(weights[w + to_step]), row, y1)
+            y2 = madd(splat(weights[w + 2 * to_step]), row, y2)
+            y3 = madd(splat(weights[w + 3 * to_step]), row, y3)
+            w += by_step
+        i = to.base + r * to.step + d
+        for k in range(count):
+            y = y0
+            if k == 1:
+                y = y1
+            if k == 2:
+                y = y2
+            if k == 3:
+                y = y3
+            if keep is not None:
+                y = madd(splat(keep[k]), load(to.data, i + k * to.step), y)
+            store(to.data, i + k * to.step, y)
+
+
+# ---- Lists of a node's keys and queries
+
+
+@loop
+def _sorted_chunk(items, at, work, key_codes, key_first, key_last, query_codes, query_first, query_last):
+    """The list of a chunk, from items[at] on; codes are int32 numbers in the order of the coordinates, equal where those are. Places are counted, not sought."""
+    unsorted, n = work.unsorted, 0
+    for j in range(key_first, key_last):
+        unsorted[n] = (np.int64(key_codes[j]) << 32) | j
+        n += 1
+    for i in range(query_first, query_last):
+        unsorted[n] = (np.int64(query_codes[i]) << 32) | (1 << 30) | i
+        n += 1
+    for k in range(n):
+        item, place = unsorted[k], 0
+        for other in unsorted[:n]:
+            place += np.int64(other < item)
+        items[at + place] = item
+
+
+@loop
+def _merge(x, y, to):
+    """The sorted lists x and y into to, without a branch that depends on their contents."""
+    i = j = k = 0
+    while i < x.shape[0] and j < y.shape[0]:
+        a, b = x[i], y[j]
+        first = a < b
+        to[k] = a if first else b
+        i += np.int64(first)
+        j += np.int64(not first)
+        k += 1
+    for rest in range(i, x.shape[0]):
+        to[k] = x[rest]
+        k += 1
+    for rest in range(j, y.shape[0]):
+        to[k] = y[rest]
+        k += 1
+
+
+@loop
+def _split(items, work, key_first, key_last, query_first, query_last):
+    """
+    The sources and targets in a sorted list, keys and queries at these positions: their numbers, and whether one equals another. work.source, target, rank
+    and back are set.
+    """
+    source, target, rank, back = work.source, work.target, work.rank, work.back
+    sources = targets = 0
+    code, equal = np.int64(-1) << 40, False
+    for item in items:
+        position, is_query = item & POSITION, (item >> 30) & 1
+        is_source = (is_query == 0) & (position >= key_first) & (position < key_last)
+        is_target = (is_query == 1) & (position >= query_first) & (position < query_last)
+        source[sources], back[sources] = position, targets
+        sources += np.int64(is_source)
+        target[targets], rank[targets] = position, sources
+        targets += np.int64(is_target)
+        code = (item >> 32) if is_source else code
+        equal |= is_target & ((item >> 32) == code)
+    return sources, targets, equal
+
+
+# ---- Sources act on targets of another node
+
+
+@loop
+def _potentials(sources, order, first, count, potential, highest, sign):
+    """sign x coordinate + bias of some sources, and its running maximum from highest[0] on; for sign -1 backwards, from highest[count] on."""
+    if sign > 0:
+        y = highest[0]
+        for r in range(count):
+            j = order[first + r]
+            p = sources.bias[j] + sources.coordinate[j]
+            y = p if p > y else y
+            potential[r], highest[r + 1] = p, y
+    else:
+        y = highest[count]
+        for r in range(count - 1, -1, -1):
+            j = order[first + r]
+            p = sources.bias[j] - sources.coordinate[j]
+            y = p if p > y else y
+            potential[r], highest[r] = p, y
+
+
+@loop
+def _factors(count, potential, highest, to, before, keep, add):
+    """2^ of what a step keeps of the last row and of what it adds, for steps from highest[r + before] to highest[r + to]."""
+    for r in range(0, count, 8):
+        y = load(highest, r + to)
+        store(keep, r, exp2(cast(load(highest, r + before) - y, keep)))
+        store(add, r, exp2(cast(load(potential, r) - y, add)))
+
+
+@loop
+def _carry_down(sources, order, count, block, work, D):
+    """V at the end of every block of sources but the first, in work.carried, from the last block to the second."""
+    potential, highest, keep, add, carried, E = work.thin[1], work.thin[3], work.factors[2], work.factors[3], work.carried, D + 1
+    rows = sources.rows
+    for k in range((count - 1) // block, 0, -1):
+        first, n = k * block, min(block, count - k * block)
+        highest[n] = work.carried_potential[k + 1]
+        _potentials(sources, order, first, n, potential, highest, -1)
+        _factors(n, potential, highest, 0, 1, keep, add)
+        to = k * E
+        carried[to:to + E] = carried[to + E:to + 2 * E]
+        for r in range(n - 1, -1, -1):
+            j = order[first + r]
+            _mix(carried, to, keep[r], rows.data, rows.base + j * rows.step, add[r], D)
+            carried[to + D] = keep[r] * carried[to + D] + add[r] * sources.unit[j]
+        work.carried_potential[k] = highest[0]
+
+
+@loop
+def _tables(sources, order, first, count, work, both, D):
+    """
+    U of a block of sources after the U in the table's first row, whose potential is work.thin[2, 0]; with both V, before the V in its last row, of potential
+    work.thin[3, count].
+    """
+    rows, E, up, down = sources.rows, D + 1, work.table[0], work.table[1]
+    keep, add, keep_down, add_down = work.factors[0], work.factors[1], work.factors[2], work.factors[3]
+    _potentials(sources, order, first, count, work.thin[0], work.thin[2], 1)
+    _factors(count, work.thin[0], work.thin[2], 1, 0, keep, add)
+    if both:
+        _potentials(sources, order, first, count, work.thin[1], work.thin[3], -1)
+        _factors(count, work.thin[1], work.thin[3], 0, 1, keep_down, add_down)
+    for r in range(count):
+        j, by = order[first + r], r * E
+        _next_row(up, by + E, by, keep[r], rows.data, rows.base + j * rows.step, add[r], D)
+        up[by + E + D] = keep[r] * up[by + D] + add[r] * sources.unit[j]
+        if both:
+            r = count - 1 - r
+            j, by = order[first + r], (r + 1) * E
+            _next_row(down, by - E, by, keep_down[r], rows.data, rows.base + j * rows.step, add_down[r], D)
+            down[by - E + D] = keep_down[r] * down[by + D] + add_down[r] * sources.unit[j]
+
+
+@loop
+def _read(mode, targets, sums, order, rank, first, last, before, work, D):
+    """Targets from first to last of an order read the tables, whose first row is that of the rank `before`."""
+    E, up, down, rows, out = D + 1, work.table[0], work.table[1], targets.rows, sums.rows
+    y_up, y_down = work.thin[2], work.thin[3]
+    keep, add_up, add_down = work.thin[4], work.thin[5], work.thin[6]
+    kept, weight_up, weight_down = work.factors[0], work.factors[1], work.factors[2]
+    piece = keep.shape[0] - 8
+    for start in range(first, last, piece):
+        n = min(piece, last - start)
+        for k in range(n):
+            i, r = order[start + k], rank[start + k] - before
+            x, bias = targets.coordinate[i], targets.bias[i]
+            above, below = (y_up[r] - x) + bias, (y_down[r] + x) + bias
+            add_up[k], add_down[k] = above, below
+            if mode == FORWARD:
+                m = sums.highest[i]
+                new = above if above > m else m
+                new = below if below > new else new
+                keep[k], add_up[k], add_down[k] = m - new, above - new, below - new
+                sums.highest[i] = new
+        for k in range(0, n, 8):
+            store(weight_up, k, exp2(cast(load(add_up, k), weight_up)))
+            if mode != QUERY_GRADIENT:
+                store(weight_down, k, exp2(cast(load(add_down, k), weight_down)))
+            if mode == FORWARD:
+                store(kept, k, exp2(cast(load(keep, k), kept)))
+        for k in range(n):
+            i, r = order[start + k], (rank[start + k] - before) * E
+            a, b, row = weight_up[k], weight_down[k], rows.base + i * rows.step
+            if mode == QUERY_GRADIENT:
+                if not a < NEGLIGIBLE:
+                    sums.normalizer[i] -= 2 * a * (_dot(rows.data, row, up, r, D) - targets.unit[i] * up[r + D])
+                continue
+            if a < NEGLIGIBLE and b < NEGLIGIBLE and (mode != FORWARD or kept[k] == 1):
+                continue
+            to, a_all, b_all = out.base + i * out.step, splat(a), splat(b)
+            if mode == FORWARD:
+                keep_all = splat(kept[k])
+                for d in range(0, D, 8):
+                    taken = madd(a_all, load(up, r + d), b_all * load(down, r + d))
+                    store(out.data, to + d, madd(keep_all, load(out.data, to + d), taken))
+                sums.normalizer[i] = kept[k] * sums.normalizer[i] + (a * up[r + D] + b * down[r + D])
+            else:
+                for d in range(0, D, 8):
+                    taken = madd(a_all, load(up, r + d), b_all * load(down, r + d))
+                    store(out.data, to + d, load(out.data, to + d) + taken)
+                above = a * (_dot(rows.data, row, up, r, D) - up[r + D])
+                below = b * (_dot(rows.data, row, down, r, D) - down[r + D])
+                sums.key_gradient[i] += below - above
+                sums.bias_gradient[i] += below + above
+
+
+@loop
+def _act(mode, sources, targets, sums, source, count, target, rank, readers, work, D):
+    """The sources on the targets, each in its order, block by block of sources."""
+    E = D + 1
+    block, both = work.thin.shape[1] - 16, mode != QUERY_GRADIENT
+    last = (count - 1) // block
+    work.carried[(last + 1) * E:(last + 2) * E] = 0
+    work.carried_potential[last + 1] = LOWEST
+    if both:
+        _carry_down(sources, source, count, block, work, D)
+    work.table[0, :E] = 0
+    work.thin[2, 0] = LOWEST
+    done = 0
+    for k in range(last + 1):
+        first, n = k * block, min(block, count - k * block)
+        if both:
+            work.table[1, n * E:(n + 1) * E] = work.carried[(k + 1) * E:(k + 2) * E]
+            work.thin[3, n] = work.carried_potential[k + 1]
+        _tables(sources, source, first, n, work, both, D)
+        until = done
+        while until < readers and (k == last or rank[until] <= first + n):
+            until += 1
+        _read(mode, targets, sums, target, rank, done, until, first, work, D)
+        done = until
+        work.table[0, :E] = work.table[0, n * E:(n + 1) * E].copy()
+        work.thin[2, 0] = work.thin[2, n]
+
+
+@loop
+def _act_on_equals(keys, queries, sums, items, work, key_first, key_last, query_first, query_last, D):
+    """
+    The backward pass of equal coordinates: _act counts them below the query, and neither side is theirs. For each coordinate that sources and targets share,
+    E summed over the sources is taken from twice itself in da, and E summed over the targets is taken from db.
+    """
+    group = n = 0
+    while group < items.shape[0]:
+        n = group
+        while n < items.shape[0] and items[n] >> 32 == items[group] >> 32:
+            n += 1
+        sources, targets, equal = _split(items[group:n], work, key_first, key_last, query_first, query_last)
+        group = n
+        if not equal:
+            continue
+        for side in range(2):
+            givers, takers = (keys, queries) if side == 0 else (queries, keys)
+            order, count = (work.source, sources) if side == 0 else (work.target, targets)
+            readers, number = (work.target, targets) if side == 0 else (work.source, sources)
+            table, highest = work.table[0], LOWEST
+            table[:D + 1] = 0
+            for k in range(count):
+                highest = max(highest, givers.bias[order[k]])
+            for k in range(count):
+                j = order[k]
+                add = table.dtype.type(2.0 ** (givers.bias[j] - highest))
+                _mix(table, 0, table.dtype.type(1), givers.rows.data, givers.rows.base + j * givers.rows.step, add, D)
+                table[D] += add * givers.unit[j]
+            for k in range(number):
+                i = readers[k]
+                weight = table.dtype.type(2.0 ** (takers.bias[i] + highest))
+                product = _dot(takers.rows.data, takers.rows.base + i * takers.rows.step, table, 0, D)
+                if side == 0:
+                    sums.normalizer[i] += weight * (product - takers.unit[i] * table[D])
+                else:
+                    sums.key_gradient[i] -= weight * (product - table[D])
+
+
+# ---- Pairs inside a chunk
+
+
+@loop
+def _take_queries(mode, queries, sums, start, query_first, query_last, fresh, work, D):
+    """A chunk's queries as vectors can read them: the places after the last hold what sees nothing."""
+    coordinate, bias, document, highest = work.chunk[0], work.chunk[1], work.chunk[2], work.chunk[3]
+    delta = work.chunk_sums[2]
+    for k in range(CHUNK):
+        i = query_first + k
+        inside = i < query_last
+        coordinate[k] = queries.coordinate[i] if inside else 0.0
+        bias[k] = queries.bias[i] if inside else -np.inf
+        document[k] = start[i] if inside else 0.0
+        highest[k] = sums.highest[i] if inside and not fresh and mode == FORWARD else LOWEST
+        delta[k] = queries.unit[i] if inside and mode != FORWARD else 0.0
+    if mode != FORWARD:
+        rows, columns = queries.rows, work.columns
+        for k in range(CHUNK):
+            row = rows.base + (query_first + k) * rows.step
+            for d in range(D):
+                columns[d * CHUNK + k] = rows.data[row + d] if query_first + k < query_last else 0.0
+
+
+@inline_loop
+def _scores(keys, j, a, bias, document, in_documents, first, triangle):
+    """The scores of 8 queries, the first at key j's place + first - 8 ..., and key j; -inf of pairs that are none."""
+    s = bias + splat(keys.bias[j]) - distance(a, splat(keys.coordinate[j]))
+    if in_documents:
+        s = select(splat(j + 0.5), document, s, splat(-np.inf))
+    if 0 <= first < 8:
+        s = select(load(TRIANGLES, triangle + 8 * first), splat(0.0), s, splat(-np.inf))
+    return s
+
+
+@loop
+def _chunk_forward(keys, queries, sums, start, key_first, key_last, query_first, query_last, shift, lower, fresh, work, D):
+    """Pairs of a chunk's keys and queries: key j at or before query i where lower, else after it, counting j + shift."""
+    _take_queries(FORWARD, queries, sums, start, query_first, query_last, fresh, work, D)
+    triangle = 0 if lower else 64
+    in_documents = start[query_last - 1] > key_first
+    tile, normalizer, kept = work.tile, work.chunk_sums[0], work.chunk_sums[1]
+    for k in range(0, query_last - query_first, 8):
+        a, bias, document = load(work.chunk[0], k), load(work.chunk[1], k), load(work.chunk[2], k)
+        i = query_first + k
+        first, last = (key_first, min(key_last, i + 8)) if lower else (max(key_first, i - shift), key_last)
+        old = load(work.chunk[3], k)
+        m = old
+        for j in range(first, last):
+            m = largest(_scores(keys, j, a, bias, document, in_documents, j + shift - i, triangle), m)
+        z = splat(tile.dtype.type(0))
+        for j in range(first, last):
+            p = exp2(cast(_scores(keys, j, a, bias, document, in_documents, j + shift - i, triangle) - m, tile))
+            store(tile, (j - key_first) * CHUNK + k, p)
+            z = z + p
+        store(work.chunk[3], k, m)
+        store(normalizer, k, z)
+        store(kept, k, exp2(cast(old - m, kept)))
+    for k in range(0, query_last - query_first, 4):
+        i, count = query_first + k, min(4, query_last - query_first - k)
+        first, last = (key_first, min(key_last, i + 4)) if lower else (max(key_first, i - shift), key_last)
+        at = (first - key_first) * CHUNK + k
+        if fresh:
+            _add_products(sums.rows, i, count, None, tile, at, 1, CHUNK, keys.rows, first, last, D)
+        else:
+            _add_products(sums.rows, i, count, kept[k:k + 4], tile, at, 1, CHUNK, keys.rows, first, last, D)
+        for n in range(count):
+            sums.highest[i + n] = work.chunk[3, k + n]
+            before = tile.dtype.type(0) if fresh else kept[k + n] * sums.normalizer[i + n]
+            sums.normalizer[i + n] = before + normalizer[k + n]
+
+
+@loop
+def _chunk_backward(keys, queries, sums, start, key_first, key_last, query_first, query_last, shift, lower, work, D):
+    """The same pairs' part of all gradients."""
+    _take_queries(QUERY_GRADIENT, queries, sums, start, query_first, query_last, True, work, D)
+    triangle = 0 if lower else 64
+    in_documents = start[query_last - 1] > key_first
+    tile, gradient, delta, columns = work.tile, work.chunk_sums[0], work.chunk_sums[2], work.columns
+    nothing = splat(tile.dtype.type(0))
+    gradient[:] = 0
+    for j in range(key_first, key_last):
+        here = j + shift - query_first
+        first, last = (here // 8 * 8, query_last - query_first) if lower else (0, min(CHUNK, here // 8 * 8 + 8))
+        row, of_coordinate, of_bias = keys.rows.base + j * keys.rows.step, nothing, nothing
+        for k in range(first, last, 8):
+            a = load(work.chunk[0], k)
+            s = _scores(keys, j, a, load(work.chunk[1], k), load(work.chunk[2], k), in_documents, here - k, triangle)
+            p, product = exp2(cast(s, tile)), nothing - load(delta, k)
+            for d in range(D):
+                product = madd(splat(keys.rows.data[row + d]), load(columns, d * CHUNK + k), product)
+            store(tile, (j - key_first) * CHUNK + k, p)
+            e, b = p * product, splat(keys.coordinate[j])
+            below, above = select(a, b, e, nothing), select(b, a, e, nothing)
+            store(gradient, k, load(gradient, k) - (e + (below - above)))
+            of_coordinate = of_coordinate + (below - above)
+            of_bias = of_bias + e
+        sums.key_gradient[j] += total(of_coordinate)
+        sums.bias_gradient[j] += total(of_bias)
+    one = np.ones(4, tile.dtype)
+    for k in range(0, key_last - key_first, 4):
+        j, count = key_first + k, min(4, key_last - key_first - k)
+        here = j + shift
+        first, last = (max(query_first, here), query_last) if lower else (query_first, min(query_last, here + 3))
+        at = k * CHUNK + first - query_first
+        _add_products(sums.rows, j, count, one, tile, at, CHUNK, 1, queries.rows, first, last, D)
+    for k in range(query_last - query_first):
+        sums.normalizer[query_first + k] += gradient[k]
+
+
+# ---- A triangle of pairs: keys and queries of one block of tokens (lower), or the keys of a block and the queries of the next (upper)
+
+
+class Triangle(NamedTuple):
+    lower: bool
+    key_base: int       # the first token of the keys' block
+    query_base: int     # of the queries' block
+    key_count: int
+    query_count: int
+    at: int             # where its lists begin
+
+
+@loop
+def _span(base, count, first, last):
+    """The tokens of a block's places first .. last - 1, of which it has `count`."""
+    return base + min(first, count), base + min(last, count)
+
+
+@loop
+def _list_of(lists, level, triangle, first, last):
+    """The sorted list of the node of the places first .. last - 1, of a level."""
+    length = max(0, min(last, triangle.key_count) - first) + max(0, min(last, triangle.query_count) - first)
+    at = triangle.at + 2 * first
+    return lists[level % 2, at:at + length]
+
+
+@loop
+def _chunks(backward, keys, queries, sums, start, key_codes, query_codes, lists, triangle, first, last, work, D):
+    """The chunks in the places first .. last - 1: their pairs and their lists."""
+    shift = triangle.query_base - triangle.key_base
+    for place in range(first, last, CHUNK):
+        key_first, key_last = _span(triangle.key_base, triangle.key_count, place, place + CHUNK)
+        query_first, query_last = _span(triangle.query_base, triangle.query_count, place, place + CHUNK)
+        if key_first < key_last and query_first < query_last:
+            if backward:
+                _chunk_backward(keys, queries, sums, start, key_first, key_last, query_first, query_last, shift, triangle.lower, work, D)
+            else:
+                _chunk_forward(keys, queries, sums, start, key_first, key_last, query_first, query_last, shift, triangle.lower, triangle.lower, work, D)
+        _sorted_chunk(lists[0], triangle.at + 2 * place, work, key_codes, key_first, key_last, query_codes, query_first, query_last)
+
+
+@loop
+def _meet(backward, keys, queries, sums, start, lists, level, triangle, first, middle, last, work, D):
+    """Two nodes of a level, the places first .. middle - 1 and middle .. last - 1: their lists become one of the next level, sources act on targets."""
+    merged = _list_of(lists, level + 1, triangle, first, last)
+    left = _list_of(lists, level, triangle, first, middle)
+    if middle >= last:
+        merged[:] = left
+        return
+    _merge(left, _list_of(lists, level, triangle, middle, last), merged)
+    if triangle.lower:
+        key_first, key_last = _span(triangle.key_base, triangle.key_count, first, middle)
+        query_first, query_last = _span(triangle.query_base, triangle.query_count, middle, last)
+        document = start[query_first] if query_first < query_last else 0
+    else:
+        key_first, key_last = _span(triangle.key_base, triangle.key_count, middle, last)
+        query_first, query_last = _span(triangle.query_base, triangle.query_count, first, middle)
+        document = start[triangle.query_base]
+    key_first = max(key_first, document)
+    if key_first >= key_last or query_first >= query_last or start[query_first] > document:
+        return
+    if start[query_last - 1] > document:  # the document ends among the queries: halve until its last is found
+        inside, outside = query_first, query_last - 1
+        while outside - inside > 1:
+            half = (inside + outside) // 2
+            if start[half] > document:
+                outside = half
+            else:
+                inside = half
+        query_last = outside
+    sources, targets, equal = _split(merged, work, key_first, key_last, query_first, query_last)
+    if backward:
+        _act(QUERY_GRADIENT, keys, queries, sums, work.source, sources, work.target, work.rank, targets, work, D)
+        _act(KEY_GRADIENT, queries, keys, sums, work.target, targets, work.source, work.back, sources, work, D)
+        if equal:
+            _act_on_equals(keys, queries, sums, merged, work, key_first, key_last, query_first, query_last, D)
+    else:
+        _act(FORWARD, keys, queries, sums, work.source, sources, work.target, work.rank, targets, work, D)
+
+
+@loop
+def _levels(backward, keys, queries, sums, start, lists, triangle, first, last, size, work, D):
+    """The levels below nodes of `size` tokens in the places first .. last - 1."""
+    s, level = CHUNK, 0
+    while s < size:
+        for place in range(first, last, 2 * s):
+            _meet(backward, keys, queries, sums, start, lists, level, triangle, place, place + s, min(place + 2 * s, last), work, D)
+        s, level = 2 * s, level + 1
+
+
+@loop
+def _has_pairs(start, triangle):
+    return triangle.lower or start[triangle.query_base] < triangle.query_base
+
+
+# ---- A pass over all rows
+
+
+class Inputs(NamedTuple):
+    """Contiguous arrays, floats of one dtype but row_max (float64); what is absent has no heads. D is padded to a multiple of 8."""
+    query: np.ndarray           # (B, T, H)
+    key: np.ndarray             # (B, T, Hkv)
+    value: np.ndarray           # (B T Hkv D)
+    log_decay: np.ndarray       # (B, T, H)
+    key_bias: np.ndarray        # (B, T, Hkv)
+    start: np.ndarray           # (B, T) int32: the first token of each token's document
+    query_codes: np.ndarray     # (B, T, H) int32: numbers in the order of all coordinates of a row, equal where those are
+    key_codes: np.ndarray       # (B, T, Hkv) int32
+
+
+class Results(NamedTuple):
+    """Made by the forward pass, read by the backward pass."""
+    out: np.ndarray             # (B T H D)
+    row_max: np.ndarray         # (B, H, T): M log2(e)
+    normalizer: np.ndarray      # (B, H, T)
+
+
+class Gradients(NamedTuple):
+    """upstream is read, the rest, which begins as zeros, made by the backward pass."""
+    upstream: np.ndarray        # (B T H D)
+    query: np.ndarray           # as Inputs' ...
+    key: np.ndarray
+    value: np.ndarray
+    log_decay: np.ndarray
+    key_bias: np.ndarray
+
+
+class Row(NamedTuple):
+    """A row that is worked on."""
+    batch: int
+    head: int
+    key_head: int
+    keys: Side
+    queries: Side
+    sums: Sums
+
+
+@loop
+def _row(backward, inputs, results, gradients, thin64, thin, slot, number, head_of_group, D):
+    """The row `number` of the B Hkv rows of a head of each group, with its arrays in a slot."""
+    B, T, H = inputs.query.shape
+    kv_heads = inputs.key.shape[2]
+    batch, key_head = number // kv_heads, number % kv_heads
+    head = key_head * (H // kv_heads) + head_of_group
+    value = Matrix(inputs.value, (batch * T * kv_heads + key_head) * D, kv_heads * D)
+    by_query = (batch * T * H + head) * D
+    wide, narrow = thin64[slot], thin[slot]
+    keys = Side(wide[0], wide[1], narrow[0], value)
+    queries = Side(wide[2], wide[3], narrow[1], Matrix(gradients.upstream if backward else results.out, by_query, H * D))
+    made = Matrix(gradients.value, value.base, value.step) if backward else Matrix(results.out, by_query, H * D)
+    return Row(batch, head, key_head, keys, queries, Sums(wide[4], narrow[2], narrow[3], narrow[4], made))
+
+
+@loop
+def _sum_decays(inputs, row):
+    """F, anew in every document, so that a result has not even the rounding of another document in it."""
+    total_decay = 0.0
+    for i in range(inputs.query.shape[1]):
+        total_decay = 0.0 if inputs.start[row.batch, i] == i else total_decay + inputs.log_decay[row.batch, i, row.head] * LOG2_E
+        row.queries.bias[i] = total_decay
+
+
+@loop
+def _begin(backward, inputs, results, row, first, last, D):
+    """The row's arrays for the tokens first .. last - 1."""
+    keys, queries, sums, batch, head = row.keys, row.queries, row.sums, row.batch, row.head
+    decays, biased = inputs.log_decay.shape[2] > 0, inputs.key_bias.shape[2] > 0
+    for i in range(first, last):
+        queries.coordinate[i] = inputs.query[batch, i, head] * LOG2_E
+        keys.coordinate[i] = inputs.key[batch, i, row.key_head] * LOG2_E
+        decay = queries.bias[i] if decays else 0.0
+        keys.bias[i] = (inputs.key_bias[batch, i, row.key_head] * LOG2_E if biased else 0.0) - decay
+        keys.unit[i] = 1
+        queries.bias[i] = decay
+    if backward:
+        step = queries.rows.step
+        for i in range(first, last):
+            at = queries.rows.base + i * step
+            queries.bias[i] -= results.row_max[batch, head, i] + np.log2(results.normalizer[batch, head, i])
+            queries.unit[i] = _dot(queries.rows.data, at, results.out, at, D)
+            sums.normalizer[i] = 0
+            sums.key_gradient[i] = 0
+            sums.bias_gradient[i] = 0
+
+
+@loop
+def _end(backward, inputs, results, gradients, row, first, last, D):
+    """The row's results for the tokens first .. last - 1."""
+    sums, batch, head, key_head = row.sums, row.batch, row.head, row.key_head
+    if not backward:
+        for i in range(first, last):
+            at = sums.rows.base + i * sums.rows.step
+            inverse = splat(sums.normalizer.dtype.type(1) / sums.normalizer[i])
+            for d in range(0, D, 8):
+                store(results.out, at + d, load(results.out, at + d) * inverse)
+            results.row_max[batch, head, i] = sums.highest[i]
+            results.normalizer[batch, head, i] = sums.normalizer[i]
+        return
+    biased = inputs.key_bias.shape[2] > 0
+    for i in range(first, last):
+        gradients.query[batch, i, head] = sums.normalizer[i]
+        gradients.key[batch, i, key_head] += sums.key_gradient[i]
+        if biased:
+            gradients.key_bias[batch, i, key_head] += sums.bias_gradient[i]
+
+
+@loop
+def _sum_decay_gradients(inputs, gradients, row):
+    """dg_t = - sum over the document's j >= t of dc_j; nothing at its first token, whose decay no score has."""
+    after = 0.0
+    for i in range(inputs.query.shape[1] - 1, -1, -1):
+        after += row.sums.bias_gradient[i]
+        begins = inputs.start[row.batch, i] == i
+        gradients.log_decay[row.batch, i, row.head] = 0.0 if begins else -after
+        after = 0.0 if begins else after
+
+
+@loop
+def _task(stage, levels, task, backward, inputs, results, gradients, row, slot, window, lists, work, D):
+    """One task of a stage: sums of decays, a piece's arrays, a subtree or a block of the window, a pair of nodes of each level above, a piece's results, decays."""
+    T = inputs.query.shape[1]
+    batch, head, keys, queries, sums = row.batch, row.head, row.keys, row.queries, row.sums
+    start, key_codes, query_codes = inputs.start[batch], inputs.key_codes[batch, :, row.key_head], inputs.query_codes[batch, :, head]
+    first, last = task * SUBTREE, min(T, (task + 1) * SUBTREE)
+    if stage == 0:
+        _sum_decays(inputs, row)
+    elif stage == 1:
+        _begin(backward, inputs, results, row, first, last, D)
+    elif stage == levels + 3:
+        _end(backward, inputs, results, gradients, row, first, last, D)
+    elif stage == levels + 4:
+        _sum_decay_gradients(inputs, gradients, row)
+    elif window >= T:
+        triangle = Triangle(True, 0, 0, T, T, 0)
+        if stage == 2:
+            _chunks(backward, keys, queries, sums, start, key_codes, query_codes, lists, triangle, first, last, work, D)
+            _levels(backward, keys, queries, sums, start, lists, triangle, first, last, SUBTREE, work, D)
+        else:
+            size, level = SUBTREE << (stage - 3), SUBTREE_LEVELS + stage - 3
+            place = task * 2 * size
+            _meet(backward, keys, queries, sums, start, lists, level, triangle, place, place + size, min(place + 2 * size, T), work, D)
+    else:
+        base = task * window
+        count = min(window, T - base)
+        for lower in (True, False):
+            triangle = Triangle(lower, base if lower else base - window, base, count if lower else window, count, 2 * base)
+            if lower or (task > 0 and start[base] < base):
+                _chunks(backward, keys, queries, sums, start, key_codes, query_codes, lists, triangle, 0, triangle.key_count, work, D)
+                _levels(backward, keys, queries, sums, start, lists, triangle, 0, triangle.key_count, triangle.key_count, work, D)
+
+
+@parallel_loop
+def _all_rows(backward, inputs, results, gradients, window, D):
+    B, T, H = inputs.query.shape
+    kv_heads = inputs.key.shape[2]
+    rows, threads = B * kv_heads, numba.get_num_threads()
+    slots = max(1, min(rows, GROUP_TOKENS // T))
+    width = min(window, T)
+    blocks = -(-T // width)
+    levels = 0
+    while blocks == 1 and SUBTREE << levels < T:
+        levels += 1
+    number, E, longest = inputs.value.dtype, D + 1, blocks * width + CHUNK
+    block = max(64, min(TABLE // D // 8 * 8, width))
+    wide, narrow = np.zeros((slots, 5, longest)), np.zeros((slots, 5, longest), number)
+    lists = np.empty((slots, 2, 2 * longest), np.int64)
+    orders, unsorted = np.empty((threads, 4, width + 8), np.int32), np.empty((threads, 2 * CHUNK), np.int64)
+    thin, factors = np.zeros((threads, 7, block + 16)), np.zeros((threads, 4, block + 16), number)
+    tables, carried = np.empty((threads, 2, (block + 1) * E), number), np.empty((threads, (width // block + 3) * E), number)
+    potentials = np.empty((threads, width // block + 3))
+    chunk, chunk_sums = np.zeros((threads, 5, CHUNK)), np.zeros((threads, 3, CHUNK), number)
+    tiles = np.zeros((threads, CHUNK * CHUNK + CHUNK * D), number)
+    for head_of_group in range(H // kv_heads):
+        for first_row in range(0, rows, slots):
+            count = min(slots, rows - first_row)
+            for stage in range(levels + (5 if backward else 4)):
+                if stage == 0 or stage == levels + 4:
+                    tasks = 1 if inputs.log_decay.shape[2] > 0 else 0
+                elif stage == 1 or stage == levels + 3:
+                    tasks = -(-T // SUBTREE)
+                elif stage == 2:
+                    tasks = -(-T // SUBTREE) if blocks == 1 else blocks
+                else:
+                    tasks = -(-T // (SUBTREE << (stage - 2)))
+                for n in prange(count * tasks):
+                    slot, t = n // tasks, numba.get_thread_id()
+                    row = _row(backward, inputs, results, gradients, wide, narrow, slot, first_row + slot, head_of_group, D)
+                    work = Work(unsorted[t], orders[t, 0], orders[t, 1], orders[t, 2], orders[t, 3], thin[t], factors[t], tables[t], carried[t], potentials[t],
+                                chunk[t], chunk_sums[t], tiles[t, :CHUNK * CHUNK], tiles[t, CHUNK * CHUNK:])
+                    _task(stage, levels, n % tasks, backward, inputs, results, gradients, row, slot, window, lists[slot], work, D)
+
+
+def topological_pass(backward: bool, inputs: Inputs, results: Results, gradients: Gradients, window: int, D: int):
+    """Fills results, or with backward, from filled results, the gradients. In the forward pass gradients may hold empty arrays."""
+    use_threads()
+    _all_rows(backward, inputs, results, gradients, window, D)
+
+
+@loop
+def _codes(bits, codes):
+    for i in range(bits.shape[0]):
+        x = bits[i]
+        x = np.int32(0) if x == np.int32(-2147483648) else x  # -0 equals 0
+        codes[i] = x if x >= 0 else x ^ np.int32(0x7FFFFFFF)
+
+
+def order_codes(query: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int32 numbers in the order of the coordinates (B, T, ...) of queries and keys, equal where those are; of float32 their bits, else their ranks."""
+    if query.dtype == np.float32:
+        codes = [np.empty(x.shape, np.int32) for x in (query, key)]
+        for x, of in zip((query, key), codes):
+            _codes(x.reshape(-1).view(np.int32), of.reshape(-1))
+        return codes[0], codes[1]
+    together = np.concatenate((query.ravel(), key.ravel())) + 0.0
+    ranks = np.unique(together, return_inverse=True)[1].astype(np.int32).ravel()
+    return ranks[:query.size].reshape(query.shape), ranks[query.size:].reshape(key.shape)
