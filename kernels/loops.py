@@ -19,7 +19,9 @@ from pathlib import Path
 import numba
 import numpy as np
 import torch
-from numba import njit
+from numba import njit, prange
+from numba.core import cgutils, types
+from numba.extending import intrinsic
 
 FASTMATH = {"reassoc", "nsz", "arcp", "contract", "afn"}
 LOG2_E = np.float32(1.4426950408889634)
@@ -50,13 +52,54 @@ numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 BOUNDSCHECK = bool(numba.config.BOUNDSCHECK)  # NUMBA_BOUNDSCHECK=1: every index is checked, for tests
 _options = dict(cache=_folder is not None, fastmath=FASTMATH, error_model="numpy")
 loop = njit(nogil=True, **_options)                             # one thread
-inline_loop = njit(nogil=True, inline="always", **_options)     # copied into the loop that calls it
+inner_loop = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_options)   # one that only loops call, which is quicker to compile
+inline_loop = njit(inline="always", **_options)                 # copied into the loop that calls it
 parallel_loop = njit(nogil=True, parallel=True, **_options)     # prange over independent tasks
+
+
+@intrinsic
+def _call(typing, address, stage, task, thread, state):
+    """Calls the compiled function of (stage, task, thread, state) at an address, as Numba's functions are called."""
+    def generate(context, builder, signature, arguments):
+        kinds = signature.args[1:]
+        function = context.call_conv.get_function_type(types.none, kinds).as_pointer()
+        status, _ = context.call_conv.call_function(builder, builder.inttoptr(arguments[0], function), types.none, kinds, arguments[1:])
+        with cgutils.if_unlikely(builder, status.is_error):
+            context.call_conv.return_status_propagate(builder, status)
+        return context.get_dummy_value()
+    return types.none(types.intp, types.int64, types.int64, types.int64, state), generate
+
+
+@njit(nogil=True, parallel=not BOUNDSCHECK, **_options)  # an error in a parallel loop would go unseen
+def _run_stages(address, counts, state):
+    for stage in range(counts.shape[0]):
+        for task in prange(counts[stage]):
+            _call(address, np.int64(stage), np.int64(task), np.int64(numba.get_thread_id()), state)
+
+
+def run_stages(function, counts: list[int], state):
+    """
+    function(stage, task, thread, state), an inner_loop without a result, for every stage in order and all counts[stage] tasks of it side by side; thread is
+    the number of the thread that runs it, and state a named tuple of arrays. The function is called by its address: within the loop of threads Numba would
+    optimise its code three times more.
+    """
+    use_threads()
+    kinds = (types.int64, types.int64, types.int64, numba.typeof(state))
+    result = function.overloads.get(kinds)
+    if result is None:
+        function.compile(kinds)
+        result = function.overloads[kinds]
+    _run_stages(result.library.get_pointer_to_function(result.fndesc.llvm_func_name), np.array(counts, np.int64), state)
+
+
+def thread_count() -> int:
+    """How many threads parallel loops take."""
+    return max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
 
 
 def use_threads():
     """Lets the parallel loops that this thread calls next take as many threads as PyTorch does."""
-    numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
+    numba.set_num_threads(thread_count())
 
 
 @inline_loop

@@ -20,7 +20,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, models, overload, register_model
 
-from kernels.loops import BOUNDSCHECK, inline_loop
+from kernels.loops import BOUNDSCHECK, inner_loop
 
 WIDTH = 8
 FLAGS = ("contract", "reassoc", "nsz", "arcp")
@@ -67,21 +67,21 @@ def _store(typing, x, i, v):
     return types.void(x, types.intp, Vector(x.dtype)), generate
 
 
-@inline_loop
-def load(x, i):
-    """x[i], ..., x[i + 7]"""
-    if BOUNDSCHECK:
-        if i < 0 or i + 8 > x.size:
-            raise IndexError("a vector is read outside its array")
+@inner_loop
+def _checked_load(x, i):
+    if i < 0 or i + 8 > x.size:
+        raise IndexError("a vector is read outside its array")
     return _load(x, i)
 
 
-@inline_loop
-def store(x, i, v):
-    if BOUNDSCHECK:
-        if i < 0 or i + 8 > x.size:
-            raise IndexError("a vector is written outside its array")
+@inner_loop
+def _checked_store(x, i, v):
+    if i < 0 or i + 8 > x.size:
+        raise IndexError("a vector is written outside its array")
     _store(x, i, v)
+
+
+load, store = (_checked_load, _checked_store) if BOUNDSCHECK else (_load, _store)
 
 
 @intrinsic
@@ -210,7 +210,7 @@ def _or_nan(typing, a, b):
     return a(a, b), generate
 
 
-@inline_loop
+@inner_loop
 def _exp2_f32(x):
     bounded = largest(x, splat(np.float32(-127.0)))
     bounded = select(bounded, splat(np.float32(128.0)), splat(np.float32(128.0)), bounded)

@@ -25,11 +25,9 @@ Source: the algorithm is ours; merging sorted halves: merge sort; rows kept with
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
-from numba import prange
 
-from kernels.loops import inline_loop, loop, parallel_loop, use_threads
+from kernels.loops import inner_loop, loop, run_stages, thread_count
 from kernels.simd import cast, distance, exp2, largest, load, madd, select, splat, store, total
 
 CHUNK = 32              # tokens of a chunk, a multiple of 8
@@ -43,11 +41,10 @@ LOG2_E = 1.4426950408889634
 
 POSITION = (1 << 30) - 1    # of an item in a list: code << 32 | is_query << 30 | position
 
-# A triangle of 8 x 8 pairs: 1 where query lane >= key - first query, then where it is below: keys at or before, and after a query.
+FORWARD, QUERY_GRADIENT, KEY_GRADIENT = 0, 1, 2                             # what targets read
+SUM_DECAYS, BEGIN, END, DECAY_GRADIENTS, SUBTREES, LEVEL = 0, 1, 2, 3, 4, 5     # kinds of stages
 _lanes = np.arange(8)
-TRIANGLES = np.stack([(_lanes >= _lanes[:, None]), (_lanes < _lanes[:, None])]).astype(np.float64).ravel()
-
-FORWARD, QUERY_GRADIENT, KEY_GRADIENT = 0, 1, 2
+TRIANGLES = np.stack((_lanes >= _lanes[:, None], _lanes < _lanes[:, None])).astype(np.float64).ravel()  # of [key, query]: at or after, before
 
 
 class Matrix(NamedTuple):
@@ -89,13 +86,14 @@ class Work(NamedTuple):
     chunk: np.ndarray           # (5, CHUNK) float64, of a chunk's queries: coordinate, bias, document, M, what is kept of the sums
     chunk_sums: np.ndarray      # (3, CHUNK): of a chunk's queries: Z or da, what is kept of the rows, delta
     tile: np.ndarray            # (CHUNK CHUNK): weights of [key, query]
+    triangles: np.ndarray       # (2, 8, 8) float64, flat: 1 where the lane, a query, is the row's, a key's, or after it; and where it is before it
     columns: np.ndarray         # (D CHUNK): u of a chunk's queries by columns
 
 
 # ---- Rows of D numbers
 
 
-@loop
+@inner_loop
 def _mix(y, i, keep, x, j, add, D):
     """y_i = keep y_i + add x_j, D numbers each from i and j on."""
     keep_all, add_all = splat(keep), splat(add)
@@ -103,7 +101,7 @@ def _mix(y, i, keep, x, j, add, D):
         store(y, i + d, madd(keep_all, load(y, i + d), add_all * load(x, j + d)))
 
 
-@loop
+@inner_loop
 def _next_row(table, to, by, keep, x, j, add, D):
     """table_to = keep table_by + add x_j"""
     keep_all, add_all = splat(keep), splat(add)
@@ -111,7 +109,14 @@ def _next_row(table, to, by, keep, x, j, add, D):
         store(table, to + d, madd(keep_all, load(table, by + d), add_all * load(x, j + d)))
 
 
-@loop
+@inner_loop
+def _copy(y, i, x, j, count):
+    """y[i:i + count] = x[j:j + count]; an assignment of slices takes Numba seconds to compile."""
+    for k in range(count):
+        y[i + k] = x[j + k]
+
+
+@inner_loop
 def _dot(x, i, y, j, D):
     sums = load(x, i) * load(y, j)
     for d in range(8, D, 8):
@@ -119,7 +124,7 @@ def _dot(x, i, y, j, D):
     return total(sums)
 
 
-@loop
+@inner_loop
 def _add_products(to, r, count, keep, weights, at, to_step, by_step, by, first, last, D):
     """
     Rows r, r + 1, ... (count, at most 4) of to: keep_r to_r + sum over x from first to last of weights[at + k to_step + (x - first) by_step] by_x; with no keep
@@ -155,7 +160,7 @@ def _add_products(to, r, count, keep, weights, at, to_step, by_step, by, first, 
 # ---- Lists of a node's keys and queries
 
 
-@loop
+@inner_loop
 def _sorted_chunk(items, at, work, key_codes, key_first, key_last, query_codes, query_first, query_last):
     """The list of a chunk, from items[at] on; codes are int32 numbers in the order of the coordinates, equal where those are. Places are counted, not sought."""
     unsorted, n = work.unsorted, 0
@@ -172,7 +177,7 @@ def _sorted_chunk(items, at, work, key_codes, key_first, key_last, query_codes, 
         items[at + place] = item
 
 
-@loop
+@inner_loop
 def _merge(x, y, to):
     """The sorted lists x and y into to, without a branch that depends on their contents."""
     i = j = k = 0
@@ -191,7 +196,7 @@ def _merge(x, y, to):
         k += 1
 
 
-@loop
+@inner_loop
 def _split(items, work, key_first, key_last, query_first, query_last):
     """
     The sources and targets in a sorted list, keys and queries at these positions: their numbers, and whether one equals another. work.source, target, rank
@@ -216,7 +221,7 @@ def _split(items, work, key_first, key_last, query_first, query_last):
 # ---- Sources act on targets of another node
 
 
-@loop
+@inner_loop
 def _potentials(sources, order, first, count, potential, highest, sign):
     """sign x coordinate + bias of some sources, and its running maximum from highest[0] on; for sign -1 backwards, from highest[count] on."""
     if sign > 0:
@@ -235,7 +240,7 @@ def _potentials(sources, order, first, count, potential, highest, sign):
             potential[r], highest[r] = p, y
 
 
-@loop
+@inner_loop
 def _factors(count, potential, highest, to, before, keep, add):
     """2^ of what a step keeps of the last row and of what it adds, for steps from highest[r + before] to highest[r + to]."""
     for r in range(0, count, 8):
@@ -244,7 +249,7 @@ def _factors(count, potential, highest, to, before, keep, add):
         store(add, r, exp2(cast(load(potential, r) - y, add)))
 
 
-@loop
+@inner_loop
 def _carry_down(sources, order, count, block, work, D):
     """V at the end of every block of sources but the first, in work.carried, from the last block to the second."""
     potential, highest, keep, add, carried, E = work.thin[1], work.thin[3], work.factors[2], work.factors[3], work.carried, D + 1
@@ -255,7 +260,7 @@ def _carry_down(sources, order, count, block, work, D):
         _potentials(sources, order, first, n, potential, highest, -1)
         _factors(n, potential, highest, 0, 1, keep, add)
         to = k * E
-        carried[to:to + E] = carried[to + E:to + 2 * E]
+        _copy(carried, to, carried, to + E, E)
         for r in range(n - 1, -1, -1):
             j = order[first + r]
             _mix(carried, to, keep[r], rows.data, rows.base + j * rows.step, add[r], D)
@@ -263,7 +268,7 @@ def _carry_down(sources, order, count, block, work, D):
         work.carried_potential[k] = highest[0]
 
 
-@loop
+@inner_loop
 def _tables(sources, order, first, count, work, both, D):
     """
     U of a block of sources after the U in the table's first row, whose potential is work.thin[2, 0]; with both V, before the V in its last row, of potential
@@ -287,7 +292,7 @@ def _tables(sources, order, first, count, work, both, D):
             down[by - E + D] = keep_down[r] * down[by + D] + add_down[r] * sources.unit[j]
 
 
-@loop
+@inner_loop
 def _read(mode, targets, sums, order, rank, first, last, before, work, D):
     """Targets from first to last of an order read the tables, whose first row is that of the rank `before`."""
     E, up, down, rows, out = D + 1, work.table[0], work.table[1], targets.rows, sums.rows
@@ -340,23 +345,24 @@ def _read(mode, targets, sums, order, rank, first, last, before, work, D):
                 sums.bias_gradient[i] += below + above
 
 
-@loop
+@inner_loop
 def _act(mode, sources, targets, sums, source, count, target, rank, readers, work, D):
     """The sources on the targets, each in its order, block by block of sources."""
-    E = D + 1
+    E, up, down = D + 1, work.table[0], work.table[1]
     block, both = work.thin.shape[1] - 16, mode != QUERY_GRADIENT
     last = (count - 1) // block
-    work.carried[(last + 1) * E:(last + 2) * E] = 0
+    for d in range(E):
+        work.carried[(last + 1) * E + d] = 0
+        up[d] = 0
     work.carried_potential[last + 1] = LOWEST
     if both:
         _carry_down(sources, source, count, block, work, D)
-    work.table[0, :E] = 0
     work.thin[2, 0] = LOWEST
-    done = 0
+    done = np.int64(0)
     for k in range(last + 1):
         first, n = k * block, min(block, count - k * block)
         if both:
-            work.table[1, n * E:(n + 1) * E] = work.carried[(k + 1) * E:(k + 2) * E]
+            _copy(down, n * E, work.carried, (k + 1) * E, E)
             work.thin[3, n] = work.carried_potential[k + 1]
         _tables(sources, source, first, n, work, both, D)
         until = done
@@ -364,11 +370,11 @@ def _act(mode, sources, targets, sums, source, count, target, rank, readers, wor
             until += 1
         _read(mode, targets, sums, target, rank, done, until, first, work, D)
         done = until
-        work.table[0, :E] = work.table[0, n * E:(n + 1) * E].copy()
+        _copy(up, 0, up, n * E, E)
         work.thin[2, 0] = work.thin[2, n]
 
 
-@loop
+@inner_loop
 def _act_on_equals(keys, queries, sums, items, work, key_first, key_last, query_first, query_last, D):
     """
     The backward pass of equal coordinates: _act counts them below the query, and neither side is theirs. For each coordinate that sources and targets share,
@@ -388,7 +394,8 @@ def _act_on_equals(keys, queries, sums, items, work, key_first, key_last, query_
             order, count = (work.source, sources) if side == 0 else (work.target, targets)
             readers, number = (work.target, targets) if side == 0 else (work.source, sources)
             table, highest = work.table[0], LOWEST
-            table[:D + 1] = 0
+            for d in range(D + 1):
+                table[d] = 0
             for k in range(count):
                 highest = max(highest, givers.bias[order[k]])
             for k in range(count):
@@ -409,7 +416,7 @@ def _act_on_equals(keys, queries, sums, items, work, key_first, key_last, query_
 # ---- Pairs inside a chunk
 
 
-@loop
+@inner_loop
 def _take_queries(mode, queries, sums, start, query_first, query_last, fresh, work, D):
     """A chunk's queries as vectors can read them: the places after the last hold what sees nothing."""
     coordinate, bias, document, highest = work.chunk[0], work.chunk[1], work.chunk[2], work.chunk[3]
@@ -430,18 +437,18 @@ def _take_queries(mode, queries, sums, start, query_first, query_last, fresh, wo
                 columns[d * CHUNK + k] = rows.data[row + d] if query_first + k < query_last else 0.0
 
 
-@inline_loop
-def _scores(keys, j, a, bias, document, in_documents, first, triangle):
+@inner_loop
+def _scores(keys, j, a, bias, document, in_documents, first, triangles, triangle):
     """The scores of 8 queries, the first at key j's place + first - 8 ..., and key j; -inf of pairs that are none."""
     s = bias + splat(keys.bias[j]) - distance(a, splat(keys.coordinate[j]))
     if in_documents:
         s = select(splat(j + 0.5), document, s, splat(-np.inf))
     if 0 <= first < 8:
-        s = select(load(TRIANGLES, triangle + 8 * first), splat(0.0), s, splat(-np.inf))
+        s = select(load(triangles, triangle + 8 * first), splat(0.0), s, splat(-np.inf))
     return s
 
 
-@loop
+@inner_loop
 def _chunk_forward(keys, queries, sums, start, key_first, key_last, query_first, query_last, shift, lower, fresh, work, D):
     """Pairs of a chunk's keys and queries: key j at or before query i where lower, else after it, counting j + shift."""
     _take_queries(FORWARD, queries, sums, start, query_first, query_last, fresh, work, D)
@@ -455,10 +462,10 @@ def _chunk_forward(keys, queries, sums, start, key_first, key_last, query_first,
         old = load(work.chunk[3], k)
         m = old
         for j in range(first, last):
-            m = largest(_scores(keys, j, a, bias, document, in_documents, j + shift - i, triangle), m)
+            m = largest(_scores(keys, j, a, bias, document, in_documents, j + shift - i, work.triangles, triangle), m)
         z = splat(tile.dtype.type(0))
         for j in range(first, last):
-            p = exp2(cast(_scores(keys, j, a, bias, document, in_documents, j + shift - i, triangle) - m, tile))
+            p = exp2(cast(_scores(keys, j, a, bias, document, in_documents, j + shift - i, work.triangles, triangle) - m, tile))
             store(tile, (j - key_first) * CHUNK + k, p)
             z = z + p
         store(work.chunk[3], k, m)
@@ -478,7 +485,7 @@ def _chunk_forward(keys, queries, sums, start, key_first, key_last, query_first,
             sums.normalizer[i + n] = before + normalizer[k + n]
 
 
-@loop
+@inner_loop
 def _chunk_backward(keys, queries, sums, start, key_first, key_last, query_first, query_last, shift, lower, work, D):
     """The same pairs' part of all gradients."""
     _take_queries(QUERY_GRADIENT, queries, sums, start, query_first, query_last, True, work, D)
@@ -486,14 +493,15 @@ def _chunk_backward(keys, queries, sums, start, key_first, key_last, query_first
     in_documents = start[query_last - 1] > key_first
     tile, gradient, delta, columns = work.tile, work.chunk_sums[0], work.chunk_sums[2], work.columns
     nothing = splat(tile.dtype.type(0))
-    gradient[:] = 0
+    for k in range(CHUNK):
+        gradient[k] = 0
     for j in range(key_first, key_last):
         here = j + shift - query_first
         first, last = (here // 8 * 8, query_last - query_first) if lower else (0, min(CHUNK, here // 8 * 8 + 8))
         row, of_coordinate, of_bias = keys.rows.base + j * keys.rows.step, nothing, nothing
         for k in range(first, last, 8):
             a = load(work.chunk[0], k)
-            s = _scores(keys, j, a, load(work.chunk[1], k), load(work.chunk[2], k), in_documents, here - k, triangle)
+            s = _scores(keys, j, a, load(work.chunk[1], k), load(work.chunk[2], k), in_documents, here - k, work.triangles, triangle)
             p, product = exp2(cast(s, tile)), nothing - load(delta, k)
             for d in range(D):
                 product = madd(splat(keys.rows.data[row + d]), load(columns, d * CHUNK + k), product)
@@ -528,13 +536,13 @@ class Triangle(NamedTuple):
     at: int             # where its lists begin
 
 
-@loop
+@inner_loop
 def _span(base, count, first, last):
     """The tokens of a block's places first .. last - 1, of which it has `count`."""
     return base + min(first, count), base + min(last, count)
 
 
-@loop
+@inner_loop
 def _list_of(lists, level, triangle, first, last):
     """The sorted list of the node of the places first .. last - 1, of a level."""
     length = max(0, min(last, triangle.key_count) - first) + max(0, min(last, triangle.query_count) - first)
@@ -542,7 +550,7 @@ def _list_of(lists, level, triangle, first, last):
     return lists[level % 2, at:at + length]
 
 
-@loop
+@inner_loop
 def _chunks(backward, keys, queries, sums, start, key_codes, query_codes, lists, triangle, first, last, work, D):
     """The chunks in the places first .. last - 1: their pairs and their lists."""
     shift = triangle.query_base - triangle.key_base
@@ -557,13 +565,13 @@ def _chunks(backward, keys, queries, sums, start, key_codes, query_codes, lists,
         _sorted_chunk(lists[0], triangle.at + 2 * place, work, key_codes, key_first, key_last, query_codes, query_first, query_last)
 
 
-@loop
+@inner_loop
 def _meet(backward, keys, queries, sums, start, lists, level, triangle, first, middle, last, work, D):
     """Two nodes of a level, the places first .. middle - 1 and middle .. last - 1: their lists become one of the next level, sources act on targets."""
     merged = _list_of(lists, level + 1, triangle, first, last)
     left = _list_of(lists, level, triangle, first, middle)
     if middle >= last:
-        merged[:] = left
+        _copy(merged, 0, left, 0, left.shape[0])
         return
     _merge(left, _list_of(lists, level, triangle, middle, last), merged)
     if triangle.lower:
@@ -587,28 +595,14 @@ def _meet(backward, keys, queries, sums, start, lists, level, triangle, first, m
                 inside = half
         query_last = outside
     sources, targets, equal = _split(merged, work, key_first, key_last, query_first, query_last)
-    if backward:
-        _act(QUERY_GRADIENT, keys, queries, sums, work.source, sources, work.target, work.rank, targets, work, D)
-        _act(KEY_GRADIENT, queries, keys, sums, work.target, targets, work.source, work.back, sources, work, D)
-        if equal:
-            _act_on_equals(keys, queries, sums, merged, work, key_first, key_last, query_first, query_last, D)
-    else:
-        _act(FORWARD, keys, queries, sums, work.source, sources, work.target, work.rank, targets, work, D)
-
-
-@loop
-def _levels(backward, keys, queries, sums, start, lists, triangle, first, last, size, work, D):
-    """The levels below nodes of `size` tokens in the places first .. last - 1."""
-    s, level = CHUNK, 0
-    while s < size:
-        for place in range(first, last, 2 * s):
-            _meet(backward, keys, queries, sums, start, lists, level, triangle, place, place + s, min(place + 2 * s, last), work, D)
-        s, level = 2 * s, level + 1
-
-
-@loop
-def _has_pairs(start, triangle):
-    return triangle.lower or start[triangle.query_base] < triangle.query_base
+    for mode in range(QUERY_GRADIENT, KEY_GRADIENT + 1) if backward else range(FORWARD, FORWARD + 1):
+        to_keys = mode == KEY_GRADIENT
+        givers, takers = (queries, keys) if to_keys else (keys, queries)
+        order, count, ranks = (work.target, targets, work.back) if to_keys else (work.source, sources, work.rank)
+        readers, number = (work.source, sources) if to_keys else (work.target, targets)
+        _act(mode, givers, takers, sums, order, count, readers, ranks, number, work, D)
+    if backward and equal:
+        _act_on_equals(keys, queries, sums, merged, work, key_first, key_last, query_first, query_last, D)
 
 
 # ---- A pass over all rows
@@ -653,7 +647,7 @@ class Row(NamedTuple):
     sums: Sums
 
 
-@loop
+@inner_loop
 def _row(backward, inputs, results, gradients, thin64, thin, slot, number, head_of_group, D):
     """The row `number` of the B Hkv rows of a head of each group, with its arrays in a slot."""
     B, T, H = inputs.query.shape
@@ -669,7 +663,7 @@ def _row(backward, inputs, results, gradients, thin64, thin, slot, number, head_
     return Row(batch, head, key_head, keys, queries, Sums(wide[4], narrow[2], narrow[3], narrow[4], made))
 
 
-@loop
+@inner_loop
 def _sum_decays(inputs, row):
     """F, anew in every document, so that a result has not even the rounding of another document in it."""
     total_decay = 0.0
@@ -678,7 +672,7 @@ def _sum_decays(inputs, row):
         row.queries.bias[i] = total_decay
 
 
-@loop
+@inner_loop
 def _begin(backward, inputs, results, row, first, last, D):
     """The row's arrays for the tokens first .. last - 1."""
     keys, queries, sums, batch, head = row.keys, row.queries, row.sums, row.batch, row.head
@@ -701,7 +695,7 @@ def _begin(backward, inputs, results, row, first, last, D):
             sums.bias_gradient[i] = 0
 
 
-@loop
+@inner_loop
 def _end(backward, inputs, results, gradients, row, first, last, D):
     """The row's results for the tokens first .. last - 1."""
     sums, batch, head, key_head = row.sums, row.batch, row.head, row.key_head
@@ -722,7 +716,7 @@ def _end(backward, inputs, results, gradients, row, first, last, D):
             gradients.key_bias[batch, i, key_head] += sums.bias_gradient[i]
 
 
-@loop
+@inner_loop
 def _sum_decay_gradients(inputs, gradients, row):
     """dg_t = - sum over the document's j >= t of dc_j; nothing at its first token, whose decay no score has."""
     after = 0.0
@@ -733,85 +727,124 @@ def _sum_decay_gradients(inputs, gradients, row):
         after = 0.0 if begins else after
 
 
-@loop
-def _task(stage, levels, task, backward, inputs, results, gradients, row, slot, window, lists, work, D):
-    """One task of a stage: sums of decays, a piece's arrays, a subtree or a block of the window, a pair of nodes of each level above, a piece's results, decays."""
+class Plan(NamedTuple):
+    """What every task of a pass gets: arrays only, one by one, as Numba's parallel loops take no others."""
+    settings: np.ndarray        # (3) int64: whether the pass is the backward one, the window, D
+    stages: np.ndarray          # (stages, 4) int64: the stage's kind, its first row, the head of each group of heads, tasks a row
+    query: np.ndarray           # 8 arrays of Inputs
+    key: np.ndarray
+    value: np.ndarray
+    log_decay: np.ndarray
+    key_bias: np.ndarray
+    start: np.ndarray
+    query_codes: np.ndarray
+    key_codes: np.ndarray
+    out: np.ndarray             # 3 of Results
+    row_max: np.ndarray
+    normalizer: np.ndarray
+    upstream: np.ndarray        # 6 of Gradients
+    grad_query: np.ndarray
+    grad_key: np.ndarray
+    grad_value: np.ndarray
+    grad_decay: np.ndarray
+    grad_bias: np.ndarray
+    wide: np.ndarray            # (slots, 5, T + CHUNK) float64, as _row has them
+    narrow: np.ndarray          # (slots, 5, T + CHUNK)
+    lists: np.ndarray           # (slots, 2, 2 (T + CHUNK)) int64: sorted lists of the nodes of a level and of the next
+    unsorted: np.ndarray        # (threads, ...): as in Work
+    orders: np.ndarray
+    thin: np.ndarray
+    factors: np.ndarray
+    tables: np.ndarray
+    carried: np.ndarray
+    potentials: np.ndarray
+    chunk: np.ndarray
+    chunk_sums: np.ndarray
+    tiles: np.ndarray
+    triangles: np.ndarray
+
+
+@inner_loop
+def _task(stage, task, thread, plan):
+    """A task of one row: its sums of decays, the arrays of a piece of it, a subtree or a block of the window, a pair of nodes of a level above, results, decays."""
+    kind, first_row, head_of_group, tasks = plan.stages[stage]
+    slot, task = task // tasks, task % tasks
+    backward, window, D = plan.settings[0] == 1, plan.settings[1], plan.settings[2]
+    inputs = Inputs(plan.query, plan.key, plan.value, plan.log_decay, plan.key_bias, plan.start, plan.query_codes, plan.key_codes)
+    results = Results(plan.out, plan.row_max, plan.normalizer)
+    gradients = Gradients(plan.upstream, plan.grad_query, plan.grad_key, plan.grad_value, plan.grad_decay, plan.grad_bias)
+    row = _row(backward, inputs, results, gradients, plan.wide, plan.narrow, slot, first_row + slot, head_of_group, D)
     T = inputs.query.shape[1]
-    batch, head, keys, queries, sums = row.batch, row.head, row.keys, row.queries, row.sums
-    start, key_codes, query_codes = inputs.start[batch], inputs.key_codes[batch, :, row.key_head], inputs.query_codes[batch, :, head]
     first, last = task * SUBTREE, min(T, (task + 1) * SUBTREE)
-    if stage == 0:
+    if kind == SUM_DECAYS:
         _sum_decays(inputs, row)
-    elif stage == 1:
+    elif kind == BEGIN:
         _begin(backward, inputs, results, row, first, last, D)
-    elif stage == levels + 3:
+    elif kind == END:
         _end(backward, inputs, results, gradients, row, first, last, D)
-    elif stage == levels + 4:
+    elif kind == DECAY_GRADIENTS:
         _sum_decay_gradients(inputs, gradients, row)
-    elif window >= T:
-        triangle = Triangle(True, 0, 0, T, T, 0)
-        if stage == 2:
-            _chunks(backward, keys, queries, sums, start, key_codes, query_codes, lists, triangle, first, last, work, D)
-            _levels(backward, keys, queries, sums, start, lists, triangle, first, last, SUBTREE, work, D)
-        else:
-            size, level = SUBTREE << (stage - 3), SUBTREE_LEVELS + stage - 3
-            place = task * 2 * size
-            _meet(backward, keys, queries, sums, start, lists, level, triangle, place, place + size, min(place + 2 * size, T), work, D)
     else:
+        tile = CHUNK * CHUNK
+        orders, tiles = plan.orders[thread], plan.tiles[thread]
+        work = Work(plan.unsorted[thread], orders[0], orders[1], orders[2], orders[3], plan.thin[thread], plan.factors[thread], plan.tables[thread],
+                    plan.carried[thread], plan.potentials[thread], plan.chunk[thread], plan.chunk_sums[thread], tiles[:tile], plan.triangles, tiles[tile:])
+        _attend(kind, task, backward, window, inputs, row, plan.lists[slot], work, D)
+
+
+@inner_loop
+def _attend(kind, task, backward, window, inputs, row, lists, work, D):
+    """A subtree, the pairs of a window's block of queries, or from kind LEVEL on a pair of nodes of that level above subtrees."""
+    keys, queries, sums, T = row.keys, row.queries, row.sums, inputs.query.shape[1]
+    start, key_codes, query_codes = inputs.start[row.batch], inputs.key_codes[row.batch, :, row.key_head], inputs.query_codes[row.batch, :, row.head]
+    bottom, top, s, passes = 0, SUBTREE, CHUNK, 1
+    triangle = Triangle(True, 0, 0, T, T, 0)
+    first, last = task * SUBTREE, min(T, (task + 1) * SUBTREE)
+    if kind >= LEVEL:
+        bottom, s = SUBTREE_LEVELS + kind - LEVEL, SUBTREE << (kind - LEVEL)
+        first, top = task * 2 * s, 2 * s
+        last = min(T, first + top)
+    elif window < T:
         base = task * window
         count = min(window, T - base)
-        for lower in (True, False):
-            triangle = Triangle(lower, base if lower else base - window, base, count if lower else window, count, 2 * base)
-            if lower or (task > 0 and start[base] < base):
-                _chunks(backward, keys, queries, sums, start, key_codes, query_codes, lists, triangle, 0, triangle.key_count, work, D)
-                _levels(backward, keys, queries, sums, start, lists, triangle, 0, triangle.key_count, triangle.key_count, work, D)
-
-
-@parallel_loop
-def _all_rows(backward, inputs, results, gradients, window, D):
-    B, T, H = inputs.query.shape
-    kv_heads = inputs.key.shape[2]
-    rows, threads = B * kv_heads, numba.get_num_threads()
-    slots = max(1, min(rows, GROUP_TOKENS // T))
-    width = min(window, T)
-    blocks = -(-T // width)
-    levels = 0
-    while blocks == 1 and SUBTREE << levels < T:
-        levels += 1
-    number, E, longest = inputs.value.dtype, D + 1, blocks * width + CHUNK
-    block = max(64, min(TABLE // D // 8 * 8, width))
-    wide, narrow = np.zeros((slots, 5, longest)), np.zeros((slots, 5, longest), number)
-    lists = np.empty((slots, 2, 2 * longest), np.int64)
-    orders, unsorted = np.empty((threads, 4, width + 8), np.int32), np.empty((threads, 2 * CHUNK), np.int64)
-    thin, factors = np.zeros((threads, 7, block + 16)), np.zeros((threads, 4, block + 16), number)
-    tables, carried = np.empty((threads, 2, (block + 1) * E), number), np.empty((threads, (width // block + 3) * E), number)
-    potentials = np.empty((threads, width // block + 3))
-    chunk, chunk_sums = np.zeros((threads, 5, CHUNK)), np.zeros((threads, 3, CHUNK), number)
-    tiles = np.zeros((threads, CHUNK * CHUNK + CHUNK * D), number)
-    for head_of_group in range(H // kv_heads):
-        for first_row in range(0, rows, slots):
-            count = min(slots, rows - first_row)
-            for stage in range(levels + (5 if backward else 4)):
-                if stage == 0 or stage == levels + 4:
-                    tasks = 1 if inputs.log_decay.shape[2] > 0 else 0
-                elif stage == 1 or stage == levels + 3:
-                    tasks = -(-T // SUBTREE)
-                elif stage == 2:
-                    tasks = -(-T // SUBTREE) if blocks == 1 else blocks
-                else:
-                    tasks = -(-T // (SUBTREE << (stage - 2)))
-                for n in prange(count * tasks):
-                    slot, t = n // tasks, numba.get_thread_id()
-                    row = _row(backward, inputs, results, gradients, wide, narrow, slot, first_row + slot, head_of_group, D)
-                    work = Work(unsorted[t], orders[t, 0], orders[t, 1], orders[t, 2], orders[t, 3], thin[t], factors[t], tables[t], carried[t], potentials[t],
-                                chunk[t], chunk_sums[t], tiles[t, :CHUNK * CHUNK], tiles[t, CHUNK * CHUNK:])
-                    _task(stage, levels, n % tasks, backward, inputs, results, gradients, row, slot, window, lists[slot], work, D)
+        triangle = Triangle(True, base, base, count, count, 2 * base)
+        first, last, top = 0, count, count
+        passes = 2 if task > 0 and start[base] < base else 1
+    for n in range(passes):
+        if n == 1:
+            triangle = Triangle(False, triangle.query_base - window, triangle.query_base, window, triangle.query_count, triangle.at)
+            last, top, s, bottom = window, window, CHUNK, 0
+        if kind < LEVEL:
+            _chunks(backward, keys, queries, sums, start, key_codes, query_codes, lists, triangle, first, last, work, D)
+        level = bottom
+        while s < top:
+            for place in range(first, last, 2 * s):
+                _meet(backward, keys, queries, sums, start, lists, level, triangle, place, place + s, min(place + 2 * s, last), work, D)
+            s, level = 2 * s, level + 1
 
 
 def topological_pass(backward: bool, inputs: Inputs, results: Results, gradients: Gradients, window: int, D: int):
     """Fills results, or with backward, from filled results, the gradients. In the forward pass gradients may hold empty arrays."""
-    use_threads()
-    _all_rows(backward, inputs, results, gradients, window, D)
+    B, T, H = inputs.query.shape
+    rows, number, threads, E = B * inputs.key.shape[2], inputs.value.dtype, thread_count(), D + 1
+    group, width = H // inputs.key.shape[2], min(window, T)
+    slots = max(1, min(rows, GROUP_TOKENS // T))
+    blocks = -(-T // width)
+    levels = max(0, (-(-T // SUBTREE) - 1).bit_length()) if blocks == 1 else 0
+    decays = 1 if inputs.log_decay.shape[2] else 0
+    pieces = -(-T // SUBTREE)
+    kinds = [(SUM_DECAYS, decays), (BEGIN, pieces), (SUBTREES, pieces if blocks == 1 else blocks)]
+    kinds += [(LEVEL + level, -(-T // (2 * SUBTREE << level))) for level in range(levels)]
+    kinds += [(END, pieces), (DECAY_GRADIENTS, decays if backward else 0)]
+    stages = [(kind, first, head, tasks) for head in range(group) for first in range(0, rows, slots) for kind, tasks in kinds if tasks]
+    longest, block = blocks * width + CHUNK, max(64, min(TABLE // D // 8 * 8, width))
+    plan = Plan(
+        np.array((backward, width, D)), np.array(stages, np.int64), *inputs, *results, *gradients, np.zeros((slots, 5, longest)), np.zeros((slots, 5, longest), number), np.empty((slots, 2, 2 * longest), np.int64),
+        np.empty((threads, 2 * CHUNK), np.int64), np.empty((threads, 4, width + 8), np.int32), np.zeros((threads, 7, block + 16)),
+        np.zeros((threads, 4, block + 16), number), np.empty((threads, 2, (block + 1) * E), number), np.empty((threads, (width // block + 3) * E), number),
+        np.empty((threads, width // block + 3)), np.zeros((threads, 5, CHUNK)), np.zeros((threads, 3, CHUNK), number),
+        np.zeros((threads, CHUNK * CHUNK + CHUNK * D), number), TRIANGLES)
+    run_stages(_task, [tasks * min(slots, rows - first) for _, first, _, tasks in stages], plan)
 
 
 @loop
