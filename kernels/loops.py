@@ -80,16 +80,24 @@ def _run_stages(address, counts, state):
 def run_stages(function, counts: list[int], state):
     """
     function(stage, task, thread, state), an inner_loop without a result, for every stage in order and all counts[stage] tasks of it side by side; thread is
-    the number of the thread that runs it, and state a named tuple of arrays. The function is called by its address: within the loop of threads Numba would
+    the number of the thread that runs it, and state a named tuple of contiguous arrays. The function is called by its address: within the loop of threads Numba would
     optimise its code three times more.
     """
     use_threads()
-    kinds = (types.int64, types.int64, types.int64, numba.typeof(state))
-    result = function.overloads.get(kinds)
-    if result is None:
+    _run_stages(_address(function, state), np.array(counts, np.int64), state)
+
+
+_addresses = {}     # of the functions that run_stages has compiled, by the types of their arrays
+
+
+def _address(function, state) -> int:
+    key = (function, *((array.dtype.char, array.ndim) for array in state))  # Numba's own types of so many arrays take 0.2 ms
+    if key not in _addresses:
+        kinds = (types.int64, types.int64, types.int64, numba.typeof(state))
         function.compile(kinds)
         result = function.overloads[kinds]
-    _run_stages(result.library.get_pointer_to_function(result.fndesc.llvm_func_name), np.array(counts, np.int64), state)
+        _addresses[key] = result.library.get_pointer_to_function(result.fndesc.llvm_func_name)
+    return _addresses[key]
 
 
 def thread_count() -> int:
