@@ -6,47 +6,19 @@ Topological (scalar-key) attention: the score of a query and a key is minus the 
 
 a, g (B, T, H); b, c (B, T, Hkv); v (B, T, Hkv, D). The coordinates carry the temperature. Without coordinates (key only) the distance is absent.
 
-The reference is here; each other backend is a file of its own, topological_attention_<backend>.py.
+Each backend is a file of its own, topological_attention_<backend>.py.
 
 Source: Moriondo, Topological Transformer (Tauformer), TechRxiv 176800983.30631144; decay, bias and documents: ours.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.topological_attention_binned import topological_attention_binned
-from kernels.topological_attention_loglinear import compute_dtype, query_heads, topological_attention_loglinear
+from kernels.topological_attention_loglinear import topological_attention_loglinear
+from kernels.topological_attention_reference import query_heads, topological_attention_reference
 from kernels.topological_attention_tiled import topological_attention_tiled
-
-
-def topological_attention_reference(query_coord: Tensor | None, key_coord: Tensor | None, value: Tensor, log_decay: Tensor | None = None,
-                                    key_bias: Tensor | None = None, doc_start: Tensor | None = None, window: int | None = None) -> Tensor:
-    """
-    The formula with the whole matrix of scores: O(B H T^2) memory, any device, any floating dtype, differentiable by autograd.
-
-    Arguments and result as topological_attention's. Sums run in float32, or in float64 where an argument is float64.
-    """
-    dtype, (B, T, kv_heads, _) = compute_dtype(query_coord, key_coord, value, log_decay, key_bias), value.shape
-    heads = query_heads(query_coord, value, log_decay)
-    by_head = lambda x: x.repeat_interleave(heads // kv_heads, 2).to(dtype).transpose(1, 2)
-    scores = torch.zeros(B, heads, T, T, dtype=dtype, device=value.device)
-    if query_coord is not None:
-        scores = scores - (query_coord.to(dtype).transpose(1, 2)[..., :, None] - by_head(key_coord)[..., None, :]).abs()
-    if log_decay is not None:
-        total = log_decay.double().cumsum(1).transpose(1, 2)  # float64: differences of long sums
-        scores = scores + (total[..., :, None] - total[..., None, :]).to(dtype)
-    if key_bias is not None:
-        scores = scores + by_head(key_bias)[..., None, :]
-    index = torch.arange(T, device=value.device)
-    allowed = index <= index[:, None]
-    if window is not None:
-        allowed = allowed & (index > index[:, None] - window)
-    if doc_start is not None:
-        allowed = allowed & (index >= doc_start[:, None, :, None])
-    return (scores.masked_fill(~allowed, -math.inf).softmax(-1) @ by_head(value)).transpose(1, 2).to(value.dtype)
 
 
 BACKENDS = dict(reference=topological_attention_reference, tiled=topological_attention_tiled, loglinear=topological_attention_loglinear,

@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
 from kernels.segmented_scan import running, starts_of, sums_after
-from kernels.topological_attention_loglinear import LOWEST, compute_dtype, query_heads
+from kernels.topological_attention_reference import LOWEST, compute_dtype, query_heads
 
 RANGE = (-8.0, 8.0)         # of coordinates of about unit variance
 NARROW = 40.0               # widest range in which plain query features do: e^-40, and e^-80 where gated linear attention forgets, are nothing in float32

@@ -26,7 +26,7 @@ from torch import Tensor
 from kernels.topological_attention import topological_attention
 from kernels.topological_attention_binned import BinnedState, topological_attention_binned, topological_attention_binned_state, topological_attention_binned_step
 from kernels.segmented_scan import segmented_scan
-from kernels.topological_attention_loglinear import LOG2_E, LOWEST
+from kernels.topological_attention_reference import LOG2_E, LOWEST
 
 RUN, BLOCK = 8192, 64  # fewest tokens of a run and of its blocks: measured on two CPU cores, where 8,192 tokens are read as fast as a run
 REBASE = 64.0  # how far F may move from what log-weights are relative to: float32 keeps 4e-6 of a weight there

@@ -28,21 +28,21 @@ from typing import NamedTuple
 import numpy as np
 
 from kernels.loops import inner_loop, loop, run_stages, thread_count
+from kernels.topological_attention_loglinear import CHUNK
+from kernels.topological_attention_reference import LOG2_E, LOWEST
 from kernels.simd import cast, distance, exp2, largest, load, madd, select, splat, store, total
 
-CHUNK = 32              # tokens of a chunk, a multiple of 8
 SUBTREE_LEVELS = 4
 SUBTREE = CHUNK << SUBTREE_LEVELS   # tokens that one thread takes through all their levels: they stay in the second-level cache
 GROUP_TOKENS = 1 << 13  # tokens of the rows that are worked on at once, unless one row has more
 TABLE = 1 << 14         # numbers of a table of rows
-LOWEST = -1e30          # the potential of no source at all: finite, as it is subtracted from itself
 NEGLIGIBLE = 2.0 ** -80
-LOG2_E = 1.4426950408889634
 
 POSITION = (1 << 30) - 1    # of an item in a list: code << 32 | is_query << 30 | position
 
-FORWARD, QUERY_GRADIENT, KEY_GRADIENT = 0, 1, 2                             # what targets read
-SUM_DECAYS, BEGIN, END, DECAY_GRADIENTS, SUBTREES, LEVEL = 0, 1, 2, 3, 4, 5     # kinds of stages
+FORWARD, QUERY_GRADIENT, KEY_GRADIENT = 0, 1, 2                 # what targets read
+UP, DOWN, BOTH = 1, 2, 3                                        # and from which tables: U, V or both
+SUM_DECAYS, BEGIN, END, DECAY_GRADIENTS, SUBTREES, SCAN, LEVEL = 0, 1, 2, 3, 4, 5, 6    # kinds of stages
 _lanes = np.arange(8)
 TRIANGLES = np.stack((_lanes >= _lanes[:, None], _lanes < _lanes[:, None])).astype(np.float64).ravel()  # of [key, query]: at or after, before
 
@@ -199,8 +199,8 @@ def _merge(x, y, to):
 @inner_loop
 def _split(items, work, key_first, key_last, query_first, query_last):
     """
-    The sources and targets in a sorted list, keys and queries at these positions: their numbers, and whether one equals another. work.source, target, rank
-    and back are set.
+    The sources and targets in a sorted list, keys and queries at these positions: their numbers, and whether one equals another. Sets work.source, target,
+    rank, the sources at or below each target, and back, the targets below each source.
     """
     source, target, rank, back = work.source, work.target, work.rank, work.back
     sources = targets = 0
@@ -216,6 +216,22 @@ def _split(items, work, key_first, key_last, query_first, query_last):
         code = (item >> 32) if is_source else code
         equal |= is_target & ((item >> 32) == code)
     return sources, targets, equal
+
+
+@inner_loop
+def _other_ranks(key_codes, query_codes, work, sources, targets):
+    """Changes work.rank to the sources below each target, and work.back to the targets at or below each source."""
+    source, target, rank, back = work.source, work.target, work.rank, work.back
+    below = 0
+    for t in range(targets):
+        while below < sources and key_codes[source[below]] < query_codes[target[t]]:
+            below += 1
+        rank[t] = below
+    below = 0
+    for r in range(sources):
+        while below < targets and query_codes[target[below]] <= key_codes[source[r]]:
+            below += 1
+        back[r] = below
 
 
 # ---- Sources act on targets of another node
@@ -269,33 +285,39 @@ def _carry_down(sources, order, count, block, work, D):
 
 
 @inner_loop
-def _tables(sources, order, first, count, work, both, D):
+def _tables(sides, sources, order, first, count, work, D):
     """
-    U of a block of sources after the U in the table's first row, whose potential is work.thin[2, 0]; with both V, before the V in its last row, of potential
+    U of a block of sources after the U in the table's first row, whose potential is work.thin[2, 0]; V before the V in its last row, of potential
     work.thin[3, count].
     """
     rows, E, up, down = sources.rows, D + 1, work.table[0], work.table[1]
-    keep, add, keep_down, add_down = work.factors[0], work.factors[1], work.factors[2], work.factors[3]
-    _potentials(sources, order, first, count, work.thin[0], work.thin[2], 1)
-    _factors(count, work.thin[0], work.thin[2], 1, 0, keep, add)
-    if both:
+    keep_up, add_up, keep_down, add_down = work.factors[0], work.factors[1], work.factors[2], work.factors[3]
+    if sides & UP:
+        _potentials(sources, order, first, count, work.thin[0], work.thin[2], 1)
+        _factors(count, work.thin[0], work.thin[2], 1, 0, keep_up, add_up)
+    if sides & DOWN:
         _potentials(sources, order, first, count, work.thin[1], work.thin[3], -1)
         _factors(count, work.thin[1], work.thin[3], 0, 1, keep_down, add_down)
-    for r in range(count):
-        j, by = order[first + r], r * E
-        _next_row(up, by + E, by, keep[r], rows.data, rows.base + j * rows.step, add[r], D)
-        up[by + E + D] = keep[r] * up[by + D] + add[r] * sources.unit[j]
-        if both:
-            r = count - 1 - r
-            j, by = order[first + r], (r + 1) * E
-            _next_row(down, by - E, by, keep_down[r], rows.data, rows.base + j * rows.step, add_down[r], D)
-            down[by - E + D] = keep_down[r] * down[by + D] + add_down[r] * sources.unit[j]
+    for k in range(count):
+        if sides & UP:
+            j, by = order[first + k], k * E
+            keep, add = keep_up[k], add_up[k]
+            _next_row(up, by + E, by, keep, rows.data, rows.base + j * rows.step, add, D)
+            up[by + E + D] = keep * up[by + D] + add * sources.unit[j]
+        if sides & DOWN:
+            r = count - 1 - k
+            j, to = order[first + r], r * E
+            keep, add = keep_down[r], add_down[r]
+            _next_row(down, to, to + E, keep, rows.data, rows.base + j * rows.step, add, D)
+            down[to + D] = keep * down[to + E + D] + add * sources.unit[j]
 
 
 @inner_loop
-def _read(mode, targets, sums, order, rank, first, last, before, work, D):
+def _read(mode, sides, targets, sums, order, rank, first, last, before, work, D):
     """Targets from first to last of an order read the tables, whose first row is that of the rank `before`."""
-    E, up, down, rows, out = D + 1, work.table[0], work.table[1], targets.rows, sums.rows
+    E, rows, out = D + 1, targets.rows, sums.rows
+    up = work.table[0] if sides & UP else work.table[1]  # a side that is not read has the weight 0, and must have numbers
+    down = work.table[1] if sides & DOWN else work.table[0]
     y_up, y_down = work.thin[2], work.thin[3]
     keep, add_up, add_down = work.thin[4], work.thin[5], work.thin[6]
     kept, weight_up, weight_down = work.factors[0], work.factors[1], work.factors[2]
@@ -305,112 +327,130 @@ def _read(mode, targets, sums, order, rank, first, last, before, work, D):
         for k in range(n):
             i, r = order[start + k], rank[start + k] - before
             x, bias = targets.coordinate[i], targets.bias[i]
-            above, below = (y_up[r] - x) + bias, (y_down[r] + x) + bias
-            add_up[k], add_down[k] = above, below
+            below = (y_up[r] - x) + bias if sides & UP else LOWEST
+            above = (y_down[r] + x) + bias if sides & DOWN else LOWEST
             if mode == FORWARD:
                 m = sums.highest[i]
-                new = above if above > m else m
-                new = below if below > new else new
-                keep[k], add_up[k], add_down[k] = m - new, above - new, below - new
+                new = below if below > m else m
+                new = above if above > new else new
+                keep[k], below, above = m - new, below - new, above - new
                 sums.highest[i] = new
+            add_up[k], add_down[k] = below, above
         for k in range(0, n, 8):
             store(weight_up, k, exp2(cast(load(add_up, k), weight_up)))
-            if mode != QUERY_GRADIENT:
-                store(weight_down, k, exp2(cast(load(add_down, k), weight_down)))
+            store(weight_down, k, exp2(cast(load(add_down, k), weight_down)))
             if mode == FORWARD:
                 store(kept, k, exp2(cast(load(keep, k), kept)))
         for k in range(n):
             i, r = order[start + k], (rank[start + k] - before) * E
             a, b, row = weight_up[k], weight_down[k], rows.base + i * rows.step
-            if mode == QUERY_GRADIENT:
-                if not a < NEGLIGIBLE:
-                    sums.normalizer[i] -= 2 * a * (_dot(rows.data, row, up, r, D) - targets.unit[i] * up[r + D])
-                continue
             if a < NEGLIGIBLE and b < NEGLIGIBLE and (mode != FORWARD or kept[k] == 1):
                 continue
-            to, a_all, b_all = out.base + i * out.step, splat(a), splat(b)
+            a_all, b_all = splat(a), splat(b)
             if mode == FORWARD:
-                keep_all = splat(kept[k])
+                to, keep_all = out.base + i * out.step, splat(kept[k])
                 for d in range(0, D, 8):
                     taken = madd(a_all, load(up, r + d), b_all * load(down, r + d))
                     store(out.data, to + d, madd(keep_all, load(out.data, to + d), taken))
                 sums.normalizer[i] = kept[k] * sums.normalizer[i] + (a * up[r + D] + b * down[r + D])
-            else:
-                for d in range(0, D, 8):
-                    taken = madd(a_all, load(up, r + d), b_all * load(down, r + d))
-                    store(out.data, to + d, load(out.data, to + d) + taken)
-                above = a * (_dot(rows.data, row, up, r, D) - up[r + D])
-                below = b * (_dot(rows.data, row, down, r, D) - down[r + D])
-                sums.key_gradient[i] += below - above
-                sums.bias_gradient[i] += below + above
+                continue
+            e_up, e_down = a * _dot(rows.data, row, up, r, D), b * _dot(rows.data, row, down, r, D)
+            if mode == QUERY_GRADIENT:
+                sums.normalizer[i] += (e_down - e_up) + targets.unit[i] * (a * up[r + D] - b * down[r + D])
+                continue
+            e_up, e_down = e_up - a * up[r + D], e_down - b * down[r + D]
+            sums.key_gradient[i] += e_down - e_up
+            sums.bias_gradient[i] += e_down + e_up
+            to = out.base + i * out.step
+            for d in range(0, D, 8):
+                taken = madd(a_all, load(up, r + d), b_all * load(down, r + d))
+                store(out.data, to + d, load(out.data, to + d) + taken)
 
 
 @inner_loop
-def _act(mode, sources, targets, sums, source, count, target, rank, readers, work, D):
+def _act(mode, sides, sources, targets, sums, source, count, target, rank, readers, work, D):
     """The sources on the targets, each in its order, block by block of sources."""
     E, up, down = D + 1, work.table[0], work.table[1]
-    block, both = work.thin.shape[1] - 16, mode != QUERY_GRADIENT
+    block = work.thin.shape[1] - 16
     last = (count - 1) // block
     for d in range(E):
         work.carried[(last + 1) * E + d] = 0
         up[d] = 0
-    work.carried_potential[last + 1] = LOWEST
-    if both:
-        _carry_down(sources, source, count, block, work, D)
     work.thin[2, 0] = LOWEST
+    work.carried_potential[last + 1] = LOWEST
+    if sides & DOWN:
+        _carry_down(sources, source, count, block, work, D)
     done = np.int64(0)
     for k in range(last + 1):
         first, n = k * block, min(block, count - k * block)
-        if both:
+        if sides & DOWN:
             _copy(down, n * E, work.carried, (k + 1) * E, E)
             work.thin[3, n] = work.carried_potential[k + 1]
-        _tables(sources, source, first, n, work, both, D)
+        _tables(sides, sources, source, first, n, work, D)
         until = done
         while until < readers and (k == last or rank[until] <= first + n):
             until += 1
-        _read(mode, targets, sums, target, rank, done, until, first, work, D)
+        _read(mode, sides, targets, sums, target, rank, done, until, first, work, D)
         done = until
-        _copy(up, 0, up, n * E, E)
-        work.thin[2, 0] = work.thin[2, n]
+        if sides & UP:
+            _copy(up, 0, up, n * E, E)
+            work.thin[2, 0] = work.thin[2, n]
 
 
 @inner_loop
-def _act_on_equals(keys, queries, sums, items, work, key_first, key_last, query_first, query_last, D):
+def _act_on_equals(keys, queries, sums, key_codes, query_codes, work, sources, targets, D):
+    """dv and dc from the queries that equal a key: for each coordinate that sources and targets share, the queries' sum, which every such key takes."""
+    table, first, t = work.table[0], 0, 0
+    source, target, given, taken = work.source, work.target, queries.rows, keys.rows
+    while first < sources:
+        code, last = key_codes[source[first]], first
+        while last < sources and key_codes[source[last]] == code:
+            last += 1
+        while t < targets and query_codes[target[t]] < code:
+            t += 1
+        until, highest = t, LOWEST
+        while until < targets and query_codes[target[until]] == code:
+            highest = max(highest, queries.bias[target[until]])
+            until += 1
+        for d in range(D + 1):
+            table[d] = 0
+        for k in range(t, until):
+            i = target[k]
+            add = table.dtype.type(2.0 ** (queries.bias[i] - highest))
+            _mix(table, 0, table.dtype.type(1), given.data, given.base + i * given.step, add, D)
+            table[D] += add * queries.unit[i]
+        for k in range(first, last if until > t else first):
+            j = source[k]
+            weight, row = table.dtype.type(2.0 ** (keys.bias[j] + highest)), taken.base + j * taken.step
+            _mix(sums.rows.data, sums.rows.base + j * sums.rows.step, table.dtype.type(1), table, 0, weight, D)
+            sums.bias_gradient[j] += weight * (_dot(taken.data, row, table, 0, D) - table[D])
+        first, t = last, until
+
+
+@inner_loop
+def _act_both_ways(backward, keys, queries, sums, key_codes, query_codes, sources, targets, equal, work, D):
     """
-    The backward pass of equal coordinates: _act counts them below the query, and neither side is theirs. For each coordinate that sources and targets share,
-    E summed over the sources is taken from twice itself in da, and E summed over the targets is taken from db.
+    Sources and targets as _split has set them: the keys on the queries, and backward the queries on the keys too. A key that equals a query is below it in the
+    forward pass, on neither side in the backward one, where its distance has derivative 0: V is then read with the ranks of all keys up to the query's
+    coordinate, and U with those of the keys below it.
     """
-    group = n = 0
-    while group < items.shape[0]:
-        n = group
-        while n < items.shape[0] and items[n] >> 32 == items[group] >> 32:
-            n += 1
-        sources, targets, equal = _split(items[group:n], work, key_first, key_last, query_first, query_last)
-        group = n
-        if not equal:
-            continue
-        for side in range(2):
-            givers, takers = (keys, queries) if side == 0 else (queries, keys)
-            order, count = (work.source, sources) if side == 0 else (work.target, targets)
-            readers, number = (work.target, targets) if side == 0 else (work.source, sources)
-            table, highest = work.table[0], LOWEST
-            for d in range(D + 1):
-                table[d] = 0
-            for k in range(count):
-                highest = max(highest, givers.bias[order[k]])
-            for k in range(count):
-                j = order[k]
-                add = table.dtype.type(2.0 ** (givers.bias[j] - highest))
-                _mix(table, 0, table.dtype.type(1), givers.rows.data, givers.rows.base + j * givers.rows.step, add, D)
-                table[D] += add * givers.unit[j]
-            for k in range(number):
-                i = readers[k]
-                weight = table.dtype.type(2.0 ** (takers.bias[i] + highest))
-                product = _dot(takers.rows.data, takers.rows.base + i * takers.rows.step, table, 0, D)
-                if side == 0:
-                    sums.normalizer[i] += weight * (product - takers.unit[i] * table[D])
-                else:
-                    sums.key_gradient[i] -= weight * (product - table[D])
+    if not backward:
+        _act(np.int64(FORWARD), np.int64(BOTH), keys, queries, sums, work.source, sources, work.target, work.rank, targets, work, D)
+        return
+    for turn in range(2 if equal else 1):
+        if turn == 1:
+            _other_ranks(key_codes, query_codes, work, sources, targets)
+        for mode in range(QUERY_GRADIENT, KEY_GRADIENT + 1):
+            to_keys = mode == KEY_GRADIENT
+            givers, takers = (queries, keys) if to_keys else (keys, queries)
+            order, count, ranks = (work.target, targets, work.back) if to_keys else (work.source, sources, work.rank)
+            readers, number = (work.source, sources) if to_keys else (work.target, targets)
+            sides = BOTH
+            if equal:
+                sides = UP if (turn == 0) == to_keys else DOWN
+            _act(mode, sides, givers, takers, sums, order, count, readers, ranks, number, work, D)
+    if equal:
+        _act_on_equals(keys, queries, sums, key_codes, query_codes, work, sources, targets, D)
 
 
 # ---- Pairs inside a chunk
@@ -508,7 +548,7 @@ def _chunk_backward(keys, queries, sums, start, key_first, key_last, query_first
             store(tile, (j - key_first) * CHUNK + k, p)
             e, b = p * product, splat(keys.coordinate[j])
             below, above = select(a, b, e, nothing), select(b, a, e, nothing)
-            store(gradient, k, load(gradient, k) - (e + (below - above)))
+            store(gradient, k, load(gradient, k) + (above - below))
             of_coordinate = of_coordinate + (below - above)
             of_bias = of_bias + e
         sums.key_gradient[j] += total(of_coordinate)
@@ -566,7 +606,7 @@ def _chunks(backward, keys, queries, sums, start, key_codes, query_codes, lists,
 
 
 @inner_loop
-def _meet(backward, keys, queries, sums, start, lists, level, triangle, first, middle, last, work, D):
+def _meet(backward, keys, queries, sums, start, key_codes, query_codes, lists, level, triangle, first, middle, last, work, D):
     """Two nodes of a level, the places first .. middle - 1 and middle .. last - 1: their lists become one of the next level, sources act on targets."""
     merged = _list_of(lists, level + 1, triangle, first, last)
     left = _list_of(lists, level, triangle, first, middle)
@@ -595,14 +635,7 @@ def _meet(backward, keys, queries, sums, start, lists, level, triangle, first, m
                 inside = half
         query_last = outside
     sources, targets, equal = _split(merged, work, key_first, key_last, query_first, query_last)
-    for mode in range(QUERY_GRADIENT, KEY_GRADIENT + 1) if backward else range(FORWARD, FORWARD + 1):
-        to_keys = mode == KEY_GRADIENT
-        givers, takers = (queries, keys) if to_keys else (keys, queries)
-        order, count, ranks = (work.target, targets, work.back) if to_keys else (work.source, sources, work.rank)
-        readers, number = (work.source, sources) if to_keys else (work.target, targets)
-        _act(mode, givers, takers, sums, order, count, readers, ranks, number, work, D)
-    if backward and equal:
-        _act_on_equals(keys, queries, sums, merged, work, key_first, key_last, query_first, query_last, D)
+    _act_both_ways(backward, keys, queries, sums, key_codes, query_codes, sources, targets, equal, work, D)
 
 
 # ---- A pass over all rows
@@ -727,6 +760,62 @@ def _sum_decay_gradients(inputs, gradients, row):
         after = 0.0 if begins else after
 
 
+@inner_loop
+def _order_scan(work, first, last, step, readers_first, readers, readers_step, rank, rank_step, most):
+    """Sources at first, first + step, ... and readers likewise; the first reader's rank and what each next one has more, none more than `most`."""
+    for k in range(abs(last - first)):
+        work.source[k] = first + k * step
+    for k in range(readers):
+        work.target[k] = readers_first + k * readers_step
+        work.rank[k] = min(rank + k * rank_step, most)
+
+
+@inner_loop
+def _scan(backward, row, start, window, task, work, D):
+    """
+    Without coordinates: the queries of a block of the window, document by document, on its keys and on those of the block before that they see. One table of
+    running sums in the order of the tokens serves them; backwards the queries' sums in the other order serve the keys.
+    """
+    keys, queries, sums = row.keys, row.queries, row.sums
+    base = task * window
+    end = min(start.shape[0], base + window)
+    mode, up = (np.int64(KEY_GRADIENT), np.int64(UP)) if backward else (np.int64(FORWARD), np.int64(UP))
+    sources, targets = (queries, keys) if backward else (keys, queries)
+    if not backward:
+        for i in range(base, end):
+            sums.highest[i], sums.normalizer[i], at = LOWEST, 0, sums.rows.base + i * sums.rows.step
+            for d in range(D):
+                sums.rows.data[at + d] = 0
+    first = base
+    while first < end:
+        last = first + 1
+        while last < end and start[last] <= first:
+            last += 1
+        n = last - first
+        if backward:
+            _order_scan(work, last - 1, first - 1, -1, last - 1, n, -1, 1, 1, n)
+        else:
+            _order_scan(work, first, last, 1, first, n, 1, 1, 1, n)
+        _act(mode, up, sources, targets, sums, work.source, n, work.target, work.rank, n, work, D)
+        first = last
+    document = start[base]
+    if document >= base:
+        return
+    end = base + 1
+    while end < min(start.shape[0], base + window) and start[end] == document:
+        end += 1
+    # the query at base + n sees the keys from base + n + 1 - window on
+    first, n = max(document, base + 1 - window), end - base
+    if first >= base:
+        return
+    if backward:
+        _order_scan(work, base, end, 1, first, base - first, 1, min(n, first - (base - window)), 1, n)
+        _act(mode, up, sources, targets, sums, work.source, n, work.target, work.rank, base - first, work, D)
+    else:
+        _order_scan(work, base - 1, first - 1, -1, end - 1, n, -1, window - n, 1, base - first)
+        _act(mode, up, sources, targets, sums, work.source, base - first, work.target, work.rank, n, work, D)
+
+
 class Plan(NamedTuple):
     """What every task of a pass gets: arrays only, one by one, as Numba's parallel loops take no others."""
     settings: np.ndarray        # (3) int64: whether the pass is the backward one, the window, D
@@ -789,7 +878,10 @@ def _task(stage, task, thread, plan):
         orders, tiles = plan.orders[thread], plan.tiles[thread]
         work = Work(plan.unsorted[thread], orders[0], orders[1], orders[2], orders[3], plan.thin[thread], plan.factors[thread], plan.tables[thread],
                     plan.carried[thread], plan.potentials[thread], plan.chunk[thread], plan.chunk_sums[thread], tiles[:tile], plan.triangles, tiles[tile:])
-        _attend(kind, task, backward, window, inputs, row, plan.lists[slot], work, D)
+        if kind == SCAN:
+            _scan(backward, row, inputs.start[row.batch], window, task, work, D)
+        else:
+            _attend(kind, task, backward, window, inputs, row, plan.lists[slot], work, D)
 
 
 @inner_loop
@@ -819,21 +911,24 @@ def _attend(kind, task, backward, window, inputs, row, lists, work, D):
         level = bottom
         while s < top:
             for place in range(first, last, 2 * s):
-                _meet(backward, keys, queries, sums, start, lists, level, triangle, place, place + s, min(place + 2 * s, last), work, D)
+                _meet(backward, keys, queries, sums, start, key_codes, query_codes, lists, level, triangle, place, place + s, min(place + 2 * s, last), work, D)
             s, level = 2 * s, level + 1
 
 
 def topological_pass(backward: bool, inputs: Inputs, results: Results, gradients: Gradients, window: int, D: int):
-    """Fills results, or with backward, from filled results, the gradients. In the forward pass gradients may hold empty arrays."""
+    """
+    Fills results, or with backward, from filled results, the gradients. In the forward pass gradients may hold empty arrays. With empty codes there is no
+    distance, and query and key only tell the numbers of heads.
+    """
     B, T, H = inputs.query.shape
     rows, number, threads, E = B * inputs.key.shape[2], inputs.value.dtype, thread_count(), D + 1
     group, width = H // inputs.key.shape[2], min(window, T)
     slots = max(1, min(rows, GROUP_TOKENS // T))
-    blocks = -(-T // width)
-    levels = max(0, (-(-T // SUBTREE) - 1).bit_length()) if blocks == 1 else 0
+    blocks, scans = -(-T // width), not inputs.query_codes.size
+    levels = max(0, (-(-T // SUBTREE) - 1).bit_length()) if blocks == 1 and not scans else 0
     decays = 1 if inputs.log_decay.shape[2] else 0
     pieces = -(-T // SUBTREE)
-    kinds = [(SUM_DECAYS, decays), (BEGIN, pieces), (SUBTREES, pieces if blocks == 1 else blocks)]
+    kinds = [(SUM_DECAYS, decays), (BEGIN, pieces), (SCAN, blocks) if scans else (SUBTREES, pieces if blocks == 1 else blocks)]
     kinds += [(LEVEL + level, -(-T // (2 * SUBTREE << level))) for level in range(levels)]
     kinds += [(END, pieces), (DECAY_GRADIENTS, decays if backward else 0)]
     stages = [(kind, first, head, tasks) for head in range(group) for first in range(0, rows, slots) for kind, tasks in kinds if tasks]

@@ -41,7 +41,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.segmented_scan import running, starts_of
-from kernels.topological_attention_loglinear import compute_dtype, topological_attention_loglinear
+from kernels.topological_attention_loglinear import topological_attention_loglinear
+from kernels.topological_attention_reference import compute_dtype
 
 try:
     import triton
