@@ -42,7 +42,8 @@ POSITION = (1 << 30) - 1    # of an item in a list: code << 32 | is_query << 30 
 
 FORWARD, QUERY_GRADIENT, KEY_GRADIENT = 0, 1, 2                 # what targets read
 UP, DOWN, BOTH = 1, 2, 3                                        # and from which tables: U, V or both
-SUM_DECAYS, BEGIN, END, DECAY_GRADIENTS, SUBTREES, SCAN, LEVEL = 0, 1, 2, 3, 4, 5, 6    # kinds of stages
+# kinds of stages: the upper triangles of a window come after all lower ones, as they make gradients of another block's keys
+SUM_DECAYS, BEGIN, END, DECAY_GRADIENTS, LOWER, UPPER, SCAN, SCAN_UPPER, LEVEL = range(9)
 _lanes = np.arange(8)
 TRIANGLES = np.stack((_lanes >= _lanes[:, None], _lanes < _lanes[:, None])).astype(np.float64).ravel()  # of [key, query]: at or after, before
 
@@ -773,20 +774,17 @@ def _order_scan(work, first, last, step, readers_first, readers, readers_step, r
 @inner_loop
 def _scan(backward, row, start, window, task, work, D):
     """
-    Without coordinates: the queries of a block of the window, document by document, on its keys and on those of the block before that they see. One table of
-    running sums in the order of the tokens serves them; backwards the queries' sums in the other order serve the keys.
+    Without coordinates: the queries of a block of the window on its keys, document by document. One table of running sums in the order of the tokens serves
+    them; backwards the queries' sums in the other order serve the keys.
     """
     keys, queries, sums = row.keys, row.queries, row.sums
-    base = task * window
-    end = min(start.shape[0], base + window)
-    mode, up = (np.int64(KEY_GRADIENT), np.int64(UP)) if backward else (np.int64(FORWARD), np.int64(UP))
-    sources, targets = (queries, keys) if backward else (keys, queries)
+    first = task * window
+    end = min(start.shape[0], first + window)
     if not backward:
-        for i in range(base, end):
+        for i in range(first, end):
             sums.highest[i], sums.normalizer[i], at = LOWEST, 0, sums.rows.base + i * sums.rows.step
             for d in range(D):
                 sums.rows.data[at + d] = 0
-    first = base
     while first < end:
         last = first + 1
         while last < end and start[last] <= first:
@@ -796,24 +794,33 @@ def _scan(backward, row, start, window, task, work, D):
             _order_scan(work, last - 1, first - 1, -1, last - 1, n, -1, 1, 1, n)
         else:
             _order_scan(work, first, last, 1, first, n, 1, 1, 1, n)
-        _act(mode, up, sources, targets, sums, work.source, n, work.target, work.rank, n, work, D)
+        _act_in_order(backward, keys, queries, sums, n, n, work, D)
         first = last
+
+
+@inner_loop
+def _scan_upper(backward, row, start, window, task, work, D):
+    """The same queries on the keys of the block before: the query at base + n sees those from base + n + 1 - window on."""
+    base, end = (task + 1) * window, (task + 1) * window + 1
     document = start[base]
-    if document >= base:
-        return
-    end = base + 1
     while end < min(start.shape[0], base + window) and start[end] == document:
         end += 1
-    # the query at base + n sees the keys from base + n + 1 - window on
     first, n = max(document, base + 1 - window), end - base
     if first >= base:
         return
     if backward:
         _order_scan(work, base, end, 1, first, base - first, 1, min(n, first - (base - window)), 1, n)
-        _act(mode, up, sources, targets, sums, work.source, n, work.target, work.rank, base - first, work, D)
+        _act_in_order(backward, row.keys, row.queries, row.sums, n, base - first, work, D)
     else:
         _order_scan(work, base - 1, first - 1, -1, end - 1, n, -1, window - n, 1, base - first)
-        _act(mode, up, sources, targets, sums, work.source, base - first, work.target, work.rank, n, work, D)
+        _act_in_order(backward, row.keys, row.queries, row.sums, base - first, n, work, D)
+
+
+@inner_loop
+def _act_in_order(backward, keys, queries, sums, count, readers, work, D):
+    mode = np.int64(KEY_GRADIENT) if backward else np.int64(FORWARD)
+    sources, targets = (queries, keys) if backward else (keys, queries)
+    _act(mode, np.int64(UP), sources, targets, sums, work.source, count, work.target, work.rank, readers, work, D)
 
 
 class Plan(NamedTuple):
@@ -855,7 +862,7 @@ class Plan(NamedTuple):
 
 @inner_loop
 def _task(stage, task, thread, plan):
-    """A task of one row: its sums of decays, the arrays of a piece of it, a subtree or a block of the window, a pair of nodes of a level above, results, decays."""
+    """A task of one row: its sums of decays, the arrays of a piece of it, a subtree or a triangle of the window, a pair of nodes of a level above, results, decays."""
     kind, first_row, head_of_group, tasks = plan.stages[stage]
     slot, task = task // tasks, task % tasks
     backward, window, D = plan.settings[0] == 1, plan.settings[1], plan.settings[2]
@@ -880,39 +887,37 @@ def _task(stage, task, thread, plan):
                     plan.carried[thread], plan.potentials[thread], plan.chunk[thread], plan.chunk_sums[thread], tiles[:tile], plan.triangles, tiles[tile:])
         if kind == SCAN:
             _scan(backward, row, inputs.start[row.batch], window, task, work, D)
+        elif kind == SCAN_UPPER:
+            _scan_upper(backward, row, inputs.start[row.batch], window, task, work, D)
         else:
             _attend(kind, task, backward, window, inputs, row, plan.lists[slot], work, D)
 
 
 @inner_loop
 def _attend(kind, task, backward, window, inputs, row, lists, work, D):
-    """A subtree, the pairs of a window's block of queries, or from kind LEVEL on a pair of nodes of that level above subtrees."""
+    """A subtree; a triangle of a window's block of queries; from kind LEVEL on a pair of nodes of that level above subtrees."""
     keys, queries, sums, T = row.keys, row.queries, row.sums, inputs.query.shape[1]
     start, key_codes, query_codes = inputs.start[row.batch], inputs.key_codes[row.batch, :, row.key_head], inputs.query_codes[row.batch, :, row.head]
-    bottom, top, s, passes = 0, SUBTREE, CHUNK, 1
+    first, last, size, top, level = task * SUBTREE, min(T, (task + 1) * SUBTREE), CHUNK, SUBTREE, 0
     triangle = Triangle(True, 0, 0, T, T, 0)
-    first, last = task * SUBTREE, min(T, (task + 1) * SUBTREE)
     if kind >= LEVEL:
-        bottom, s = SUBTREE_LEVELS + kind - LEVEL, SUBTREE << (kind - LEVEL)
-        first, top = task * 2 * s, 2 * s
+        level, size = SUBTREE_LEVELS + kind - LEVEL, SUBTREE << (kind - LEVEL)
+        first, top = task * 2 * size, 2 * size
         last = min(T, first + top)
     elif window < T:
-        base = task * window
+        lower = kind == LOWER
+        base = task * window if lower else (task + 1) * window
         count = min(window, T - base)
-        triangle = Triangle(True, base, base, count, count, 2 * base)
-        first, last, top = 0, count, count
-        passes = 2 if task > 0 and start[base] < base else 1
-    for n in range(passes):
-        if n == 1:
-            triangle = Triangle(False, triangle.query_base - window, triangle.query_base, window, triangle.query_count, triangle.at)
-            last, top, s, bottom = window, window, CHUNK, 0
-        if kind < LEVEL:
-            _chunks(backward, keys, queries, sums, start, key_codes, query_codes, lists, triangle, first, last, work, D)
-        level = bottom
-        while s < top:
-            for place in range(first, last, 2 * s):
-                _meet(backward, keys, queries, sums, start, key_codes, query_codes, lists, level, triangle, place, place + s, min(place + 2 * s, last), work, D)
-            s, level = 2 * s, level + 1
+        triangle = Triangle(lower, base if lower else base - window, base, count if lower else window, count, 2 * base)
+        first, last, top = 0, triangle.key_count, triangle.key_count
+        if not lower and start[base] >= base:
+            return
+    if kind < LEVEL:
+        _chunks(backward, keys, queries, sums, start, key_codes, query_codes, lists, triangle, first, last, work, D)
+    while size < top:
+        for place in range(first, last, 2 * size):
+            _meet(backward, keys, queries, sums, start, key_codes, query_codes, lists, level, triangle, place, place + size, min(place + 2 * size, last), work, D)
+        size, level = 2 * size, level + 1
 
 
 def topological_pass(backward: bool, inputs: Inputs, results: Results, gradients: Gradients, window: int, D: int):
@@ -928,7 +933,8 @@ def topological_pass(backward: bool, inputs: Inputs, results: Results, gradients
     levels = max(0, (-(-T // SUBTREE) - 1).bit_length()) if blocks == 1 and not scans else 0
     decays = 1 if inputs.log_decay.shape[2] else 0
     pieces = -(-T // SUBTREE)
-    kinds = [(SUM_DECAYS, decays), (BEGIN, pieces), (SCAN, blocks) if scans else (SUBTREES, pieces if blocks == 1 else blocks)]
+    kinds = [(SUM_DECAYS, decays), (BEGIN, pieces)]
+    kinds += [(SCAN, blocks), (SCAN_UPPER, blocks - 1)] if scans else [(LOWER, pieces if blocks == 1 else blocks), (UPPER, blocks - 1)]
     kinds += [(LEVEL + level, -(-T // (2 * SUBTREE << level))) for level in range(levels)]
     kinds += [(END, pieces), (DECAY_GRADIENTS, decays if backward else 0)]
     stages = [(kind, first, head, tasks) for head in range(group) for first in range(0, rows, slots) for kind, tasks in kinds if tasks]
