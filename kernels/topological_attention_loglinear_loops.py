@@ -34,6 +34,7 @@ from kernels.simd import cast, distance, exp2, largest, load, madd, select, spla
 
 SUBTREE_LEVELS = 4
 SUBTREE = CHUNK << SUBTREE_LEVELS   # tokens that one thread takes through all their levels: they stay in the second-level cache
+WHOLE_ROW = 2048        # tokens of the longest row that one thread takes by itself where there are rows enough
 GROUP_TOKENS = 1 << 13  # tokens of the rows that are worked on at once, unless one row has more
 TABLE = 1 << 14         # numbers of a table of rows
 NEGLIGIBLE = 2.0 ** -80
@@ -826,7 +827,8 @@ def _act_in_order(backward, keys, queries, sums, count, readers, work, D):
 class Plan(NamedTuple):
     """What every task of a pass gets: arrays only, one by one, as Numba's parallel loops take no others."""
     settings: np.ndarray        # (3) int64: whether the pass is the backward one, the window, D
-    stages: np.ndarray          # (stages, 4) int64: the stage's kind, its first row, the head of each group of heads, tasks a row
+    stages: np.ndarray          # (stages, 3) int64: the step, -1 for all of them one after another; the first row; the head of each group of heads
+    steps: np.ndarray           # (steps, 2) int64: the kind of each step of a row, and its parts
     query: np.ndarray           # 8 arrays of Inputs
     key: np.ndarray
     value: np.ndarray
@@ -844,7 +846,7 @@ class Plan(NamedTuple):
     grad_value: np.ndarray
     grad_decay: np.ndarray
     grad_bias: np.ndarray
-    wide: np.ndarray            # (slots, 5, T + CHUNK) float64, as _row has them
+    wide: np.ndarray            # (slots, 5, T + CHUNK) float64, as _row has them; a slot is a row's, or a thread's that takes whole rows
     narrow: np.ndarray          # (slots, 5, T + CHUNK)
     lists: np.ndarray           # (slots, 2, 2 (T + CHUNK)) int64: sorted lists of the nodes of a level and of the next
     unsorted: np.ndarray        # (threads, ...): as in Work
@@ -862,16 +864,29 @@ class Plan(NamedTuple):
 
 @inner_loop
 def _task(stage, task, thread, plan):
-    """A task of one row: its sums of decays, the arrays of a piece of it, a subtree or a triangle of the window, a pair of nodes of a level above, results, decays."""
-    kind, first_row, head_of_group, tasks = plan.stages[stage]
-    slot, task = task // tasks, task % tasks
-    backward, window, D = plan.settings[0] == 1, plan.settings[1], plan.settings[2]
+    """A part of a step of one row, or all of a row."""
+    step, first_row, head_of_group = plan.stages[stage]
+    whole = step < 0
+    parts = 1 if whole else plan.steps[step, 1]
+    number, part = task // parts, task % parts
+    slot = thread if whole else number
+    backward, window, D, tile = plan.settings[0] == 1, plan.settings[1], plan.settings[2], CHUNK * CHUNK
     inputs = Inputs(plan.query, plan.key, plan.value, plan.log_decay, plan.key_bias, plan.start, plan.query_codes, plan.key_codes)
     results = Results(plan.out, plan.row_max, plan.normalizer)
     gradients = Gradients(plan.upstream, plan.grad_query, plan.grad_key, plan.grad_value, plan.grad_decay, plan.grad_bias)
-    row = _row(backward, inputs, results, gradients, plan.wide, plan.narrow, slot, first_row + slot, head_of_group, D)
-    T = inputs.query.shape[1]
-    first, last = task * SUBTREE, min(T, (task + 1) * SUBTREE)
+    row = _row(backward, inputs, results, gradients, plan.wide, plan.narrow, slot, first_row + number, head_of_group, D)
+    orders, tiles = plan.orders[thread], plan.tiles[thread]
+    work = Work(plan.unsorted[thread], orders[0], orders[1], orders[2], orders[3], plan.thin[thread], plan.factors[thread], plan.tables[thread],
+                plan.carried[thread], plan.potentials[thread], plan.chunk[thread], plan.chunk_sums[thread], tiles[:tile], plan.triangles, tiles[tile:])
+    for s in range(0 if whole else step, plan.steps.shape[0] if whole else step + 1):
+        for p in range(0 if whole else part, plan.steps[s, 1] if whole else part + 1):
+            _do(plan.steps[s, 0], p, backward, window, inputs, results, gradients, row, plan.lists[slot], work, D)
+
+
+@inner_loop
+def _do(kind, part, backward, window, inputs, results, gradients, row, lists, work, D):
+    """A part of a step: a row's sums of decays, the arrays or the results of a piece of it, what acts on what, its decays' gradients."""
+    first, last = part * SUBTREE, min(inputs.query.shape[1], (part + 1) * SUBTREE)
     if kind == SUM_DECAYS:
         _sum_decays(inputs, row)
     elif kind == BEGIN:
@@ -880,17 +895,12 @@ def _task(stage, task, thread, plan):
         _end(backward, inputs, results, gradients, row, first, last, D)
     elif kind == DECAY_GRADIENTS:
         _sum_decay_gradients(inputs, gradients, row)
+    elif kind == SCAN:
+        _scan(backward, row, inputs.start[row.batch], window, part, work, D)
+    elif kind == SCAN_UPPER:
+        _scan_upper(backward, row, inputs.start[row.batch], window, part, work, D)
     else:
-        tile = CHUNK * CHUNK
-        orders, tiles = plan.orders[thread], plan.tiles[thread]
-        work = Work(plan.unsorted[thread], orders[0], orders[1], orders[2], orders[3], plan.thin[thread], plan.factors[thread], plan.tables[thread],
-                    plan.carried[thread], plan.potentials[thread], plan.chunk[thread], plan.chunk_sums[thread], tiles[:tile], plan.triangles, tiles[tile:])
-        if kind == SCAN:
-            _scan(backward, row, inputs.start[row.batch], window, task, work, D)
-        elif kind == SCAN_UPPER:
-            _scan_upper(backward, row, inputs.start[row.batch], window, task, work, D)
-        else:
-            _attend(kind, task, backward, window, inputs, row, plan.lists[slot], work, D)
+        _attend(kind, part, backward, window, inputs, row, lists, work, D)
 
 
 @inner_loop
@@ -927,25 +937,34 @@ def topological_pass(backward: bool, inputs: Inputs, results: Results, gradients
     """
     B, T, H = inputs.query.shape
     rows, number, threads, E = B * inputs.key.shape[2], inputs.value.dtype, thread_count(), D + 1
-    group, width = H // inputs.key.shape[2], min(window, T)
-    slots = max(1, min(rows, GROUP_TOKENS // T))
-    blocks, scans = -(-T // width), not inputs.query_codes.size
-    levels = max(0, (-(-T // SUBTREE) - 1).bit_length()) if blocks == 1 and not scans else 0
+    width = min(window, T)
+    blocks, pieces, scans = -(-T // width), -(-T // SUBTREE), not inputs.query_codes.size
     decays = 1 if inputs.log_decay.shape[2] else 0
-    pieces = -(-T // SUBTREE)
-    kinds = [(SUM_DECAYS, decays), (BEGIN, pieces)]
-    kinds += [(SCAN, blocks), (SCAN_UPPER, blocks - 1)] if scans else [(LOWER, pieces if blocks == 1 else blocks), (UPPER, blocks - 1)]
-    kinds += [(LEVEL + level, -(-T // (2 * SUBTREE << level))) for level in range(levels)]
-    kinds += [(END, pieces), (DECAY_GRADIENTS, decays if backward else 0)]
-    stages = [(kind, first, head, tasks) for head in range(group) for first in range(0, rows, slots) for kind, tasks in kinds if tasks]
+    steps = [(SUM_DECAYS, decays), (BEGIN, pieces)]
+    steps += [(SCAN, blocks), (SCAN_UPPER, blocks - 1)] if scans else [(LOWER, pieces if blocks == 1 else blocks), (UPPER, blocks - 1)]
+    levels = (pieces - 1).bit_length() if blocks == 1 and not scans else 0
+    steps += [(LEVEL + level, -(-T // (2 * SUBTREE << level))) for level in range(levels)]
+    steps += [(END, pieces), (DECAY_GRADIENTS, decays if backward else 0)]
+    steps = [(kind, parts) for kind, parts in steps if parts]
+
+    # rows that are short, and many enough for all threads, go through all steps by themselves; others step by step, some rows at a time
+    whole = T <= SUBTREE or (T <= WHOLE_ROW and rows >= 4 * threads)
+    slots = threads if whole else max(1, min(rows, GROUP_TOKENS // T))
+    stages = [(-1, 0, head) for head in range(H // inputs.key.shape[2])]
+    tasks = [rows] * len(stages)
+    if not whole:
+        stages = [(step, first, head) for _, _, head in stages for first in range(0, rows, slots) for step in range(len(steps))]
+        tasks = [steps[step][1] * min(slots, rows - first) for step, first, _ in stages]
+
     longest, block = blocks * width + CHUNK, max(64, min(TABLE // D // 8 * 8, width))
     plan = Plan(
-        np.array((backward, width, D)), np.array(stages, np.int64), *inputs, *results, *gradients, np.zeros((slots, 5, longest)), np.zeros((slots, 5, longest), number), np.empty((slots, 2, 2 * longest), np.int64),
+        np.array((backward, width, D)), np.array(stages, np.int64), np.array(steps, np.int64), *inputs, *results, *gradients,
+        np.zeros((slots, 5, longest)), np.zeros((slots, 5, longest), number), np.empty((slots, 2, 2 * longest), np.int64),
         np.empty((threads, 2 * CHUNK), np.int64), np.empty((threads, 4, width + 8), np.int32), np.zeros((threads, 7, block + 16)),
         np.zeros((threads, 4, block + 16), number), np.empty((threads, 2, (block + 1) * E), number), np.empty((threads, (width // block + 3) * E), number),
         np.empty((threads, width // block + 3)), np.zeros((threads, 5, CHUNK)), np.zeros((threads, 3, CHUNK), number),
         np.zeros((threads, CHUNK * CHUNK + CHUNK * D), number), TRIANGLES)
-    run_stages(_task, [tasks * min(slots, rows - first) for _, first, _, tasks in stages], plan)
+    run_stages(_task, tasks, plan)
 
 
 @loop
