@@ -119,6 +119,12 @@ def _copy(y, i, x, j, count):
 
 
 @inner_loop
+def _copy_row(y, i, x, j, D):
+    for d in range(0, D, 8):
+        store(y, i + d, load(x, j + d))
+
+
+@inner_loop
 def _dot(x, i, y, j, D):
     sums = load(x, i) * load(y, j)
     for d in range(8, D, 8):
@@ -673,29 +679,39 @@ class Gradients(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row that is worked on."""
+    """
+    A row that is worked on. Where a sequence has several heads, whose rows would be as many caches' lines apart, its numbers are copied to arrays of the slot.
+    """
     batch: int
     head: int
     key_head: int
+    packed: bool
+    value: Matrix       # v where the caller has it
+    given: Matrix       # out, or backward u, where the caller has it
+    made: Matrix        # out, or backward dv, where the caller wants it
     keys: Side
     queries: Side
     sums: Sums
 
 
 @inner_loop
-def _row(backward, inputs, results, gradients, thin64, thin, slot, number, head_of_group, D):
-    """The row `number` of the B Hkv rows of a head of each group, with its arrays in a slot."""
+def _row(backward, inputs, results, gradients, wide, narrow, packed, number, head_of_group, D):
+    """The row `number` of the B Hkv rows of a head of each group, with a slot's arrays."""
     B, T, H = inputs.query.shape
     kv_heads = inputs.key.shape[2]
     batch, key_head = number // kv_heads, number % kv_heads
     head = key_head * (H // kv_heads) + head_of_group
     value = Matrix(inputs.value, (batch * T * kv_heads + key_head) * D, kv_heads * D)
     by_query = (batch * T * H + head) * D
-    wide, narrow = thin64[slot], thin[slot]
-    keys = Side(wide[0], wide[1], narrow[0], value)
-    queries = Side(wide[2], wide[3], narrow[1], Matrix(gradients.upstream if backward else results.out, by_query, H * D))
-    made = Matrix(gradients.value, value.base, value.step) if backward else Matrix(results.out, by_query, H * D)
-    return Row(batch, head, key_head, keys, queries, Sums(wide[4], narrow[2], narrow[3], narrow[4], made))
+    given = Matrix(gradients.upstream if backward else results.out, by_query, H * D)
+    made = Matrix(gradients.value, value.base, value.step) if backward else given
+    is_packed = packed.shape[1] > 0
+    of_keys, of_queries, of_sums = value, given, made
+    if is_packed:
+        of_keys, of_queries, of_sums = Matrix(packed[0], 0, D), Matrix(packed[1], 0, D), Matrix(packed[2] if backward else packed[1], 0, D)
+    keys = Side(wide[0], wide[1], narrow[0], of_keys)
+    queries = Side(wide[2], wide[3], narrow[1], of_queries)
+    return Row(batch, head, key_head, is_packed, value, given, made, keys, queries, Sums(wide[4], narrow[2], narrow[3], narrow[4], of_sums))
 
 
 @inner_loop
@@ -719,12 +735,18 @@ def _begin(backward, inputs, results, row, first, last, D):
         keys.bias[i] = (inputs.key_bias[batch, i, row.key_head] * LOG2_E if biased else 0.0) - decay
         keys.unit[i] = 1
         queries.bias[i] = decay
-    if backward:
-        step = queries.rows.step
+    if row.packed:
         for i in range(first, last):
-            at = queries.rows.base + i * step
+            _copy_row(keys.rows.data, i * D, row.value.data, row.value.base + i * row.value.step, D)
+            if backward:
+                _copy_row(queries.rows.data, i * D, row.given.data, row.given.base + i * row.given.step, D)
+                for d in range(D):
+                    sums.rows.data[i * D + d] = 0
+    if backward:
+        for i in range(first, last):
+            at = row.given.base + i * row.given.step
             queries.bias[i] -= results.row_max[batch, head, i] + np.log2(results.normalizer[batch, head, i])
-            queries.unit[i] = _dot(queries.rows.data, at, results.out, at, D)
+            queries.unit[i] = _dot(row.given.data, at, results.out, at, D)
             sums.normalizer[i] = 0
             sums.key_gradient[i] = 0
             sums.bias_gradient[i] = 0
@@ -733,18 +755,22 @@ def _begin(backward, inputs, results, row, first, last, D):
 @inner_loop
 def _end(backward, inputs, results, gradients, row, first, last, D):
     """The row's results for the tokens first .. last - 1."""
-    sums, batch, head, key_head = row.sums, row.batch, row.head, row.key_head
+    sums, made, batch, head, key_head = row.sums, row.made, row.batch, row.head, row.key_head
     if not backward:
         for i in range(first, last):
-            at = sums.rows.base + i * sums.rows.step
+            at, to = sums.rows.base + i * sums.rows.step, made.base + i * made.step
             inverse = splat(sums.normalizer.dtype.type(1) / sums.normalizer[i])
             for d in range(0, D, 8):
-                store(results.out, at + d, load(results.out, at + d) * inverse)
+                store(made.data, to + d, load(sums.rows.data, at + d) * inverse)
             results.row_max[batch, head, i] = sums.highest[i]
             results.normalizer[batch, head, i] = sums.normalizer[i]
         return
     biased = inputs.key_bias.shape[2] > 0
     for i in range(first, last):
+        if row.packed:
+            to = made.base + i * made.step
+            for d in range(0, D, 8):
+                store(made.data, to + d, load(made.data, to + d) + load(sums.rows.data, i * D + d))
         gradients.query[batch, i, head] = sums.normalizer[i]
         gradients.key[batch, i, key_head] += sums.key_gradient[i]
         if biased:
@@ -848,6 +874,7 @@ class Plan(NamedTuple):
     grad_bias: np.ndarray
     wide: np.ndarray            # (slots, 5, T + CHUNK) float64, as _row has them; a slot is a row's, or a thread's that takes whole rows
     narrow: np.ndarray          # (slots, 5, T + CHUNK)
+    packed: np.ndarray          # (slots, 3, T D), or of no numbers: v, out or u, dv
     lists: np.ndarray           # (slots, 2, 2 (T + CHUNK)) int64: sorted lists of the nodes of a level and of the next
     unsorted: np.ndarray        # (threads, ...): as in Work
     orders: np.ndarray
@@ -874,7 +901,7 @@ def _task(stage, task, thread, plan):
     inputs = Inputs(plan.query, plan.key, plan.value, plan.log_decay, plan.key_bias, plan.start, plan.query_codes, plan.key_codes)
     results = Results(plan.out, plan.row_max, plan.normalizer)
     gradients = Gradients(plan.upstream, plan.grad_query, plan.grad_key, plan.grad_value, plan.grad_decay, plan.grad_bias)
-    row = _row(backward, inputs, results, gradients, plan.wide, plan.narrow, slot, first_row + number, head_of_group, D)
+    row = _row(backward, inputs, results, gradients, plan.wide[slot], plan.narrow[slot], plan.packed[slot], first_row + number, head_of_group, D)
     orders, tiles = plan.orders[thread], plan.tiles[thread]
     work = Work(plan.unsorted[thread], orders[0], orders[1], orders[2], orders[3], plan.thin[thread], plan.factors[thread], plan.tables[thread],
                 plan.carried[thread], plan.potentials[thread], plan.chunk[thread], plan.chunk_sums[thread], tiles[:tile], plan.triangles, tiles[tile:])
@@ -959,7 +986,8 @@ def topological_pass(backward: bool, inputs: Inputs, results: Results, gradients
     longest, block = blocks * width + CHUNK, max(64, min(TABLE // D // 8 * 8, width))
     plan = Plan(
         np.array((backward, width, D)), np.array(stages, np.int64), np.array(steps, np.int64), *inputs, *results, *gradients,
-        np.zeros((slots, 5, longest)), np.zeros((slots, 5, longest), number), np.empty((slots, 2, 2 * longest), np.int64),
+        np.zeros((slots, 5, longest)), np.zeros((slots, 5, longest), number),
+        np.empty((slots, 3, T * D if H > 1 else 0), number), np.empty((slots, 2, 2 * longest), np.int64),
         np.empty((threads, 2 * CHUNK), np.int64), np.empty((threads, 4, width + 8), np.int32), np.zeros((threads, 7, block + 16)),
         np.zeros((threads, 4, block + 16), number), np.empty((threads, 2, (block + 1) * E), number), np.empty((threads, (width // block + 3) * E), number),
         np.empty((threads, width // block + 3)), np.zeros((threads, 5, CHUNK)), np.zeros((threads, 3, CHUNK), number),
