@@ -75,7 +75,6 @@ class Sums(NamedTuple):
 
 class Work(NamedTuple):
     """A thread's own arrays. A block is the sources whose tables are made at a time."""
-    unsorted: np.ndarray        # (2 CHUNK) int64
     source: np.ndarray          # (T + 8) int32: positions of sources in order
     target: np.ndarray          # (T + 8) int32: positions of targets in order
     rank: np.ndarray            # (T + 8) int32: of targets
@@ -169,23 +168,6 @@ def _add_products(to, r, count, keep, weights, at, to_step, by_step, by, first, 
 
 
 @inner_loop
-def _sorted_chunk(items, at, work, key_codes, key_first, key_last, query_codes, query_first, query_last):
-    """The list of a chunk, from items[at] on; codes are int32 numbers in the order of the coordinates, equal where those are. Places are counted, not sought."""
-    unsorted, n = work.unsorted, 0
-    for j in range(key_first, key_last):
-        unsorted[n] = (np.int64(key_codes[j]) << 32) | j
-        n += 1
-    for i in range(query_first, query_last):
-        unsorted[n] = (np.int64(query_codes[i]) << 32) | (1 << 30) | i
-        n += 1
-    for k in range(n):
-        item, place = unsorted[k], 0
-        for other in unsorted[:n]:
-            place += np.int64(other < item)
-        items[at + place] = item
-
-
-@inner_loop
 def _merge(x, y, to):
     """The sorted lists x and y into to, without a branch that depends on their contents."""
     i = j = k = 0
@@ -202,6 +184,36 @@ def _merge(x, y, to):
     for rest in range(j, y.shape[0]):
         to[k] = y[rest]
         k += 1
+
+
+@inner_loop
+def _sort_runs(codes, first, last, is_query, items, other, at):
+    """
+    The sorted items of the positions first .. last - 1, from items[at] on; `other` is as long. Codes are int32 numbers in the order of the coordinates, equal
+    where those are. Places in runs of 16 are counted, not sought; a chunk has two runs.
+    """
+    for start in range(first, last, 16):
+        end = min(start + 16, last)
+        for k in range(start, end):
+            items[at + k - first] = (np.int64(codes[k]) << 32) | (is_query << 30) | k
+        run = items[at + start - first:at + end - first]
+        for k in range(run.shape[0]):
+            item, place = run[k], 0
+            for x in run:
+                place += np.int64(x < item)
+            other[at + start - first + place] = item
+    middle, end = at + min(16, last - first), at + last - first
+    _merge(other[at:middle], other[middle:end], items[at:end])
+
+
+@inner_loop
+def _sort_chunk(lists, at, key_codes, key_first, key_last, query_codes, query_first, query_last):
+    """The list of a chunk, lists[0] from `at` on."""
+    middle = at + key_last - key_first
+    end = middle + query_last - query_first
+    _sort_runs(key_codes, key_first, key_last, 0, lists[1], lists[0], at)
+    _sort_runs(query_codes, query_first, query_last, 1, lists[1], lists[0], middle)
+    _merge(lists[1, at:middle], lists[1, middle:end], lists[0, at:end])
 
 
 @inner_loop
@@ -610,7 +622,7 @@ def _chunks(backward, keys, queries, sums, start, key_codes, query_codes, lists,
                 _chunk_backward(keys, queries, sums, start, key_first, key_last, query_first, query_last, shift, triangle.lower, work, D)
             else:
                 _chunk_forward(keys, queries, sums, start, key_first, key_last, query_first, query_last, shift, triangle.lower, triangle.lower, work, D)
-        _sorted_chunk(lists[0], triangle.at + 2 * place, work, key_codes, key_first, key_last, query_codes, query_first, query_last)
+        _sort_chunk(lists, triangle.at + 2 * place, key_codes, key_first, key_last, query_codes, query_first, query_last)
 
 
 @inner_loop
@@ -717,9 +729,9 @@ def _row(backward, inputs, results, gradients, wide, narrow, packed, number, hea
 @inner_loop
 def _sum_decays(inputs, row):
     """F, anew in every document, so that a result has not even the rounding of another document in it."""
-    total_decay = 0.0
-    for i in range(inputs.query.shape[1]):
-        total_decay = 0.0 if inputs.start[row.batch, i] == i else total_decay + inputs.log_decay[row.batch, i, row.head] * LOG2_E
+    total_decay, start, log_decay = 0.0, inputs.start[row.batch], inputs.log_decay[row.batch, :, row.head]
+    for i in range(start.shape[0]):
+        total_decay = 0.0 if start[i] == i else total_decay + log_decay[i] * LOG2_E
         row.queries.bias[i] = total_decay
 
 
@@ -727,14 +739,19 @@ def _sum_decays(inputs, row):
 def _begin(backward, inputs, results, row, first, last, D):
     """The row's arrays for the tokens first .. last - 1."""
     keys, queries, sums, batch, head = row.keys, row.queries, row.sums, row.batch, row.head
+    a, b = inputs.query[batch, :, head], inputs.key[batch, :, row.key_head]
     decays, biased = inputs.log_decay.shape[2] > 0, inputs.key_bias.shape[2] > 0
     for i in range(first, last):
-        queries.coordinate[i] = inputs.query[batch, i, head] * LOG2_E
-        keys.coordinate[i] = inputs.key[batch, i, row.key_head] * LOG2_E
-        decay = queries.bias[i] if decays else 0.0
-        keys.bias[i] = (inputs.key_bias[batch, i, row.key_head] * LOG2_E if biased else 0.0) - decay
-        keys.unit[i] = 1
-        queries.bias[i] = decay
+        queries.coordinate[i], keys.coordinate[i], keys.bias[i], keys.unit[i] = a[i] * LOG2_E, b[i] * LOG2_E, 0, 1
+        if not decays:
+            queries.bias[i] = 0
+    if biased:
+        c = inputs.key_bias[batch, :, row.key_head]
+        for i in range(first, last):
+            keys.bias[i] = c[i] * LOG2_E
+    if decays:
+        for i in range(first, last):
+            keys.bias[i] -= queries.bias[i]
     if row.packed:
         for i in range(first, last):
             _copy_row(keys.rows.data, i * D, row.value.data, row.value.base + i * row.value.step, D)
@@ -743,9 +760,10 @@ def _begin(backward, inputs, results, row, first, last, D):
                 for d in range(D):
                     sums.rows.data[i * D + d] = 0
     if backward:
+        row_max, normalizer = results.row_max[batch, head], results.normalizer[batch, head]
         for i in range(first, last):
             at = row.given.base + i * row.given.step
-            queries.bias[i] -= results.row_max[batch, head, i] + np.log2(results.normalizer[batch, head, i])
+            queries.bias[i] -= row_max[i] + np.log2(normalizer[i])
             queries.unit[i] = _dot(row.given.data, at, results.out, at, D)
             sums.normalizer[i] = 0
             sums.key_gradient[i] = 0
@@ -757,22 +775,23 @@ def _end(backward, inputs, results, gradients, row, first, last, D):
     """The row's results for the tokens first .. last - 1."""
     sums, made, batch, head, key_head = row.sums, row.made, row.batch, row.head, row.key_head
     if not backward:
+        row_max, normalizer = results.row_max[batch, head], results.normalizer[batch, head]
         for i in range(first, last):
             at, to = sums.rows.base + i * sums.rows.step, made.base + i * made.step
             inverse = splat(sums.normalizer.dtype.type(1) / sums.normalizer[i])
             for d in range(0, D, 8):
                 store(made.data, to + d, load(sums.rows.data, at + d) * inverse)
-            results.row_max[batch, head, i] = sums.highest[i]
-            results.normalizer[batch, head, i] = sums.normalizer[i]
+            row_max[i], normalizer[i] = sums.highest[i], sums.normalizer[i]
         return
+    grad_query, grad_key = gradients.query[batch, :, head], gradients.key[batch, :, key_head]
     biased = inputs.key_bias.shape[2] > 0
     for i in range(first, last):
         if row.packed:
             to = made.base + i * made.step
             for d in range(0, D, 8):
                 store(made.data, to + d, load(made.data, to + d) + load(sums.rows.data, i * D + d))
-        gradients.query[batch, i, head] = sums.normalizer[i]
-        gradients.key[batch, i, key_head] += sums.key_gradient[i]
+        grad_query[i] = sums.normalizer[i]
+        grad_key[i] += sums.key_gradient[i]
         if biased:
             gradients.key_bias[batch, i, key_head] += sums.bias_gradient[i]
 
@@ -876,8 +895,7 @@ class Plan(NamedTuple):
     narrow: np.ndarray          # (slots, 5, T + CHUNK)
     packed: np.ndarray          # (slots, 3, T D), or of no numbers: v, out or u, dv
     lists: np.ndarray           # (slots, 2, 2 (T + CHUNK)) int64: sorted lists of the nodes of a level and of the next
-    unsorted: np.ndarray        # (threads, ...): as in Work
-    orders: np.ndarray
+    orders: np.ndarray          # (threads, ...): as in Work
     thin: np.ndarray
     factors: np.ndarray
     tables: np.ndarray
@@ -903,7 +921,7 @@ def _task(stage, task, thread, plan):
     gradients = Gradients(plan.upstream, plan.grad_query, plan.grad_key, plan.grad_value, plan.grad_decay, plan.grad_bias)
     row = _row(backward, inputs, results, gradients, plan.wide[slot], plan.narrow[slot], plan.packed[slot], first_row + number, head_of_group, D)
     orders, tiles = plan.orders[thread], plan.tiles[thread]
-    work = Work(plan.unsorted[thread], orders[0], orders[1], orders[2], orders[3], plan.thin[thread], plan.factors[thread], plan.tables[thread],
+    work = Work(orders[0], orders[1], orders[2], orders[3], plan.thin[thread], plan.factors[thread], plan.tables[thread],
                 plan.carried[thread], plan.potentials[thread], plan.chunk[thread], plan.chunk_sums[thread], tiles[:tile], plan.triangles, tiles[tile:])
     for s in range(0 if whole else step, plan.steps.shape[0] if whole else step + 1):
         for p in range(0 if whole else part, plan.steps[s, 1] if whole else part + 1):
@@ -988,7 +1006,7 @@ def topological_pass(backward: bool, inputs: Inputs, results: Results, gradients
         np.array((backward, width, D)), np.array(stages, np.int64), np.array(steps, np.int64), *inputs, *results, *gradients,
         np.zeros((slots, 5, longest)), np.zeros((slots, 5, longest), number),
         np.empty((slots, 3, T * D if H > 1 else 0), number), np.empty((slots, 2, 2 * longest), np.int64),
-        np.empty((threads, 2 * CHUNK), np.int64), np.empty((threads, 4, width + 8), np.int32), np.zeros((threads, 7, block + 16)),
+        np.empty((threads, 4, width + 8), np.int32), np.zeros((threads, 7, block + 16)),
         np.zeros((threads, 4, block + 16), number), np.empty((threads, 2, (block + 1) * E), number), np.empty((threads, (width // block + 3) * E), number),
         np.empty((threads, width // block + 3)), np.zeros((threads, 5, CHUNK)), np.zeros((threads, 3, CHUNK), number),
         np.zeros((threads, CHUNK * CHUNK + CHUNK * D), number), TRIANGLES)
