@@ -52,7 +52,9 @@ numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 BOUNDSCHECK = bool(numba.config.BOUNDSCHECK)  # NUMBA_BOUNDSCHECK=1: every index is checked, for tests
 _options = dict(cache=_folder is not None, fastmath=FASTMATH, error_model="numpy")
 loop = njit(nogil=True, **_options)                             # one thread
-inner_loop = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_options)   # one that only loops call, which is quicker to compile
+_inner = dict(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_options)
+called_loop = njit(**_inner)                                    # one that only loops call, which is quicker to compile
+inner_loop = njit(forceinline=True, **_inner)                   # one that becomes part of their code: tuples of arrays are slow to pass
 inline_loop = njit(inline="always", **_options)                 # copied into the loop that calls it
 parallel_loop = njit(nogil=True, parallel=True, **_options)     # prange over independent tasks
 

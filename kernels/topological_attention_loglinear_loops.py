@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kernels.loops import inner_loop, loop, run_stages, thread_count
+from kernels.loops import called_loop, inner_loop, loop, run_stages, thread_count
 from kernels.topological_attention_loglinear import CHUNK
 from kernels.topological_attention_reference import LOG2_E, LOWEST
 from kernels.simd import cast, distance, exp2, largest, load, madd, select, splat, store, total
@@ -167,7 +167,7 @@ def _add_products(to, r, count, keep, weights, at, to_step, by_step, by, first, 
 # ---- Lists of a node's keys and queries
 
 
-@inner_loop
+@called_loop
 def _merge(x, y, to):
     """The sorted lists x and y into to, without a branch that depends on their contents."""
     i = j = k = 0
@@ -186,7 +186,7 @@ def _merge(x, y, to):
         k += 1
 
 
-@inner_loop
+@called_loop
 def _sort_runs(codes, first, last, is_query, items, other, at):
     """
     The sorted items of the positions first .. last - 1, from items[at] on; `other` is as long. Codes are int32 numbers in the order of the coordinates, equal
@@ -238,7 +238,7 @@ def _split(items, work, key_first, key_last, query_first, query_last):
     return sources, targets, equal
 
 
-@inner_loop
+@called_loop
 def _other_ranks(key_codes, query_codes, work, sources, targets):
     """Changes work.rank to the sources below each target, and work.back to the targets at or below each source."""
     source, target, rank, back = work.source, work.target, work.rank, work.back
@@ -387,7 +387,7 @@ def _read(mode, sides, targets, sums, order, rank, first, last, before, work, D)
                 store(out.data, to + d, load(out.data, to + d) + taken)
 
 
-@inner_loop
+@called_loop
 def _act(mode, sides, sources, targets, sums, source, count, target, rank, readers, work, D):
     """The sources on the targets, each in its order, block by block of sources."""
     E, up, down = D + 1, work.table[0], work.table[1]
@@ -417,7 +417,7 @@ def _act(mode, sides, sources, targets, sums, source, count, target, rank, reade
             work.thin[2, 0] = work.thin[2, n]
 
 
-@inner_loop
+@called_loop
 def _act_on_equals(keys, queries, sums, key_codes, query_codes, work, sources, targets, D):
     """dv and dc from the queries that equal a key: for each coordinate that sources and targets share, the queries' sum, which every such key takes."""
     table, first, t = work.table[0], 0, 0
@@ -445,32 +445,6 @@ def _act_on_equals(keys, queries, sums, key_codes, query_codes, work, sources, t
             _mix(sums.rows.data, sums.rows.base + j * sums.rows.step, table.dtype.type(1), table, 0, weight, D)
             sums.bias_gradient[j] += weight * (_dot(taken.data, row, table, 0, D) - table[D])
         first, t = last, until
-
-
-@inner_loop
-def _act_both_ways(backward, keys, queries, sums, key_codes, query_codes, sources, targets, equal, work, D):
-    """
-    Sources and targets as _split has set them: the keys on the queries, and backward the queries on the keys too. A key that equals a query is below it in the
-    forward pass, on neither side in the backward one, where its distance has derivative 0: V is then read with the ranks of all keys up to the query's
-    coordinate, and U with those of the keys below it.
-    """
-    if not backward:
-        _act(np.int64(FORWARD), np.int64(BOTH), keys, queries, sums, work.source, sources, work.target, work.rank, targets, work, D)
-        return
-    for turn in range(2 if equal else 1):
-        if turn == 1:
-            _other_ranks(key_codes, query_codes, work, sources, targets)
-        for mode in range(QUERY_GRADIENT, KEY_GRADIENT + 1):
-            to_keys = mode == KEY_GRADIENT
-            givers, takers = (queries, keys) if to_keys else (keys, queries)
-            order, count, ranks = (work.target, targets, work.back) if to_keys else (work.source, sources, work.rank)
-            readers, number = (work.source, sources) if to_keys else (work.target, targets)
-            sides = BOTH
-            if equal:
-                sides = UP if (turn == 0) == to_keys else DOWN
-            _act(mode, sides, givers, takers, sums, order, count, readers, ranks, number, work, D)
-    if equal:
-        _act_on_equals(keys, queries, sums, key_codes, query_codes, work, sources, targets, D)
 
 
 # ---- Pairs inside a chunk
@@ -611,21 +585,6 @@ def _list_of(lists, level, triangle, first, last):
 
 
 @inner_loop
-def _chunks(backward, keys, queries, sums, start, key_codes, query_codes, lists, triangle, first, last, work, D):
-    """The chunks in the places first .. last - 1: their pairs and their lists."""
-    shift = triangle.query_base - triangle.key_base
-    for place in range(first, last, CHUNK):
-        key_first, key_last = _span(triangle.key_base, triangle.key_count, place, place + CHUNK)
-        query_first, query_last = _span(triangle.query_base, triangle.query_count, place, place + CHUNK)
-        if key_first < key_last and query_first < query_last:
-            if backward:
-                _chunk_backward(keys, queries, sums, start, key_first, key_last, query_first, query_last, shift, triangle.lower, work, D)
-            else:
-                _chunk_forward(keys, queries, sums, start, key_first, key_last, query_first, query_last, shift, triangle.lower, triangle.lower, work, D)
-        _sort_chunk(lists, triangle.at + 2 * place, key_codes, key_first, key_last, query_codes, query_first, query_last)
-
-
-@inner_loop
 def _meet(backward, keys, queries, sums, start, key_codes, query_codes, lists, level, triangle, first, middle, last, work, D):
     """Two nodes of a level, the places first .. middle - 1 and middle .. last - 1: their lists become one of the next level, sources act on targets."""
     merged = _list_of(lists, level + 1, triangle, first, last)
@@ -655,7 +614,27 @@ def _meet(backward, keys, queries, sums, start, key_codes, query_codes, lists, l
                 inside = half
         query_last = outside
     sources, targets, equal = _split(merged, work, key_first, key_last, query_first, query_last)
-    _act_both_ways(backward, keys, queries, sums, key_codes, query_codes, sources, targets, equal, work, D)
+    if sources == 0 or targets == 0:
+        return
+    if not backward:
+        _act(np.int64(FORWARD), np.int64(BOTH), keys, queries, sums, work.source, sources, work.target, work.rank, targets, work, D)
+        return
+    # A key that equals a query is on neither side, where its distance has derivative 0: V is read with the ranks of all keys up to the query's coordinate, U
+    # with those of the keys below it.
+    for turn in range(2 if equal else 1):
+        if turn == 1:
+            _other_ranks(key_codes, query_codes, work, sources, targets)
+        for mode in range(QUERY_GRADIENT, KEY_GRADIENT + 1):
+            to_keys = mode == KEY_GRADIENT
+            givers, takers = (queries, keys) if to_keys else (keys, queries)
+            order, count, ranks = (work.target, targets, work.back) if to_keys else (work.source, sources, work.rank)
+            readers, number = (work.source, sources) if to_keys else (work.target, targets)
+            sides = BOTH
+            if equal:
+                sides = UP if (turn == 0) == to_keys else DOWN
+            _act(mode, sides, givers, takers, sums, order, count, readers, ranks, number, work, D)
+    if equal:
+        _act_on_equals(keys, queries, sums, key_codes, query_codes, work, sources, targets, D)
 
 
 # ---- A pass over all rows
@@ -726,7 +705,7 @@ def _row(backward, inputs, results, gradients, wide, narrow, packed, number, hea
     return Row(batch, head, key_head, is_packed, value, given, made, keys, queries, Sums(wide[4], narrow[2], narrow[3], narrow[4], of_sums))
 
 
-@inner_loop
+@called_loop
 def _sum_decays(inputs, row):
     """F, anew in every document, so that a result has not even the rounding of another document in it."""
     total_decay, start, log_decay = 0.0, inputs.start[row.batch], inputs.log_decay[row.batch, :, row.head]
@@ -735,7 +714,7 @@ def _sum_decays(inputs, row):
         row.queries.bias[i] = total_decay
 
 
-@inner_loop
+@called_loop
 def _begin(backward, inputs, results, row, first, last, D):
     """The row's arrays for the tokens first .. last - 1."""
     keys, queries, sums, batch, head = row.keys, row.queries, row.sums, row.batch, row.head
@@ -770,7 +749,7 @@ def _begin(backward, inputs, results, row, first, last, D):
             sums.bias_gradient[i] = 0
 
 
-@inner_loop
+@called_loop
 def _end(backward, inputs, results, gradients, row, first, last, D):
     """The row's results for the tokens first .. last - 1."""
     sums, made, batch, head, key_head = row.sums, row.made, row.batch, row.head, row.key_head
@@ -796,7 +775,7 @@ def _end(backward, inputs, results, gradients, row, first, last, D):
             gradients.key_bias[batch, i, key_head] += sums.bias_gradient[i]
 
 
-@inner_loop
+@called_loop
 def _sum_decay_gradients(inputs, gradients, row):
     """dg_t = - sum over the document's j >= t of dc_j; nothing at its first token, whose decay no score has."""
     after = 0.0
@@ -817,7 +796,7 @@ def _order_scan(work, first, last, step, readers_first, readers, readers_step, r
         work.rank[k] = min(rank + k * rank_step, most)
 
 
-@inner_loop
+@called_loop
 def _scan(backward, row, start, window, task, work, D):
     """
     Without coordinates: the queries of a block of the window on its keys, document by document. One table of running sums in the order of the tokens serves
@@ -844,7 +823,7 @@ def _scan(backward, row, start, window, task, work, D):
         first = last
 
 
-@inner_loop
+@called_loop
 def _scan_upper(backward, row, start, window, task, work, D):
     """The same queries on the keys of the block before: the query at base + n sees those from base + n + 1 - window on."""
     base, end = (task + 1) * window, (task + 1) * window + 1
@@ -907,7 +886,7 @@ class Plan(NamedTuple):
     triangles: np.ndarray
 
 
-@inner_loop
+@called_loop
 def _task(stage, task, thread, plan):
     """A part of a step of one row, or all of a row."""
     step, first_row, head_of_group = plan.stages[stage]
@@ -924,28 +903,23 @@ def _task(stage, task, thread, plan):
     work = Work(orders[0], orders[1], orders[2], orders[3], plan.thin[thread], plan.factors[thread], plan.tables[thread],
                 plan.carried[thread], plan.potentials[thread], plan.chunk[thread], plan.chunk_sums[thread], tiles[:tile], plan.triangles, tiles[tile:])
     for s in range(0 if whole else step, plan.steps.shape[0] if whole else step + 1):
-        for p in range(0 if whole else part, plan.steps[s, 1] if whole else part + 1):
-            _do(plan.steps[s, 0], p, backward, window, inputs, results, gradients, row, plan.lists[slot], work, D)
-
-
-@inner_loop
-def _do(kind, part, backward, window, inputs, results, gradients, row, lists, work, D):
-    """A part of a step: a row's sums of decays, the arrays or the results of a piece of it, what acts on what, its decays' gradients."""
-    first, last = part * SUBTREE, min(inputs.query.shape[1], (part + 1) * SUBTREE)
-    if kind == SUM_DECAYS:
-        _sum_decays(inputs, row)
-    elif kind == BEGIN:
-        _begin(backward, inputs, results, row, first, last, D)
-    elif kind == END:
-        _end(backward, inputs, results, gradients, row, first, last, D)
-    elif kind == DECAY_GRADIENTS:
-        _sum_decay_gradients(inputs, gradients, row)
-    elif kind == SCAN:
-        _scan(backward, row, inputs.start[row.batch], window, part, work, D)
-    elif kind == SCAN_UPPER:
-        _scan_upper(backward, row, inputs.start[row.batch], window, part, work, D)
-    else:
-        _attend(kind, part, backward, window, inputs, row, lists, work, D)
+        kind, parts = plan.steps[s]
+        for p in range(0 if whole else part, parts if whole else part + 1):
+            first, last = p * SUBTREE, min(inputs.query.shape[1], (p + 1) * SUBTREE)
+            if kind == SUM_DECAYS:
+                _sum_decays(inputs, row)
+            elif kind == BEGIN:
+                _begin(backward, inputs, results, row, first, last, D)
+            elif kind == END:
+                _end(backward, inputs, results, gradients, row, first, last, D)
+            elif kind == DECAY_GRADIENTS:
+                _sum_decay_gradients(inputs, gradients, row)
+            elif kind == SCAN:
+                _scan(backward, row, inputs.start[row.batch], window, p, work, D)
+            elif kind == SCAN_UPPER:
+                _scan_upper(backward, row, inputs.start[row.batch], window, p, work, D)
+            else:
+                _attend(kind, p, backward, window, inputs, row, plan.lists[slot], work, D)
 
 
 @inner_loop
@@ -967,8 +941,16 @@ def _attend(kind, task, backward, window, inputs, row, lists, work, D):
         first, last, top = 0, triangle.key_count, triangle.key_count
         if not lower and start[base] >= base:
             return
-    if kind < LEVEL:
-        _chunks(backward, keys, queries, sums, start, key_codes, query_codes, lists, triangle, first, last, work, D)
+    for place in range(first, last if kind < LEVEL else first, CHUNK):
+        key_first, key_last = _span(triangle.key_base, triangle.key_count, place, place + CHUNK)
+        query_first, query_last = _span(triangle.query_base, triangle.query_count, place, place + CHUNK)
+        shift, lower = triangle.query_base - triangle.key_base, triangle.lower
+        if key_first < key_last and query_first < query_last:
+            if backward:
+                _chunk_backward(keys, queries, sums, start, key_first, key_last, query_first, query_last, shift, lower, work, D)
+            else:
+                _chunk_forward(keys, queries, sums, start, key_first, key_last, query_first, query_last, shift, lower, lower, work, D)
+        _sort_chunk(lists, triangle.at + 2 * place, key_codes, key_first, key_last, query_codes, query_first, query_last)
     while size < top:
         for place in range(first, last, 2 * size):
             _meet(backward, keys, queries, sums, start, key_codes, query_codes, lists, level, triangle, place, place + size, min(place + 2 * size, last), work, D)
