@@ -32,6 +32,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from kernels.backend import array, cpu_loops, cpu_operation, loops_serve
+
 try:
     import triton
     import triton.language as tl
@@ -385,7 +387,107 @@ def _backward(ctx, gz, gh, *_):
 _forward_op.register_autograd(_backward, setup_context=_save)
 
 
-# ---- Public function ------------------------------------------------------------------------------------------------------------------------------------
+# ---- The CPU's loops: z = s_0 x + s_1 y, plain (1, 1) or with learned scales, and its norm or none ------------------------------------------------------
+
+def _sum_body(x: Tensor, y: Tensor, scales: Optional[Tensor], eps: float, normed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """z, and of normed ones h and rho (N), else both empty"""
+    z, h, rho = _empty_sum(x, normed)
+    D = x.shape[-1]
+    cpu_loops("residual_norm_loops").forward(
+        _rows(x, D), _rows(y, D), _scale_array(scales, z), eps, _rows(z, D), _rows(h, D), rho.numpy())
+    return z.to(x.dtype), h.to(x.dtype), rho
+
+
+def _sum_backward_body(gz: Optional[Tensor], gh: Optional[Tensor], x: Optional[Tensor], y: Optional[Tensor], scales: Optional[Tensor], h: Tensor,
+                       rho: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dy and dscales; of a plain sum dx is both, and the others are empty"""
+    like = gz if gh is None else gh
+    dx, dy, dscales = _empty_sum_gradients(like, scales, like.dtype if like.dtype == torch.float64 else torch.float32)
+    D, rows = like.shape[-1], dscales.new_empty(like.numel() // like.shape[-1] if scales is not None else 0, 2)
+    nothing = dx.new_empty(0, D)
+    gz, gh, x, y = (nothing if tensor is None else tensor for tensor in (gz, gh, x, y))
+    cpu_loops("residual_norm_loops").backward(
+        _rows(gz, D), _rows(gh, D), _rows(x, D), _rows(y, D), _scale_array(scales, dx), _rows(h, D), rho.numpy(), _rows(dx, D), _rows(dy, D), rows.numpy())
+    return dx.to(like.dtype), dy.to(like.dtype), rows.sum(0) if scales is not None else dscales
+
+
+def _rows(x: Tensor, D: int):
+    return array(x.reshape(-1, D))
+
+
+def _scale_array(scales: Tensor | None, like: Tensor):
+    return array((torch.ones(2) if scales is None else scales).to(like.dtype))
+
+
+def _empty_sum(x: Tensor, normed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    z, h = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape if normed else 0, dtype=dtype)
+    return z, h, torch.empty(math.prod(x.shape[:-1]) if normed else 0, dtype=dtype)
+
+
+def _fake_sum(x, y, scales, eps, normed):
+    z, h, rho = _empty_sum(x, normed)
+    return z.to(x.dtype), h.to(x.dtype), rho
+
+
+def _empty_sum_gradients(like: Tensor, scales: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    scaled = scales is not None
+    return (torch.empty(like.shape, dtype=dtype), torch.empty(like.shape if scaled else 0, dtype=dtype),
+            torch.empty(2 if scaled else 0, dtype=torch.promote_types(dtype, torch.float32)))
+
+
+def _fake_sum_backward(gz, gh, x, y, scales, h, rho):
+    like = gz if gh is None else gh
+    dx, dy, dscales = _empty_sum_gradients(like, scales, like.dtype)
+    return dx, dy, dscales
+
+
+def _save_sum(ctx, inputs, output):
+    x, y, scales, _, ctx.normed = inputs
+    scaled = scales is not None
+    ctx.save_for_backward(x if scaled else None, y if scaled else None, scales, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _sum_gradients(ctx, gz, gh, _):
+    *inputs, scales, h, rho = ctx.saved_tensors
+    gh = gh if ctx.normed else None
+    if gz is None and gh is None:
+        return (None,) * 5
+    if scales is None and gh is None:
+        return gz, gz, None, None, None
+    dx, dy, dscales = _sum_backward_loops(gz, gh, *inputs, scales, h, rho)
+    if scales is None:
+        return dx, dx, None, None, None
+    return dx, dy, dscales.to(scales.dtype), None, None
+
+
+_sum_backward_loops = cpu_operation("knotgpt::scaled_sum_norm_loops_backward", _sum_backward_body, _fake_sum_backward)
+_sum_loops = cpu_operation("knotgpt::scaled_sum_norm_loops", _sum_body, _fake_sum, _save_sum, _sum_gradients)
+
+
+# ---- Public functions -----------------------------------------------------------------------------------------------------------------------------------
+
+def scaled_sum(x: Tensor, y: Tensor, scales: Tensor, backend: str = "auto") -> Tensor:
+    """
+    scales[0] x + scales[1] y for x and y (..., D) of one dtype and scales (2,): the baseline's mixes of two streams. Gradients for all three, once.
+
+    backend: "reference": PyTorch; "loops": the CPU's; "auto": loops for tensors on a CPU where Numba is, else reference. Half precision is computed in
+    float32 by loops, and rounded once.
+    """
+    if backend == "loops" or backend == "auto" and loops_serve(x):
+        return _sum_loops(x, y, scales, 0.0, False)[0]
+    mix = scales.type_as(x)
+    return mix[0] * x + mix[1] * y
+
+
+def scaled_sum_norm(x: Tensor, y: Tensor, scales: Tensor | None = None, eps_norm: float = 1e-6, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """(z, z / sqrt(mean(z^2) + eps_norm) of every row), z = scaled_sum(x, y, scales); without scales z = x + y. backend: as scaled_sum's."""
+    if backend == "loops" or backend == "auto" and loops_serve(x):
+        return _sum_loops(x, y, scales, float(eps_norm), True)[:2]
+    first, second = (None, None) if scales is None else (scales[0], scales[1])
+    return residual_norm_reference(x, y, second, second, None, first, eps_norm=eps_norm)
+
 
 BACKENDS = ("auto", "reference", "triton")
 EPS_MODES = ("clamp", "add")
