@@ -387,63 +387,48 @@ def _backward(ctx, gz, gh, *_):
 _forward_op.register_autograd(_backward, setup_context=_save)
 
 
-# ---- The CPU's loops: z = s_0 x + s_1 y, plain (1, 1) or with learned scales, and its norm or none ------------------------------------------------------
+# ---- The CPU's loops: z = s_0 x + s_1 y, plain (1, 1) or with learned scales, and its norm ---------------------------------------------------------------
 
-def _sum_body(x: Tensor, y: Tensor, scales: Optional[Tensor], eps: float, normed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """z, and of normed ones h and rho (N), else both empty"""
-    z, h, rho = _empty_sum(x, normed)
-    D = x.shape[-1]
-    cpu_loops("residual_norm_loops").forward(
-        _rows(x, D), _rows(y, D), _scale_array(scales, z), eps, _rows(z, D), _rows(h, D), rho.numpy())
+def _sum_body(x: Tensor, y: Tensor, scales: Optional[Tensor], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """z, h and rho (N)"""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    z, h, rho = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape, dtype=dtype), torch.empty(math.prod(x.shape[:-1]), dtype=dtype)
+    cpu_loops("residual_norm_loops").forward(*_row_arrays(x, y), _scale_array(scales, z), eps, *_row_arrays(z, h), rho.numpy())
     return z.to(x.dtype), h.to(x.dtype), rho
 
 
-def _sum_backward_body(gz: Optional[Tensor], gh: Optional[Tensor], x: Optional[Tensor], y: Optional[Tensor], scales: Optional[Tensor], h: Tensor,
+def _sum_backward_body(gz: Optional[Tensor], gh: Tensor, x: Optional[Tensor], y: Optional[Tensor], scales: Optional[Tensor], h: Tensor,
                        rho: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dy and dscales; of a plain sum dx is both, and the others are empty"""
-    like = gz if gh is None else gh
-    dx, dy, dscales = _empty_sum_gradients(like, scales, like.dtype if like.dtype == torch.float64 else torch.float32)
-    D, rows = like.shape[-1], dscales.new_empty(like.numel() // like.shape[-1] if scales is not None else 0, 2)
-    nothing = dx.new_empty(0, D)
-    gz, gh, x, y = (nothing if tensor is None else tensor for tensor in (gz, gh, x, y))
+    dx, dy = torch.empty(gh.shape, dtype=rho.dtype), torch.empty(gh.shape if scales is not None else (0, gh.shape[-1]), dtype=rho.dtype)
+    dscales = torch.empty(len(rho) if scales is not None else 0, 2, dtype=rho.dtype)
+    gz, x, y = (dx.new_empty(0, gh.shape[-1]) if tensor is None else tensor for tensor in (gz, x, y))
     cpu_loops("residual_norm_loops").backward(
-        _rows(gz, D), _rows(gh, D), _rows(x, D), _rows(y, D), _scale_array(scales, dx), _rows(h, D), rho.numpy(), _rows(dx, D), _rows(dy, D), rows.numpy())
-    return dx.to(like.dtype), dy.to(like.dtype), rows.sum(0) if scales is not None else dscales
+        *_row_arrays(gz, gh, x, y), _scale_array(scales, dx), *_row_arrays(h), rho.numpy(), *_row_arrays(dx, dy), dscales.numpy())
+    return dx.to(gh.dtype), dy.to(gh.dtype), dscales.sum(0)
 
 
-def _rows(x: Tensor, D: int):
-    return array(x.reshape(-1, D))
+def _row_arrays(*tensors: Tensor) -> list:
+    """Each as an array of rows."""
+    return [array(x.reshape(-1, x.shape[-1])) for x in tensors]
 
 
 def _scale_array(scales: Tensor | None, like: Tensor):
     return array((torch.ones(2) if scales is None else scales).to(like.dtype))
 
 
-def _empty_sum(x: Tensor, normed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    z, h = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape if normed else 0, dtype=dtype)
-    return z, h, torch.empty(math.prod(x.shape[:-1]) if normed else 0, dtype=dtype)
-
-
-def _fake_sum(x, y, scales, eps, normed):
-    z, h, rho = _empty_sum(x, normed)
-    return z.to(x.dtype), h.to(x.dtype), rho
-
-
-def _empty_sum_gradients(like: Tensor, scales: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    scaled = scales is not None
-    return (torch.empty(like.shape, dtype=dtype), torch.empty(like.shape if scaled else 0, dtype=dtype),
-            torch.empty(2 if scaled else 0, dtype=torch.promote_types(dtype, torch.float32)))
+def _fake_sum(x, y, scales, eps):
+    z, h = (torch.empty(x.shape, dtype=x.dtype) for _ in range(2))
+    return z, h, torch.empty(math.prod(x.shape[:-1]), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _fake_sum_backward(gz, gh, x, y, scales, h, rho):
-    like = gz if gh is None else gh
-    dx, dy, dscales = _empty_sum_gradients(like, scales, like.dtype)
-    return dx, dy, dscales
+    dx, dy = torch.empty(gh.shape, dtype=gh.dtype), torch.empty(gh.shape if scales is not None else (0, gh.shape[-1]), dtype=gh.dtype)
+    return dx, dy, torch.empty(2, dtype=rho.dtype)
 
 
 def _save_sum(ctx, inputs, output):
-    x, y, scales, _, ctx.normed = inputs
+    x, y, scales, _ = inputs
     scaled = scales is not None
     ctx.save_for_backward(x if scaled else None, y if scaled else None, scales, *output[1:])
     ctx.set_materialize_grads(False)
@@ -451,15 +436,10 @@ def _save_sum(ctx, inputs, output):
 
 def _sum_gradients(ctx, gz, gh, _):
     *inputs, scales, h, rho = ctx.saved_tensors
-    gh = gh if ctx.normed else None
     if gz is None and gh is None:
-        return (None,) * 5
-    if scales is None and gh is None:
-        return gz, gz, None, None, None
-    dx, dy, dscales = _sum_backward_loops(gz, gh, *inputs, scales, h, rho)
-    if scales is None:
-        return dx, dx, None, None, None
-    return dx, dy, dscales.to(scales.dtype), None, None
+        return (None,) * 4
+    dx, dy, dscales = _sum_backward_loops(gz, torch.zeros_like(gz) if gh is None else gh, *inputs, scales, h, rho)
+    return (dx, dx, None, None) if scales is None else (dx, dy, dscales.to(scales.dtype), None)
 
 
 _sum_backward_loops = cpu_operation("knotgpt::scaled_sum_norm_loops_backward", _sum_backward_body, _fake_sum_backward)
@@ -468,25 +448,28 @@ _sum_loops = cpu_operation("knotgpt::scaled_sum_norm_loops", _sum_body, _fake_su
 
 # ---- Public functions -----------------------------------------------------------------------------------------------------------------------------------
 
-def scaled_sum(x: Tensor, y: Tensor, scales: Tensor, backend: str = "auto") -> Tensor:
-    """
-    scales[0] x + scales[1] y for x and y (..., D) of one dtype and scales (2,): the baseline's mixes of two streams. Gradients for all three, once.
-
-    backend: "reference": PyTorch; "loops": the CPU's; "auto": loops for tensors on a CPU where Numba is, else reference. Half precision is computed in
-    float32 by loops, and rounded once.
-    """
-    if backend == "loops" or backend == "auto" and loops_serve(x):
-        return _sum_loops(x, y, scales, 0.0, False)[0]
-    mix = scales.type_as(x)
-    return mix[0] * x + mix[1] * y
-
-
 def scaled_sum_norm(x: Tensor, y: Tensor, scales: Tensor | None = None, eps_norm: float = 1e-6, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """(z, z / sqrt(mean(z^2) + eps_norm) of every row), z = scaled_sum(x, y, scales); without scales z = x + y. backend: as scaled_sum's."""
+    """
+    (z, z / sqrt(mean(z^2) + eps_norm) of every row), z = scales[0] x + scales[1] y: residual_norm's z without c, two scalars in the place of its gains.
+
+    x, y      (..., D)   bfloat16, float16, float32 or float64, of one dtype; any strides (what is not contiguous is copied)
+    scales    (2,)       None: ones
+    backend   "reference": PyTorch; "loops": the CPU's; "auto": loops for tensors on a CPU where Numba is, else without scales residual_norm's choice, else
+              reference
+
+    Gradients for x, y and scales, once. All backends work under torch.compile(fullgraph=True). ValueError that names the argument for a wrong shape, dtype or
+    option.
+    """
+    _check(x, y, None, None, None, None, 1.0, eps_norm, "clamp", "auto" if backend == "loops" else backend)
+    if scales is not None and (not isinstance(scales, Tensor) or scales.shape != (2,) or scales.dtype not in DTYPES):
+        raise ValueError(f"scales must be None or a tensor of shape (2,); got {_describe(scales)}")
+    if backend == "loops" and not loops_serve(x):
+        raise ValueError(f"backend 'loops' needs tensors on a CPU and Numba; got tensors on {x.device}: use 'reference' or 'auto'")
     if backend == "loops" or backend == "auto" and loops_serve(x):
-        return _sum_loops(x, y, scales, float(eps_norm), True)[:2]
-    first, second = (None, None) if scales is None else (scales[0], scales[1])
-    return residual_norm_reference(x, y, second, second, None, first, eps_norm=eps_norm)
+        return _sum_loops(x, y, scales, float(eps_norm))[:2]
+    if scales is None:
+        return residual_norm(x, y, eps_norm=eps_norm, backend=backend)
+    return residual_norm_reference(x, y, scales[1], scales[1], None, scales[0], eps_norm=eps_norm)
 
 
 BACKENDS = ("auto", "reference", "triton")

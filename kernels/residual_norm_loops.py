@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 from numba import prange
 
 from kernels.loops import loop, parallel_loop
@@ -27,13 +26,12 @@ def _scale_row(z, factor, h):
 
 @parallel_loop
 def forward(x, y, scales, eps, z, h, rho):
-    """z = scales[0] x + scales[1] y of rows (N, D); h, its norm, and rho (N), unless h has no rows."""
+    """z = scales[0] x + scales[1] y of rows (N, D), its norm h, and rho (N)."""
     a, b = scales[0], scales[1]
     for row in prange(len(x)):
         square = _sum_of_row(x[row], y[row], a, b, z[row])
-        if len(h) > 0:
-            rho[row] = x.dtype.type(1 / math.sqrt(square / x.shape[1] + eps))
-            _scale_row(z[row], rho[row], h[row])
+        rho[row] = x.dtype.type(1 / math.sqrt(square / x.shape[1] + eps))
+        _scale_row(z[row], rho[row], h[row])
 
 
 @loop
@@ -68,15 +66,12 @@ def _scaled_gradients(g, x, y, a, b, dx, dy):
 @parallel_loop
 def backward(gz, gh, x, y, scales, h, rho, dx, dy, dscales):
     """
-    dx, dy and, for every row, dscales (N, 2) of the gradients gz of z and gh of h, either of which may have no rows. Without rows in dy the sum is plain,
-    and dx, the gradient of z, is that of both.
+    dx, dy and, for every row, dscales (N, 2) of the gradients gz of z, which may have no rows, and gh of h. Without rows in dy the sum is plain, and dx,
+    the gradient of z, is that of both.
     """
     a, b = scales[0], scales[1]
     for row in prange(len(dx)):
         g = dx[row]
-        if len(gh) > 0:
-            _normed_gradient(gz[row] if len(gz) > 0 else gh[row], gh[row], h[row], rho[row], len(gz) > 0, g)
-        else:
-            g = gz[row]
+        _normed_gradient(gz[row] if len(gz) > 0 else gh[row], gh[row], h[row], rho[row], len(gz) > 0, g)
         if len(dy) > 0:
             dscales[row, 0], dscales[row, 1] = _scaled_gradients(g, x[row], y[row], a, b, dx[row], dy[row])

@@ -30,14 +30,16 @@ from torch.nn import Embedding
 import train_gpt
 from kernels.embedding_lookup import embedding_lookup
 from kernels.norm_rotary import norm_rotary
+from kernels.optimizer_updates import adam_step, nesterov, normalised_step
 from kernels.relu_squared_feed_forward import relu_squared_feed_forward
+from kernels.residual_norm import scaled_sum_norm
 from kernels.softcapped_cross_entropy import softcapped_cross_entropy
 from kernels.symmetric_product import symmetric_product
-from train_gpt import GPT, MLP, AttentionContext, CausalSelfAttention, LanguageModelHead, Linear
+from train_gpt import GPT, MLP, Adam, AttentionContext, Block, CausalSelfAttention, LanguageModelHead, Linear, Muon, Norm, Residual
 
 Choice = Literal["auto", "on", "off"]
 KERNELS = dict(feed_forward="relu_squared_feed_forward", cross_entropy="softcapped_cross_entropy", muon="symmetric_product", rotary="norm_rotary",
-               embedding="embedding_lookup")
+               residual="residual_norm", optimizer="optimizer_updates", embedding="embedding_lookup")
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks/results"
 
 @dataclass
@@ -46,6 +48,8 @@ class Options:
     cross_entropy: Choice = "on"
     muon: Choice = "on"
     rotary: Choice = "on"
+    residual: Choice = "on"
+    optimizer: Choice = "on"
     embedding: Choice = "on"
     fp8: bool = False
 
@@ -74,11 +78,34 @@ def heads(self, x: Tensor, ctx: AttentionContext) -> tuple[Tensor, Tensor, Tenso
     q, k, v = (linear(x).unflatten(-1, (-1, self.config.head_dim)) for linear in (self.q, self.k, self.v))
     return norm_rotary(q, *ctx.rotary), norm_rotary(k, *ctx.rotary), self.mix_value(v, ctx)
 
+def block(self, x: Tensor, ctx: AttentionContext) -> Tensor:
+    plain = (type(self.attention_norm), type(self.mlp_norm), type(self.attention_residual)) == (Norm, Norm, Residual)
+    if not plain or type(self).mix_stream is not plain_mix_stream:
+        return plain_block(self, x, ctx)
+    if self.stream_mix is None:
+        h = self.attention_norm(x)
+    else:
+        x, h = scaled_sum_norm(x, ctx.x0, self.stream_mix)
+    x, h = scaled_sum_norm(x, self.attention(h, ctx))
+    return self.mlp_residual(x, self.mlp(h))
+
 def look_up(self, tokens: Tensor) -> list[Tensor]:
     tables = [self.embedding, *self.value_embeddings]
     if any(type(table) is not Embedding for table in tables):
         return plain_look_up(self, tokens)
     return embedding_lookup(tokens, [table.weight for table in tables], self.dtype)
+
+def muon_update(data, gradient, momentum, second, lr, decay, mu, beta2: float):
+    if data.is_cuda:
+        plain_muon_update(data, gradient, momentum, second, lr, decay, mu, beta2)
+    else:
+        normalised_step(data, train_gpt.orthogonalize(nesterov(gradient, momentum, mu)), second, lr, decay, beta2)
+
+def adam_update(data, gradient, mean, square, lr, decay, beta1: float, beta2: float, correction1, correction2):
+    if data.is_cuda:
+        plain_adam_update(data, gradient, mean, square, lr, decay, beta1, beta2, correction1, correction2)
+    else:
+        adam_step(data, gradient, mean, square, lr, decay, (beta1, beta2), (correction1, correction2))
 
 def cross_entropy(fp8: bool):
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -89,12 +116,17 @@ def cross_entropy(fp8: bool):
     return forward
 
 plain_feed_forward, plain_heads, plain_look_up, plain_cross_entropy = MLP.forward, CausalSelfAttention.heads, GPT.look_up, LanguageModelHead.forward
+plain_block, plain_mix_stream, plain_muon_update, plain_adam_update = Block.forward, Block.mix_stream, Muon.update, Adam.update
 
 def patch(options: Options):
     if options.feed_forward == "on":
         train_gpt.MLP.forward = feed_forward
     if options.rotary == "on":
         train_gpt.CausalSelfAttention.heads = heads
+    if options.residual == "on":
+        train_gpt.Block.forward = block
+    if options.optimizer == "on":
+        train_gpt.Muon.update, train_gpt.Adam.update = staticmethod(muon_update), staticmethod(adam_update)
     if options.embedding == "on":
         train_gpt.GPT.look_up = look_up
     if options.muon == "on":
