@@ -64,6 +64,14 @@ def residual_norm_reference(x: Tensor, y: Tensor, alpha: Tensor | None = None, b
     return z, (h if weight is None else weight * h).to(x.dtype)
 
 
+def scaled_sum_norm_reference(x: Tensor, y: Tensor, scales: Tensor, eps_norm: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """(scales[0] x + scales[1] y, its norm) term by term, in the dtypes and with the rounding of residual_norm_reference."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, scales.dtype), torch.float32)
+    z = (scales[0] * x.to(dtype) + scales[1] * y.to(dtype)).to(x.dtype)
+    wide = z.to(dtype)
+    return z, (wide * (wide.square().mean(-1, keepdim=True) + eps_norm).rsqrt()).to(x.dtype)
+
+
 # ---- Triton kernels -----------------------------------------------------------------------------------------------------------------------------------
 # A program works on ROWS rows at a time, in tiles (ROWS, BLOCK) that cover their D channels; sums are float32. Rows from N on and channels from D on are read
 # as 0 and not written. Row offsets are int64. Gains are tensors of 1 or D numbers. x, y and the gains are read again for every step over the rows at hand: they
@@ -469,7 +477,7 @@ def scaled_sum_norm(x: Tensor, y: Tensor, scales: Tensor | None = None, eps_norm
         return _sum_loops(x, y, scales, float(eps_norm))[:2]
     if scales is None:
         return residual_norm(x, y, eps_norm=eps_norm, backend=backend)
-    return residual_norm_reference(x, y, scales[1], scales[1], None, scales[0], eps_norm=eps_norm)
+    return scaled_sum_norm_reference(x, y, scales, eps_norm)
 
 
 BACKENDS = ("auto", "reference", "triton")

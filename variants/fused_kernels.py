@@ -1,15 +1,17 @@
 """
-The baseline's own arithmetic in fused Triton kernels, each where it was measured to be faster: the same model, the same loss to rounding.
+The baseline's own arithmetic in fused kernels, Triton's on a GPU and loops on a CPU, each where it was measured to be faster: the same model, the same loss to rounding.
 
     feed_forward    relu(x W_fc')^2 W_proj' with the squared ReLU in the first product, and its derivative in a product of the backward pass
     cross_entropy   the head's loss and its gradients from the logits of some tokens at a time; fp8=on: its products in float8 (Hopper or newer)
     muon            half of each symmetric product of the orthogonalisation
+    residual        the mix of stream and embedding, the residual of attention, and the norm after each, in one pass
+    optimizer       Muon's and Adam's elementwise parts in one or two passes, on a CPU; on a GPU the trainer compiles them
     rotary          QK-norm and rotary positions in one pass over q and k
     embedding       rows of all tables and their cast in one pass, gradients without atomic additions, tokens sorted once for all tables
 
-Each option is on, off or auto: on where every result file of the kernel in benchmarks/results/ from a GPU of this compute capability, and at least one, has it
-ahead of all other arms, forward and backward, at every size. On a CPU, on takes the kernels' plain references: it shows that nothing else changes. A variant that replaces
-the same part is refused as a collision (turn the option off); a feed-forward or head whose linear layers are replaced is left alone.
+Each option is on, off or auto: on where every result file of the kernel in benchmarks/results/ from a GPU of this compute capability, or from a CPU, and at least one,
+has it ahead of all other arms, forward and backward, at every size. On a CPU the kernels are loops that Numba compiles, for muon and embedding the plain references. A variant
+that replaces the same part is refused as a collision (turn the option off); a feed-forward or head whose linear layers are replaced is left alone.
 
 Cost: no parameter; FLOPs as the baseline's, but muon's products, of which it takes 56 to 67 % at 384 channels or more. Memory: the feed-forward keeps its hidden
 activations once where the baseline's keeps them twice.
@@ -28,6 +30,7 @@ from torch import Tensor
 from torch.nn import Embedding
 
 import train_gpt
+from kernels.backend import HAS_NUMBA
 from kernels.embedding_lookup import embedding_lookup
 from kernels.norm_rotary import norm_rotary
 from kernels.optimizer_updates import adam_step, nesterov, normalised_step
@@ -56,15 +59,21 @@ class Options:
     def __post_init__(self):
         for name, kernel in KERNELS.items():
             if getattr(self, name) == "auto":
-                setattr(self, name, "on" if torch.cuda.is_available() and measured_win(kernel, list(torch.cuda.get_device_capability())) else "off")
+                capability = list(torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
+                setattr(self, name, "on" if measured_win(kernel, capability) and (capability or HAS_NUMBA) else "off")
         if all(getattr(self, name) == "off" for name in KERNELS):
             raise ValueError("no kernel is on: benchmarks/results/ has no win on this device; measure with benchmarks/gpu_suite.py, or turn one on")
         if self.fp8 and self.cross_entropy == "off":
             raise ValueError("fp8=on is of the cross-entropy's kernel, which is off; turn it on, or leave fp8= out")
 
-def measured_win(kernel: str, capability: list[int]) -> bool:
-    """Whether there are result files of this kernel's benchmark on GPUs of this compute capability, and all say that it was the fastest at every size."""
-    wins = [found["triton_is_fastest"] for file in RESULTS.glob(f"{kernel}-*.json") if (found := json.loads(file.read_text())).get("capability") == capability]
+def measured_win(kernel: str, capability: list[int] | None) -> bool:
+    """
+    Whether there are result files of this kernel's benchmark on GPUs of this compute capability, or on CPUs (None), and all say that the kernel or the loops
+    were the fastest at every size.
+    """
+    fact = "triton_is_fastest" if capability else "loops_are_fastest"
+    results = [json.loads(file.read_text()) for file in RESULTS.glob(f"{kernel}-*.json")]
+    wins = [found[fact] for found in results if found.get("capability") == capability and fact in found]
     return bool(wins) and all(wins)
 
 def feed_forward(self, x: Tensor) -> Tensor:
