@@ -117,6 +117,17 @@ def is_fastest(arm: str, rows: list[dict], size: tuple[str, ...], others: tuple[
     return bool(times) and all(len(arms) > 1 and all(arms[arm] < ms for other, ms in arms.items() if other != arm) for arms in times.values())
 
 
+def verdict(device: torch.device, rows: list[dict], size: tuple[str, ...], others: tuple[str, ...]) -> dict:
+    """
+    {"triton_is_fastest": ...} of a GPU, {"loops_are_fastest": ...} of a CPU. There compiled arms are shown and do not compete: short runs are eager, and in
+    a compiled step the compiler fuses more than one operation; benchmarks/train_step.py variant compares the steps.
+    """
+    if device.type == "cuda":
+        return dict(triton_is_fastest=is_fastest("triton", rows, size, others))
+    compiled = {row["arm"] for row in rows if row["arm"].endswith("compiled")}
+    return dict(loops_are_fastest=is_fastest("loops", rows, size, (*others, *compiled)))
+
+
 def save(name: str, results: dict, output: Path | None = None) -> Path:
     """Write results, with their "device", to benchmarks/results/<name>-<device>.json or to `output`; returns the path."""
     output = output or ROOT / "benchmarks/results" / f"{name}-{re.sub('[^a-z0-9]+', '-', results['device'].lower()).strip('-')}.json"
@@ -240,8 +251,7 @@ def kernel_benchmark(name: str, doc: str, measure: Callable, tests: dict[str, li
                 results["left_out"].append(size)
                 continue
             results["rows"] += measure(place, **size)
-            arm, fact = ("triton", "triton_is_fastest") if device.type == "cuda" else ("loops", "loops_are_fastest")
-            results[fact] = is_fastest(arm, results["rows"], names or tuple(size), (COPY, *others))
+            results |= verdict(device, results["rows"], names or tuple(size), (COPY, *others))
             path = save(name, results, given.output)
             print(f"{', '.join(f'{key} {value}' for key, value in size.items())}: done", flush=True)
         if path is None:

@@ -26,6 +26,12 @@ def cpu_loops(name: str) -> ModuleType | None:
     return importlib.import_module(f"kernels.{name}")
 
 
+def parallel_loops(name: str) -> ModuleType:
+    """cpu_loops(name), whose parallel loops then take as many threads as PyTorch does. Only where loops_serve."""
+    cpu_loops("loops").use_threads()
+    return cpu_loops(name)
+
+
 @functools.cache
 def _has_numba() -> bool:
     try:

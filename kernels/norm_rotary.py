@@ -26,11 +26,11 @@ Status: never run on a GPU; the kernels are tested in Triton's interpreter and c
 from math import prod
 from types import SimpleNamespace
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import array, cpu_loops, cpu_operation, loops_serve, strided_array, wide
+from kernels.backend import array, cpu_operation, loops_serve, parallel_loops, strided_array
 
 try:
     import triton
@@ -201,21 +201,23 @@ def _forward_body(x: Tensor, cosine: Tensor, sine: Tensor, eps: float) -> tuple[
     """y, rho (B, T, H)"""
     y, rho = _empty_loops(x)
     rows, strides = strided_array(x)
-    cpu_loops("norm_rotary_loops").forward(rows, *strides, _table(cosine, y, 1.0), _table(sine, y, 0.0), eps, y.numpy(), rho.numpy())
+    parallel_loops("norm_rotary_loops").forward(rows, *strides, *_whole_tables(cosine, sine, y), eps, y.numpy(), rho.numpy())
     return y.to(x.dtype), rho
 
 
 def _backward_body(g: Tensor, y: Tensor, cosine: Tensor, sine: Tensor, rho: Tensor) -> Tensor:
     dx = torch.empty(y.shape, dtype=rho.dtype)
     rows, strides = strided_array(g)
-    cpu_loops("norm_rotary_loops").backward(rows, *strides, array(y), _table(cosine, dx, 1.0), _table(sine, dx, 0.0), array(rho), dx.numpy())
+    parallel_loops("norm_rotary_loops").backward(rows, *strides, array(y), *_whole_tables(cosine, sine, dx), rho.numpy(), dx.numpy())
     return dx.to(y.dtype)
 
 
-def _table(table: Tensor, rows: Tensor, still: float):
-    """A table for all pairs, with `still` for those that stay, as the loops over `rows` take it."""
-    pairs = rows.shape[-1] // 2
-    return F.pad(table.to(rows.dtype), (0, pairs - table.shape[1]), value=still).numpy()
+def _whole_tables(cosine: Tensor, sine: Tensor, rows: Tensor) -> np.ndarray:
+    """Cosine and sine (2, T, D / 2) for all pairs of the loops over `rows`: 1 and 0 for those that stay."""
+    tables = np.zeros((2, len(cosine), rows.shape[-1] // 2), np.float64 if rows.dtype == torch.float64 else np.float32)
+    tables[0, :, cosine.shape[1]:] = 1
+    tables[:, :, :cosine.shape[1]] = array(cosine), array(sine)
+    return tables
 
 
 def _empty_loops(x: Tensor) -> tuple[Tensor, Tensor]:

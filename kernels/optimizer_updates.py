@@ -21,7 +21,7 @@ Status: measured in benchmarks/results/
 import torch
 from torch import Tensor
 
-from kernels.backend import array, cpu_loops, loops_serve
+from kernels.backend import array, loops_serve, parallel_loops
 
 
 def nesterov_reference(gradient: Tensor, momentum: Tensor, mu: float) -> Tensor:
@@ -60,7 +60,7 @@ def nesterov(gradient: Tensor, momentum: Tensor, mu: float) -> Tensor:
     if not _fit(gradient, momentum):
         return nesterov_reference(gradient, momentum, mu)
     update = torch.empty_like(gradient)
-    cpu_loops("optimizer_updates_loops").nesterov(*_flat(gradient, momentum), float(mu), *_flat(update))
+    parallel_loops("optimizer_updates_loops").nesterov(*_flat(gradient, momentum), float(mu), *_flat(update))
     return update
 
 
@@ -73,7 +73,7 @@ def normalised_step(data: Tensor, update: Tensor, second: Tensor, lr: float, dec
     if not _fit(data, update, second):
         normalised_step_reference(data, update, second, lr, decay, beta2)
         return
-    cpu_loops("optimizer_updates_loops").normalised_step(
+    parallel_loops("optimizer_updates_loops").normalised_step(
         array(data), array(update), array(second.flatten(1)), float(lr), float(decay), float(beta2))
 
 
@@ -83,7 +83,7 @@ def adam_step(data: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, lr: 
         adam_step_reference(data, gradient, mean, square, lr, decay, betas, corrections)
         return
     scalars = [float(number) for number in (lr, decay, *betas, *corrections)]
-    cpu_loops("optimizer_updates_loops").adam(*_flat(data, gradient, mean, square), *scalars)
+    parallel_loops("optimizer_updates_loops").adam(*_flat(data, gradient, mean, square), *scalars)
 
 
 def _fit(*tensors: Tensor) -> bool:

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.backend import array, cpu_loops, cpu_operation, loops_serve, wide
+from kernels.backend import array, cpu_operation, loops_serve, parallel_loops, wide
 
 try:
     import triton
@@ -212,7 +212,7 @@ def _backward_flops(dy, proj, *_, out_shape=None, **__) -> int:
 def _forward_body(x: Tensor, fc: Tensor, proj: Tensor) -> tuple[Tensor, Tensor]:
     """y, s"""
     s = wide(_matrix(x) @ fc.T)
-    cpu_loops("relu_squared_feed_forward_loops").square_positive(array(s))
+    parallel_loops("relu_squared_feed_forward_loops").square_positive(array(s))
     s = s.to(x.dtype)
     return (s @ proj.T).view(*x.shape[:-1], proj.shape[0]), s
 
@@ -220,7 +220,7 @@ def _forward_body(x: Tensor, fc: Tensor, proj: Tensor) -> tuple[Tensor, Tensor]:
 def _backward_body(dy: Tensor, proj: Tensor, s: Tensor) -> Tensor:
     """d, of dy (N, D_out)"""
     d = wide(dy @ proj)
-    cpu_loops("relu_squared_feed_forward_loops").times_slope(array(d), array(s))
+    parallel_loops("relu_squared_feed_forward_loops").times_slope(array(d), array(s))
     return d.to(s.dtype)
 
 

@@ -32,7 +32,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from kernels.backend import array, cpu_loops, cpu_operation, loops_serve
+from kernels.backend import array, cpu_operation, loops_serve, parallel_loops
 
 try:
     import triton
@@ -400,8 +400,9 @@ _forward_op.register_autograd(_backward, setup_context=_save)
 def _sum_body(x: Tensor, y: Tensor, scales: Optional[Tensor], eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """z, h and rho (N)"""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    z, h, rho = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape, dtype=dtype), torch.empty(math.prod(x.shape[:-1]), dtype=dtype)
-    cpu_loops("residual_norm_loops").forward(*_row_arrays(x, y), _scale_array(scales, z), eps, *_row_arrays(z, h), rho.numpy())
+    z, h = (torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format) for _ in range(2))
+    rho = z.new_empty(math.prod(x.shape[:-1]))
+    parallel_loops("residual_norm_loops").forward(*_row_arrays(x, y), _scale_array(scales, z), eps, *_row_arrays(z, h), rho.numpy())
     return z.to(x.dtype), h.to(x.dtype), rho
 
 
@@ -411,7 +412,7 @@ def _sum_backward_body(gz: Optional[Tensor], gh: Tensor, x: Optional[Tensor], y:
     dx, dy = torch.empty(gh.shape, dtype=rho.dtype), torch.empty(gh.shape if scales is not None else (0, gh.shape[-1]), dtype=rho.dtype)
     dscales = torch.empty(len(rho) if scales is not None else 0, 2, dtype=rho.dtype)
     gz, x, y = (dx.new_empty(0, gh.shape[-1]) if tensor is None else tensor for tensor in (gz, x, y))
-    cpu_loops("residual_norm_loops").backward(
+    parallel_loops("residual_norm_loops").backward(
         *_row_arrays(gz, gh, x, y), _scale_array(scales, dx), *_row_arrays(h), rho.numpy(), *_row_arrays(dx, dy), dscales.numpy())
     return dx.to(gh.dtype), dy.to(gh.dtype), dscales.sum(0)
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.backend import cpu_loops, cpu_operation, loops_serve, wide
+from kernels.backend import cpu_operation, loops_serve, parallel_loops, wide
 
 try:
     import triton
@@ -204,7 +204,7 @@ def _loss_body(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, chunk
     for start in range(0, len(rows), chunk):
         part = slice(start, min(start + chunk, len(rows)))
         d = torch.mm(rows[part], w.T, out=buffer[:part.stop - start])
-        cpu_loops("softcapped_cross_entropy_loops").loss_and_gradient(d.numpy(), targets[part], softcap, any(wanted), loss.numpy()[part])
+        parallel_loops("softcapped_cross_entropy_loops").loss_and_gradient(d.numpy(), targets[part], softcap, any(wanted), loss.numpy()[part])
         if wanted[0]:
             torch.mm(d, w, out=dx[part])
         if wanted[1]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train_gpt, variants
-from benchmarks.timing import is_fastest
+from benchmarks.timing import is_fastest, verdict
 from tests.errors import float_bound, perturbed
 
 ALL = "fused_kernels"
@@ -149,6 +149,11 @@ def test_what_is_fastest():
     assert not is_fastest("triton", rows + [dict(N=2, arm="compiled", what="forward + backward", median=2.9)], ("N",))
     assert not is_fastest("triton", rows + [dict(N=3, arm="triton", what="check", fault="wrong"), dict(N=3, arm="reference", what="forward + backward", median=9.0)], ("N",))
     assert not is_fastest("triton", [row for row in rows if row["arm"] == "triton"], ("N",)) and not is_fastest("triton", [], ("N",))
+
+def test_on_a_cpu_compiled_arms_do_not_compete():
+    rows = [dict(N=1, arm=arm, what="step", median=ms) for arm, ms in (("loops", 3.0), ("trainer", 4.0), ("trainer, compiled", 2.0), ("copy", 1.0))]
+    assert verdict(torch.device("cpu"), rows, ("N",), ("copy",)) == dict(loops_are_fastest=True)
+    assert verdict(torch.device("cpu"), rows + [dict(N=1, arm="reference", what="step", median=2.9)], ("N",), ("copy",)) == dict(loops_are_fastest=False)
 
 def test_compiled_blocks_have_the_same_losses():
     """Whole graphs with the loops in them; no C++ compiler is needed."""
