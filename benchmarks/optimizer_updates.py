@@ -1,13 +1,16 @@
 """
-The elementwise parts of the optimizers: the CPU's loops beside the trainer's operations, eager and compiled, and beside a plain copy of the bytes that they have to move.
+The elementwise parts of the optimizers: the CPU's loops beside the trainer's operations, eager and compiled, and beside
+a plain copy of the bytes that they have to move.
 
     python benchmarks/optimizer_updates.py             all sizes; it measures a CPU, whatever else the machine has
     python benchmarks/optimizer_updates.py --quick     one size: under a minute on two cores
     python benchmarks/optimizer_updates.py --sizes N=12,rows=768,columns=3072
 
-One table, and benchmarks/results/optimizer_updates-<device>.json, written after every size. Arms take turns; the loops' tests run first, and an arm is timed only if
-its tensors are those of the reference in float64. Forms: "nesterov" and "step", Muon's before and after its orthogonalisation, and "adam", of as many numbers.
-"% of copy": the bytes that kernels/optimizer_updates.py counts, at the copy bandwidth measured in the same run; the arm "copy" copies as many bytes.
+One table, and benchmarks/results/optimizer_updates-<device>.json, written after every size. Arms take turns; the loops'
+tests run first, and an arm is timed only if its tensors are those of the reference in float64. Forms: "nesterov" and
+"step", Muon's before and after its orthogonalisation, and "adam", of as many numbers. "% of copy": the bytes that
+kernels/optimizer_updates.py counts, at the copy bandwidth measured in the same run; the arm "copy" copies as many
+bytes.
 """
 
 import os

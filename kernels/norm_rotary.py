@@ -20,7 +20,7 @@ Two to three FLOPs a byte in bfloat16: bound by memory.
 
 Sources: Zhang and Sennrich, Root Mean Square Layer Normalization, arxiv.org/abs/1910.07467; Su et al., RoFormer, arxiv.org/abs/2104.09864. The backward pass is
 derived here.
-Status: never run on a GPU; the kernels are tested in Triton's interpreter and compiled ahead of time, and their launch table is a choice, not a measurement.
+Status: the CPU's loops are measured in benchmarks/results/; never run on a GPU; the kernels are tested in Triton's interpreter and compiled ahead of time, and their launch table is a choice, not a measurement.
 """
 
 from math import prod
@@ -195,7 +195,7 @@ def _backward(ctx, g, _):
 _forward_op.register_autograd(_backward, setup_context=_save)
 
 
-# ---- The CPU's loops --------------------------------------------------------------------------------------------------------------------------------------
+# ---- The CPU's loops: a token a task, two passes over each head while the first-level cache holds it ------------------------------------------------------
 
 def _forward_body(x: Tensor, cosine: Tensor, sine: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y, rho (B, T, H)"""

@@ -10,8 +10,9 @@ from kernels.loops import parallel_loop
 @parallel_loop
 def forward(x, stride_b, stride_t, stride_h, cosine, sine, eps, y, rho):
     """
-    y (B, T, H, D) and rho (B, T, H) of x, flat with these strides. cosine, sine (T, D / 2): 1 and 0 for pairs that stay. The halves of a head are slices
-    of their own, as the compiler sees no contiguous loop in an index that it cannot prove to be positive.
+    y (B, T, H, D) and rho (B, T, H) of x, flat with these strides. cosine, sine (T, D / 2): 1 and 0 for pairs that
+    stay. The halves of a head are slices of their own, as the compiler sees no contiguous loop in an index that it
+    cannot prove to be positive.
     """
     B, T, H, D = y.shape
     half = D // 2
@@ -20,7 +21,8 @@ def forward(x, stride_b, stride_t, stride_h, cosine, sine, eps, y, rho):
         c, s = cosine[t], sine[t]
         for h in range(H):
             start = b * stride_b + t * stride_t + h * stride_h
-            first, second, y_first, y_second = x[start:start + half], x[start + half:start + D], y[b, t, h, :half], y[b, t, h, half:]
+            first, second = x[start:start + half], x[start + half:start + D]
+            y_first, y_second = y[b, t, h, :half], y[b, t, h, half:]
             square = x.dtype.type(0)
             for i in range(half):
                 square += first[i] * first[i] + second[i] * second[i]
@@ -41,7 +43,8 @@ def backward(g, stride_b, stride_t, stride_h, y, cosine, sine, rho, dx):
         c, s = cosine[t], sine[t]
         for h in range(H):
             start = b * stride_b + t * stride_t + h * stride_h
-            first, second, y_first, y_second = g[start:start + half], g[start + half:start + D], y[b, t, h, :half], y[b, t, h, half:]
+            first, second = g[start:start + half], g[start + half:start + D]
+            y_first, y_second = y[b, t, h, :half], y[b, t, h, half:]
             dx_first, dx_second = dx[b, t, h, :half], dx[b, t, h, half:]
             along = g.dtype.type(0)
             for i in range(half):

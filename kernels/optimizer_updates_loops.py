@@ -55,7 +55,10 @@ def _step_row_by_columns(w, u, factors, decay):
 
 @parallel_loop
 def normalised_step(data, update, second, lr, decay, beta2):
-    """Muon's step of matrices (n, rows, columns); second (n, rows) where these are not fewer than the columns, else (n, columns)."""
+    """
+    Muon's step of matrices (n, rows, columns); second (n, rows) where these are not fewer than the columns, else (n,
+    columns).
+    """
     n, rows, columns = data.shape
     by_row = rows >= columns
     shape = math.sqrt(max(1.0, rows / columns))
@@ -69,7 +72,8 @@ def normalised_step(data, update, second, lr, decay, beta2):
             else:
                 _column_squares(u, squares)
             for i in range(len(running)):
-                running[i] += data.dtype.type(1 - beta2) * (squares[i] * len(running) / data.dtype.type(rows * columns) - running[i])
+                mean = squares[i] * len(running) / data.dtype.type(rows * columns)
+                running[i] += data.dtype.type(1 - beta2) * (mean - running[i])
                 factors[i] = data.dtype.type(1 / math.sqrt(max(running[i], 1e-10)))
                 total += squares[i]
                 after += squares[i] * factors[i] * factors[i]

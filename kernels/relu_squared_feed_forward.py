@@ -18,7 +18,7 @@ A pass takes e rate / (2 D bandwidth) of a product's time, 0.4 at D = 768 in bfl
 a product up to 1.8 times as slow as the library's.
 
 Sources: So et al., Primer, arxiv.org/abs/2109.08668 (the squared ReLU).
-Status: never run on a GPU; the kernels are tested in Triton's interpreter and compiled ahead of time, and their launch table is a choice, not a measurement.
+Status: the CPU's loops are measured in benchmarks/results/; never run on a GPU; the kernels are tested in Triton's interpreter and compiled ahead of time, and their launch table is a choice, not a measurement.
 """
 
 from math import prod

@@ -21,7 +21,7 @@ A gain of the first layer's input (x0) is left out: this trainer mixes it into t
 
 Sources: lof310/projects (the two gains, in prose; the equations are derived here); Orthogonal Residual Update, arxiv.org/abs/2505.11881 (alpha = 1,
 beta = 0); Zhang and Sennrich, Root Mean Square Layer Normalization, arxiv.org/abs/1910.07467.
-Status: never run on a GPU; the kernels are tested in Triton's interpreter and compiled ahead of time, and their launch table is a choice, not a measurement.
+Status: the CPU's loops are measured in benchmarks/results/; never run on a GPU; the kernels are tested in Triton's interpreter and compiled ahead of time, and their launch table is a choice, not a measurement.
 """
 
 import math

@@ -1,4 +1,6 @@
-"""Scaled sums of two streams and the RMSNorm that follows, row by row: see kernels/residual_norm.py for the formulas."""
+"""
+Scaled sums of two streams and the RMSNorm that follows, row by row: see kernels/residual_norm.py for the formulas.
+"""
 
 import math
 
@@ -66,8 +68,8 @@ def _scaled_gradients(g, x, y, a, b, dx, dy):
 @parallel_loop
 def backward(gz, gh, x, y, scales, h, rho, dx, dy, dscales):
     """
-    dx, dy and, for every row, dscales (N, 2) of the gradients gz of z, which may have no rows, and gh of h. Without rows in dy the sum is plain, and dx,
-    the gradient of z, is that of both.
+    dx, dy and, for every row, dscales (N, 2) of the gradients gz of z, which may have no rows, and gh of h. Without
+    rows in dy the sum is plain, and dx, the gradient of z, is that of both.
     """
     a, b = scales[0], scales[1]
     for row in prange(len(dx)):

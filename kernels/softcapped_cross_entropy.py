@@ -22,7 +22,7 @@ fp8: x and W in float8_e4m3fn, each with one scale, largest magnitude / 448; s i
 
 Sources: the trainer's SoftcappedCrossEntropy; gradients formed in the forward pass: Liger Kernel, linkedin/Liger-Kernel; softcap: Gemma 2, arxiv.org/abs/2408.00118;
 float8 in the head: KellerJordan/modded-nanogpt.
-Status: never run on a GPU; the kernel is tested in Triton's interpreter and compiled ahead of time, and its launch table is a choice, not a measurement.
+Status: the CPU's loops are measured in benchmarks/results/; never run on a GPU; the kernel is tested in Triton's interpreter and compiled ahead of time, and its launch table is a choice, not a measurement.
 """
 
 from types import SimpleNamespace

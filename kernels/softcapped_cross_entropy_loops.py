@@ -14,8 +14,8 @@ LOWEST, HIGHEST = np.int32(-2**31), np.int32(2**31 - 1)
 @inline_loop
 def _capped(s, softcap, towards):
     """
-    (c tanh(s / c), its slope) from e = 2^(-2 |s| log2(e) / c), `towards` times |s| being that exponent: the slope, 4 e / (1 + e)^2, keeps its digits where
-    tanh is near 1. softcap 0: (s, 1).
+    (c tanh(s / c), its slope) from e = 2^(-2 |s| log2(e) / c), `towards` times |s| being that exponent: the slope, 4 e
+    / (1 + e)^2, keeps its digits where tanh is near 1. softcap 0: (s, 1).
     """
     e = exp2_f32(towards * abs(s))
     inverse = ONE / (ONE + e)
@@ -27,7 +27,8 @@ def _capped(s, softcap, towards):
 @inline_loop
 def _largest(row):
     """
-    The largest of a row of float32, or a NaN: by integers in the order of the floats, whose maximum is vectorised, as one of numbers that may be NaN is not.
+    The largest of a row of float32, or a NaN: by integers in the order of the floats, whose maximum is vectorised, as
+    one of numbers that may be NaN is not.
     """
     bits, largest = row.view(np.int32), LOWEST
     for v in range(len(bits)):
@@ -38,8 +39,9 @@ def _largest(row):
 @parallel_loop
 def loss_and_gradient(s, targets, softcap, with_gradient, loss):
     """
-    loss (n) of logits s (n, V) before the cap, float32, and with_gradient their gradient in the place of s. As the cap is monotone, the largest capped
-    logit is that of the largest one, which bounds the exponentials. A target outside 0 .. V - 1 makes a loss of NaN.
+    loss (n) of logits s (n, V) before the cap, float32, and with_gradient their gradient in the place of s. As the cap
+    is monotone, the largest capped logit is that of the largest one, which bounds the exponentials. A target outside 0
+    .. V - 1 makes a loss of NaN.
     """
     c = np.float32(softcap)
     towards = np.float32(-2 / softcap) * LOG2_E if softcap > 0 else np.float32(0)

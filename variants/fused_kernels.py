@@ -16,8 +16,9 @@ that replaces the same part is refused as a collision (turn the option off); a f
 Cost: no parameter; FLOPs as the baseline's, but muon's products, of which it takes 56 to 67 % at 384 channels or more. Memory: the feed-forward keeps its hidden
 activations once where the baseline's keeps them twice.
 
-Source: kernels/relu_squared_feed_forward.py, softcapped_cross_entropy.py, symmetric_product.py, norm_rotary.py and embedding_lookup.py, which name theirs
-Status: never run on a GPU, so auto turns nothing on yet
+Source: kernels/relu_squared_feed_forward.py, softcapped_cross_entropy.py, symmetric_product.py, norm_rotary.py, residual_norm.py, optimizer_updates.py and
+embedding_lookup.py, which name theirs
+Status: never run on a GPU, so auto turns nothing on there; on a CPU the loops take a tenth off an eager step of track cpu (benchmarks/README.md)
 """
 
 import json

@@ -1,4 +1,7 @@
-"""What the CPU's loops of all operations share: registered and eager form are the same, compilers see one node, and nothing is read or written outside an array."""
+"""
+What the CPU's loops of all operations share: registered and eager form are the same, compilers see one node, and
+nothing is read or written outside an array.
+"""
 
 import os
 import subprocess

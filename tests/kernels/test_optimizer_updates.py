@@ -1,4 +1,7 @@
-"""The optimizers' elementwise parts: the references against the trainer's own, and the CPU's loops against the references in float64."""
+"""
+The optimizers' elementwise parts: the references against the trainer's own, and the CPU's loops against the references
+in float64.
+"""
 
 import pytest
 import torch
@@ -11,7 +14,9 @@ SHAPES = [(1, 1, 1), (3, 5, 5), (2, 7, 33), (2, 33, 7), (4, 128, 128)]
 
 
 def make_inputs(shape, seed=0):
-    """(data, gradient, momentum, second) in float64; second as Muon's state, gradients and running squares of one size."""
+    """
+    (data, gradient, momentum, second) in float64; second as Muon's state, gradients and running squares of one size.
+    """
     generator = torch.Generator().manual_seed(seed)
     data, gradient, momentum = (torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(3))
     second = torch.rand(shape, dtype=torch.float64, generator=generator).add_(0.5)
@@ -40,7 +45,10 @@ def copies(tensors, dtype):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("beta2", [0.95, 0.0])
 def test_references_are_the_trainers(shape, beta2, monkeypatch):
-    """With an orthogonalisation that returns its input. The trainer's rates are tensors of float32: that rounding is what may differ."""
+    """
+    With an orthogonalisation that returns its input. The trainer's rates are tensors of float32: that rounding is what
+    may differ.
+    """
     monkeypatch.setattr(train_gpt, "orthogonalize", lambda x: x)
     ours, theirs = (copies(make_inputs(shape), torch.float32) for _ in range(2))
     muon(updates.nesterov_reference, updates.normalised_step_reference, ours, beta2)
