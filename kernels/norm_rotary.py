@@ -26,7 +26,6 @@ Status: the CPU's loops are measured in benchmarks/results/; never run on a GPU;
 from math import prod
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -201,23 +200,19 @@ def _forward_body(x: Tensor, cosine: Tensor, sine: Tensor, eps: float) -> tuple[
     """y, rho (B, T, H)"""
     y, rho = _empty_loops(x)
     rows, strides = strided_array(x)
-    parallel_loops("norm_rotary_loops").forward(rows, *strides, *_whole_tables(cosine, sine, y), eps, y.numpy(), rho.numpy())
+    parallel_loops("norm_rotary_loops").forward(rows, *strides, _table(cosine, y), _table(sine, y), eps, y.numpy(), rho.numpy())
     return y.to(x.dtype), rho
 
 
 def _backward_body(g: Tensor, y: Tensor, cosine: Tensor, sine: Tensor, rho: Tensor) -> Tensor:
     dx = torch.empty(y.shape, dtype=rho.dtype)
     rows, strides = strided_array(g)
-    parallel_loops("norm_rotary_loops").backward(rows, *strides, array(y), *_whole_tables(cosine, sine, dx), rho.numpy(), dx.numpy())
+    parallel_loops("norm_rotary_loops").backward(rows, *strides, array(y), _table(cosine, dx), _table(sine, dx), rho.numpy(), dx.numpy())
     return dx.to(y.dtype)
 
 
-def _whole_tables(cosine: Tensor, sine: Tensor, rows: Tensor) -> np.ndarray:
-    """Cosine and sine (2, T, D / 2) for all pairs of the loops over `rows`: 1 and 0 for those that stay."""
-    tables = np.zeros((2, len(cosine), rows.shape[-1] // 2), np.float64 if rows.dtype == torch.float64 else np.float32)
-    tables[0, :, cosine.shape[1]:] = 1
-    tables[:, :, :cosine.shape[1]] = array(cosine), array(sine)
-    return tables
+def _table(table: Tensor, rows: Tensor):
+    return array(table.to(rows.dtype))
 
 
 def _empty_loops(x: Tensor) -> tuple[Tensor, Tensor]:
