@@ -27,6 +27,7 @@ from math import prod
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import array, cpu_operation, loops_serve, parallel_loops, strided_array
@@ -200,19 +201,20 @@ def _forward_body(x: Tensor, cosine: Tensor, sine: Tensor, eps: float) -> tuple[
     """y, rho (B, T, H)"""
     y, rho = _empty_loops(x)
     rows, strides = strided_array(x)
-    parallel_loops("norm_rotary_loops").forward(rows, *strides, _table(cosine, y), _table(sine, y), eps, y.numpy(), rho.numpy())
+    parallel_loops("norm_rotary_loops").forward(rows, *strides, _table(cosine, y, 1.0), _table(sine, y, 0.0), eps, y.numpy(), rho.numpy())
     return y.to(x.dtype), rho
 
 
 def _backward_body(g: Tensor, y: Tensor, cosine: Tensor, sine: Tensor, rho: Tensor) -> Tensor:
     dx = torch.empty(y.shape, dtype=rho.dtype)
     rows, strides = strided_array(g)
-    parallel_loops("norm_rotary_loops").backward(rows, *strides, array(y), _table(cosine, dx), _table(sine, dx), rho.numpy(), dx.numpy())
+    parallel_loops("norm_rotary_loops").backward(rows, *strides, array(y), _table(cosine, dx, 1.0), _table(sine, dx, 0.0), rho.numpy(), dx.numpy())
     return dx.to(y.dtype)
 
 
-def _table(table: Tensor, rows: Tensor):
-    return array(table.to(rows.dtype))
+def _table(table: Tensor, rows: Tensor, still: float):
+    """A table for all pairs of the loops over `rows`, `still` for those that stay: a loop over few pairs is not vectorised."""
+    return F.pad(table.to(rows.dtype), (0, rows.shape[-1] // 2 - table.shape[1]), value=still).numpy()
 
 
 def _empty_loops(x: Tensor) -> tuple[Tensor, Tensor]:
