@@ -53,9 +53,9 @@ inline_loop = njit(nogil=True, inline="always", **_options)     # copied into th
 parallel_loop = njit(nogil=True, parallel=True, **_options)     # prange over independent tasks
 
 
-def use_threads():
-    """Lets the parallel loops that this thread calls next take as many threads as PyTorch does."""
-    numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
+def use_threads(tasks: int = 2**31):
+    """Lets the parallel loops that this thread calls next take as many threads as PyTorch does, and no more than there are tasks: one needs no other."""
+    numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, tasks)))
 
 
 @inline_loop

@@ -24,9 +24,22 @@ def _sees(positions, t, shift, lead):
 
 
 @loop
+def _clear(out):
+    for c in range(len(out)):
+        out[c] = 0
+
+
+@loop
 def _add_product(out, x, y):
     for c in range(len(out)):
         out[c] += x[c] * y[c]
+
+
+@loop
+def _add_products(out, x, y):
+    """Of four rows of x and y."""
+    for c in range(len(out)):
+        out[c] += x[0, c] * y[0, c] + x[1, c] * y[1, c] + (x[2, c] * y[2, c] + x[3, c] * y[3, c])
 
 
 @loop
@@ -35,7 +48,7 @@ def _combine(out, first, taps, rows, row, step, width):
     n = len(taps)
     out0, out1, out2, out3 = out[first], out[first + 1], out[first + 2], out[first + 3]
     for c in range(len(out0)):
-        sum0 = sum1 = sum2 = sum3 = out0.dtype.type(0)
+        sum0 = sum1 = sum2 = sum3 = taps.dtype.type(0)
         for s in range(len(width)):
             tap, r = taps[n - 1 - s, c], row + step * s
             sum0 += tap * rows[r, c]
@@ -49,16 +62,9 @@ def _combine(out, first, taps, rows, row, step, width):
 
 
 @loop
-def _add_products(out, x, y):
-    """Of four rows of x and y."""
-    for c in range(len(out)):
-        out[c] += x[0, c] * y[0, c] + x[1, c] * y[1, c] + (x[2, c] * y[2, c] + x[3, c] * y[3, c])
-
-
-@loop
-def _forward_tokens(x, taps, positions, y, first, end, width):
-    n, lead = len(taps), len(x) - len(y)
-    t = first
+def _forward_task(x, taps, positions, y, width, b, first):
+    n, T, lead = len(taps), y.shape[1], x.shape[1] - y.shape[1]
+    x, positions, y, t, end = x[b], positions[b], y[b], first, min(first + TOKENS, T)
     while t < end:
         whole = 0
         while whole < 4 and t + whole < end and _sees(positions, t + whole, n - 1, lead):
@@ -67,7 +73,7 @@ def _forward_tokens(x, taps, positions, y, first, end, width):
             _combine(y, t, taps, x, t + lead, -1, width)
             t += 4
             continue
-        y[t] = 0
+        _clear(y[t])
         for s in range(n):
             if _sees(positions, t, s, lead):
                 _add_product(y[t], taps[n - 1 - s], x[t + lead - s])
@@ -75,10 +81,11 @@ def _forward_tokens(x, taps, positions, y, first, end, width):
 
 
 @loop
-def _backward_tokens(g, x, taps, positions, dx, sums, first, end, width):
-    n, T, lead = len(taps), len(g), len(x) - len(g)
-    sums[:] = 0
-    r = first
+def _backward_task(g, x, taps, positions, dx, sums, width, b, first):
+    n, T, lead = len(taps), g.shape[1], x.shape[1] - g.shape[1]
+    g, x, positions, dx, r, end = g[b], x[b], positions[b], dx[b], first, min(first + TOKENS, x.shape[1])
+    for s in range(n):
+        _clear(sums[s])
     while r < end:
         # four tokens of x, each read by all n from it on, which are n + 3
         t, whole = r - lead, 0
@@ -91,7 +98,7 @@ def _backward_tokens(g, x, taps, positions, dx, sums, first, end, width):
                 _add_products(sums[n - 1 - s], x[r:r + 4], g[t + s:t + s + 4])
             r += 4
             continue
-        dx[r] = 0
+        _clear(dx[r])
         for s in range(max(0, -t), min(n, T - t)):
             if _sees(positions, t + s, s, lead):
                 _add_product(dx[r], taps[n - 1 - s], g[t + s])
@@ -101,34 +108,34 @@ def _backward_tokens(g, x, taps, positions, dx, sums, first, end, width):
 
 @parallel_loop
 def _forward(x, taps, positions, y, width):
-    T = y.shape[1]
-    tasks = (T + TOKENS - 1) // TOKENS
+    tasks = (y.shape[1] + TOKENS - 1) // TOKENS
     for task in prange(len(y) * tasks):
-        b, first = task // tasks, task % tasks * TOKENS
-        _forward_tokens(x[b], taps, positions[b], y[b], first, min(first + TOKENS, T), width)
+        _forward_task(x, taps, positions, y, width, task // tasks, task % tasks * TOKENS)
 
 
 @parallel_loop
 def _backward(g, x, taps, positions, dx, partial, width):
-    L = x.shape[1]
-    tasks = (L + TOKENS - 1) // TOKENS
+    tasks = (x.shape[1] + TOKENS - 1) // TOKENS
     for task in prange(len(x) * tasks):
-        b, first = task // tasks, task % tasks * TOKENS
-        _backward_tokens(g[b], x[b], taps, positions[b], dx[b], partial[task], first, min(first + TOKENS, L), width)
+        _backward_task(g, x, taps, positions, dx, partial[task], width, task // tasks, task % tasks * TOKENS)
 
 
 def forward(x: np.ndarray, taps: np.ndarray, positions: np.ndarray, y: np.ndarray):
     """Writes y (B, T, C)."""
-    use_threads()
+    use_threads(_tasks(y))
     _forward(x, taps, positions, y, _width(taps))
 
 
 def backward(g: np.ndarray, x: np.ndarray, taps: np.ndarray, positions: np.ndarray, dx: np.ndarray) -> np.ndarray:
     """Writes dx (B, L, C); returns what each task adds to the taps' gradient, (tasks, n, C)."""
-    use_threads()
-    partial = np.empty((len(x) * -(-x.shape[1] // TOKENS), *taps.shape), taps.dtype)
+    partial = np.empty((_tasks(x), *taps.shape), taps.dtype)
+    use_threads(len(partial))
     _backward(g, x, taps, positions, dx, partial, _width(taps))
     return partial
+
+
+def _tasks(x: np.ndarray) -> int:
+    return len(x) * -(-x.shape[1] // TOKENS)
 
 
 def _width(taps: np.ndarray) -> tuple[int, ...]:

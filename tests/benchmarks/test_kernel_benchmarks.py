@@ -57,11 +57,14 @@ def test_embedding_lookup_measures_every_arm():
 
 
 def test_short_convolution_measures_every_arm():
-    rows = short_convolution.measure(PLACE, 64, 8, 4)
-    assert complete(rows) and {row["arm"] for row in rows} == {"compiled", "eager", short_convolution.PEER, "copy"}
-    positions, (x, taps), _ = short_convolution.make_inputs(4096, 8, 4, PLACE)
-    assert 4 <= (positions == 0).sum() <= 40 and ((positions[:, 1:] == positions[:, :-1] + 1) | (positions[:, 1:] == 0)).all()
-    torch.testing.assert_close(short_convolution.depthwise(x, taps), short_convolution.short_convolution(x, taps, torch.arange(4096)[None]))
+    rows = short_convolution.measure(PLACE, 2, 64, 8, 4)
+    arms = {"loops", "reference, compiled", "reference", short_convolution.PEER, "copy"}
+    assert complete(rows) and {row["arm"] for row in rows} == arms
+    positions, (x, taps), _ = short_convolution.make_inputs(1, 4096, 8, 4, PLACE)
+    assert 4 <= (positions == 0).sum() <= 40
+    assert ((positions[:, 1:] == positions[:, :-1] + 1) | (positions[:, 1:] == 0)).all()
+    whole = short_convolution.short_convolution_reference(x, taps, torch.arange(4096)[None])
+    torch.testing.assert_close(short_convolution.depthwise(x, taps), whole)
 
 
 @pytest.mark.parametrize("quick", [True, False])
