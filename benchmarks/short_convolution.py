@@ -1,6 +1,6 @@
 """
-The causal convolution of every channel over a few tokens: the fused kernel beside its reference, eager and compiled, and
-beside PyTorch's own depthwise convolution, which knows no documents.
+The causal convolution of every channel over a few tokens: the kernel beside its reference, eager and compiled, and beside
+PyTorch's own depthwise convolution, which knows no documents.
 
     python benchmarks/short_convolution.py             all sizes, on a GPU if there is one
     python benchmarks/short_convolution.py --quick     one size: under a minute on two cores
@@ -26,14 +26,15 @@ import torch
 import torch.nn.functional as F
 
 TESTS = {device: ["tests/kernels/test_short_convolution.py"] for device in ("cpu", "cuda")}
-SIZES = {"cpu": [dict(B=B, T=T, C=C, taps=4) for B, T, C in ((8, 256, 128), (1, 4096, 128), (1, 16_384, 128), (4, 1024, 768))],
+SHAPES = (8, 256, 128), (1, 4096, 128), (1, 16_384, 128), (4, 1024, 768)  # of a CPU; the first is the small training shape
+SIZES = {"cpu": [dict(B=B, T=T, C=C, taps=4) for B, T, C in SHAPES],
          "cuda": [dict(B=1, T=T, C=768, taps=4) for T in (16_384, 65_536, 262_144)]}
 QUICK = {device: sizes[:1] for device, sizes in SIZES.items()}
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}  # relative RMS error of the result and of each gradient
 PEER = "conv1d"
 
 
-def make_inputs(B: int, T: int, C: int, taps: int, place: Place) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+def make_inputs(B: int, T: int, C: int, taps: int, place: Place) -> tuple[torch.Tensor, list, list]:
     """(positions (B, T), [x (B, T, C) and taps (n, C) with gradients], [the gradient of y])"""
     generator = torch.Generator().manual_seed(0)
     randn = lambda *shape: torch.randn(*shape, generator=generator).to(place.device, place.dtype)
