@@ -1,6 +1,6 @@
 """
-The causal convolution of every channel over a few tokens: the kernel beside its reference, eager and compiled, and beside
-PyTorch's own depthwise convolution, which knows no documents.
+The causal convolution of every channel over a few tokens: the kernel beside its reference, eager and compiled, and
+beside PyTorch's own depthwise convolution, which knows no documents.
 
     python benchmarks/short_convolution.py             all sizes, on a GPU if there is one
     python benchmarks/short_convolution.py --quick     one size: under a minute on two cores
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 TESTS = {device: ["tests/kernels/test_short_convolution.py"] for device in ("cpu", "cuda")}
-SHAPES = (8, 256, 128), (1, 4096, 128), (1, 16_384, 128), (4, 1024, 768)  # of a CPU; the first is the small training shape
+SHAPES = (8, 256, 128), (1, 4096, 128), (1, 16_384, 128), (4, 1024, 768)  # of a CPU; first that of small training
 SIZES = {"cpu": [dict(B=B, T=T, C=C, taps=4) for B, T, C in SHAPES],
          "cuda": [dict(B=1, T=T, C=768, taps=4) for T in (16_384, 65_536, 262_144)]}
 QUICK = {device: sizes[:1] for device, sizes in SIZES.items()}

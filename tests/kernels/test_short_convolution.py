@@ -220,7 +220,7 @@ import sys
 sys.path.insert(0, ".")
 from tests.kernels.test_short_convolution import SHAPES, make_inputs, run
 for shape in SHAPES:
-    inputs = make_inputs(**shape | dict(n=max(4, shape.get("n", 4))))  # fewer taps are other compiled loops of the same text
+    inputs = make_inputs(**shape | dict(n=max(4, shape.get("n", 4))))  # fewer taps: the same text, compiled once more
     inputs["positions"] = 3 * inputs["positions"] - 1
     run(inputs, "loops")
 """
