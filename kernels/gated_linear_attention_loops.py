@@ -28,34 +28,35 @@ WIDE = 256      # columns that are worked on at a time: rows of scratch memory h
 LANES = 16      # channels are filled up to a multiple
 LEAST = 1e-35   # less is taken out of a state once a chunk: products with denormal numbers are many times as slow on some CPUs
 
+# Where rows of scratch memory begin. Indices are unsigned: a signed one could count from the end, which the compiler would have to rule out number by number.
+R1, R2, R3, R4, R5, R6, R7 = (np.uint64(row * WIDE) for row in range(1, 8))
+
 
 @loop
-def _fill(scratch, row, x, b, t, h, first, count):
-    """Row `row` of scratch: x[b, t, h, first:first + count], or 0 for a token before the first, and 0 up to a multiple of LANES."""
-    base = row * WIDE
-    known = 0
+def _fill(scratch, base, x, b, t, h, first, count):
+    """scratch from base on: x[b, t, h, first:first + count], or 0 for a token before the first, and 0 up to a multiple of LANES."""
+    base, first, known = np.uint64(base), np.uint64(first), np.uint64(0)
     if t >= 0:
-        known = count
-        source = x[b, t, h]
-        for c in range(count):
-            scratch[base + c] = source[first + c]
-    for c in range(known, -(-count // LANES) * LANES):
+        known = np.uint64(count)
+        for c in range(known):
+            scratch[base + c] = x[b, t, h, first + c]
+    for c in range(known, np.uint64(-(-count // LANES) * LANES)):
         scratch[base + c] = 0
 
 
 @loop
-def _scale(scratch, row, factor, count):
-    for c in range(row * WIDE, row * WIDE + count):
+def _scale(scratch, base, factor, count):
+    for c in range(np.uint64(base), np.uint64(base + count)):
         scratch[c] *= factor
 
 
 @loop
-def _dots(scratch, count):
-    """q_i . k_j for j <= i: rows 0 to 3 of scratch with rows 4 to 7."""
+def _dots(scratch, base, count):
+    """q_i . k_j for j <= i: rows 0 to 3 from base on with rows 4 to 7."""
     s00 = s10 = s11 = s20 = s21 = s22 = s30 = s31 = s32 = s33 = scratch.dtype.type(0)
-    for c in range(count):
-        q0, q1, q2, q3 = scratch[c], scratch[WIDE + c], scratch[2 * WIDE + c], scratch[3 * WIDE + c]
-        k0, k1, k2, k3 = scratch[4 * WIDE + c], scratch[5 * WIDE + c], scratch[6 * WIDE + c], scratch[7 * WIDE + c]
+    for c in range(np.uint64(base), np.uint64(base + count)):
+        q0, q1, q2, q3 = scratch[c], scratch[c + R1], scratch[c + R2], scratch[c + R3]
+        k0, k1, k2, k3 = scratch[c + R4], scratch[c + R5], scratch[c + R6], scratch[c + R7]
         s00 += q0 * k0
         s10 += q1 * k0
         s11 += q1 * k1
@@ -70,15 +71,16 @@ def _dots(scratch, count):
 
 
 @loop
-def _two_rows(row, other, scratch, out, values, x, keep, count):
-    """Rows x and x + 1 of the state: out_i += row . q_i, row <- keep row + sum over j of v_j k_j, for the four tokens."""
-    o0 = o1 = o2 = o3 = p0 = p1 = p2 = p3 = keep * 0
+def _two_rows(state, row, other, scratch, base, sums, values, x, keep, count):
+    """Two rows of the state, x and x + 1: sums_i += row . q_i, row <- keep row + sum over j of v_j k_j, for the four tokens."""
+    o0 = o1 = o2 = o3 = p0 = p1 = p2 = p3 = state.dtype.type(0)
     v0, v1, v2, v3 = values[x], values[WIDE + x], values[2 * WIDE + x], values[3 * WIDE + x]
     w0, w1, w2, w3 = values[x + 1], values[WIDE + x + 1], values[2 * WIDE + x + 1], values[3 * WIDE + x + 1]
-    for c in range(count):
-        s, z = row[c], other[c]
-        q0, q1, q2, q3 = scratch[c], scratch[WIDE + c], scratch[2 * WIDE + c], scratch[3 * WIDE + c]
-        k0, k1, k2, k3 = scratch[4 * WIDE + c], scratch[5 * WIDE + c], scratch[6 * WIDE + c], scratch[7 * WIDE + c]
+    row, other, base = np.uint64(row), np.uint64(other), np.uint64(base)
+    for i in range(np.uint64(count)):
+        s, z, c = state[row + i], state[other + i], base + i
+        q0, q1, q2, q3 = scratch[c], scratch[c + R1], scratch[c + R2], scratch[c + R3]
+        k0, k1, k2, k3 = scratch[c + R4], scratch[c + R5], scratch[c + R6], scratch[c + R7]
         o0 += q0 * s
         o1 += q1 * s
         o2 += q2 * s
@@ -87,52 +89,47 @@ def _two_rows(row, other, scratch, out, values, x, keep, count):
         p1 += q1 * z
         p2 += q2 * z
         p3 += q3 * z
-        row[c] = keep * s + ((k0 * v0 + k1 * v1) + (k2 * v2 + k3 * v3))
-        other[c] = keep * z + ((k0 * w0 + k1 * w1) + (k2 * w2 + k3 * w3))
-    out[x] += o0
-    out[WIDE + x] += o1
-    out[2 * WIDE + x] += o2
-    out[3 * WIDE + x] += o3
-    out[x + 1] += p0
-    out[WIDE + x + 1] += p1
-    out[2 * WIDE + x + 1] += p2
-    out[3 * WIDE + x + 1] += p3
+        state[row + i] = keep * s + ((k0 * v0 + k1 * v1) + (k2 * v2 + k3 * v3))
+        state[other + i] = keep * z + ((k0 * w0 + k1 * w1) + (k2 * w2 + k3 * w3))
+    for lane, one, two in ((0, o0, p0), (1, o1, p1), (2, o2, p2), (3, o3, p3)):
+        sums[lane * WIDE + x] += one
+        sums[lane * WIDE + x + 1] += two
 
 
 @loop
 def _add_earlier(out, values, width, w10, w20, w21, w30, w31, w32):
     """What the four tokens see of the others of the four."""
-    for x in range(width):
-        v0, v1, v2 = values[x], values[WIDE + x], values[2 * WIDE + x]
-        out[WIDE + x] += w10 * v0
-        out[2 * WIDE + x] += w20 * v0 + w21 * v1
-        out[3 * WIDE + x] += w30 * v0 + w31 * v1 + w32 * v2
+    for x in range(np.uint64(width)):
+        v0, v1, v2 = values[x], values[x + R1], values[x + R2]
+        out[x + R1] += w10 * v0
+        out[x + R2] += w20 * v0 + w21 * v1
+        out[x + R3] += w30 * v0 + w31 * v1 + w32 * v2
 
 
 @loop
-def _dot(scratch, base, x, first, count):
-    total = scratch.dtype.type(0)
-    for c in range(count):
-        total += scratch[base + c] * x[first + c]
+def _dot(scratch, base, x, b, t, h, first, count):
+    total, base, first = scratch.dtype.type(0), np.uint64(base), np.uint64(first)
+    for c in range(np.uint64(count)):
+        total += scratch[base + c] * x[b, t, h, first + c]
     return total
 
 
 @loop
-def _finish(out, values, lane, own, result, first, width):
-    """Token `lane` sees itself; its row goes to result."""
-    base = lane * WIDE
-    for x in range(width):
-        result[first + x] = out[base + x] + own * values[base + x]
+def _finish(out, values, base, own, result, b, t, h, first, count):
+    """A token sees itself; its row goes to result."""
+    base, first = np.uint64(base), np.uint64(first)
+    for c in range(np.uint64(count)):
+        result[b, t, h, first + c] = out[base + c] + own * values[base + c]
 
 
 @loop
-def _product(state, other):
-    """Sum of the products of two matrices, and the first without what is next to nothing."""
+def _product(state, padded, states, n, first, width):
+    """Sum of the products of two states."""
     total = 0.0
-    for x in range(other.shape[0]):
-        part = state.dtype.type(0)
-        for y in range(other.shape[1]):
-            part += state[x, y] * other[x, y]
+    for x in range(width):
+        part, row = state.dtype.type(0), np.uint64(x * padded)
+        for y in range(np.uint64(states.shape[2])):
+            part += state[row + y] * states[n, first + x, y]
         total += part
     return total
 
@@ -140,17 +137,16 @@ def _product(state, other):
 @loop
 def _drop_least(state):
     zero = state.dtype.type(0)
-    for x in range(state.shape[0]):
-        row = state[x]
-        for y in range(len(row)):
-            row[y] = zero if abs(row[y]) < LEAST else row[y]
+    for i in range(len(state)):
+        state[i] = zero if abs(state[i]) < LEAST else state[i]
 
 
 @loop
-def _store(target, state):
-    for x in range(target.shape[0]):
-        for y in range(target.shape[1]):
-            target[x, y] = state[x, y]
+def _store(state, padded, states, n, first, width):
+    for x in range(width):
+        row = np.uint64(x * padded)
+        for y in range(np.uint64(states.shape[2])):
+            states[n, first + x, y] = state[row + y]
 
 
 @loop
@@ -164,8 +160,8 @@ def _scan(query, key, value, decay, out, b, h, first, width, reverse, states, cr
     kind = query.dtype.type
     tiles = (Y + WIDE - 1) // WIDE
     padded = -(-Y // LANES) * LANES
-    state = np.zeros((width + width % 2, padded), query.dtype)
-    scratch = np.zeros((tiles, 8 * WIDE), query.dtype)
+    state = np.zeros((width + width % 2) * padded, query.dtype)
+    scratch = np.zeros(tiles * 8 * WIDE, query.dtype)
     values = np.zeros(4 * WIDE, query.dtype)
     sums = np.zeros(4 * WIDE, query.dtype)
     drift = 1.0     # product of the rounded factors of the state over the right one
@@ -175,9 +171,9 @@ def _scan(query, key, value, decay, out, b, h, first, width, reverse, states, cr
             n = (r if reverse else T - r) // CHUNK - 1
             _drop_least(state)
             if len(crossing):
-                crossing[n] = decay[b, T - r, h] * _product(state, states[n])
+                crossing[n] += decay[b, T - r, h] * _product(state, padded, states, n, first, width)
             elif len(states):
-                _store(states[n, first:first + width], state[:width, :Y])
+                _store(state, padded, states, n, first, width)
 
         # the decays between the four tokens, and their products
         t0, step = (T - 1 - r, -1) if reverse else (r, 1)
@@ -196,40 +192,41 @@ def _scan(query, key, value, decay, out, b, h, first, width, reverse, states, cr
 
         w00 = w10 = w11 = w20 = w21 = w22 = w30 = w31 = w32 = w33 = kind(0)
         for tile in range(tiles):
-            begin = tile * WIDE
+            begin, base = tile * WIDE, tile * 8 * WIDE
             count = min(WIDE, Y - begin)
             wide = -(-count // LANES) * LANES
-            rows = scratch[tile]
             for lane in range(4):
                 t = t0 + lane * step
-                _fill(rows, lane, query, b, t, h, begin, count)
-                _fill(rows, 4 + lane, key, b, t, h, begin, count)
-            s00, s10, s11, s20, s21, s22, s30, s31, s32, s33 = _dots(rows, wide)
+                _fill(scratch, base + lane * WIDE, query, b, t, h, begin, count)
+                _fill(scratch, base + (4 + lane) * WIDE, key, b, t, h, begin, count)
+            s00, s10, s11, s20, s21, s22, s30, s31, s32, s33 = _dots(scratch, base, wide)
             w00, w11, w22, w33 = w00 + s00, w11 + s11, w22 + s22, w33 + s33
             w10, w20, w21, w30, w31, w32 = w10 + s10, w20 + s20, w21 + s21, w30 + s30, w31 + s31, w32 + s32
-            _scale(rows, 0, kind(c0), wide)
-            _scale(rows, 1, kind(c0 * c1), wide)
-            _scale(rows, 2, kind(c0 * c1 * c2), wide)
-            _scale(rows, 3, kind(kept), wide)
-            _scale(rows, 4, kind(c1 * c2 * c3), wide)
-            _scale(rows, 5, kind(c2 * c3), wide)
-            _scale(rows, 6, kind(c3), wide)
+            _scale(scratch, base, kind(c0), wide)
+            _scale(scratch, base + WIDE, kind(c0 * c1), wide)
+            _scale(scratch, base + 2 * WIDE, kind(c0 * c1 * c2), wide)
+            _scale(scratch, base + 3 * WIDE, kind(kept), wide)
+            _scale(scratch, base + 4 * WIDE, kind(c1 * c2 * c3), wide)
+            _scale(scratch, base + 5 * WIDE, kind(c2 * c3), wide)
+            _scale(scratch, base + 6 * WIDE, kind(c3), wide)
 
         for lane in range(4):
-            _fill(values, lane, value, b, t0 + lane * step, h, first, width)
+            _fill(values, lane * WIDE, value, b, t0 + lane * step, h, first, width)
         sums[:] = 0
         for tile in range(tiles):
             begin = tile * WIDE
             wide = min(WIDE, padded - begin)
             for x in range(0, width, 2):
-                _two_rows(state[x, begin:begin + wide], state[x + 1, begin:begin + wide], scratch[tile], sums, values, x, keep, wide)
+                row = x * padded + begin
+                _two_rows(state, row, row + padded, scratch, tile * 8 * WIDE, sums, values, x, keep, wide)
         _add_earlier(sums, values, width, kind(c1) * w10, kind(c1 * c2) * w20, kind(c2) * w21, kind(c1 * c2 * c3) * w30, kind(c2 * c3) * w31, kind(c3) * w32)
         for lane in range(4):
             t = t0 + lane * step
             if t >= 0:
                 if len(ends):
-                    ends[t] += _dot(sums, lane * WIDE, partner[b, t, h], first, width)
-                _finish(sums, values, lane, w00 if lane == 0 else w11 if lane == 1 else w22 if lane == 2 else w33, out[b, t, h], first, width)
+                    ends[t] += _dot(sums, lane * WIDE, partner, b, t, h, first, width)
+                own = w00 if lane == 0 else w11 if lane == 1 else w22 if lane == 2 else w33
+                _finish(sums, values, lane * WIDE, own, out, b, t, h, first, width)
 
 
 @parallel_loop
@@ -260,10 +257,7 @@ def _gradient(which, row, grad, query, key, value, decay, states, dquery, dkey, 
             _scan(value, grad, query, decay, dkey, b, h, first, min(WIDE, M - first), True, no_states, none, key, begins[row])
     else:
         for first in range(0, D, WIDE):
-            part = min(WIDE, D - first)
-            across = np.zeros(crossing.shape[1])
-            _scan(key, query, grad, decay, dvalue, b, h, first, part, True, states[row, :, first:first + part], across, value, none)
-            crossing[row] += across
+            _scan(key, query, grad, decay, dvalue, b, h, first, min(WIDE, D - first), True, states[row], crossing[row], value, none)
 
 
 @loop
