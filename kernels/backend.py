@@ -5,6 +5,8 @@ import importlib
 import sys
 from types import ModuleType
 
+import torch
+
 
 @functools.cache
 def cpu_loops(name: str) -> ModuleType | None:
@@ -15,6 +17,12 @@ def cpu_loops(name: str) -> ModuleType | None:
     if not _has_numba():
         return None
     return importlib.import_module(f"kernels.{name}")
+
+
+@torch.compiler.assume_constant_result
+def has_cpu_loops() -> bool:
+    """Whether cpu_loops() finds its modules; torch.compile takes the answer as a constant."""
+    return _has_numba()
 
 
 @functools.cache

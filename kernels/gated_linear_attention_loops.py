@@ -1,21 +1,23 @@
 """
-Gated linear attention as loops for a CPU: four tokens at a time, whose sums with the state stay in registers.
+Gated linear attention as loops for a CPU: four tokens at a time, whose sums with the state are added up in registers.
 
-One scan, for one row and head and some columns x of the values, with the state S (x, y), y the channels of queries and keys:
-    out_i[x] = sum over j <= i of E_ij (q_i . k_j) v_j[x]        E_ij: the product of the decays of the tokens j + 1 to i
-    four tokens i, j:  out_i = a_i S q_i + sum over j <= i of E_ij (q_i . k_j) v_j        S <- a_3 S + sum over j of E_3j v_j k_j'
-a_i the product of the decays from the first of the four to i. A document's first token has a decay of 0. Two rows of S at a time: for each of their channels y
-the eight products with queries are added up in registers, and q and k are read once for both.
+A scan of one row and head, for some columns x of the values, has a state S (x, y), y the channels of queries and keys:
+    out_i[x] = sum over j <= i of E_ij (q_i . k_j) v_j[x]        E_ij: the product of the decays of tokens j + 1 to i
+For four tokens i, j, with a_i the product of the decays from the first of the four to i:
+    out_i = a_i S q_i + sum over j <= i of E_ij (q_i . k_j) v_j        S <- a_3 S + sum over j of E_3j v_j k_j'
+A document's first token has a decay of 0. For two rows of S at a time the eight products with the queries are added up
+while the rows are brought up to date, so that queries and keys are read once for both, and S once for four tokens.
 
-The gradients are the same scan with other arguments, of which two run from the last token to the first:
-    dq = scan(u, v, k)        dk = reversed scan(v, u, q)        dv = reversed scan(k, q, u)        u: the gradient of out
-The decays' gradient, with s_i = (q_i . k_i) (u_i . v_i), the pair of a token with itself:
-    dg_{t+1} = dg_t - (q_t . dq_t - s_t) + (k_t . dk_t - s_t)        dg_p = e^{g_p} <S_p, R_p> every CHUNK tokens, 0 at a document's start
-S_p the state that enters token p, which the forward scan stores, R_p the one that the scan of dv has when it has seen p: a difference of running sums spans
-CHUNK tokens at most. The pairs of tokens with themselves are left out of both sums, not subtracted.
+The gradients are the same scan of other arguments, two of them from the last token to the first; u is that of out:
+    dq = scan(u, v, k)        dk = reversed scan(v, u, q)        dv = reversed scan(k, q, u)
+That of the logarithms of the decays, with s_i = (q_i . k_i) (u_i . v_i), the pair of a token with itself:
+    dg_{t+1} = dg_t - (q_t . dq_t - s_t) + (k_t . dk_t - s_t)
+    dg_p = e^{g_p} <S_p, R_p> at every CHUNK-th token from the end, and 0 at a document's start
+S_p is the state that enters token p, which the forward scan stores, and R_p the one that the scan of dv has when it has
+seen p: a difference of running sums spans CHUNK tokens at most, in float64. s_t is left out of both sums, not subtracted.
 
-Decays are float64, and so are their products: the factor of the state is rounded so that the product of all of them is right to half a unit in the last place,
-whatever the number of tokens.
+Decays and their products are float64. The state's factor is rounded so that the product of all of them so far is right to
+half a unit in the last place, whatever the number of tokens.
 """
 
 import numpy as np
@@ -26,15 +28,18 @@ from kernels.loops import loop, parallel_loop, use_threads
 CHUNK = 64      # tokens between stored states
 WIDE = 256      # columns that are worked on at a time: rows of scratch memory have this length, which the compiler then knows
 LANES = 16      # channels are filled up to a multiple
-LEAST = 1e-35   # less is taken out of a state once a chunk: products with denormal numbers are many times as slow on some CPUs
+# Less is 0 as a factor of the state, and in a state once a chunk: products with denormal numbers are many times as slow on some CPUs
+LEAST = {4: 1e-35, 8: 1e-300}   # by the bytes of a number
+NOTHING, STORE, MULTIPLY = 0, 1, 2     # what a scan does with its state once a chunk
 
-# Where rows of scratch memory begin. Indices are unsigned: a signed one could count from the end, which the compiler would have to rule out number by number.
+# Where rows of scratch memory begin. Indices are unsigned: a signed one could count from the end, and the compiler would
+# look at each, one number after another.
 R1, R2, R3, R4, R5, R6, R7 = (np.uint64(row * WIDE) for row in range(1, 8))
 
 
 @loop
 def _fill(scratch, base, x, b, t, h, first, count):
-    """scratch from base on: x[b, t, h, first:first + count], or 0 for a token before the first, and 0 up to a multiple of LANES."""
+    """scratch from base on: x[b, t, h, first:first + count], 0 for a token before the first; then 0 up to whole LANES."""
     base, first, known = np.uint64(base), np.uint64(first), np.uint64(0)
     if t >= 0:
         known = np.uint64(count)
@@ -72,7 +77,9 @@ def _dots(scratch, base, count):
 
 @loop
 def _two_rows(state, row, other, scratch, base, sums, values, x, keep, count):
-    """Two rows of the state, x and x + 1: sums_i += row . q_i, row <- keep row + sum over j of v_j k_j, for the four tokens."""
+    """
+    Two rows of the state, x and x + 1, and the four tokens: sums_i += row . q_i, row <- keep row + sum over j of v_j k_j.
+    """
     o0 = o1 = o2 = o3 = p0 = p1 = p2 = p3 = state.dtype.type(0)
     v0, v1, v2, v3 = values[x], values[WIDE + x], values[2 * WIDE + x], values[3 * WIDE + x]
     w0, w1, w2, w3 = values[x + 1], values[WIDE + x + 1], values[2 * WIDE + x + 1], values[3 * WIDE + x + 1]
@@ -135,10 +142,10 @@ def _product(state, padded, states, n, first, width):
 
 
 @loop
-def _drop_least(state):
+def _drop_least(state, least):
     zero = state.dtype.type(0)
     for i in range(len(state)):
-        state[i] = zero if abs(state[i]) < LEAST else state[i]
+        state[i] = zero if abs(state[i]) < least else state[i]
 
 
 @loop
@@ -150,11 +157,11 @@ def _store(state, padded, states, n, first, width):
 
 
 @loop
-def _scan(query, key, value, decay, out, b, h, first, width, reverse, states, crossing, partner, ends):
+def _scan(query, key, value, decay, least, out, b, h, first, width, reverse, purpose, states, crossing, partner, ends):
     """
-    out[b, :, h, first:first + width]; from the last token on with reverse. states (N, X, Y), the state before token T - CHUNK (n + 1) for every n, is written;
-    or, where there is room in crossing (N), multiplied with the state behind those tokens. Where there is room in ends (T), partner . out without what a token
-    sees of itself is added to it.
+    out[b, :, h, first:first + width], from the last token on with reverse. states (N, X, Y) are those before tokens
+    T - CHUNK (n + 1): STORE writes them, MULTIPLY adds the decay there times their products with the state behind to
+    crossing (N). Where there is room in ends (T), partner . out without what a token sees of itself is added to it.
     """
     T, Y = query.shape[1], query.shape[3]
     kind = query.dtype.type
@@ -169,10 +176,10 @@ def _scan(query, key, value, decay, out, b, h, first, width, reverse, states, cr
     for r in range(0 if reverse else -(-T % 4), T, 4):
         if r > 0 and (r if reverse else T - r) % CHUNK == 0:
             n = (r if reverse else T - r) // CHUNK - 1
-            _drop_least(state)
-            if len(crossing):
+            _drop_least(state, least)
+            if purpose == MULTIPLY:
                 crossing[n] += decay[b, T - r, h] * _product(state, padded, states, n, first, width)
-            elif len(states):
+            elif purpose == STORE:
                 _store(state, padded, states, n, first, width)
 
         # the decays between the four tokens, and their products
@@ -185,7 +192,7 @@ def _scan(query, key, value, decay, out, b, h, first, width, reverse, states, cr
         c3 = decay[b, t3 + late, h] if 0 <= t3 and (reverse or t2 >= 0) else 1.0
         kept = c0 * c1 * c2 * c3
         keep = kind(kept / drift)
-        if abs(keep) < LEAST:
+        if abs(keep) < least:
             keep, drift = kind(0), 1.0
         else:
             drift *= keep / kept
@@ -201,7 +208,8 @@ def _scan(query, key, value, decay, out, b, h, first, width, reverse, states, cr
                 _fill(scratch, base + (4 + lane) * WIDE, key, b, t, h, begin, count)
             s00, s10, s11, s20, s21, s22, s30, s31, s32, s33 = _dots(scratch, base, wide)
             w00, w11, w22, w33 = w00 + s00, w11 + s11, w22 + s22, w33 + s33
-            w10, w20, w21, w30, w31, w32 = w10 + s10, w20 + s20, w21 + s21, w30 + s30, w31 + s31, w32 + s32
+            w10, w20, w21 = w10 + s10, w20 + s20, w21 + s21
+            w30, w31, w32 = w30 + s30, w31 + s31, w32 + s32
             _scale(scratch, base, kind(c0), wide)
             _scale(scratch, base + WIDE, kind(c0 * c1), wide)
             _scale(scratch, base + 2 * WIDE, kind(c0 * c1 * c2), wide)
@@ -219,7 +227,8 @@ def _scan(query, key, value, decay, out, b, h, first, width, reverse, states, cr
             for x in range(0, width, 2):
                 row = x * padded + begin
                 _two_rows(state, row, row + padded, scratch, tile * 8 * WIDE, sums, values, x, keep, wide)
-        _add_earlier(sums, values, width, kind(c1) * w10, kind(c1 * c2) * w20, kind(c2) * w21, kind(c1 * c2 * c3) * w30, kind(c2 * c3) * w31, kind(c3) * w32)
+        _add_earlier(sums, values, width, kind(c1) * w10, kind(c1 * c2) * w20, kind(c2) * w21,
+                     kind(c1 * c2 * c3) * w30, kind(c2 * c3) * w31, kind(c3) * w32)
         for lane in range(4):
             t = t0 + lane * step
             if t >= 0:
@@ -229,39 +238,37 @@ def _scan(query, key, value, decay, out, b, h, first, width, reverse, states, cr
                 _finish(sums, values, lane * WIDE, own, out, b, t, h, first, width)
 
 
-@parallel_loop
-def _forward(query, key, value, decay, out, states, blocks, width):
-    B, H, D, none = value.shape[0], value.shape[2], value.shape[3], np.zeros(0)
-    for task in prange(B * H * blocks):
-        row, first = task // blocks, task % blocks * width
-        _scan(query, key, value, decay, out, row // H, row % H, first, min(width, D - first), False, states[row], none, value, none)
-
-
-@parallel_loop
-def _backward(grad, query, key, value, decay, states, dquery, dkey, dvalue, crossing, ends, begins):
-    B, H = value.shape[0], value.shape[2]
-    for task in prange(3 * B * H):
-        _gradient(task % 3, task // 3, grad, query, key, value, decay, states, dquery, dkey, dvalue, crossing, ends, begins)
+@loop
+def _columns(query, key, value, decay, least, out, states, blocks, width, task):
+    """A block of out's columns of one row and head."""
+    H, D, row, first, none = value.shape[2], value.shape[3], task // blocks, task % blocks * width, np.zeros(0)
+    purpose = STORE if states.shape[1] else NOTHING
+    _scan(query, key, value, decay, least, out, row // H, row % H, first, min(width, D - first), False, purpose,
+          states[row], none, value, none)
 
 
 @loop
-def _gradient(which, row, grad, query, key, value, decay, states, dquery, dkey, dvalue, crossing, ends, begins):
-    """dquery, dkey or dvalue of one row and head."""
-    H, M, D = query.shape[2], query.shape[3], value.shape[3]
-    b, h, none, no_states = row // H, row % H, np.zeros(0), states[row, :0]
-    if which == 0:
+def _gradient(grad, query, key, value, decay, least, states, dquery, dkey, dvalue, crossing, ends, begins, task):
+    """dquery, dkey or dvalue of one row and head, and what the decays' gradient needs of it."""
+    H, M, D, row = query.shape[2], query.shape[3], value.shape[3], task // 3
+    b, h, none, state, across = row // H, row % H, np.zeros(0), states[row], crossing[row]
+    if task % 3 == 0:
         for first in range(0, M, WIDE):
-            _scan(grad, value, key, decay, dquery, b, h, first, min(WIDE, M - first), False, no_states, none, query, ends[row])
-    elif which == 1:
+            _scan(grad, value, key, decay, least, dquery, b, h, first, min(WIDE, M - first), False, NOTHING,
+                  state, across, query, ends[row])
+    elif task % 3 == 1:
         for first in range(0, M, WIDE):
-            _scan(value, grad, query, decay, dkey, b, h, first, min(WIDE, M - first), True, no_states, none, key, begins[row])
+            _scan(value, grad, query, decay, least, dkey, b, h, first, min(WIDE, M - first), True, NOTHING,
+                  state, across, key, begins[row])
     else:
+        purpose = MULTIPLY if len(across) else NOTHING
         for first in range(0, D, WIDE):
-            _scan(key, query, grad, decay, dvalue, b, h, first, min(WIDE, D - first), True, states[row], crossing[row], value, none)
+            _scan(key, query, grad, decay, least, dvalue, b, h, first, min(WIDE, D - first), True, purpose,
+                  state, across, value, none)
 
 
 @loop
-def _decay_gradient(crossing, ends, begins, decay, ddecay):
+def _decay_gradient(crossing, ends, begins, decay, least, ddecay):
     """ddecay (B, T, H) from what is added up for each token."""
     B, T, H = decay.shape
     for row in range(B * H):
@@ -269,35 +276,57 @@ def _decay_gradient(crossing, ends, begins, decay, ddecay):
         for t in range(T):
             if t > 0 and (T - t) % CHUNK == 0:
                 total = crossing[row, (T - t) // CHUNK - 1]
-            if t == 0 or decay[b, t, h] == 0.0:
+            if t == 0 or decay[b, t, h] < least:
                 total = 0.0
             ddecay[b, t, h] = total
             total += begins[row, t] - ends[row, t]
 
 
+@parallel_loop
+def _forward(query, key, value, decay, least, out, states, blocks, width):
+    for task in prange(value.shape[0] * value.shape[2] * blocks):
+        _columns(query, key, value, decay, least, out, states, blocks, width, np.int64(task))
+
+
+@parallel_loop
+def _backward(grad, query, key, value, decay, least, states, dquery, dkey, dvalue, crossing, ends, begins):
+    for task in prange(3 * value.shape[0] * value.shape[2]):
+        _gradient(grad, query, key, value, decay, least, states, dquery, dkey, dvalue, crossing, ends, begins,
+                  np.int64(task))
+
+
 def stored_states(T: int) -> int:
-    """How many states forward() stores for one row and head, which is only needed for the decays' gradient."""
+    """How many states of a row and head forward() stores where the decays' gradient may be wanted."""
     return (T - 1) // CHUNK
 
 
-def forward(query: np.ndarray, key: np.ndarray, value: np.ndarray, decay: np.ndarray, out: np.ndarray, states: np.ndarray):
-    """Writes out (B, T, H, D) and states (B*H, N, D, M), N = stored_states(T) or 0. decay (B, T, H) float64, 0 at a document's start."""
-    B, _, H, D = value.shape
-    use_threads()
+def forward(query: np.ndarray, key: np.ndarray, value: np.ndarray, decay: np.ndarray, out: np.ndarray,
+            states: np.ndarray):
+    """
+    Writes out (B, T, H, D) and states (B*H, N, D, M), N = stored_states(T) or 0. decay (B, T, H) float64, 0 at a
+    document's start.
+    """
+    rows, D = value.shape[0] * value.shape[2], value.shape[3]
     blocks = -(-D // WIDE)
-    if B * H * blocks < 2:      # threads would have nothing to do; the columns are independent
-        blocks = max(blocks, min(4, -(-D // 16)))
+    if rows * blocks < 2:  # one row and head: its columns for the other threads, in blocks that are worth a scan
+        blocks = max(1, min(4, D // 16))
     width = -(-D // blocks)
-    _forward(query, key, value, decay, out, states, -(-D // width), width)
+    blocks = -(-D // width)
+    use_threads(rows * blocks)
+    _forward(query, key, value, decay, LEAST[value.itemsize], out, states, blocks, width)
 
 
-def backward(grad: np.ndarray, query: np.ndarray, key: np.ndarray, value: np.ndarray, decay: np.ndarray, states: np.ndarray, dquery: np.ndarray,
-             dkey: np.ndarray, dvalue: np.ndarray, ddecay: np.ndarray):
-    """Writes the gradients; ddecay (B, T, H) float64, of the decays' logarithms, where it is not empty and forward() has stored states."""
-    rows, T = value.shape[0] * value.shape[2], value.shape[1]
-    use_threads()
-    ends, begins = np.zeros((2, rows, T if len(ddecay) else 0))
-    crossing = np.zeros((rows, states.shape[1] if len(ddecay) else 0))
-    _backward(grad, query, key, value, decay, states, dquery, dkey, dvalue, crossing, ends, begins)
-    if len(ddecay):
-        _decay_gradient(crossing, ends, begins, decay, ddecay)
+def backward(grad: np.ndarray, query: np.ndarray, key: np.ndarray, value: np.ndarray, decay: np.ndarray,
+             states: np.ndarray, dquery: np.ndarray, dkey: np.ndarray, dvalue: np.ndarray, ddecay: np.ndarray):
+    """
+    Writes the gradients; ddecay (B, T, H) float64, that of the decays' logarithms, unless it is empty: it needs the
+    states that forward() has stored.
+    """
+    rows, T, least = value.shape[0] * value.shape[2], value.shape[1], LEAST[value.itemsize]
+    wanted = ddecay.size > 0
+    ends, begins = np.zeros((rows, T if wanted else 0)), np.zeros((rows, T if wanted else 0))
+    crossing = np.zeros((rows, states.shape[1] if wanted else 0))
+    use_threads(3 * rows)
+    _backward(grad, query, key, value, decay, least, states, dquery, dkey, dvalue, crossing, ends, begins)
+    if wanted:
+        _decay_gradient(crossing, ends, begins, decay, least, ddecay)

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import cpu_loops
+from kernels.backend import cpu_loops, has_cpu_loops
 
 try:
     import triton
@@ -194,11 +194,6 @@ def _triton_backward(g: Tensor, x: Tensor, taps: Tensor, positions: Tensor) -> t
 
 # ---- Host functions: the CPU's loops ---------------------------------------------------------------------------------
 
-@torch.compiler.assume_constant_result
-def _has_loops() -> bool:
-    return cpu_loops("short_convolution_loops") is not None
-
-
 def _arrays(positions: Tensor, *tensors: Tensor) -> list:
     """The tensors in the dtype of the sums, then positions as int32; contiguous, and no copies where they are so."""
     arrays = [x.detach().to(_sum_dtype(tensors[0])).contiguous().numpy() for x in tensors]
@@ -298,7 +293,7 @@ def short_convolution(x: Tensor, taps: Tensor, positions: Tensor, padded: Tensor
 def _best_backend(x: Tensor, taps: Tensor) -> str:
     if x.is_cuda and triton is not None and x.dtype != torch.float64 and len(taps) <= MOST_TAPS:
         return "triton"
-    return "loops" if x.device.type == "cpu" and _has_loops() else "reference"
+    return "loops" if x.device.type == "cpu" and has_cpu_loops() else "reference"
 
 
 def _check(x, taps, positions, padded, backend):
@@ -325,7 +320,7 @@ def _check(x, taps, positions, padded, backend):
             raise ValueError(f"{name} must be on x's device {x.device}; got {tensor.device}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    if backend == "loops" and (x.device.type != "cpu" or not _has_loops()):
+    if backend == "loops" and (x.device.type != "cpu" or not has_cpu_loops()):
         raise ValueError(f"backend 'loops' needs Numba and tensors on a CPU; got tensors on {x.device}: use 'auto'")
     if backend == "triton" and (triton is None or not (x.is_cuda or _interpreted())):
         raise ValueError(f"backend 'triton' needs Triton and CUDA tensors; got tensors on {x.device}: use 'auto'")

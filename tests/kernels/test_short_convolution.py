@@ -10,13 +10,13 @@ import sys
 import pytest
 import torch
 
-from kernels.backend import cpu_loops
+from kernels.backend import has_cpu_loops
 from kernels.short_convolution import short_convolution, short_convolution_reference
 from tests.errors import float_bound, rounding_bound
 from tests.kernels.poison import poisoned_memory
 
 sc = importlib.import_module("kernels.short_convolution")  # the package hands on the function under the module's name
-needs_loops = pytest.mark.skipif(cpu_loops("short_convolution_loops") is None, reason="needs Numba")
+needs_loops = pytest.mark.skipif(not has_cpu_loops(), reason="needs Numba")
 
 
 # ---- Inputs and runs -------------------------------------------------------------------------------------------------
