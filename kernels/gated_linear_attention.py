@@ -558,14 +558,17 @@ def _arrays(*tensors: Tensor, dtype: torch.dtype) -> list:
 
 
 def _loop_states(key: Tensor, value: Tensor, log_decay: Tensor | None) -> tuple[int, ...]:
-    """The shape of the states that are kept for the decays' gradient."""
+    """
+    The shape of the states that are kept for the decays' gradient, those of all rows and heads in one dimension: for one
+    whose size can be 1, torch.compile would make a graph of its own.
+    """
     (B, T, H, M), D = key.shape, value.shape[-1]
-    return B * H, 0 if log_decay is None else cpu_loops("gated_linear_attention_loops").stored_states(T), D, M
+    return B * H * (0 if log_decay is None else cpu_loops("gated_linear_attention_loops").stored_states(T)), D, M
 
 
 def _loops_forward(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None,
                    doc_start: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(out, states (B*H, N, D, M))"""
+    """(out, states (B*H*N, D, M))"""
     dtype = torch.promote_types(value.dtype, torch.float32)
     out, states = torch.empty(value.shape, dtype=dtype), torch.empty(_loop_states(key, value, log_decay), dtype=dtype)
     decay = _loop_decay(value, log_decay, doc_start)

@@ -12,12 +12,12 @@ The gradients are the same scan of other arguments, two of them from the last to
     dq = scan(u, v, k)        dk = reversed scan(v, u, q)        dv = reversed scan(k, q, u)
 That of the logarithms of the decays, with s_i = (q_i . k_i) (u_i . v_i), the pair of a token with itself:
     dg_{t+1} = dg_t - (q_t . dq_t - s_t) + (k_t . dk_t - s_t)
-    dg_p = e^{g_p} <S_p, R_p> at every CHUNK-th token from the end, and 0 at a document's start
+    dg_p = e^{g_p} <S_p, R_p> at every CHUNK-th token from the end, 0 where e^{g_p} is 0 or next to it
 S_p is the state that enters token p, which the forward scan stores, and R_p the one that the scan of dv has when it has
-seen p: a difference of running sums spans CHUNK tokens at most, in float64. s_t is left out of both sums, not subtracted.
+seen p: a difference of running sums spans CHUNK tokens at most, in float64. s_t is left out of both, not subtracted.
 
-Decays and their products are float64. The state's factor is rounded so that the product of all of them so far is right to
-half a unit in the last place, whatever the number of tokens.
+Decays and their products are float64. The state's factor is rounded so that the product of all of them so far is right
+to half a unit in the last place, whatever the number of tokens.
 """
 
 import numpy as np
@@ -26,20 +26,22 @@ from numba import prange
 from kernels.loops import loop, parallel_loop, use_threads
 
 CHUNK = 64      # tokens between stored states
-WIDE = 256      # columns that are worked on at a time: rows of scratch memory have this length, which the compiler then knows
+WIDE = 256      # columns that are worked on at a time: rows of scratch memory have this length, known when compiled
 LANES = 16      # channels are filled up to a multiple
-# Less is 0 as a factor of the state, and in a state once a chunk: products with denormal numbers are many times as slow on some CPUs
+# Less is 0 as a factor of the state, and once a chunk in it: products with denormal numbers are many times as slow on
+# some CPUs.
 LEAST = {4: 1e-35, 8: 1e-300}   # by the bytes of a number
+FORGOTTEN = 1e-18   # a decay whose gradient is that far below those of its neighbours: 0, and sums begin anew there
 NOTHING, STORE, MULTIPLY = 0, 1, 2     # what a scan does with its state once a chunk
 
-# Where rows of scratch memory begin. Indices are unsigned: a signed one could count from the end, and the compiler would
+# Where rows of scratch memory begin. Indices are unsigned: signed ones could count from the end, and the compiler would
 # look at each, one number after another.
 R1, R2, R3, R4, R5, R6, R7 = (np.uint64(row * WIDE) for row in range(1, 8))
 
 
 @loop
 def _fill(scratch, base, x, b, t, h, first, count):
-    """scratch from base on: x[b, t, h, first:first + count], 0 for a token before the first; then 0 up to whole LANES."""
+    """scratch from base on: x[b, t, h, first:first + count], 0 for tokens before the first, 0 up to whole LANES."""
     base, first, known = np.uint64(base), np.uint64(first), np.uint64(0)
     if t >= 0:
         known = np.uint64(count)
@@ -78,7 +80,7 @@ def _dots(scratch, base, count):
 @loop
 def _two_rows(state, row, other, scratch, base, sums, values, x, keep, count):
     """
-    Two rows of the state, x and x + 1, and the four tokens: sums_i += row . q_i, row <- keep row + sum over j of v_j k_j.
+    Rows x and x + 1 of the state with the four tokens: sums_i += row . q_i, row <- keep row + sum over j of v_j k_j.
     """
     o0 = o1 = o2 = o3 = p0 = p1 = p2 = p3 = state.dtype.type(0)
     v0, v1, v2, v3 = values[x], values[WIDE + x], values[2 * WIDE + x], values[3 * WIDE + x]
@@ -238,37 +240,39 @@ def _scan(query, key, value, decay, least, out, b, h, first, width, reverse, pur
                 _finish(sums, values, lane * WIDE, own, out, b, t, h, first, width)
 
 
+# A constant as an argument would make a scan of its own, compiled once more: `reverse` and `purpose` are values.
+
 @loop
 def _columns(query, key, value, decay, least, out, states, blocks, width, task):
     """A block of out's columns of one row and head."""
     H, D, row, first, none = value.shape[2], value.shape[3], task // blocks, task % blocks * width, np.zeros(0)
-    purpose = STORE if states.shape[1] else NOTHING
-    _scan(query, key, value, decay, least, out, row // H, row % H, first, min(width, D - first), False, purpose,
+    reverse, purpose = task < 0, STORE if states.shape[1] else NOTHING
+    _scan(query, key, value, decay, least, out, row // H, row % H, first, min(width, D - first), reverse, purpose,
           states[row], none, value, none)
 
 
 @loop
 def _gradient(grad, query, key, value, decay, least, states, dquery, dkey, dvalue, crossing, ends, begins, task):
     """dquery, dkey or dvalue of one row and head, and what the decays' gradient needs of it."""
-    H, M, D, row = query.shape[2], query.shape[3], value.shape[3], task // 3
+    H, M, D, row, which = query.shape[2], query.shape[3], value.shape[3], task // 3, task % 3
     b, h, none, state, across = row // H, row % H, np.zeros(0), states[row], crossing[row]
-    if task % 3 == 0:
+    reverse, purpose = which > 0, MULTIPLY if which == 2 and len(across) else NOTHING
+    if which == 0:
         for first in range(0, M, WIDE):
-            _scan(grad, value, key, decay, least, dquery, b, h, first, min(WIDE, M - first), False, NOTHING,
+            _scan(grad, value, key, decay, least, dquery, b, h, first, min(WIDE, M - first), reverse, purpose,
                   state, across, query, ends[row])
-    elif task % 3 == 1:
+    elif which == 1:
         for first in range(0, M, WIDE):
-            _scan(value, grad, query, decay, least, dkey, b, h, first, min(WIDE, M - first), True, NOTHING,
+            _scan(value, grad, query, decay, least, dkey, b, h, first, min(WIDE, M - first), reverse, purpose,
                   state, across, key, begins[row])
     else:
-        purpose = MULTIPLY if len(across) else NOTHING
         for first in range(0, D, WIDE):
-            _scan(key, query, grad, decay, least, dvalue, b, h, first, min(WIDE, D - first), True, purpose,
+            _scan(key, query, grad, decay, least, dvalue, b, h, first, min(WIDE, D - first), reverse, purpose,
                   state, across, value, none)
 
 
 @loop
-def _decay_gradient(crossing, ends, begins, decay, least, ddecay):
+def _decay_gradient(crossing, ends, begins, decay, ddecay):
     """ddecay (B, T, H) from what is added up for each token."""
     B, T, H = decay.shape
     for row in range(B * H):
@@ -276,7 +280,7 @@ def _decay_gradient(crossing, ends, begins, decay, least, ddecay):
         for t in range(T):
             if t > 0 and (T - t) % CHUNK == 0:
                 total = crossing[row, (T - t) // CHUNK - 1]
-            if t == 0 or decay[b, t, h] < least:
+            if t == 0 or decay[b, t, h] < FORGOTTEN:
                 total = 0.0
             ddecay[b, t, h] = total
             total += begins[row, t] - ends[row, t]
@@ -303,10 +307,11 @@ def stored_states(T: int) -> int:
 def forward(query: np.ndarray, key: np.ndarray, value: np.ndarray, decay: np.ndarray, out: np.ndarray,
             states: np.ndarray):
     """
-    Writes out (B, T, H, D) and states (B*H, N, D, M), N = stored_states(T) or 0. decay (B, T, H) float64, 0 at a
+    Writes out (B, T, H, D) and states (B*H*N, D, M), N = stored_states(T) or 0. decay (B, T, H) float64, 0 at a
     document's start.
     """
     rows, D = value.shape[0] * value.shape[2], value.shape[3]
+    states = states.reshape(rows, len(states) // rows, *states.shape[1:])
     blocks = -(-D // WIDE)
     if rows * blocks < 2:  # one row and head: its columns for the other threads, in blocks that are worth a scan
         blocks = max(1, min(4, D // 16))
@@ -323,10 +328,10 @@ def backward(grad: np.ndarray, query: np.ndarray, key: np.ndarray, value: np.nda
     states that forward() has stored.
     """
     rows, T, least = value.shape[0] * value.shape[2], value.shape[1], LEAST[value.itemsize]
-    wanted = ddecay.size > 0
+    states, wanted = states.reshape(rows, len(states) // rows, *states.shape[1:]), ddecay.size > 0
     ends, begins = np.zeros((rows, T if wanted else 0)), np.zeros((rows, T if wanted else 0))
     crossing = np.zeros((rows, states.shape[1] if wanted else 0))
     use_threads(3 * rows)
     _backward(grad, query, key, value, decay, least, states, dquery, dkey, dvalue, crossing, ends, begins)
     if wanted:
-        _decay_gradient(crossing, ends, begins, decay, least, ddecay)
+        _decay_gradient(crossing, ends, begins, decay, ddecay)
