@@ -227,6 +227,7 @@ for shape in SHAPES:
 
 
 @needs_loops
+@pytest.mark.slow
 def test_loops_stay_in_their_arrays():
     """Whatever the positions say."""
     environment = os.environ | dict(NUMBA_BOUNDSCHECK="1")
