@@ -722,7 +722,8 @@ def gated_linear_attention(query: Tensor, key: Tensor, value: Tensor, *, log_dec
     log_decay    (B, T, H)       <= 0, best in float32; None: no decay. Factors below 2e-35 (1e-304 in float64) may count as 0, or as that: so does e^-inf
     doc_start    (B, T) int32    index of the first token of each token's document; None: one document
     backend      "reference": T x T matrix; "chunked": PyTorch, O(T (C + M) D); "loops": the CPU's, which Numba compiles;
-                 "triton": CUDA; "auto": triton for CUDA tensors (not float64), loops on a CPU with Numba, else chunked
+                 "triton": CUDA; "auto": triton for CUDA tensors (not float64); on a CPU with Numba loops, but for both
+                 passes of long rows of many channels; else chunked
     Returns (B, T, H, D) in value's dtype. Gradients for query, key, value and log_decay, once. Any strides; on a GPU those that are multiples of 16 elements load
     fastest: a column of ones after D - 1 values is best a slice of a wider tensor, value.new_ones(B, T, H, 80)[..., :65] with the values written to it.
     ValueError for wrong shapes, dtypes, devices and backends; for contents (log_decay above 0, doc_start) on a CPU only and not in a compiled graph.
@@ -731,14 +732,25 @@ def gated_linear_attention(query: Tensor, key: Tensor, value: Tensor, *, log_dec
     if backend == "reference":
         return gated_linear_attention_reference(query, key, value, log_decay, doc_start)
     if backend == "auto":
-        backend = _best_backend(value)
+        backend = _best_backend(query, key, value, log_decay)
     return _forward_op(query, key, value, log_decay, doc_start, backend)[0]
 
 
-def _best_backend(value: Tensor) -> str:
+# Where the chunks' large products are as fast as the loops, both passes taken together: from this many tokens in a row and
+# more channels than this of queries and of values on. Elsewhere the loops are, and forward they are everywhere
+# (benchmarks/gated_linear_attention.py, two cores).
+CHUNKED_TOKENS, CHUNKED_CHANNELS = 4096, 32
+
+
+def _best_backend(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None) -> str:
     if value.is_cuda and triton is not None and value.dtype != torch.float64:
         return "triton"
-    return "loops" if value.device.type == "cpu" and has_cpu_loops() else "chunked"
+    if value.device.type != "cpu" or not has_cpu_loops():
+        return "chunked"
+    inputs = [x for x in (query, key, value, log_decay) if x is not None]
+    both_passes = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    wide = min(query.shape[-1], value.shape[-1]) > CHUNKED_CHANNELS
+    return "chunked" if both_passes and wide and value.shape[1] >= CHUNKED_TOKENS else "loops"
 
 
 def gated_linear_attention_step(state: Tensor, query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None = None) -> tuple[Tensor, Tensor]:

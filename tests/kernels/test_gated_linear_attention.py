@@ -274,6 +274,14 @@ def test_runs_repeat_bit_for_bit(backend):
 
 
 @needs_loops
+def test_loops_serve_but_for_both_passes_of_long_wide_rows():
+    for T, M, D, grad, backend in ((64, 64, 64, True, "loops"), (4096, 64, 64, False, "loops"), (4096, 64, 64, True, "chunked"),
+                                   (4096, 256, 9, True, "loops")):
+        query, key, value = (torch.zeros(1, T, 1, width) for width in (M, M, D))
+        assert gla._best_backend(query, key.requires_grad_(grad), value, None) == backend
+
+
+@needs_loops
 def test_loops_on_random_shapes(relative_rms):
     generator = torch.Generator().manual_seed(0)
     for seed in range(60):
