@@ -116,7 +116,7 @@ def _short_convolution_bwd_kernel(g_ptr, x_ptr, taps_ptr, positions_ptr, dx_ptr,
     g_ptr += b * g_b
     x_ptr += b * x_b
     sums = ()
-    for s in tl.static_range(N):
+    for _ in tl.static_range(N):
         sums += (tl.zeros((ROWS, BLOCK), tl.float32),)
 
     for step in range(STEPS):
