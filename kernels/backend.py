@@ -5,7 +5,6 @@ they become operations.
 
 import functools
 import importlib
-import importlib.util
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -14,8 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
 
 @functools.cache
@@ -35,6 +32,12 @@ def parallel_loops(name: str) -> ModuleType:
     return cpu_loops(name)
 
 
+@torch.compiler.assume_constant_result
+def has_cpu_loops() -> bool:
+    """Whether cpu_loops() finds its modules; torch.compile takes the answer as a constant."""
+    return _has_numba()
+
+
 @functools.cache
 def _has_numba() -> bool:
     try:
@@ -47,11 +50,8 @@ def _has_numba() -> bool:
 
 
 def loops_serve(x: Tensor) -> bool:
-    """
-    Whether the CPU's loops can take this tensor: it is on a CPU, and Numba is installed. Also true or false for the
-    compiler, which sees a constant.
-    """
-    return x.device.type == "cpu" and (HAS_NUMBA or not torch.compiler.is_compiling() and _has_numba())
+    """Whether the CPU's loops can take this tensor: it is on a CPU, and Numba is installed."""
+    return x.device.type == "cpu" and has_cpu_loops()
 
 
 def cpu_operation(name: str, body: Callable, fake: Callable, save: Callable | None = None,

@@ -85,7 +85,7 @@ def run_stages(function, counts: list[int], state):
     the number of the thread that runs it, and state a named tuple of contiguous arrays. The function is called by its address: within the loop of threads Numba would
     optimise its code three times more.
     """
-    use_threads()
+    use_threads(max(counts))
     _run_stages(_address(function, state), np.array(counts, np.int64), state)
 
 
@@ -107,9 +107,9 @@ def thread_count() -> int:
     return max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
 
 
-def use_threads():
-    """Lets the parallel loops that this thread calls next take as many threads as PyTorch does."""
-    numba.set_num_threads(thread_count())
+def use_threads(tasks: int = 1 << 31):
+    """Lets the parallel loops that this thread calls next take as many threads as PyTorch does, and no more than there are tasks: one needs no other."""
+    numba.set_num_threads(max(1, min(thread_count(), tasks)))
 
 
 @inline_loop

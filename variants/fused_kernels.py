@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import Embedding
 
 import train_gpt
-from kernels.backend import HAS_NUMBA
+from kernels.backend import has_cpu_loops
 from kernels.embedding_lookup import embedding_lookup
 from kernels.norm_rotary import norm_rotary
 from kernels.optimizer_updates import adam_step, nesterov, normalised_step
@@ -61,7 +61,7 @@ class Options:
         for name, kernel in KERNELS.items():
             if getattr(self, name) == "auto":
                 capability = list(torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
-                setattr(self, name, "on" if measured_win(kernel, capability) and (capability or HAS_NUMBA) else "off")
+                setattr(self, name, "on" if measured_win(kernel, capability) and (capability or has_cpu_loops()) else "off")
         if all(getattr(self, name) == "off" for name in KERNELS):
             raise ValueError("no kernel is on: benchmarks/results/ has no win on this device; measure with benchmarks/gpu_suite.py, or turn one on")
         if self.fp8 and self.cross_entropy == "off":

@@ -134,7 +134,7 @@ def test_auto_on_a_cpu_needs_a_win_of_the_loops_on_every_one(monkeypatch, tmp_pa
     write("residual_norm-intel", capability=None, loops_are_fastest=False)
     options = module.Options(**auto)
     assert [name for name in module.KERNELS if getattr(options, name) == "on"] == ["rotary"]
-    monkeypatch.setattr(module, "HAS_NUMBA", False)
+    monkeypatch.setattr(module, "has_cpu_loops", lambda: False)
     with pytest.raises(ValueError, match="no kernel is on"):
         module.Options(**auto)
 
