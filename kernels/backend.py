@@ -72,13 +72,17 @@ def cpu_operation(name: str, body: Callable, fake: Callable, save: Callable | No
         eager = _autograd_function(body, save, gradients)
 
     def operation(*inputs):
-        if torch.compiler.is_compiling() or not all(type(x) in PLAIN for x in inputs if isinstance(x, Tensor)):
+        if torch.compiler.is_compiling() or not all(_is_plain(x) for x in inputs if isinstance(x, Tensor)):
+            return registered(*inputs)
+        if torch._C._len_torch_dispatch_stack():  # a FLOP counter, for one, sees registered operations only
             return registered(*inputs)
         return eager(*inputs)
     return operation
 
 
-PLAIN = (Tensor, torch.nn.Parameter)  # no fake, functional or other traced tensors: the registered form takes these
+def _is_plain(x: Tensor) -> bool:
+    """Whether x is a tensor with numbers on a CPU, not a fake, functional or otherwise traced one."""
+    return type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu"
 
 
 def _autograd_function(body: Callable, save: Callable, gradients: Callable) -> Callable:
