@@ -152,8 +152,7 @@ class SortedRuns:
 
     def _state(self, length: int, queries: int, heads: int):
         _, kv_heads, capacity, D = self.value.data.shape
-        if self.state is None or len(self.state.rows) != self.loops.thread_count():
-            self.state = self.loops.new_state(self.loops.thread_count())
+        self.state = self.loops.state_of_threads(self.state)
         named = dict(key=self.key, value=self.value, weight=self.weight, order=self.order, edge=self.edge, potential=self.potential, unit=self.unit, sums=self.sums)
         arrays = {name: buffer.data.view(-1).numpy() for name, buffer in named.items() if buffer.data is not None}
         run_capacity, block_capacity = (self.order.data.shape[2], self.edge.data.shape[2]) if self.runs else (0, 0)
@@ -169,7 +168,8 @@ class SortedRuns:
             first = np.maximum(first, first_key.reshape(-1).numpy())
         query = np.empty(0, np.float32) if query_coord is None else query_coord.detach().transpose(1, 2).float().reshape(-1).numpy()
         out = torch.empty(B, queries, heads, D)
-        self.loops.read(self._state(length, queries, heads)._replace(first=first, query=query, out=out.view(-1).numpy()), B * queries * heads)
+        state = self._state(length, queries, heads)._replace(first=first, query=query, out=out.view(-1).numpy())
+        self.loops.read(state, B * queries * heads, length - self.end + BLOCK * len(self.runs))
         return out
 
 

@@ -288,17 +288,20 @@ def _arrange(stage, task, thread, state):
         _sum_blocks(state, state.runs[r, 0], state.runs[r, 1], state.runs[r, 2], row, task, thread)
 
 
-def new_state(threads: int) -> State:
-    """Empty arrays, and room for each thread."""
+def state_of_threads(state: State | None) -> State:
+    """A state with room for each thread and else empty: the one given if it has that."""
+    threads = thread_count()
+    if state is not None and len(state.rows) == threads:
+        return state
     empty = np.empty(0, np.float32)
     return State(np.zeros(len(Sizes._fields), np.int64), empty, np.empty(0, np.int64), empty, empty, empty, np.empty(0, np.int32), empty, np.empty(0), empty, empty,
                  np.empty((0, 3), np.int64), np.empty((0, 3), np.int64), np.empty((threads, 0), np.int32), np.zeros((threads, TILE + 16), np.float32),
                  np.zeros((threads, TILE + 16), np.int64), np.zeros((threads, TILE + 16)), empty)
 
 
-def read(state: State, tasks: int):
-    """Fills out, B queries heads tasks."""
-    run_stages(_read, [tasks], state)
+def read(state: State, tasks: int, tokens: int):
+    """Fills out, B queries heads tasks, each of about so many rows of tokens. Threads where they win: at 4,000 rows of 64 numbers they begin to."""
+    run_stages(_read, [tasks], state, threads=tasks * tokens * state.sizes[4] > 1 << 18)
 
 
 def arrange(state: State, rows: int, weight_rows: int):
