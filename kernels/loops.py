@@ -72,21 +72,32 @@ def _call(typing, address, stage, task, thread, state):
     return types.none(types.intp, types.int64, types.int64, types.int64, state), generate
 
 
-@njit(nogil=True, parallel=not BOUNDSCHECK, **_options)  # an error in a parallel loop would go unseen
-def _run_stages(address, counts, state):
+@parallel_loop
+def _run_in_threads(address, counts, state):
     for stage in range(counts.shape[0]):
         for task in prange(counts[stage]):
             _call(address, np.int64(stage), np.int64(task), np.int64(numba.get_thread_id()), state)
 
 
-def run_stages(function, counts: list[int], state):
+@loop
+def _run_alone(address, counts, state):
+    for stage in range(counts.shape[0]):
+        for task in range(counts[stage]):
+            _call(address, np.int64(stage), np.int64(task), np.int64(0), state)
+
+
+def run_stages(function, counts: list[int], state, threads: bool = True):
     """
-    function(stage, task, thread, state), an inner_loop without a result, for every stage in order and all counts[stage] tasks of it side by side; thread is
-    the number of the thread that runs it, and state a named tuple of contiguous arrays. The function is called by its address: within the loop of threads Numba would
-    optimise its code three times more.
+    function(stage, task, thread, state), an inner_loop without a result, for every stage in order and all counts[stage] tasks of it, side by side or, with one
+    thread or not `threads`, one after another; thread is the number of the thread that runs it, and state a named tuple of contiguous arrays. The function is
+    called by its address: within the loop of threads Numba would optimise its code three times more.
     """
-    use_threads(max(counts))
-    _run_stages(_address(function, state), np.array(counts, np.int64), state)
+    address, tasks = _address(function, state), np.array(counts, np.int64)
+    if not threads or min(thread_count(), max(counts)) == 1 or BOUNDSCHECK:  # an error in a parallel loop would go unseen
+        _run_alone(address, tasks, state)
+    else:
+        use_threads(max(counts))
+        _run_in_threads(address, tasks, state)
 
 
 _addresses = {}     # of the functions that run_stages has compiled, by the types of their arrays

@@ -9,6 +9,7 @@ load and store, without any of that, and stays in registers between.
     load, store at an index of a one-dimensional contiguous array: no wrap-around; tested with NUMBA_BOUNDSCHECK=1
     splat       a scalar in all 8 places                    madd        a b + c
     total       the sum of the 8 numbers                    largest     the larger of each pair, the second where one is NaN
+    peak        the largest of the 8 numbers, NaN aside
     exp2        2^x, as loops.exp2_f32 for float32          distance    |a - b|
     cast        to an array's dtype                         select      x where a > b, else y
 """
@@ -151,14 +152,23 @@ def select(typing, a, b, x, y):
     return x(a, b, x, y), generate
 
 
-@intrinsic
-def total(typing, a):
-    def generate(context, builder, signature, arguments):
-        kind = arguments[0].type
-        element = "f32" if isinstance(kind.element, ir.FloatType) else "f64"
-        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind.element, [kind.element, kind]), f"llvm.vector.reduce.fadd.v{WIDTH}{element}")
-        return builder.call(function, [ir.Constant(kind.element, 0.0), arguments[0]], fastmath=FLAGS)
-    return a.dtype(a), generate
+def _reduction(name, arguments):
+    """An intrinsic that makes one number of 8 by LLVM's reduction of this name; arguments(kind): what it takes before the vector."""
+    def typed(typing, a):
+        def generate(context, builder, signature, vectors):
+            kind = vectors[0].type
+            before = arguments(kind.element)
+            element = "f32" if isinstance(kind.element, ir.FloatType) else "f64"
+            function_type = ir.FunctionType(kind.element, [x.type for x in before] + [kind])
+            function = cgutils.get_or_insert_function(builder.module, function_type, f"llvm.vector.reduce.{name}.v{WIDTH}{element}")
+            return builder.call(function, [*before, vectors[0]], fastmath=FLAGS)
+        return a.dtype(a), generate
+    typed.__name__ = name
+    return intrinsic(typed)
+
+
+total = _reduction("fadd", lambda element: [ir.Constant(element, 0.0)])
+peak = _reduction("fmax", lambda element: [])
 
 
 @intrinsic

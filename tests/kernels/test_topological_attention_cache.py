@@ -1,4 +1,9 @@
 """Topological attention token by token: equal to the whole rows in every mode, with what is kept as small as stated."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,6 +12,8 @@ from kernels import topological_attention_cache as module
 from kernels import topological_attention_reference as reference
 from kernels.topological_attention_cache import TokenBuffer, TopologicalCache, hidden_keys
 from tests.errors import float_bound, reference_bound, rounding_bound
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def rows(T, B=2, H=4, kv=2, D=8, decay=0.0, bias=False, docs=False, coordinates=True, seed=0):
@@ -67,26 +74,105 @@ def short_runs(monkeypatch):
     """Several sorted runs in rows that a test can afford."""
     monkeypatch.setattr(module, "RUN", 16)
     monkeypatch.setattr(module, "BLOCK", 4)
+    monkeypatch.setattr(module, "WINDOW_RUNS", 4)
 
 
+def check_runs(cache):
+    """Runs that follow each other, each in order, with less than the shortest behind them but for the last piece's tokens."""
+    runs = cache.runs
+    assert all(earlier[1] == later[0] for earlier, later in zip(runs.runs, runs.runs[1:])) and (not runs.runs or runs.runs[-1][1] == runs.end)
+    first_kept = cache.length - cache.key.tokens.shape[2]
+    for begin, end in runs.runs:
+        places = runs.order.data[:, :, runs.order.end - (runs.end - begin):runs.order.end - (runs.end - end)].long()
+        assert torch.equal(places.sort(-1).values, torch.arange(begin, end).expand_as(places))
+        if begin >= first_kept:
+            assert (cache.key.tokens.gather(2, places - first_kept).diff() >= 0).all()
+
+
+@pytest.mark.parametrize("loops", [True, False])
 @pytest.mark.parametrize("B, docs", [(1, False), (1, True), (2, True)])
-@pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize("options", [dict(), dict(kv=4), dict(decay=0.3), dict(decay=20.0, bias=True), dict(decay=0.01, bias=True, H=2)], ids=str)
-def test_sorted_runs_equal_the_whole(short_runs, options, window, B, docs):
+@pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.parametrize("options", [dict(), dict(kv=4, D=24), dict(decay=20.0, bias=True), dict(decay=0.01, bias=True, H=2)], ids=str)
+def test_sorted_runs_equal_the_whole(short_runs, monkeypatch, options, window, B, docs, loops):
     tensors, doc_start = rows(240, B=B, **options)
     if docs:
         starts = torch.zeros(B, 240, dtype=torch.bool)
         starts[0, 130] = starts[-1, 200] = True
         doc_start = torch.where(starts, torch.arange(240), 0).cummax(1).values.int()
+    if not loops:
+        monkeypatch.setattr(module, "cpu_loops", lambda name: None)
     whole = topological_attention(**exactly(tensors), doc_start=doc_start, window=window)
-    for steps in ([120, 3, 1, 1, 115], [1] * 240):
+    for steps in ([120, 3, 1, 1, 35] + [1] * 80, [1] * 240):
         cache = TopologicalCache()
-        got = decode(cache, tensors, doc_start, window, steps)
-        assert_near(got, whole, tensors)
-    assert bool(cache.runs) == (window is None and B == 1)  # one row: a new document begins with nothing
-    if cache.runs and not docs:
-        assert [run.key.shape[-1] for run in cache.runs] == [128, 64, 16] and cache.key.tokens.shape[2] == 32
-        assert all((run.key.diff() >= 0).all() for run in cache.runs)
+        assert_near(decode(cache, tensors, doc_start, window, steps), whole, tensors)
+        if loops:
+            check_runs(cache)
+    if loops and window is None and not docs:
+        assert [end - begin for begin, end in cache.runs.runs] == [128, 64, 32] and cache.runs.end == 224
+    assert (cache.runs is not None) == loops
+    if docs and B == 1:  # a new document begins with nothing
+        assert cache.length - cache.key.tokens.shape[2] == 200
+
+
+def test_what_loops_do_not_take(short_runs):
+    """A width that is no multiple of 8, and float64, without loops."""
+    tensors, _ = rows(100, D=6)
+    for dtype in (torch.float32, torch.float64):
+        given = {name: None if x is None else x.to(dtype) for name, x in tensors.items()}
+        cache = TopologicalCache()
+        assert_near(decode(cache, given, None, None, [1] * 100), topological_attention(**exactly(tensors)), tensors)
+        assert cache.runs is None
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name, place", [("query_coord", (0, 90, 1)), ("key_coord", (0, 3, 1)), ("key_coord", (0, 95, 0)), ("value", (0, 5, 0, 2)),
+                                         ("key_bias", (0, 40, 0)), ("log_decay", (0, 60, 2))])
+def test_what_is_no_number(short_runs, name, place, number):
+    """Nothing before it changes; from it on NaN wherever the reference has it, and where both are finite no number but that."""
+    tensors, _ = rows(120, B=1, decay=0.1, bias=True)
+    clean = decode(TopologicalCache(), tensors, None, None, [1] * 120)
+    tensors[name][place] = -abs(number) if name == "log_decay" else number  # a decay is never above 0
+    got = decode(TopologicalCache(), tensors, None, None, [1] * 120)
+    assert torch.equal(got[:, :place[1]], clean[:, :place[1]])
+    got, expected = got[:, place[1]:], reference(**exactly(tensors))[:, place[1]:]
+    assert got[expected.isnan()].isnan().all()
+    finite = expected.isfinite() & got.isfinite()
+    if number != number:
+        assert torch.equal(finite, expected.isfinite())
+    tensors = {key: x.nan_to_num(0, 0, 0) for key, x in tensors.items()}
+    assert_near(torch.where(finite, got, 0), torch.where(finite, expected, 0), tensors)
+
+
+def test_threads_change_nothing(short_runs):
+    tensors, _ = rows(300, decay=0.1)
+    threads, outs = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            outs.append(decode(TopologicalCache(), tensors, None, None, [100] + [1] * 200)[:, 100:])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*outs)
+
+
+def test_indices_stay_inside():
+    """With every index checked, in a process of its own: Numba decides about that when it is imported."""
+    script = """
+import torch
+from kernels import topological_attention_cache as module
+from tests.kernels.test_topological_attention_cache import assert_near, decode, exactly, rows, topological_attention
+module.RUN, module.BLOCK = 16, 4
+for options in (dict(), dict(decay=0.3, bias=True, D=16), dict(coordinates=False, decay=0.1)):
+    for window in (None, 60):
+        tensors, _ = rows(150, **options)
+        got = decode(module.TopologicalCache(), tensors, None, window, [40, 3] + [1] * 107)
+        assert_near(got, topological_attention(**exactly(tensors), window=window), tensors)
+    if options and tensors["key_coord"] is not None:
+        tensors["key_coord"][0, ::7] = float("nan")
+        decode(module.TopologicalCache(), tensors, None, None, [1] * 150)
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ | dict(NUMBA_BOUNDSCHECK="1", PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e4])
@@ -96,7 +182,7 @@ def test_runs_of_equal_and_of_far_coordinates(short_runs, scale, relative_rms):
     whole, cache = topological_attention(**exactly(tensors)), TopologicalCache()
     bound = reference_bound(reference(**tensors), whole, 100 + 8, factor=8.0)
     assert relative_rms(decode(cache, tensors, None, None, [1] * 100), whole) < bound
-    assert cache.runs
+    assert cache.runs.runs
 
 
 @pytest.mark.parametrize("options", [dict(), dict(decay=0.3, bias=True, docs=True)], ids=str)
@@ -115,11 +201,17 @@ def test_many_tokens_lose_no_digits():
     assert_near(got, topological_attention(**exactly(tensors)), tensors, 100)  # a hundred tokens back weigh e^-80
 
 
-def test_bytes_kept():
+def test_bytes_kept(monkeypatch):
     tensors, _ = rows(100, B=1, H=2, kv=2, D=16)
     exact, binned, short = TopologicalCache(), TopologicalCache(8), TopologicalCache()
     decode(exact, tensors, None, None, [50, 50])
     assert exact.bytes_kept == 100 * 2 * (16 + 1) * 4
+    monkeypatch.setattr(module, "RUN", 64)
+    decode(sorted_rows := TopologicalCache(), tensors, None, None, [50, 50])
+    assert sorted_rows.runs.end == 0
+    sorted_rows.append(tensors["key_coord"][:, :1], tensors["value"][:, :1])
+    of_a_block = 4 + 2 * (8 + 4 + 16 * 4)  # its first coordinate and two sums, each a potential, a weight and a row
+    assert sorted_rows.bytes_kept == 2 * (101 * (16 + 1) * 4 + 64 * 4 + of_a_block)
     decode(binned, tensors, None, None, [90] + [1] * 10)
     assert binned.bytes_kept == 2 * (8 * (16 + 1) + 1) * 4
     decode(short, tensors, None, 5, [90] + [1] * 10)
