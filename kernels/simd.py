@@ -158,17 +158,27 @@ def select(typing, a, b, x, y):
     return x(a, b, x, y), generate
 
 
-@intrinsic
-def total(typing, a):
-    """Returns the sum of the 8 numbers."""
-    def generate(context, builder, signature, arguments):
-        kind = arguments[0].type
-        element = "f32" if isinstance(kind.element, ir.FloatType) else "f64"
-        kinds = ir.FunctionType(kind.element, [kind.element, kind])
-        function = cgutils.get_or_insert_function(builder.module, kinds, f"llvm.vector.reduce.fadd.v{WIDTH}{element}")
-        return builder.call(function, [ir.Constant(kind.element, 0.0), arguments[0]], fastmath=FLAGS)
-    return a.dtype(a), generate
-    peak        the largest of the 8 numbers, NaN aside
+def _reduction(name, arguments):
+    """
+    Returns an intrinsic that makes one number of 8 by LLVM's reduction of this name. arguments(element) makes what the
+    reduction takes before the vector.
+    """
+    def typed(typing, a):
+        def generate(context, builder, signature, vectors):
+            kind = vectors[0].type
+            before = arguments(kind.element)
+            element = "f32" if isinstance(kind.element, ir.FloatType) else "f64"
+            signature = ir.FunctionType(kind.element, [x.type for x in before] + [kind])
+            symbol = f"llvm.vector.reduce.{name}.v{WIDTH}{element}"
+            function = cgutils.get_or_insert_function(builder.module, signature, symbol)
+            return builder.call(function, [*before, vectors[0]], fastmath=FLAGS)
+        return a.dtype(a), generate
+    typed.__name__ = name
+    return intrinsic(typed)
+
+
+total = _reduction("fadd", lambda element: [ir.Constant(element, 0.0)])
+peak = _reduction("fmax", lambda element: [])
 
 
 @intrinsic
