@@ -112,7 +112,8 @@ def run_stages(function, counts: list[int], state, threads: bool = True):
     three times more.
     """
     address, tasks = _address(function, state), np.array(counts, np.int64)
-    if not threads or min(thread_count(), max(counts)) == 1 or BOUNDSCHECK:  # an error in a parallel loop would go unseen
+    alone = not threads or min(thread_count(), max(counts)) == 1
+    if alone or BOUNDSCHECK:  # an error in a parallel loop would go unseen
         _run_alone(address, tasks, state)
     else:
         use_threads(max(counts))
