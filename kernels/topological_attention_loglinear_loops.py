@@ -259,20 +259,23 @@ def _other_ranks(key_codes, query_codes, work, sources, targets):
 
 @inner_loop
 def _potentials(sources, order, first, count, potential, highest, sign):
-    """sign x coordinate + bias of some sources, and its running maximum from highest[0] on; for sign -1 backwards, from highest[count] on."""
+    """
+    sign x coordinate + bias of some sources, and its running maximum from highest[0] on; for sign -1 backwards, from highest[count] on. NaN from the first NaN
+    on, so that no weight of it passes for negligible.
+    """
     if sign > 0:
         y = highest[0]
         for r in range(count):
             j = order[first + r]
             p = sources.bias[j] + sources.coordinate[j]
-            y = p if p > y else y
+            y = y if p <= y or y != y else p
             potential[r], highest[r + 1] = p, y
     else:
         y = highest[count]
         for r in range(count - 1, -1, -1):
             j = order[first + r]
             p = sources.bias[j] - sources.coordinate[j]
-            y = p if p > y else y
+            y = y if p <= y or y != y else p
             potential[r], highest[r] = p, y
 
 
