@@ -544,7 +544,7 @@ def _chunk_backward(keys, queries, sums, start, key_first, key_last, query_first
                 product = madd(splat(keys.rows.data[row + d]), load(columns, d * CHUNK + k), product)
             store(tile, (j - key_first) * CHUNK + k, p)
             e, b = p * product, splat(keys.coordinate[j])
-            below, above = select(a, b, e, nothing), select(b, a, e, nothing)
+            below, above = select(b, a, nothing, e), select(a, b, nothing, e)  # both where a = b, and where one is NaN, as e is then
             store(gradient, k, load(gradient, k) + (above - below))
             of_coordinate = of_coordinate + (below - above)
             of_bias = of_bias + e
