@@ -103,7 +103,7 @@ def spoilt(name, t, window, out):
     sees = (index <= index[:, None]) & (index > index[:, None] - window)
     keys = (sees.T.float() @ queries.float()) > 0
     decays = keys.flip(1).cummax(1).values.flip(1)
-    decays[:, 0] = False  # no score has a document's first decay
+    decays[:, 0] = False
     keys = keys.any(2, keepdim=True)
     return dict(out=queries[..., None], query_coord=queries, key_coord=keys, value=keys[..., None], log_decay=decays, key_bias=keys)
 
@@ -113,12 +113,13 @@ def spoilt(name, t, window, out):
 def test_numbers_that_are_not_finite(name, bad, coordinates, window):
     """
     From the token with a bad number on, its document's results are NaN wherever the reference's are, and not finite wherever those are not; so are gradients.
-    A chunk of tokens before it, and in another document, nothing changes.
+    Nothing changes in a tile of scores without it: a chunk of tokens before it, and in another document a chunk after the first and after the window's end.
+    (Within a tile hidden pairs have the weight 0, and 0 times NaN is NaN, as in the reference.)
     """
     doc_start = STARTS[torch.bucketize(torch.arange(200), STARTS, right=True) - 1][None].int()
     index = torch.arange(200)
     for dtype in FLOATS:
-        for t in (0, 5, 31, 47, 64, 89):
+        for t in (0, 5, 31, 47, 64, 89)[name == "log_decay":]:  # no score has a document's first decay
             tensors, clean = with_bad_number(name, bad, t, dtype, coordinates)
             got, usual = run(loglinear, tensors, doc_start, window, dtype), run(loglinear, clean, doc_start, window, dtype)
             alone = [None if x is None else x[:, :WITHIN].detach().double().requires_grad_() for x in tensors]
@@ -130,7 +131,86 @@ def test_numbers_that_are_not_finite(name, bad, coordinates, window):
                 missing = where[result] & ((exact.isnan() & ~seen.isnan()) | (~exact.isfinite() & seen.isfinite()))
                 assert not missing.any(), (dtype, t, result, missing.nonzero().tolist()[:5])
 
-            before, elsewhere = index <= t - CHUNK, index >= WITHIN + CHUNK
+            before, elsewhere = index <= t - CHUNK, index >= max(WITHIN, t + (window or 0)) + CHUNK
             assert torch.equal(got["out"][:, before], usual["out"][:, before])
             for result, x in got.items():
                 assert torch.equal(x[:, elsewhere], usual[result][:, elsewhere]), (dtype, t, result)
+
+
+# ---- processes of their own
+
+WITHOUT_NUMBA = """
+import sys
+
+
+class NoNumba:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("numba", "llvmlite"):
+            raise ImportError("No module named 'numba'")
+
+
+sys.meta_path.insert(0, NoNumba())
+import torch
+from kernels import topological_attention_reference as reference
+from tests.errors import relative_rms
+from tests.kernels.test_topological_attention import check, inputs
+
+for options in ({}, dict(decay=0.1, bias=1.0, docs=0.02), dict(coordinates=False)):
+    for dtype in (torch.float32, torch.float64):
+        check(relative_rms, *inputs(70, dtype=dtype, **options), window=30)
+assert "numba" not in sys.modules
+"""
+
+
+def test_the_reference_serves_without_numba(tmp_path):
+    """Both passes are right, and stderr says once why they are slow."""
+    script = tmp_path / "without_numba.py"
+    script.write_text(WITHOUT_NUMBA)
+    errors = run_process(script, cache=tmp_path).stderr
+    assert errors.count("the CPU's compiled loops need Numba") == 1 and errors.count("pip install numba") == 1
+
+
+CACHED = """
+import sys
+import torch
+from kernels import loops
+from kernels import topological_attention_loglinear_loops as topological
+from tests.errors import relative_rms
+from tests.kernels.test_topological_attention import check, inputs
+
+check(relative_rms, *inputs(70, dtype=torch.float32))
+functions = [topological._task, topological._codes, loops._run_stages]
+print(*(f"{sum(f.stats.cache_hits.values())}/{sum(f.stats.cache_misses.values())}" for f in functions))
+"""
+
+
+@pytest.mark.slow
+def test_loops_are_compiled_once(tmp_path):
+    """The second process compiles nothing: it takes the loops from the cache and adds no file."""
+    script, cache = tmp_path / "cached.py", tmp_path / "cache"
+    script.write_text(CACHED)
+    assert run_process(script, cache=cache).stdout.split() == ["0/1"] * 3
+    files = sorted(cache.rglob("*.nb?"))
+    assert run_process(script, cache=cache).stdout.split() == ["1/0"] * 3
+    assert files and sorted(cache.rglob("*.nb?")) == files
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("window", [None, 1000])
+def test_a_long_row_takes_less_than_its_values(window):
+    """NumPy's arrays, which are the loops' own, beside arguments and results, which are PyTorch's."""
+    tensors, _ = inputs(16_384, B=1, H=1, kv=1, D=64, dtype=torch.float32)
+    loglinear(*tensors, None, window).sum().backward()  # compiles
+    size = tensors[2].numel() * tensors[2].element_size()
+    tracemalloc.start()
+    try:
+        out = loglinear(*tensors, None, window)
+        forward = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        out.sum().backward()
+        backward = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 0 < forward < size and 0 < backward < size, (forward / size, backward / size)
