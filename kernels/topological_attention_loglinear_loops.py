@@ -326,20 +326,21 @@ def _potentials(sources, order, first, count, potential, highest, sign):
     """
     Sets the potentials, sign x coordinate + bias, of `count` sources from order[first] on, and their running maximum
     `highest`. For sign 1 the maximum goes up from highest[0], which is there; for sign -1 down from highest[count].
+    From the first NaN on it is NaN, so that no weight of one passes for negligible.
     """
     if sign > 0:  # p_j, upwards
         y = highest[0]
         for r in range(count):
             j = order[first + r]
             p = sources.bias[j] + sources.coordinate[j]
-            y = p if p > y else y
+            y = y if p <= y or y != y else p
             potential[r], highest[r + 1] = p, y
     else:  # q_j, downwards
         y = highest[count]
         for r in range(count - 1, -1, -1):
             j = order[first + r]
             p = sources.bias[j] - sources.coordinate[j]
-            y = p if p > y else y
+            y = y if p <= y or y != y else p
             potential[r], highest[r] = p, y
 
 
@@ -703,7 +704,7 @@ def _chunk_backward(keys, queries, sums, start, key_first, key_last, query_first
                 product = madd(splat(keys.rows.data[row + d]), load(columns, d * CHUNK + k), product)
             store(tile, (j - key_first) * CHUNK + k, p)
             e, b = p * product, splat(keys.coordinate[j])
-            below, above = select(a, b, e, nothing), select(b, a, e, nothing)
+            below, above = select(b, a, nothing, e), select(a, b, nothing, e)  # both where a = b, and where one is NaN, as e is then
             store(gradient, k, load(gradient, k) + (above - below))
             of_coordinate = of_coordinate + (below - above)
             of_bias = of_bias + e
