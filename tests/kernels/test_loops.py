@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import torch
 
 numba = pytest.importorskip("numba")
 
@@ -87,7 +86,7 @@ x = np.zeros(3)
 add(x)
 loops.run_stages(add_in_a_stage, [3, 2], State(x))
 assert x.tolist() == [3, 3, 2]
-functions = (add, add_in_a_stage, loops._run_stages)
+functions = (add, add_in_a_stage, loops._run_in_threads)
 print(*(sum(f.stats.cache_hits.values()) for f in functions), *(sum(f.stats.cache_misses.values()) for f in functions))
 """
 

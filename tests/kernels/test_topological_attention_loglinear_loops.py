@@ -179,7 +179,7 @@ from tests.errors import relative_rms
 from tests.kernels.test_topological_attention import check, inputs
 
 check(relative_rms, *inputs(70, dtype=torch.float32))
-functions = [topological._task, topological._codes, loops._run_stages]
+functions = [topological._task, topological._codes, loops._run_in_threads]
 print(*(f"{sum(f.stats.cache_hits.values())}/{sum(f.stats.cache_misses.values())}" for f in functions))
 """
 
