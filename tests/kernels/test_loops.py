@@ -84,9 +84,9 @@ def add_in_a_stage(stage, task, thread, state):
 
 x = np.zeros(3)
 add(x)
-loops.run_stages(add_in_a_stage, [3, 2], State(x))
+loops.run_stages(add_in_a_stage, [3, 2], State(x), threads=False)
 assert x.tolist() == [3, 3, 2]
-functions = (add, add_in_a_stage, loops._run_in_threads)
+functions = (add, add_in_a_stage, loops._run_alone)
 print(*(sum(f.stats.cache_hits.values()) for f in functions), *(sum(f.stats.cache_misses.values()) for f in functions))
 """
 

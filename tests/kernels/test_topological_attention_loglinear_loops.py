@@ -178,8 +178,9 @@ from kernels import topological_attention_loglinear_loops as topological
 from tests.errors import relative_rms
 from tests.kernels.test_topological_attention import check, inputs
 
+torch.set_num_threads(1)
 check(relative_rms, *inputs(70, dtype=torch.float32))
-functions = [topological._task, topological._codes, loops._run_in_threads]
+functions = [topological._task, topological._codes, loops._run_alone]
 print(*(f"{sum(f.stats.cache_hits.values())}/{sum(f.stats.cache_misses.values())}" for f in functions))
 """
 
