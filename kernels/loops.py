@@ -153,7 +153,7 @@ def exp2_f32(x):
     """
     Returns 2^x for a float32 x, with a relative error below 2e-7. It takes a polynomial on [-1/2, 1/2] and the
     exponent's bits, so that the compiler vectorises a loop of it, but not one of math.exp (0.18 against 8 ns a number
-    on an AMD EPYC). The result is 0 from -126.5 down, infinity from 127.5 up, and NaN for NaN.
+    on an AMD EPYC). The result is 0 below -126.5, infinity from 127.5 up, and NaN for NaN.
     """
     # x = whole + f
     bounded = min(max(x, np.float32(-127.0)), np.float32(128.0))

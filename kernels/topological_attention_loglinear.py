@@ -65,7 +65,9 @@ class _Arguments(NamedTuple):
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns x (..., D), contiguous and in this dtype, with each row padded by zeros to a multiple of 8 numbers."""
-    return F.pad(x.to(dtype), (0, -x.shape[-1] % 8)).contiguous()
+    missing = -x.shape[-1] % 8
+    x = x.to(dtype)
+    return F.pad(x, (0, missing)) if missing else x.contiguous()
 
 
 def _loop_inputs(loops, x: _Arguments):

@@ -37,6 +37,9 @@ where there are rows enough for all threads. Longer rows go step by step, some r
 each step; loops.run_stages runs the tasks. Where a sequence has several heads, a row's numbers are packed: they are
 copied to an array where they lie one after another. Results are equal bit for bit whatever the number of threads.
 
+Numbers that are not finite give NaN where the reference gives NaN, but for a NaN among the values of a key that weighs
+less than NEGLIGIBLE: such rows are not read. Inside a tile 0 times NaN is NaN, as in the reference.
+
 Memory: about 100 bytes for each token of the rows that are worked on at once (GROUP_TOKENS tokens, or one longer row,
 or a short row a thread), the packed rows, and tables for each thread.
 
@@ -704,7 +707,8 @@ def _chunk_backward(keys, queries, sums, start, key_first, key_last, query_first
                 product = madd(splat(keys.rows.data[row + d]), load(columns, d * CHUNK + k), product)
             store(tile, (j - key_first) * CHUNK + k, p)
             e, b = p * product, splat(keys.coordinate[j])
-            below, above = select(b, a, nothing, e), select(a, b, nothing, e)  # both where a = b, and where one is NaN, as e is then
+            # both are e where a = b, and where one of them is NaN, as e is then
+            below, above = select(b, a, nothing, e), select(a, b, nothing, e)
             store(gradient, k, load(gradient, k) + (above - below))
             of_coordinate = of_coordinate + (below - above)
             of_bias = of_bias + e
