@@ -165,7 +165,7 @@ def _reference_backward(grad_out: Tensor, x: _Arguments) -> list[Tensor]:
     return [gradient.to(t.dtype) for gradient, t in zip(gradients, [t for t in x[:5] if t is not None])]
 
 
-# ---- Either
+# ---- On a GPU: Triton
 
 
 def _with_coordinates(x: _Arguments) -> _Arguments:
@@ -179,15 +179,26 @@ def _with_coordinates(x: _Arguments) -> _Arguments:
     return x._replace(query=query, key=key)
 
 
+def _triton_forward(on_gpu, x: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    filled = _with_coordinates(x)
+    return on_gpu.loglinear_forward(*filled, query_heads(filled.query, filled.value, filled.log_decay))
+
+
+def _triton_backward(on_gpu, grad_out: Tensor, x: _Arguments, out: Tensor, row_max: Tensor,
+                     normalizer: Tensor) -> list[Tensor]:
+    gradients = on_gpu.loglinear_backward(grad_out, *_with_coordinates(x), out, row_max, normalizer)
+    return gradients if x.query is not None else gradients[2:]
+
+
+# ---- The device's choice
+
+
 def _forward(x: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
     if x.value.device.type == "cpu":
         loops = cpu_loops("topological_attention_loglinear_loops")
         return _reference_forward(x) if loops is None else _loop_forward(loops, x)
     from kernels import topological_attention_loglinear_triton as on_gpu  # it needs Triton only where there is a GPU
-    filled = _with_coordinates(x)
-    if not on_gpu.serves(*filled[:5]):
-        return _reference_forward(x)
-    return on_gpu.loglinear_forward(*filled, query_heads(filled.query, filled.value, filled.log_decay))
+    return _triton_forward(on_gpu, x) if on_gpu.serves(*x[:5]) else _reference_forward(x)
 
 
 def _backward(grad_out: Tensor, x: _Arguments, out: Tensor, row_max: Tensor, normalizer: Tensor) -> list[Tensor]:
@@ -197,11 +208,9 @@ def _backward(grad_out: Tensor, x: _Arguments, out: Tensor, row_max: Tensor, nor
             return _reference_backward(grad_out, x)
         return _loop_backward(loops, grad_out, x, out, row_max, normalizer)
     from kernels import topological_attention_loglinear_triton as on_gpu
-    filled = _with_coordinates(x)
-    if not on_gpu.serves(*filled[:5]):
+    if not on_gpu.serves(*x[:5]):
         return _reference_backward(grad_out, x)
-    gradients = on_gpu.loglinear_backward(grad_out, *filled, out, row_max, normalizer)
-    return gradients if x.query is not None else gradients[2:]
+    return _triton_backward(on_gpu, grad_out, x, out, row_max, normalizer)
 
 
 def _forward_body(
