@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 TESTS = dict.fromkeys(("cpu", "cuda"), ["tests/kernels/test_gated_linear_attention.py"])
-WIDTHS = {"cpu": [(64, 64, 4), (256, 65, 4), (16, 17, 16)], "cuda": [(64, 64, 12), (64, 65, 12), (128, 128, 6), (256, 65, 12), (16, 17, 48)]}  # M, D, H
+WIDTHS = {"cpu": [(64, 64, 4), (256, 65, 4), (16, 32, 4), (8, 8, 16)], "cuda": [(64, 64, 12), (64, 65, 12), (128, 128, 6), (256, 65, 12), (16, 17, 48)]}  # M, D, H
 sizes = lambda lengths: {device: [dict(T=T, M=M, D=D, H=H) for M, D, H in WIDTHS[device] for T in lengths[device]] for device in WIDTHS}
 SIZES = sizes({"cpu": [1024, 4096, 16_384, 65_536], "cuda": [1024, 4096, 16_384, 65_536, 262_144, 1_048_576]})
 QUICK = sizes({"cpu": [1024, 8192], "cuda": [4096, 65_536]})
@@ -60,7 +60,7 @@ def softmax_attention(query, key, value):
 def contenders(T: int, place: Place) -> dict:
     """{arm: function(query, key, value, log_decay) -> out}"""
     cuda = place.device.type == "cuda"
-    arms = {name: backend(name) for name in ("triton", "chunked") if cuda or name != "triton"}
+    arms = {name: backend(name) for name in (("triton", "chunked") if cuda else ("loops", "chunked"))}
     if T <= QUADRATIC:
         arms["reference"] = gated_linear_attention_reference
     if cuda and T <= COMPILED:

@@ -6,7 +6,7 @@ Feed-forward with the squared ReLU: the fused kernels beside the reference, eage
     python benchmarks/relu_squared_feed_forward.py --sizes N=65536,D=768,H=3072 N=65536,D=1024,H=4096
 
 One table, and benchmarks/results/relu_squared_feed_forward-<device>.json, written after every size. Arms take turns; the kernels' tests run first (on a CPU those
-of the reference), and an arm is timed only if its result and gradients are those of the reference in float64. "trainer, compiled" is the MLP of train_gpt.py, whose
+of the reference and of the loops), and an arm is timed only if its result and gradients are those of the reference in float64. "trainer, compiled" is the MLP of train_gpt.py, whose
 squared ReLU is an autograd function. "% of product rate": the products' FLOPs, 4 N D H forward and with the backward pass three times as many, at the rate that a large
 product reaches in the same run.
 """
@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 
 FILE = "tests/kernels/test_relu_squared_feed_forward.py"
-TESTS = {"cpu": [f"{FILE}::{name}" for name in ("test_reference_is_the_definition", "test_gradcheck")], "cuda": [FILE]}
+TESTS = {"cpu": [f"{FILE}::{name}" for name in ("test_reference_is_the_definition", "test_gradcheck", "test_loops")], "cuda": [FILE]}
 sizes = lambda rows, shapes: [dict(N=N, D=D, H=H) for (D, H), N in product(shapes, rows)]
-SIZES = {"cpu": sizes([1024], [(128, 512), (384, 1536)]), "cuda": sizes([16_384, 65_536, 262_144], [(384, 1536), (768, 3072), (1024, 4096)])}
+SIZES = {"cpu": sizes([2048, 8192], [(128, 512), (384, 1536)]), "cuda": sizes([16_384, 65_536, 262_144], [(384, 1536), (768, 3072), (1024, 4096)])}
 QUICK = {"cpu": sizes([512], [(128, 512)]), "cuda": sizes([65_536], [(768, 3072)])}
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}  # relative RMS error of the result and of each gradient
 
@@ -49,6 +49,8 @@ def contenders(place: Place) -> dict:
     """{arm: function(x, fc, proj) -> y}"""
     torch.compiler.reset()  # what is compiled for other sizes counts towards the number after which nothing more is
     arms = {"triton": lambda *tensors: relu_squared_feed_forward(*tensors, backend="triton")} if place.device.type == "cuda" else {}
+    if place.device.type == "cpu":
+        arms = {"loops": lambda *tensors: relu_squared_feed_forward(*tensors, backend="loops"), "trainer": trainer}
     if place.device.type == "cuda" or not place.quick:
         arms |= {f"{name}, compiled": torch.compile(function, dynamic=False) for name, function in (("trainer", trainer), ("reference", relu_squared_feed_forward_reference))}
     return arms | {"reference": relu_squared_feed_forward_reference}

@@ -6,7 +6,7 @@ Cross-entropy of softcapped logits: the fused kernel beside the trainer's loss a
     python benchmarks/softcapped_cross_entropy.py --sizes N=65536,D=768 N=65536,D=1024
 
 One table, and benchmarks/results/softcapped_cross_entropy-<device>.json, written after every size. Arms take turns; the kernel's tests run first (on a CPU those of
-the reference), and an arm is timed only if its loss and gradients are those of the reference in float64. "forward": the loss alone, without gradients; "forward +
+the reference and of the loops), and an arm is timed only if its loss and gradients are those of the reference in float64. "forward": the loss alone, without gradients; "forward +
 backward": with both. Weights are float32, as the trainer's. "% of product rate": the time that the 2 N D V FLOPs of the logits, or the 6 N D V of all three products,
 would take at the rate of a large product measured in the same run.
 """
@@ -25,9 +25,9 @@ from train_gpt import SoftcappedCrossEntropy, loss_of_chunk
 import torch
 
 FILE = "tests/kernels/test_softcapped_cross_entropy.py"
-TESTS = {"cpu": [f"{FILE}::{name}" for name in ("test_reference_is_the_definition", "test_gradcheck", "test_compiled_reference_equals_eager")], "cuda": [FILE]}
+TESTS = {"cpu": [f"{FILE}::{name}" for name in ("test_reference_is_the_definition", "test_gradcheck", "test_compiled_reference_equals_eager", "test_loops")], "cuda": [FILE]}
 sizes = lambda tokens, widths, V: [dict(N=N, D=D, V=V) for D in widths for N in tokens]
-SIZES = {"cpu": sizes([512, 2048], [64], 4096), "cuda": sizes([16_384, 65_536], [768, 1024], 50_304)}
+SIZES = {"cpu": sizes([2048], [128], 264) + sizes([512, 2048], [64], 4096), "cuda": sizes([16_384, 65_536], [768, 1024], 50_304)}
 QUICK = {"cpu": sizes([256], [64], 1024), "cuda": sizes([16_384], [768], 50_304)}
 SOFTCAP, CHUNK = 15.0, 4096
 FP8 = "triton, fp8"
@@ -53,6 +53,8 @@ def contenders(device: torch.device) -> dict:
     """{arm: function(x, weight, targets) -> loss}"""
     torch.compiler.reset()  # what is compiled for other sizes counts towards the number after which nothing more is
     arms = {"triton": partial(softcapped_cross_entropy, softcap=SOFTCAP, chunk=CHUNK, backend="triton")} if device.type == "cuda" else {}
+    if device.type == "cpu":
+        arms = {"loops": partial(softcapped_cross_entropy, softcap=SOFTCAP, chunk=CHUNK, backend="loops"), "trainer": trainer_loss}
     if device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
         arms[FP8] = partial(arms["triton"], fp8=True)
     reference = partial(softcapped_cross_entropy_reference, softcap=SOFTCAP)

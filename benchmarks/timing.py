@@ -104,17 +104,28 @@ def describe(device: torch.device) -> dict:
                                                                   capability=torch.cuda.get_device_capability() if device.type == "cuda" else None)
 
 
-def triton_is_fastest(rows: list[dict], size: tuple[str, ...], others: tuple[str, ...] = (COPY,)) -> bool:
+def is_fastest(arm: str, rows: list[dict], size: tuple[str, ...], others: tuple[str, ...] = (COPY,)) -> bool:
     """
-    Whether the arm "triton" took less time than every other arm but `others`, which do something else, forward and backward at every size: what variants/fused_kernels.py
+    Whether this arm took less time than every other arm but `others`, which do something else, forward and backward at every size: what variants/fused_kernels.py
     turns a kernel on by. size: the names in a row that make the size. An arm that failed counts as infinitely slow.
     """
     times = {}
     for row in rows:
         if row["what"] != "forward" and row["arm"] not in others:
-            arms = times.setdefault(tuple(str(row[name]) for name in size), dict(triton=float("inf")))
+            arms = times.setdefault(tuple(str(row[name]) for name in size), {arm: float("inf")})
             arms[row["arm"]] = min(arms.get(row["arm"], float("inf")), row.get("median", float("inf")))
-    return bool(times) and all(len(arms) > 1 and all(arms["triton"] < ms for arm, ms in arms.items() if arm != "triton") for arms in times.values())
+    return bool(times) and all(len(arms) > 1 and all(arms[arm] < ms for other, ms in arms.items() if other != arm) for arms in times.values())
+
+
+def verdict(device: torch.device, rows: list[dict], size: tuple[str, ...], others: tuple[str, ...]) -> dict:
+    """
+    {"triton_is_fastest": ...} of a GPU, {"loops_are_fastest": ...} of a CPU. There compiled arms are shown and do not compete: short runs are eager, and in
+    a compiled step the compiler fuses more than one operation; benchmarks/train_step.py variant compares the steps.
+    """
+    if device.type == "cuda":
+        return dict(triton_is_fastest=is_fastest("triton", rows, size, others))
+    compiled = {row["arm"] for row in rows if row["arm"].endswith("compiled")}
+    return dict(loops_are_fastest=is_fastest("loops", rows, size, (*others, *compiled)))
 
 
 def save(name: str, results: dict, output: Path | None = None) -> Path:
@@ -217,7 +228,7 @@ def kernel_benchmark(name: str, doc: str, measure: Callable, tests: dict[str, li
                      names: tuple[str, ...] = (), others: tuple[str, ...] = ()) -> int:
     """
     A benchmark's command line: runs its tests, measures at every size, writes benchmarks/results/<name>-<device>.json after each, prints a table. tests, sizes, quick: by the
-    device's type; names: of a row's columns within which arms compete, where these are more than a size's; others: arms that do something else, with which "triton" does not compete.
+    device's type; names: of a row's columns within which arms compete, where these are more than a size's; others: arms that do something else, with which "triton" and, on a CPU, "loops" do not compete.
     Returns the exit code.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -240,7 +251,7 @@ def kernel_benchmark(name: str, doc: str, measure: Callable, tests: dict[str, li
                 results["left_out"].append(size)
                 continue
             results["rows"] += measure(place, **size)
-            results["triton_is_fastest"] = triton_is_fastest(results["rows"], names or tuple(size), (COPY, *others))
+            results |= verdict(device, results["rows"], names or tuple(size), (COPY, *others))
             path = save(name, results, given.output)
             print(f"{', '.join(f'{key} {value}' for key, value in size.items())}: done", flush=True)
         if path is None:

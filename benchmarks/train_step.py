@@ -3,6 +3,7 @@ The training step: where its time goes, and how long it takes beside another tra
 
     python benchmarks/train_step.py profile --track cpu                      one step by kind of work, beside the machine's two ceilings
     python benchmarks/train_step.py against ../older -- --track cpu          another checkout of this trainer, with the same arguments
+    python benchmarks/train_step.py variant fused_kernels -- --track cpu     the baseline with a variant of it, eager, and the baseline compiled
     python benchmarks/train_step.py peer PATH/records/track_3_optimization/train_gpt_simple.py    modded-nanogpt's, beside track benchmark, on GPUs
 
 Runs take turns, each a process of its own, for --rounds rounds; the ratio is the median over the rounds. Result: benchmarks/results/train_step-<mode>-<device>.json.
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,13 +147,16 @@ def main(argv: list[str] | None = None) -> int:
     one = modes.add_parser("profile", help="one step by kind of work; further arguments are train_gpt.py's")
     two = modes.add_parser("against", help="beside another checkout of this trainer; after -- train_gpt.py's arguments")
     two.add_argument("checkout", type=Path)
+    four = modes.add_parser("variant", help="beside a variant, eager, and the baseline compiled; after -- train_gpt.py's arguments")
+    four.add_argument("variant")
+    four.add_argument("--steps", type=int, default=60)
     three = modes.add_parser("peer", help="beside modded-nanogpt's train_gpt_simple.py; after -- further arguments of train_gpt.py")
     three.add_argument("script", type=Path)
     one.add_argument("--steps", type=int, default=10)
     two.add_argument("--steps", type=int, default=60)
     three.add_argument("--steps", type=int, default=40)
-    for mode in (two, three):
-        mode.add_argument("--rounds", type=int, default=3)
+    for mode, rounds in ((two, 3), (three, 3), (four, 5)):
+        mode.add_argument("--rounds", type=int, default=rounds)
     argv = sys.argv[1:] if argv is None else argv
     split = argv.index("--") if "--" in argv else len(argv)
     given, rest = parser.parse_known_args(argv[:split])
@@ -173,6 +178,13 @@ def main(argv: list[str] | None = None) -> int:
                 run = lambda root: ours(root, [*rest, "--steps", str(given.steps), "--val_every", "0"], Path(folder), world)
                 results["rounds"] = in_rounds(given.rounds, {"other": lambda: run(given.checkout.resolve()), "this": lambda: run(ROOT)})
             print(ratio(results["rounds"], "other", "this", "ms_per_step"))
+        elif given.mode == "variant":
+            arms = dict(baseline=["--compile", "off"], variant=["--compile", "off", "--variant", given.variant], compiled=["--compile", "blocks"])
+            with tempfile.TemporaryDirectory() as folder:
+                common = [*rest, "--steps", str(given.steps), "--val_every", "0"]
+                results["rounds"] = in_rounds(given.rounds, {name: partial(ours, ROOT, [*common, *own], Path(folder), world) for name, own in arms.items()})
+            for fast in ("variant", "compiled"):
+                print(ratio(results["rounds"], "baseline", fast, "ms_per_step"))
         else:
             if not given.script.exists():
                 raise RunError(f"there is no {given.script}; give the path of modded-nanogpt's records/track_3_optimization/train_gpt_simple.py")

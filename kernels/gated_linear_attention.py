@@ -20,7 +20,11 @@ Work for one token of one head, e bytes an element (counted, masked pairs includ
     kept for the backward pass: the inputs and the chunk states, e M D / C bytes; decode: M D numbers a head whatever the length
 
 Sources: Yang et al., Gated Linear Attention Transformers, arxiv.org/abs/2312.06635, and Dao and Gu, Mamba-2, arxiv.org/abs/2405.21060: the chunked form.
-Status: never run on a GPU; the kernels are tested in Triton's interpreter and compiled ahead of time, and their launch table is a choice, not a measurement.
+On a CPU compiled loops take four tokens at a time and pass over the state once for them (kernels/gated_linear_attention_loops.py): 2 C (M + D) + 4 M D FLOPs with
+C = 4, and backward three times as many. They keep a state for every 64 tokens only where the decays may want a gradient. The chunks in PyTorch serve without Numba.
+
+Status: the CPU's loops are measured (benchmarks/gated_linear_attention.py); the Triton kernels never ran on a GPU: they are tested in Triton's interpreter and compiled
+ahead of time, and their launch table is a choice, not a measurement.
 """
 
 from types import SimpleNamespace
@@ -30,6 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from kernels.backend import cpu_loops, loops_serve
 
 try:
     import triton
@@ -408,7 +414,7 @@ def _triton_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lo
     return dquery, dkey, dvalue, ddecay
 
 
-# ---- Host functions: PyTorch ----------------------------------------------------------------------------------------------------------------------------
+# ---- Host functions: PyTorch, where there is no Triton or no Numba -----------------------------------------------------
 # Chunk-major: (N, B*H, C, X), so that any run of chunks is one batch of products without a copy.
 
 GROUP = 4096   # tokens times heads that are worked on at once: what they need stays in a CPU's cache
@@ -536,6 +542,58 @@ def _chunked_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, l
     return dquery, dkey, dvalue, ddecay
 
 
+# ---- Host functions: the CPU's loops ----------------------------------------------------------------------------------
+
+def _loop_decay(value: Tensor, log_decay: Tensor | None, doc_start: Tensor | None) -> Tensor:
+    """The decays (B, T, H) in float64, 0 at a document's start."""
+    T = value.shape[1]
+    if log_decay is None:
+        decay = torch.ones(value.shape[:3], dtype=torch.float64)
+    else:
+        decay = log_decay.double().clamp_min(-700.0).exp()  # a normal number: others make exp many times as slow
+    if doc_start is None:
+        return decay.contiguous()
+    return decay.masked_fill((doc_start == torch.arange(T, dtype=doc_start.dtype))[..., None], 0.0).contiguous()
+
+
+def _arrays(*tensors: Tensor, dtype: torch.dtype) -> list:
+    """Contiguous arrays of a dtype, no copies where the tensors are so."""
+    return [x.detach().to(dtype).contiguous().numpy() for x in tensors]
+
+
+def _loop_states(key: Tensor, value: Tensor, log_decay: Tensor | None) -> tuple[int, ...]:
+    """
+    The shape of the states that are kept for the decays' gradient, those of all rows and heads in one dimension: for one
+    whose size can be 1, torch.compile would make a graph of its own.
+    """
+    (B, T, H, M), D = key.shape, value.shape[-1]
+    return B * H * (0 if log_decay is None else cpu_loops("gated_linear_attention_loops").stored_states(T)), D, M
+
+
+def _loops_forward(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None,
+                   doc_start: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(out, states (B*H*N, D, M))"""
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    out, states = torch.empty(value.shape, dtype=dtype), torch.empty(_loop_states(key, value, log_decay), dtype=dtype)
+    decay = _loop_decay(value, log_decay, doc_start)
+    arrays = _arrays(query, key, value, dtype=dtype)
+    cpu_loops("gated_linear_attention_loops").forward(*arrays, decay.numpy(), out.numpy(), states.numpy())
+    return out.to(value.dtype), states
+
+
+def _loops_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None,
+                    doc_start: Tensor | None, states: Tensor,
+                    decay_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs, decay = (query, key, value), _loop_decay(value, log_decay, doc_start)
+    gradients = [torch.empty(x.shape, dtype=states.dtype) for x in inputs]
+    ddecay = torch.empty(log_decay.shape if decay_grad else (0, 0, 0), dtype=torch.float64)
+    arrays = _arrays(grad, *inputs, dtype=states.dtype)
+    cpu_loops("gated_linear_attention_loops").backward(*arrays, decay.numpy(), states.numpy(),
+                                                       *(x.numpy() for x in gradients), ddecay.numpy())
+    gradients = [gradient.to(x.dtype) for gradient, x in zip(gradients, inputs)]
+    return *gradients, ddecay.to(log_decay.dtype) if decay_grad else value.new_empty(0)
+
+
 # ---- Registration ---------------------------------------------------------------------------------------------------------------------------------------
 
 def _empty_gradients(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -544,9 +602,13 @@ def _empty_gradients(query: Tensor, key: Tensor, value: Tensor, log_decay: Tenso
     return *gradients, *(value.new_empty(0) for _ in range(4 - len(gradients)))
 
 
+FORWARD = {"triton": _triton_forward, "chunked": _chunked_forward, "loops": _loops_forward}
+BACKWARD = {"triton": _triton_backward, "chunked": _chunked_backward, "loops": _loops_backward}
+
+
 @torch.library.custom_op("knotgpt::gated_linear_attention", mutates_args=())
 def _forward_op(query: Tensor, key: Tensor, value: Tensor, log_decay: Optional[Tensor], doc_start: Optional[Tensor], backend: str) -> tuple[Tensor, Tensor]:
-    return (_triton_forward if backend == "triton" else _chunked_forward)(query, key, value, log_decay, doc_start)
+    return FORWARD[backend](query, key, value, log_decay, doc_start)
 
 
 @_forward_op.register_fake
@@ -555,6 +617,8 @@ def _(query, key, value, log_decay, doc_start, backend):
     if backend == "triton":
         shape = _state_shape(B, T, H, M, D, _launch(value)["chunk"])
         dtype = _operand(value.dtype)
+    elif backend == "loops":
+        shape, dtype = _loop_states(key, value, log_decay), torch.promote_types(value.dtype, torch.float32)
     else:
         shape, dtype = (-(-T // _cpu_chunk(T, M, D)), B * H, M, D), torch.promote_types(value.dtype, torch.float32)
     return value.new_empty(value.shape), value.new_empty(shape, dtype=dtype)
@@ -563,7 +627,7 @@ def _(query, key, value, log_decay, doc_start, backend):
 @torch.library.custom_op("knotgpt::gated_linear_attention_backward", mutates_args=())
 def _backward_op(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, log_decay: Optional[Tensor], doc_start: Optional[Tensor], states: Tensor,
                  decay_grad: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (_triton_backward if backend == "triton" else _chunked_backward)(grad, query, key, value, log_decay, doc_start, states, decay_grad)
+    return BACKWARD[backend](grad, query, key, value, log_decay, doc_start, states, decay_grad)
 
 
 @_backward_op.register_fake
@@ -608,7 +672,7 @@ def _backward_flops(grad, query, key, value, *_, out_shape=None, **__) -> int:
 
 # ---- Public functions -----------------------------------------------------------------------------------------------------------------------------------
 
-BACKENDS = ("auto", "reference", "chunked", "triton")
+BACKENDS = ("auto", "reference", "chunked", "loops", "triton")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -636,6 +700,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, 
         raise ValueError(f"backend 'triton' needs CUDA tensors and Triton; got tensors on {value.device}: use 'chunked' or 'auto'")
     if backend == "triton" and value.dtype == torch.float64:
         raise ValueError("backend 'triton' has no float64; use 'chunked' or 'reference'")
+    if backend == "loops" and not loops_serve(value):
+        raise ValueError(f"backend 'loops' needs Numba and tensors on a CPU; got tensors on {value.device}: use 'auto'")
     if value.device.type != "cpu" or torch.compiler.is_compiling():
         return  # a look at the contents would wait for the device, or break the graph
     if log_decay is not None and (log_decay > 0).any():
@@ -655,7 +721,9 @@ def gated_linear_attention(query: Tensor, key: Tensor, value: Tensor, *, log_dec
     value        (B, T, H, D)    any D; products run in its dtype on tensor cores (float16 and float32 as TF32 with float32's range), sums in float32
     log_decay    (B, T, H)       <= 0, best in float32; None: no decay. Factors below 2e-35 (1e-304 in float64) may count as 0, or as that: so does e^-inf
     doc_start    (B, T) int32    index of the first token of each token's document; None: one document
-    backend      "reference": T x T matrix; "chunked": PyTorch, O(T (C + M) D); "triton": CUDA; "auto": triton for CUDA tensors (not float64), else chunked
+    backend      "reference": T x T matrix; "chunked": PyTorch, O(T (C + M) D); "loops": the CPU's, which Numba compiles;
+                 "triton": CUDA; "auto": triton for CUDA tensors (not float64); on a CPU with Numba loops, but for both
+                 passes of long rows of many channels; else chunked
     Returns (B, T, H, D) in value's dtype. Gradients for query, key, value and log_decay, once. Any strides; on a GPU those that are multiples of 16 elements load
     fastest: a column of ones after D - 1 values is best a slice of a wider tensor, value.new_ones(B, T, H, 80)[..., :65] with the values written to it.
     ValueError for wrong shapes, dtypes, devices and backends; for contents (log_decay above 0, doc_start) on a CPU only and not in a compiled graph.
@@ -664,8 +732,25 @@ def gated_linear_attention(query: Tensor, key: Tensor, value: Tensor, *, log_dec
     if backend == "reference":
         return gated_linear_attention_reference(query, key, value, log_decay, doc_start)
     if backend == "auto":
-        backend = "triton" if value.is_cuda and triton is not None and value.dtype != torch.float64 else "chunked"
+        backend = _best_backend(query, key, value, log_decay)
     return _forward_op(query, key, value, log_decay, doc_start, backend)[0]
+
+
+# Where the chunks' large products are as fast as the loops, both passes taken together: from this many tokens in a row and
+# more channels than this of queries and of values on. Elsewhere the loops are, and forward they are everywhere
+# (benchmarks/gated_linear_attention.py, two cores).
+CHUNKED_TOKENS, CHUNKED_CHANNELS = 4096, 32
+
+
+def _best_backend(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None) -> str:
+    if value.is_cuda and triton is not None and value.dtype != torch.float64:
+        return "triton"
+    if not loops_serve(value):
+        return "chunked"
+    inputs = [x for x in (query, key, value, log_decay) if x is not None]
+    both_passes = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    wide = min(query.shape[-1], value.shape[-1]) > CHUNKED_CHANNELS
+    return "chunked" if both_passes and wide and value.shape[1] >= CHUNKED_TOKENS else "loops"
 
 
 def gated_linear_attention_step(state: Tensor, query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,9 @@ numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 BOUNDSCHECK = bool(numba.config.BOUNDSCHECK)  # NUMBA_BOUNDSCHECK=1: every index is checked, for tests
 _options = dict(cache=_folder is not None, fastmath=FASTMATH, error_model="numpy")
 loop = njit(nogil=True, **_options)                             # one thread
-inner_loop = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_options)   # one that only loops call, which is quicker to compile
+_inner = dict(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_options)
+called_loop = njit(**_inner)                                    # one that only loops call, which is quicker to compile
+inner_loop = njit(forceinline=True, **_inner)                   # one that becomes part of their code: tuples of arrays are slow to pass
 inline_loop = njit(inline="always", **_options)                 # copied into the loop that calls it
 parallel_loop = njit(nogil=True, parallel=True, **_options)     # prange over independent tasks
 
@@ -90,12 +92,11 @@ def run_stages(function, counts: list[int], state, threads: bool = True):
     thread or not `threads`, one after another; thread is the number of the thread that runs it, and state a named tuple of contiguous arrays. The function is
     called by its address: within the loop of threads Numba would optimise its code three times more.
     """
-    address, counts = _address(function, state), np.array(counts, np.int64)
-    if not threads or thread_count() == 1 or BOUNDSCHECK:  # an error in a parallel loop would go unseen
-        _run_alone(address, counts, state)
+    if not threads or min(thread_count(), max(counts)) == 1 or BOUNDSCHECK:  # an error in a parallel loop would go unseen
+        _run_alone(_address(function, state), np.array(counts, np.int64), state)
     else:
-        use_threads()
-        _run_in_threads(address, counts, state)
+        use_threads(max(counts))
+        _run_in_threads(_address(function, state), np.array(counts, np.int64), state)
 
 
 _addresses = {}     # of the functions that run_stages has compiled, by the types of their arrays
@@ -116,9 +117,9 @@ def thread_count() -> int:
     return max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
 
 
-def use_threads():
-    """Lets the parallel loops that this thread calls next take as many threads as PyTorch does."""
-    numba.set_num_threads(thread_count())
+def use_threads(tasks: int = 1 << 31):
+    """Lets the parallel loops that this thread calls next take as many threads as PyTorch does, and no more than there are tasks: one needs no other."""
+    numba.set_num_threads(max(1, min(thread_count(), tasks)))
 
 
 @inline_loop

@@ -20,14 +20,17 @@ Two to three FLOPs a byte in bfloat16: bound by memory.
 
 Sources: Zhang and Sennrich, Root Mean Square Layer Normalization, arxiv.org/abs/1910.07467; Su et al., RoFormer, arxiv.org/abs/2104.09864. The backward pass is
 derived here.
-Status: never run on a GPU; the kernels are tested in Triton's interpreter and compiled ahead of time, and their launch table is a choice, not a measurement.
+Status: the CPU's loops are measured in benchmarks/results/; never run on a GPU; the kernels are tested in Triton's interpreter and compiled ahead of time, and their launch table is a choice, not a measurement.
 """
 
 from math import prod
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.backend import array, cpu_operation, loops_serve, parallel_loops, strided_array
 
 try:
     import triton
@@ -192,9 +195,46 @@ def _backward(ctx, g, _):
 _forward_op.register_autograd(_backward, setup_context=_save)
 
 
+# ---- The CPU's loops: a token a task, two passes over each head while the first-level cache holds it ------------------------------------------------------
+
+def _forward_body(x: Tensor, cosine: Tensor, sine: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y, rho (B, T, H)"""
+    y, rho = _empty_loops(x)
+    rows, strides = strided_array(x)
+    parallel_loops("norm_rotary_loops").forward(rows, *strides, _table(cosine, y, 1.0), _table(sine, y, 0.0), eps, y.numpy(), rho.numpy())
+    return y.to(x.dtype), rho
+
+
+def _backward_body(g: Tensor, y: Tensor, cosine: Tensor, sine: Tensor, rho: Tensor) -> Tensor:
+    dx = torch.empty(y.shape, dtype=rho.dtype)
+    rows, strides = strided_array(g)
+    parallel_loops("norm_rotary_loops").backward(rows, *strides, array(y), _table(cosine, dx, 1.0), _table(sine, dx, 0.0), rho.numpy(), dx.numpy())
+    return dx.to(y.dtype)
+
+
+def _table(table: Tensor, rows: Tensor, still: float):
+    """A table for all pairs of the loops over `rows`, `still` for those that stay: a loop over few pairs is not vectorised."""
+    return F.pad(table.to(rows.dtype), (0, rows.shape[-1] // 2 - table.shape[1]), value=still).numpy()
+
+
+def _empty_loops(x: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.empty(x.shape, dtype=dtype), torch.empty(x.shape[:3], dtype=dtype)
+
+
+def _fake_loops(x, cosine, sine, eps):
+    y, rho = _empty_loops(x)
+    return y.to(x.dtype), rho
+
+
+_backward_loops = cpu_operation("knotgpt::norm_rotary_loops_backward", _backward_body, lambda g, y, *_: torch.empty(y.shape, dtype=y.dtype))
+_forward_loops = cpu_operation("knotgpt::norm_rotary_loops", _forward_body, _fake_loops, _save,
+                               lambda ctx, g, _: (_backward_loops(g, *ctx.saved_tensors), None, None, None))
+
+
 # ---- Public function ------------------------------------------------------------------------------------------------------------------------------------
 
-BACKENDS = ("auto", "reference", "triton")
+BACKENDS = ("auto", "reference", "loops", "triton")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -206,16 +246,19 @@ def norm_rotary(x: Tensor, cosine: Tensor, sine: Tensor, eps: float = 1e-6, back
                                  contiguous is copied)
     cosine, sine   (T, P)        of the angles of the first P <= D / 2 pairs of channels (c, c + D / 2), float32 or x's dtype; nowhere both 0. They get no gradient
     eps            > 0
-    backend        "reference": PyTorch; "triton": fused, D <= 256, fewer than 2^31 - 2^15 heads in all, no float64; "auto": triton for CUDA tensors where it can,
-                   else reference
+    backend        "reference": PyTorch; "loops": the CPU's; "triton": fused, D <= 256, fewer than 2^31 - 2^15 heads in all, no float64; "auto": triton for CUDA
+                   tensors where it can, loops for a CPU's where Numba is, else reference
 
-    Computed in float32, in the reference in float64 where x has it, and rounded once; rows of zeros give zeros and finite gradients. Gradient for x, once, from
-    y as it is rounded. Both backends work under torch.compile(fullgraph=True). ValueError that names the argument for a wrong shape, dtype, device or option.
+    Computed in float32, but for triton in float64 where x has it, and rounded once; rows of zeros give zeros and finite gradients. Gradient for x, once, from
+    y as it is rounded. All backends work under torch.compile(fullgraph=True). ValueError that names the argument for a wrong shape, dtype, device or option.
     """
     _check(x, cosine, sine, eps, backend)
     if backend == "auto":
-        backend = "triton" if x.is_cuda and triton is not None and _fits(x) else "reference"
-    return _forward_op(x, cosine, sine, float(eps))[0] if backend == "triton" else norm_rotary_reference(x, cosine, sine, eps)
+        backend = "triton" if x.is_cuda and triton is not None and _fits(x) else "loops" if loops_serve(x) else "reference"
+    if backend == "reference":
+        return norm_rotary_reference(x, cosine, sine, eps)
+    operation = _forward_loops if backend == "loops" else _forward_op
+    return operation(x, cosine, sine, float(eps))[0]
 
 
 def _fits(x: Tensor) -> bool:
@@ -245,6 +288,8 @@ def _check(x, cosine, sine, eps, backend):
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend == "triton" and (triton is None or COMPILED and not x.is_cuda):
         raise ValueError(f"backend 'triton' needs CUDA tensors and Triton; got tensors on {x.device}: use 'reference' or 'auto'")
+    if backend == "loops" and not loops_serve(x):
+        raise ValueError(f"backend 'loops' needs tensors on a CPU and Numba; got tensors on {x.device}: use 'reference' or 'auto'")
     if backend == "triton" and not _fits(x):
         raise ValueError(f"backend 'triton' takes D <= {WIDEST}, fewer than {MOST_ROWS} heads in all and no float64; got {_describe(x)} and {x.dtype}: "
                          "use 'reference' or 'auto'")

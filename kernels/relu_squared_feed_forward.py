@@ -18,7 +18,7 @@ A pass takes e rate / (2 D bandwidth) of a product's time, 0.4 at D = 768 in bfl
 a product up to 1.8 times as slow as the library's.
 
 Sources: So et al., Primer, arxiv.org/abs/2109.08668 (the squared ReLU).
-Status: never run on a GPU; the kernels are tested in Triton's interpreter and compiled ahead of time, and their launch table is a choice, not a measurement.
+Status: the CPU's loops are measured in benchmarks/results/; never run on a GPU; the kernels are tested in Triton's interpreter and compiled ahead of time, and their launch table is a choice, not a measurement.
 """
 
 from math import prod
@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from kernels.backend import array, cpu_operation, loops_serve, parallel_loops, wide
 
 try:
     import triton
@@ -183,30 +185,59 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy, _):
+def _gradients(ctx, backward, dy, _):
+    """Those of x, fc and proj. backward: what makes d."""
     x, fc, proj, s = ctx.saved_tensors
     of_x, of_fc, of_proj = ctx.needs_input_grad
     dy = _matrix(dy)
-    d = _backward_op(dy, proj, s) if of_x or of_fc else None
+    d = backward(dy, proj, s) if of_x or of_fc else None
     return (d @ fc).view(x.shape) if of_x else None, d.T @ _matrix(x) if of_fc else None, dy.T @ s if of_proj else None
 
 
-_forward_op.register_autograd(_backward, setup_context=_save)
+_forward_op.register_autograd(lambda ctx, *gradients: _gradients(ctx, _backward_op, *gradients), setup_context=_save)
 
 
 @register_flop_formula(torch.ops.knotgpt.relu_squared_feed_forward)
-def _(x, fc, proj, *_, out_shape=None, **__) -> int:
+def _forward_flops(x, fc, proj, *_, out_shape=None, **__) -> int:
     return 2 * prod(x[:-1]) * fc[0] * (fc[1] + proj[0])
 
 
 @register_flop_formula(torch.ops.knotgpt.relu_squared_feed_forward_backward)
-def _(dy, proj, *_, out_shape=None, **__) -> int:
+def _backward_flops(dy, proj, *_, out_shape=None, **__) -> int:
     return 2 * dy[0] * proj[0] * proj[1]
+
+
+# ---- The CPU's loops: the products are PyTorch's, and what follows each of two of them is done in its place, in one pass --------------------------------
+
+def _forward_body(x: Tensor, fc: Tensor, proj: Tensor) -> tuple[Tensor, Tensor]:
+    """y, s"""
+    s = wide(_matrix(x) @ fc.T)
+    parallel_loops("relu_squared_feed_forward_loops").square_positive(array(s))
+    s = s.to(x.dtype)
+    return (s @ proj.T).view(*x.shape[:-1], proj.shape[0]), s
+
+
+def _backward_body(dy: Tensor, proj: Tensor, s: Tensor) -> Tensor:
+    """d, of dy (N, D_out)"""
+    d = wide(dy @ proj)
+    parallel_loops("relu_squared_feed_forward_loops").times_slope(array(d), array(s))
+    return d.to(s.dtype)
+
+
+def _fake_forward(x, fc, proj):
+    return x.new_empty(*x.shape[:-1], proj.shape[0]), x.new_empty(prod(x.shape[:-1]), fc.shape[0])
+
+
+_backward_loops = cpu_operation("knotgpt::relu_squared_feed_forward_loops_backward", _backward_body, lambda dy, proj, s: torch.empty_like(s))
+_forward_loops = cpu_operation("knotgpt::relu_squared_feed_forward_loops", _forward_body, _fake_forward, _save,
+                               lambda ctx, *gradients: _gradients(ctx, _backward_loops, *gradients))
+register_flop_formula(torch.ops.knotgpt.relu_squared_feed_forward_loops)(_forward_flops)
+register_flop_formula(torch.ops.knotgpt.relu_squared_feed_forward_loops_backward)(_backward_flops)
 
 
 # ---- Public function ------------------------------------------------------------------------------------------------------------------------------------
 
-BACKENDS = ("auto", "reference", "triton")
+BACKENDS = ("auto", "reference", "loops", "triton")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -217,16 +248,20 @@ def relu_squared_feed_forward(x: Tensor, fc: Tensor, proj: Tensor, backend: str 
     x         (..., D)      bfloat16, float16, float32 or float64; any strides (a last axis that is not contiguous is copied)
     fc        (H, D)        weights of the hidden layer, of x's dtype
     proj      (D_out, H)    weights of the output, of x's dtype
-    backend   "reference": PyTorch's operations; "triton": fused, no float64; "auto": triton for CUDA tensors where it can, else reference
+    backend   "reference": PyTorch's operations; "loops": the CPU's; "triton": fused, no float64; "auto": triton for CUDA tensors where it can, loops for a CPU's where
+              Numba is, else reference
 
-    Returns (..., D_out). The fused backend sums and squares in float32 and rounds once, to the activation that it keeps for the backward pass: in float16 the
+    Returns (..., D_out). The fused backends square in float32 at least and round once, to the activation that they keep for the backward pass: in float16 the
     gradient of one below 3e-8 is lost. float32 products use TF32 where torch.backends.cuda.matmul.allow_tf32 says so. Gradients for all three, once, and only
-    those asked for. Both backends work under torch.compile(fullgraph=True). ValueError that names the argument for a wrong shape, dtype, device or backend.
+    those asked for. All backends work under torch.compile(fullgraph=True). ValueError that names the argument for a wrong shape, dtype, device or backend.
     """
     _check(x, fc, proj, backend)
     if backend == "auto":
-        backend = "triton" if x.is_cuda and triton is not None and x.dtype != torch.float64 else "reference"
-    return relu_squared_feed_forward_reference(x, fc, proj) if backend == "reference" else _forward_op(x, fc, proj)[0]
+        backend = "triton" if x.is_cuda and triton is not None and x.dtype != torch.float64 else "loops" if loops_serve(x) else "reference"
+    if backend == "reference":
+        return relu_squared_feed_forward_reference(x, fc, proj)
+    operation = _forward_loops if backend == "loops" else _forward_op
+    return operation(x, fc, proj)[0]
 
 
 def _check(x, fc, proj, backend):
@@ -245,6 +280,8 @@ def _check(x, fc, proj, backend):
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend == "triton" and (triton is None or not x.is_cuda and COMPILED):
         raise ValueError(f"backend 'triton' needs CUDA tensors and Triton; got tensors on {x.device}: use 'reference' or 'auto'")
+    if backend == "loops" and not loops_serve(x):
+        raise ValueError(f"backend 'loops' needs tensors on a CPU and Numba; got tensors on {x.device}: use 'reference' or 'auto'")
     if backend == "triton" and x.dtype == torch.float64:
         raise ValueError("backend 'triton' takes no float64: use 'reference' or 'auto'")
 

@@ -21,7 +21,7 @@ A gain of the first layer's input (x0) is left out: this trainer mixes it into t
 
 Sources: lof310/projects (the two gains, in prose; the equations are derived here); Orthogonal Residual Update, arxiv.org/abs/2505.11881 (alpha = 1,
 beta = 0); Zhang and Sennrich, Root Mean Square Layer Normalization, arxiv.org/abs/1910.07467.
-Status: never run on a GPU; the kernels are tested in Triton's interpreter and compiled ahead of time, and their launch table is a choice, not a measurement.
+Status: the CPU's loops are measured in benchmarks/results/; never run on a GPU; the kernels are tested in Triton's interpreter and compiled ahead of time, and their launch table is a choice, not a measurement.
 """
 
 import math
@@ -31,6 +31,8 @@ from typing import Optional
 
 import torch
 from torch import Tensor
+
+from kernels.backend import array, cpu_operation, loops_serve, parallel_loops
 
 try:
     import triton
@@ -60,6 +62,14 @@ def residual_norm_reference(x: Tensor, y: Tensor, alpha: Tensor | None = None, b
     wide = z.to(dtype)
     h = wide * (wide.square().mean(-1, keepdim=True) + eps_norm).rsqrt()
     return z, (h if weight is None else weight * h).to(x.dtype)
+
+
+def scaled_sum_norm_reference(x: Tensor, y: Tensor, scales: Tensor, eps_norm: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """(scales[0] x + scales[1] y, its norm) term by term, in the dtypes and with the rounding of residual_norm_reference."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, scales.dtype), torch.float32)
+    z = (scales[0] * x.to(dtype) + scales[1] * y.to(dtype)).to(x.dtype)
+    wide = z.to(dtype)
+    return z, (wide * (wide.square().mean(-1, keepdim=True) + eps_norm).rsqrt()).to(x.dtype)
 
 
 # ---- Triton kernels -----------------------------------------------------------------------------------------------------------------------------------
@@ -385,7 +395,91 @@ def _backward(ctx, gz, gh, *_):
 _forward_op.register_autograd(_backward, setup_context=_save)
 
 
-# ---- Public function ------------------------------------------------------------------------------------------------------------------------------------
+# ---- The CPU's loops: z = s_0 x + s_1 y, plain (1, 1) or with learned scales, and its norm ---------------------------------------------------------------
+
+def _sum_body(x: Tensor, y: Tensor, scales: Optional[Tensor], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """z, h and rho (N)"""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    z, h = (torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format) for _ in range(2))
+    rho = z.new_empty(math.prod(x.shape[:-1]))
+    parallel_loops("residual_norm_loops").forward(*_row_arrays(x, y), _scale_array(scales, z), eps, *_row_arrays(z, h), rho.numpy())
+    return z.to(x.dtype), h.to(x.dtype), rho
+
+
+def _sum_backward_body(gz: Optional[Tensor], gh: Tensor, x: Optional[Tensor], y: Optional[Tensor], scales: Optional[Tensor], h: Tensor,
+                       rho: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dy and dscales; of a plain sum dx is both, and the others are empty"""
+    dx, dy = torch.empty(gh.shape, dtype=rho.dtype), torch.empty(gh.shape if scales is not None else (0, gh.shape[-1]), dtype=rho.dtype)
+    dscales = torch.empty(len(rho) if scales is not None else 0, 2, dtype=rho.dtype)
+    gz, x, y = (dx.new_empty(0, gh.shape[-1]) if tensor is None else tensor for tensor in (gz, x, y))
+    parallel_loops("residual_norm_loops").backward(
+        *_row_arrays(gz, gh, x, y), _scale_array(scales, dx), *_row_arrays(h), rho.numpy(), *_row_arrays(dx, dy), dscales.numpy())
+    return dx.to(gh.dtype), dy.to(gh.dtype), dscales.sum(0)
+
+
+def _row_arrays(*tensors: Tensor) -> list:
+    """Each as an array of rows."""
+    return [array(x.reshape(-1, x.shape[-1])) for x in tensors]
+
+
+def _scale_array(scales: Tensor | None, like: Tensor):
+    return array((torch.ones(2) if scales is None else scales).to(like.dtype))
+
+
+def _fake_sum(x, y, scales, eps):
+    z, h = (torch.empty(x.shape, dtype=x.dtype) for _ in range(2))
+    return z, h, torch.empty(math.prod(x.shape[:-1]), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _fake_sum_backward(gz, gh, x, y, scales, h, rho):
+    dx, dy = torch.empty(gh.shape, dtype=gh.dtype), torch.empty(gh.shape if scales is not None else (0, gh.shape[-1]), dtype=gh.dtype)
+    return dx, dy, torch.empty(2, dtype=rho.dtype)
+
+
+def _save_sum(ctx, inputs, output):
+    x, y, scales, _ = inputs
+    scaled = scales is not None
+    ctx.save_for_backward(x if scaled else None, y if scaled else None, scales, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _sum_gradients(ctx, gz, gh, _):
+    *inputs, scales, h, rho = ctx.saved_tensors
+    if gz is None and gh is None:
+        return (None,) * 4
+    dx, dy, dscales = _sum_backward_loops(gz, torch.zeros_like(gz) if gh is None else gh, *inputs, scales, h, rho)
+    return (dx, dx, None, None) if scales is None else (dx, dy, dscales.to(scales.dtype), None)
+
+
+_sum_backward_loops = cpu_operation("knotgpt::scaled_sum_norm_loops_backward", _sum_backward_body, _fake_sum_backward)
+_sum_loops = cpu_operation("knotgpt::scaled_sum_norm_loops", _sum_body, _fake_sum, _save_sum, _sum_gradients)
+
+
+# ---- Public functions -----------------------------------------------------------------------------------------------------------------------------------
+
+def scaled_sum_norm(x: Tensor, y: Tensor, scales: Tensor | None = None, eps_norm: float = 1e-6, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """
+    (z, z / sqrt(mean(z^2) + eps_norm) of every row), z = scales[0] x + scales[1] y: residual_norm's z without c, two scalars in the place of its gains.
+
+    x, y      (..., D)   bfloat16, float16, float32 or float64, of one dtype; any strides (what is not contiguous is copied)
+    scales    (2,)       None: ones
+    backend   "reference": PyTorch; "loops": the CPU's; "auto": loops for tensors on a CPU where Numba is, else without scales residual_norm's choice, else
+              reference
+
+    Gradients for x, y and scales, once. All backends work under torch.compile(fullgraph=True). ValueError that names the argument for a wrong shape, dtype or
+    option.
+    """
+    _check(x, y, None, None, None, None, 1.0, eps_norm, "clamp", "auto" if backend == "loops" else backend)
+    if scales is not None and (not isinstance(scales, Tensor) or scales.shape != (2,) or scales.dtype not in DTYPES):
+        raise ValueError(f"scales must be None or a tensor of shape (2,); got {_describe(scales)}")
+    if backend == "loops" and not loops_serve(x):
+        raise ValueError(f"backend 'loops' needs tensors on a CPU and Numba; got tensors on {x.device}: use 'reference' or 'auto'")
+    if backend == "loops" or backend == "auto" and loops_serve(x):
+        return _sum_loops(x, y, scales, float(eps_norm))[:2]
+    if scales is None:
+        return residual_norm(x, y, eps_norm=eps_norm, backend=backend)
+    return scaled_sum_norm_reference(x, y, scales, eps_norm)
+
 
 BACKENDS = ("auto", "reference", "triton")
 EPS_MODES = ("clamp", "add")

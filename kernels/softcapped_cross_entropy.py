@@ -22,7 +22,7 @@ fp8: x and W in float8_e4m3fn, each with one scale, largest magnitude / 448; s i
 
 Sources: the trainer's SoftcappedCrossEntropy; gradients formed in the forward pass: Liger Kernel, linkedin/Liger-Kernel; softcap: Gemma 2, arxiv.org/abs/2408.00118;
 float8 in the head: KellerJordan/modded-nanogpt.
-Status: never run on a GPU; the kernel is tested in Triton's interpreter and compiled ahead of time, and its launch table is a choice, not a measurement.
+Status: the CPU's loops are measured in benchmarks/results/; never run on a GPU; the kernel is tested in Triton's interpreter and compiled ahead of time, and its launch table is a choice, not a measurement.
 """
 
 from types import SimpleNamespace
@@ -30,6 +30,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from kernels.backend import cpu_operation, loops_serve, parallel_loops, wide
 
 try:
     import triton
@@ -191,9 +193,41 @@ def _flops(x, weight, targets, softcap, chunk, fp8, wanted, *_, out_shape=None, 
     return 2 * x[0] * x[1] * weight[0] * (1 + sum(wanted))
 
 
+# ---- The CPU's loops: between the products, PyTorch's, one pass over the logits of some tokens, in their place -------------------------------------------
+
+def _loss_body(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, chunk: int, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """loss, dx, dW; a gradient that is not wanted is empty. Half precision is computed in float32."""
+    rows, w, targets = wide(x), wide(weight.to(x.dtype)), targets.contiguous().numpy()
+    loss, buffer = torch.empty(len(rows), dtype=rows.dtype), rows.new_empty(min(chunk, len(rows)), len(w))
+    dx = rows.new_empty(rows.shape if wanted[0] else 0)
+    dw = torch.zeros(w.shape if wanted[1] else 0, dtype=rows.dtype)
+    for start in range(0, len(rows), chunk):
+        part = slice(start, min(start + chunk, len(rows)))
+        d = torch.mm(rows[part], w.T, out=buffer[:part.stop - start])
+        parallel_loops("softcapped_cross_entropy_loops").loss_and_gradient(d.numpy(), targets[part], softcap, any(wanted), loss.numpy()[part])
+        if wanted[0]:
+            torch.mm(d, w, out=dx[part])
+        if wanted[1]:
+            dw.addmm_(d.T, rows[part])
+    return loss.sum(), dx.to(x.dtype), dw.to(weight.dtype)
+
+
+def _fake_loops(x, weight, targets, softcap, chunk, wanted):
+    dx, dw = (torch.empty(tensor.shape if own else 0, dtype=tensor.dtype) for tensor, own in zip((x, weight), wanted))
+    return torch.empty((), dtype=torch.float32), dx, dw
+
+
+_loss_loops = cpu_operation("knotgpt::softcapped_cross_entropy_loops", _loss_body, _fake_loops, _save, lambda ctx, *grads: _backward(ctx, *grads)[:-1])
+
+
+@register_flop_formula(torch.ops.knotgpt.softcapped_cross_entropy_loops)
+def _(x, weight, targets, softcap, chunk, wanted, *_, out_shape=None, **__) -> int:
+    return _flops(x, weight, targets, softcap, chunk, False, wanted)
+
+
 # ---- Public function ------------------------------------------------------------------------------------------------------------------------------------
 
-BACKENDS = ("auto", "reference", "triton")
+BACKENDS = ("auto", "reference", "loops", "triton")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -203,10 +237,11 @@ def softcapped_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap
 
     x        (N, D)        bfloat16, float16, float32 or float64
     weight   (V, D)        of any of these dtypes; cast to x's, while its gradient has its own: keep master weights in float32
-    targets  (N,) int64    in 0 .. V - 1, not looked at: one outside makes the loss NaN (backend "triton", which reads nothing there) or is PyTorch's error
+    targets  (N,) int64    in 0 .. V - 1, not looked at: one outside makes the loss NaN ("loops" and "triton", which read nothing there) or is PyTorch's error
     softcap  >= 0; 0: no cap
-    chunk    tokens at a time of backend "triton", which holds chunk x V logits
-    backend  "reference": PyTorch, N x V logits; "triton": fused, no float64; "auto": triton for CUDA tensors where it can, else reference
+    chunk    tokens at a time of backends "loops" and "triton", which hold chunk x V logits
+    backend  "reference": PyTorch, N x V logits; "loops": the CPU's, no float64; "triton": fused, no float64; "auto": triton for CUDA tensors where it can, loops for a
+             CPU's where Numba is, else reference
     fp8      products in float8 (backend "triton"; compute capability 8.9 or newer; D, V, N and chunk multiples of 16): see above
 
     Gradients for x and weight, once, formed at once: under torch.no_grad, or of what needs none, none are. Works under torch.compile(fullgraph=True).
@@ -214,10 +249,13 @@ def softcapped_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap
     """
     _check(x, weight, targets, softcap, chunk, backend, fp8)
     if backend == "auto":
-        backend = "triton" if fp8 or x.is_cuda and triton is not None and x.dtype != torch.float64 else "reference"
+        fused = x.dtype != torch.float64
+        backend = "triton" if fp8 or fused and x.is_cuda and triton is not None else "loops" if fused and loops_serve(x) else "reference"
     if backend == "reference":
         return softcapped_cross_entropy_reference(x, weight, targets, softcap)
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight)]
+    if backend == "loops":
+        return _loss_loops(x, weight, targets, float(softcap), chunk, wanted)[0]
     return _loss_op(x, weight, targets, float(softcap), chunk, fp8, wanted)[0]
 
 
@@ -242,8 +280,10 @@ def _check(x, weight, targets, softcap, chunk, backend, fp8):
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend == "triton" and (triton is None or not (x.is_cuda or _interpreted())):
         raise ValueError(f"backend 'triton' needs CUDA tensors and Triton; got tensors on {x.device}: use 'reference' or 'auto'")
-    if backend == "triton" and x.dtype == torch.float64:
-        raise ValueError("backend 'triton' has no float64; use 'reference' or 'auto'")
+    if backend == "loops" and not loops_serve(x):
+        raise ValueError(f"backend 'loops' needs tensors on a CPU and Numba; got tensors on {x.device}: use 'reference' or 'auto'")
+    if backend in ("loops", "triton") and x.dtype == torch.float64:
+        raise ValueError(f"backend {backend!r} has no float64; use 'reference' or 'auto'")
     if fp8:
         _check_fp8(x, weight, chunk, backend)
 

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.backend import cpu_loops
+from kernels.backend import cpu_loops, cpu_operation
 from kernels.topological_attention_reference import compute_dtype, query_heads, topological_attention_reference
 
 CHUNK = 32  # C of the CPU's loops
@@ -147,23 +147,20 @@ def _backward(grad_out: Tensor, x: _Arguments, out: Tensor, row_max: Tensor, nor
     return gradients if x.query is not None else gradients[2:]
 
 
-@torch.library.custom_op("knotgpt::topological_attention", mutates_args=())
-def _loglinear(query: Optional[Tensor], key: Optional[Tensor], value: Tensor, log_decay: Optional[Tensor], key_bias: Optional[Tensor],
+def _forward_body(query: Optional[Tensor], key: Optional[Tensor], value: Tensor, log_decay: Optional[Tensor], key_bias: Optional[Tensor],
                doc_start: Optional[Tensor], window: Optional[int]) -> tuple[Tensor, Tensor, Tensor]:
     """(out, M, Z): out (B, T, H, D) and Z (B, H, T) in the compute dtype, M (B, H, T) float64 the shift of each row's exponents."""
     with torch.autocast(value.device.type, enabled=False):
         return _forward(_Arguments(query, key, value, log_decay, key_bias, doc_start, window))
 
 
-@_loglinear.register_fake
-def _(query, key, value, log_decay, key_bias, doc_start, window):
+def _forward_fake(query, key, value, log_decay, key_bias, doc_start, window):
     B, T, _, D = value.shape
     out = value.new_empty(B, T, query_heads(query, value, log_decay), D, dtype=compute_dtype(query, key, value, log_decay, key_bias))
     return out, *(out.new_empty(B, out.shape[2], T, dtype=dtype) for dtype in (torch.float64, out.dtype))
 
 
-@torch.library.custom_op("knotgpt::topological_attention_backward", mutates_args=())
-def _loglinear_backward(grad_out: Tensor, query: Optional[Tensor], key: Optional[Tensor], value: Tensor, log_decay: Optional[Tensor],
+def _backward_body(grad_out: Tensor, query: Optional[Tensor], key: Optional[Tensor], value: Tensor, log_decay: Optional[Tensor],
                         key_bias: Optional[Tensor], doc_start: Optional[Tensor], window: Optional[int], out: Tensor, row_max: Tensor,
                         normalizer: Tensor) -> list[Tensor]:
     """Gradients of query, key, value, log_decay and key_bias, of those that are not None."""
@@ -171,14 +168,14 @@ def _loglinear_backward(grad_out: Tensor, query: Optional[Tensor], key: Optional
         return _backward(grad_out, _Arguments(query, key, value, log_decay, key_bias, doc_start, window), out, row_max, normalizer)
 
 
-@_loglinear_backward.register_fake
-def _(grad_out, query, key, value, log_decay, key_bias, doc_start, window, out, row_max, normalizer):
+def _backward_fake(grad_out, query, key, value, log_decay, key_bias, doc_start, window, out, row_max, normalizer):
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value, log_decay, key_bias) if x is not None]
 
 
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.window = inputs
     ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def _autograd_backward(ctx, grad_out, *_):
@@ -187,7 +184,8 @@ def _autograd_backward(ctx, grad_out, *_):
     return *(None if x is None else next(gradients) for x in inputs[:5]), None, None
 
 
-_loglinear.register_autograd(_autograd_backward, setup_context=_setup_context)
+_loglinear_backward = cpu_operation("knotgpt::topological_attention_backward", _backward_body, _backward_fake)
+_loglinear = cpu_operation("knotgpt::topological_attention", _forward_body, _forward_fake, _setup_context, _autograd_backward)
 
 
 def _flops(query, value, log_decay, window, chunk_share: float, level_share: float, scan_share: int) -> int:

@@ -27,13 +27,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kernels.loops import inner_loop, loop, run_stages, thread_count
+from kernels.loops import called_loop, inner_loop, loop, run_stages, thread_count
 from kernels.topological_attention_loglinear import CHUNK
 from kernels.topological_attention_reference import LOG2_E, LOWEST
 from kernels.simd import cast, distance, exp2, largest, load, madd, select, splat, store, total
 
 SUBTREE_LEVELS = 4
 SUBTREE = CHUNK << SUBTREE_LEVELS   # tokens that one thread takes through all their levels: they stay in the second-level cache
+WHOLE_ROW = 2048        # tokens of the longest row that one thread takes by itself where there are rows enough
 GROUP_TOKENS = 1 << 13  # tokens of the rows that are worked on at once, unless one row has more
 TABLE = 1 << 14         # numbers of a table of rows
 NEGLIGIBLE = 2.0 ** -80
@@ -74,7 +75,6 @@ class Sums(NamedTuple):
 
 class Work(NamedTuple):
     """A thread's own arrays. A block is the sources whose tables are made at a time."""
-    unsorted: np.ndarray        # (2 CHUNK) int64
     source: np.ndarray          # (T + 8) int32: positions of sources in order
     target: np.ndarray          # (T + 8) int32: positions of targets in order
     rank: np.ndarray            # (T + 8) int32: of targets
@@ -115,6 +115,12 @@ def _copy(y, i, x, j, count):
     """y[i:i + count] = x[j:j + count]; an assignment of slices takes Numba seconds to compile."""
     for k in range(count):
         y[i + k] = x[j + k]
+
+
+@inner_loop
+def _copy_row(y, i, x, j, D):
+    for d in range(0, D, 8):
+        store(y, i + d, load(x, j + d))
 
 
 @inner_loop
@@ -161,24 +167,7 @@ def _add_products(to, r, count, keep, weights, at, to_step, by_step, by, first, 
 # ---- Lists of a node's keys and queries
 
 
-@inner_loop
-def _sorted_chunk(items, at, work, key_codes, key_first, key_last, query_codes, query_first, query_last):
-    """The list of a chunk, from items[at] on; codes are int32 numbers in the order of the coordinates, equal where those are. Places are counted, not sought."""
-    unsorted, n = work.unsorted, 0
-    for j in range(key_first, key_last):
-        unsorted[n] = (np.int64(key_codes[j]) << 32) | j
-        n += 1
-    for i in range(query_first, query_last):
-        unsorted[n] = (np.int64(query_codes[i]) << 32) | (1 << 30) | i
-        n += 1
-    for k in range(n):
-        item, place = unsorted[k], 0
-        for other in unsorted[:n]:
-            place += np.int64(other < item)
-        items[at + place] = item
-
-
-@inner_loop
+@called_loop
 def _merge(x, y, to):
     """The sorted lists x and y into to, without a branch that depends on their contents."""
     i = j = k = 0
@@ -195,6 +184,36 @@ def _merge(x, y, to):
     for rest in range(j, y.shape[0]):
         to[k] = y[rest]
         k += 1
+
+
+@called_loop
+def _sort_runs(codes, first, last, is_query, items, other, at):
+    """
+    The sorted items of the positions first .. last - 1, from items[at] on; `other` is as long. Codes are int32 numbers in the order of the coordinates, equal
+    where those are. Places in runs of 16 are counted, not sought; a chunk has two runs.
+    """
+    for start in range(first, last, 16):
+        end = min(start + 16, last)
+        for k in range(start, end):
+            items[at + k - first] = (np.int64(codes[k]) << 32) | (is_query << 30) | k
+        run = items[at + start - first:at + end - first]
+        for k in range(run.shape[0]):
+            item, place = run[k], 0
+            for x in run:
+                place += np.int64(x < item)
+            other[at + start - first + place] = item
+    middle, end = at + min(16, last - first), at + last - first
+    _merge(other[at:middle], other[middle:end], items[at:end])
+
+
+@inner_loop
+def _sort_chunk(lists, at, key_codes, key_first, key_last, query_codes, query_first, query_last):
+    """The list of a chunk, lists[0] from `at` on."""
+    middle = at + key_last - key_first
+    end = middle + query_last - query_first
+    _sort_runs(key_codes, key_first, key_last, 0, lists[1], lists[0], at)
+    _sort_runs(query_codes, query_first, query_last, 1, lists[1], lists[0], middle)
+    _merge(lists[1, at:middle], lists[1, middle:end], lists[0, at:end])
 
 
 @inner_loop
@@ -219,7 +238,7 @@ def _split(items, work, key_first, key_last, query_first, query_last):
     return sources, targets, equal
 
 
-@inner_loop
+@called_loop
 def _other_ranks(key_codes, query_codes, work, sources, targets):
     """Changes work.rank to the sources below each target, and work.back to the targets at or below each source."""
     source, target, rank, back = work.source, work.target, work.rank, work.back
@@ -368,7 +387,7 @@ def _read(mode, sides, targets, sums, order, rank, first, last, before, work, D)
                 store(out.data, to + d, load(out.data, to + d) + taken)
 
 
-@inner_loop
+@called_loop
 def _act(mode, sides, sources, targets, sums, source, count, target, rank, readers, work, D):
     """The sources on the targets, each in its order, block by block of sources."""
     E, up, down = D + 1, work.table[0], work.table[1]
@@ -398,7 +417,7 @@ def _act(mode, sides, sources, targets, sums, source, count, target, rank, reade
             work.thin[2, 0] = work.thin[2, n]
 
 
-@inner_loop
+@called_loop
 def _act_on_equals(keys, queries, sums, key_codes, query_codes, work, sources, targets, D):
     """dv and dc from the queries that equal a key: for each coordinate that sources and targets share, the queries' sum, which every such key takes."""
     table, first, t = work.table[0], 0, 0
@@ -426,32 +445,6 @@ def _act_on_equals(keys, queries, sums, key_codes, query_codes, work, sources, t
             _mix(sums.rows.data, sums.rows.base + j * sums.rows.step, table.dtype.type(1), table, 0, weight, D)
             sums.bias_gradient[j] += weight * (_dot(taken.data, row, table, 0, D) - table[D])
         first, t = last, until
-
-
-@inner_loop
-def _act_both_ways(backward, keys, queries, sums, key_codes, query_codes, sources, targets, equal, work, D):
-    """
-    Sources and targets as _split has set them: the keys on the queries, and backward the queries on the keys too. A key that equals a query is below it in the
-    forward pass, on neither side in the backward one, where its distance has derivative 0: V is then read with the ranks of all keys up to the query's
-    coordinate, and U with those of the keys below it.
-    """
-    if not backward:
-        _act(np.int64(FORWARD), np.int64(BOTH), keys, queries, sums, work.source, sources, work.target, work.rank, targets, work, D)
-        return
-    for turn in range(2 if equal else 1):
-        if turn == 1:
-            _other_ranks(key_codes, query_codes, work, sources, targets)
-        for mode in range(QUERY_GRADIENT, KEY_GRADIENT + 1):
-            to_keys = mode == KEY_GRADIENT
-            givers, takers = (queries, keys) if to_keys else (keys, queries)
-            order, count, ranks = (work.target, targets, work.back) if to_keys else (work.source, sources, work.rank)
-            readers, number = (work.source, sources) if to_keys else (work.target, targets)
-            sides = BOTH
-            if equal:
-                sides = UP if (turn == 0) == to_keys else DOWN
-            _act(mode, sides, givers, takers, sums, order, count, readers, ranks, number, work, D)
-    if equal:
-        _act_on_equals(keys, queries, sums, key_codes, query_codes, work, sources, targets, D)
 
 
 # ---- Pairs inside a chunk
@@ -592,21 +585,6 @@ def _list_of(lists, level, triangle, first, last):
 
 
 @inner_loop
-def _chunks(backward, keys, queries, sums, start, key_codes, query_codes, lists, triangle, first, last, work, D):
-    """The chunks in the places first .. last - 1: their pairs and their lists."""
-    shift = triangle.query_base - triangle.key_base
-    for place in range(first, last, CHUNK):
-        key_first, key_last = _span(triangle.key_base, triangle.key_count, place, place + CHUNK)
-        query_first, query_last = _span(triangle.query_base, triangle.query_count, place, place + CHUNK)
-        if key_first < key_last and query_first < query_last:
-            if backward:
-                _chunk_backward(keys, queries, sums, start, key_first, key_last, query_first, query_last, shift, triangle.lower, work, D)
-            else:
-                _chunk_forward(keys, queries, sums, start, key_first, key_last, query_first, query_last, shift, triangle.lower, triangle.lower, work, D)
-        _sorted_chunk(lists[0], triangle.at + 2 * place, work, key_codes, key_first, key_last, query_codes, query_first, query_last)
-
-
-@inner_loop
 def _meet(backward, keys, queries, sums, start, key_codes, query_codes, lists, level, triangle, first, middle, last, work, D):
     """Two nodes of a level, the places first .. middle - 1 and middle .. last - 1: their lists become one of the next level, sources act on targets."""
     merged = _list_of(lists, level + 1, triangle, first, last)
@@ -636,7 +614,27 @@ def _meet(backward, keys, queries, sums, start, key_codes, query_codes, lists, l
                 inside = half
         query_last = outside
     sources, targets, equal = _split(merged, work, key_first, key_last, query_first, query_last)
-    _act_both_ways(backward, keys, queries, sums, key_codes, query_codes, sources, targets, equal, work, D)
+    if sources == 0 or targets == 0:
+        return
+    if not backward:
+        _act(np.int64(FORWARD), np.int64(BOTH), keys, queries, sums, work.source, sources, work.target, work.rank, targets, work, D)
+        return
+    # A key that equals a query is on neither side, where its distance has derivative 0: V is read with the ranks of all keys up to the query's coordinate, U
+    # with those of the keys below it.
+    for turn in range(2 if equal else 1):
+        if turn == 1:
+            _other_ranks(key_codes, query_codes, work, sources, targets)
+        for mode in range(QUERY_GRADIENT, KEY_GRADIENT + 1):
+            to_keys = mode == KEY_GRADIENT
+            givers, takers = (queries, keys) if to_keys else (keys, queries)
+            order, count, ranks = (work.target, targets, work.back) if to_keys else (work.source, sources, work.rank)
+            readers, number = (work.source, sources) if to_keys else (work.target, targets)
+            sides = BOTH
+            if equal:
+                sides = UP if (turn == 0) == to_keys else DOWN
+            _act(mode, sides, givers, takers, sums, order, count, readers, ranks, number, work, D)
+    if equal:
+        _act_on_equals(keys, queries, sums, key_codes, query_codes, work, sources, targets, D)
 
 
 # ---- A pass over all rows
@@ -672,85 +670,112 @@ class Gradients(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row that is worked on."""
+    """
+    A row that is worked on. Where a sequence has several heads, whose rows would be as many caches' lines apart, its numbers are copied to arrays of the slot.
+    """
     batch: int
     head: int
     key_head: int
+    packed: bool
+    value: Matrix       # v where the caller has it
+    given: Matrix       # out, or backward u, where the caller has it
+    made: Matrix        # out, or backward dv, where the caller wants it
     keys: Side
     queries: Side
     sums: Sums
 
 
 @inner_loop
-def _row(backward, inputs, results, gradients, thin64, thin, slot, number, head_of_group, D):
-    """The row `number` of the B Hkv rows of a head of each group, with its arrays in a slot."""
+def _row(backward, inputs, results, gradients, wide, narrow, packed, number, head_of_group, D):
+    """The row `number` of the B Hkv rows of a head of each group, with a slot's arrays."""
     B, T, H = inputs.query.shape
     kv_heads = inputs.key.shape[2]
     batch, key_head = number // kv_heads, number % kv_heads
     head = key_head * (H // kv_heads) + head_of_group
     value = Matrix(inputs.value, (batch * T * kv_heads + key_head) * D, kv_heads * D)
     by_query = (batch * T * H + head) * D
-    wide, narrow = thin64[slot], thin[slot]
-    keys = Side(wide[0], wide[1], narrow[0], value)
-    queries = Side(wide[2], wide[3], narrow[1], Matrix(gradients.upstream if backward else results.out, by_query, H * D))
-    made = Matrix(gradients.value, value.base, value.step) if backward else Matrix(results.out, by_query, H * D)
-    return Row(batch, head, key_head, keys, queries, Sums(wide[4], narrow[2], narrow[3], narrow[4], made))
+    given = Matrix(gradients.upstream if backward else results.out, by_query, H * D)
+    made = Matrix(gradients.value, value.base, value.step) if backward else given
+    is_packed = packed.shape[1] > 0
+    of_keys, of_queries, of_sums = value, given, made
+    if is_packed:
+        of_keys, of_queries, of_sums = Matrix(packed[0], 0, D), Matrix(packed[1], 0, D), Matrix(packed[2] if backward else packed[1], 0, D)
+    keys = Side(wide[0], wide[1], narrow[0], of_keys)
+    queries = Side(wide[2], wide[3], narrow[1], of_queries)
+    return Row(batch, head, key_head, is_packed, value, given, made, keys, queries, Sums(wide[4], narrow[2], narrow[3], narrow[4], of_sums))
 
 
-@inner_loop
+@called_loop
 def _sum_decays(inputs, row):
     """F, anew in every document, so that a result has not even the rounding of another document in it."""
-    total_decay = 0.0
-    for i in range(inputs.query.shape[1]):
-        total_decay = 0.0 if inputs.start[row.batch, i] == i else total_decay + inputs.log_decay[row.batch, i, row.head] * LOG2_E
+    total_decay, start, log_decay = 0.0, inputs.start[row.batch], inputs.log_decay[row.batch, :, row.head]
+    for i in range(start.shape[0]):
+        total_decay = 0.0 if start[i] == i else total_decay + log_decay[i] * LOG2_E
         row.queries.bias[i] = total_decay
 
 
-@inner_loop
+@called_loop
 def _begin(backward, inputs, results, row, first, last, D):
     """The row's arrays for the tokens first .. last - 1."""
     keys, queries, sums, batch, head = row.keys, row.queries, row.sums, row.batch, row.head
+    a, b = inputs.query[batch, :, head], inputs.key[batch, :, row.key_head]
     decays, biased = inputs.log_decay.shape[2] > 0, inputs.key_bias.shape[2] > 0
     for i in range(first, last):
-        queries.coordinate[i] = inputs.query[batch, i, head] * LOG2_E
-        keys.coordinate[i] = inputs.key[batch, i, row.key_head] * LOG2_E
-        decay = queries.bias[i] if decays else 0.0
-        keys.bias[i] = (inputs.key_bias[batch, i, row.key_head] * LOG2_E if biased else 0.0) - decay
-        keys.unit[i] = 1
-        queries.bias[i] = decay
-    if backward:
-        step = queries.rows.step
+        queries.coordinate[i], keys.coordinate[i], keys.bias[i], keys.unit[i] = a[i] * LOG2_E, b[i] * LOG2_E, 0, 1
+        if not decays:
+            queries.bias[i] = 0
+    if biased:
+        c = inputs.key_bias[batch, :, row.key_head]
         for i in range(first, last):
-            at = queries.rows.base + i * step
-            queries.bias[i] -= results.row_max[batch, head, i] + np.log2(results.normalizer[batch, head, i])
-            queries.unit[i] = _dot(queries.rows.data, at, results.out, at, D)
+            keys.bias[i] = c[i] * LOG2_E
+    if decays:
+        for i in range(first, last):
+            keys.bias[i] -= queries.bias[i]
+    if row.packed:
+        for i in range(first, last):
+            _copy_row(keys.rows.data, i * D, row.value.data, row.value.base + i * row.value.step, D)
+            if backward:
+                _copy_row(queries.rows.data, i * D, row.given.data, row.given.base + i * row.given.step, D)
+                for d in range(D):
+                    sums.rows.data[i * D + d] = 0
+    if backward:
+        row_max, normalizer = results.row_max[batch, head], results.normalizer[batch, head]
+        for i in range(first, last):
+            at = row.given.base + i * row.given.step
+            queries.bias[i] -= row_max[i] + np.log2(normalizer[i])
+            queries.unit[i] = _dot(row.given.data, at, results.out, at, D)
             sums.normalizer[i] = 0
             sums.key_gradient[i] = 0
             sums.bias_gradient[i] = 0
 
 
-@inner_loop
+@called_loop
 def _end(backward, inputs, results, gradients, row, first, last, D):
     """The row's results for the tokens first .. last - 1."""
-    sums, batch, head, key_head = row.sums, row.batch, row.head, row.key_head
+    sums, made, batch, head, key_head = row.sums, row.made, row.batch, row.head, row.key_head
     if not backward:
+        row_max, normalizer = results.row_max[batch, head], results.normalizer[batch, head]
         for i in range(first, last):
-            at = sums.rows.base + i * sums.rows.step
+            at, to = sums.rows.base + i * sums.rows.step, made.base + i * made.step
             inverse = splat(sums.normalizer.dtype.type(1) / sums.normalizer[i])
             for d in range(0, D, 8):
-                store(results.out, at + d, load(results.out, at + d) * inverse)
-            results.row_max[batch, head, i] = sums.highest[i]
-            results.normalizer[batch, head, i] = sums.normalizer[i]
+                store(made.data, to + d, load(sums.rows.data, at + d) * inverse)
+            row_max[i], normalizer[i] = sums.highest[i], sums.normalizer[i]
         return
+    grad_query, grad_key = gradients.query[batch, :, head], gradients.key[batch, :, key_head]
     biased = inputs.key_bias.shape[2] > 0
     for i in range(first, last):
-        gradients.query[batch, i, head] = sums.normalizer[i]
-        gradients.key[batch, i, key_head] += sums.key_gradient[i]
+        if row.packed:
+            to = made.base + i * made.step
+            for d in range(0, D, 8):
+                store(made.data, to + d, load(made.data, to + d) + load(sums.rows.data, i * D + d))
+        grad_query[i] = sums.normalizer[i]
+        grad_key[i] += sums.key_gradient[i]
         if biased:
             gradients.key_bias[batch, i, key_head] += sums.bias_gradient[i]
 
 
-@inner_loop
+@called_loop
 def _sum_decay_gradients(inputs, gradients, row):
     """dg_t = - sum over the document's j >= t of dc_j; nothing at its first token, whose decay no score has."""
     after = 0.0
@@ -771,7 +796,7 @@ def _order_scan(work, first, last, step, readers_first, readers, readers_step, r
         work.rank[k] = min(rank + k * rank_step, most)
 
 
-@inner_loop
+@called_loop
 def _scan(backward, row, start, window, task, work, D):
     """
     Without coordinates: the queries of a block of the window on its keys, document by document. One table of running sums in the order of the tokens serves
@@ -798,7 +823,7 @@ def _scan(backward, row, start, window, task, work, D):
         first = last
 
 
-@inner_loop
+@called_loop
 def _scan_upper(backward, row, start, window, task, work, D):
     """The same queries on the keys of the block before: the query at base + n sees those from base + n + 1 - window on."""
     base, end = (task + 1) * window, (task + 1) * window + 1
@@ -826,7 +851,8 @@ def _act_in_order(backward, keys, queries, sums, count, readers, work, D):
 class Plan(NamedTuple):
     """What every task of a pass gets: arrays only, one by one, as Numba's parallel loops take no others."""
     settings: np.ndarray        # (3) int64: whether the pass is the backward one, the window, D
-    stages: np.ndarray          # (stages, 4) int64: the stage's kind, its first row, the head of each group of heads, tasks a row
+    stages: np.ndarray          # (stages, 3) int64: the step, -1 for all of them one after another; the first row; the head of each group of heads
+    steps: np.ndarray           # (steps, 2) int64: the kind of each step of a row, and its parts
     query: np.ndarray           # 8 arrays of Inputs
     key: np.ndarray
     value: np.ndarray
@@ -844,11 +870,11 @@ class Plan(NamedTuple):
     grad_value: np.ndarray
     grad_decay: np.ndarray
     grad_bias: np.ndarray
-    wide: np.ndarray            # (slots, 5, T + CHUNK) float64, as _row has them
+    wide: np.ndarray            # (slots, 5, T + CHUNK) float64, as _row has them; a slot is a row's, or a thread's that takes whole rows
     narrow: np.ndarray          # (slots, 5, T + CHUNK)
+    packed: np.ndarray          # (slots, 3, T D), or of no numbers: v, out or u, dv
     lists: np.ndarray           # (slots, 2, 2 (T + CHUNK)) int64: sorted lists of the nodes of a level and of the next
-    unsorted: np.ndarray        # (threads, ...): as in Work
-    orders: np.ndarray
+    orders: np.ndarray          # (threads, ...): as in Work
     thin: np.ndarray
     factors: np.ndarray
     tables: np.ndarray
@@ -860,37 +886,40 @@ class Plan(NamedTuple):
     triangles: np.ndarray
 
 
-@inner_loop
+@called_loop
 def _task(stage, task, thread, plan):
-    """A task of one row: its sums of decays, the arrays of a piece of it, a subtree or a triangle of the window, a pair of nodes of a level above, results, decays."""
-    kind, first_row, head_of_group, tasks = plan.stages[stage]
-    slot, task = task // tasks, task % tasks
-    backward, window, D = plan.settings[0] == 1, plan.settings[1], plan.settings[2]
+    """A part of a step of one row, or all of a row."""
+    step, first_row, head_of_group = plan.stages[stage]
+    whole = step < 0
+    parts = 1 if whole else plan.steps[step, 1]
+    number, part = task // parts, task % parts
+    slot = thread if whole else number
+    backward, window, D, tile = plan.settings[0] == 1, plan.settings[1], plan.settings[2], CHUNK * CHUNK
     inputs = Inputs(plan.query, plan.key, plan.value, plan.log_decay, plan.key_bias, plan.start, plan.query_codes, plan.key_codes)
     results = Results(plan.out, plan.row_max, plan.normalizer)
     gradients = Gradients(plan.upstream, plan.grad_query, plan.grad_key, plan.grad_value, plan.grad_decay, plan.grad_bias)
-    row = _row(backward, inputs, results, gradients, plan.wide, plan.narrow, slot, first_row + slot, head_of_group, D)
-    T = inputs.query.shape[1]
-    first, last = task * SUBTREE, min(T, (task + 1) * SUBTREE)
-    if kind == SUM_DECAYS:
-        _sum_decays(inputs, row)
-    elif kind == BEGIN:
-        _begin(backward, inputs, results, row, first, last, D)
-    elif kind == END:
-        _end(backward, inputs, results, gradients, row, first, last, D)
-    elif kind == DECAY_GRADIENTS:
-        _sum_decay_gradients(inputs, gradients, row)
-    else:
-        tile = CHUNK * CHUNK
-        orders, tiles = plan.orders[thread], plan.tiles[thread]
-        work = Work(plan.unsorted[thread], orders[0], orders[1], orders[2], orders[3], plan.thin[thread], plan.factors[thread], plan.tables[thread],
-                    plan.carried[thread], plan.potentials[thread], plan.chunk[thread], plan.chunk_sums[thread], tiles[:tile], plan.triangles, tiles[tile:])
-        if kind == SCAN:
-            _scan(backward, row, inputs.start[row.batch], window, task, work, D)
-        elif kind == SCAN_UPPER:
-            _scan_upper(backward, row, inputs.start[row.batch], window, task, work, D)
-        else:
-            _attend(kind, task, backward, window, inputs, row, plan.lists[slot], work, D)
+    row = _row(backward, inputs, results, gradients, plan.wide[slot], plan.narrow[slot], plan.packed[slot], first_row + number, head_of_group, D)
+    orders, tiles = plan.orders[thread], plan.tiles[thread]
+    work = Work(orders[0], orders[1], orders[2], orders[3], plan.thin[thread], plan.factors[thread], plan.tables[thread],
+                plan.carried[thread], plan.potentials[thread], plan.chunk[thread], plan.chunk_sums[thread], tiles[:tile], plan.triangles, tiles[tile:])
+    for s in range(0 if whole else step, plan.steps.shape[0] if whole else step + 1):
+        kind, parts = plan.steps[s]
+        for p in range(0 if whole else part, parts if whole else part + 1):
+            first, last = p * SUBTREE, min(inputs.query.shape[1], (p + 1) * SUBTREE)
+            if kind == SUM_DECAYS:
+                _sum_decays(inputs, row)
+            elif kind == BEGIN:
+                _begin(backward, inputs, results, row, first, last, D)
+            elif kind == END:
+                _end(backward, inputs, results, gradients, row, first, last, D)
+            elif kind == DECAY_GRADIENTS:
+                _sum_decay_gradients(inputs, gradients, row)
+            elif kind == SCAN:
+                _scan(backward, row, inputs.start[row.batch], window, p, work, D)
+            elif kind == SCAN_UPPER:
+                _scan_upper(backward, row, inputs.start[row.batch], window, p, work, D)
+            else:
+                _attend(kind, p, backward, window, inputs, row, plan.lists[slot], work, D)
 
 
 @inner_loop
@@ -912,8 +941,16 @@ def _attend(kind, task, backward, window, inputs, row, lists, work, D):
         first, last, top = 0, triangle.key_count, triangle.key_count
         if not lower and start[base] >= base:
             return
-    if kind < LEVEL:
-        _chunks(backward, keys, queries, sums, start, key_codes, query_codes, lists, triangle, first, last, work, D)
+    for place in range(first, last if kind < LEVEL else first, CHUNK):
+        key_first, key_last = _span(triangle.key_base, triangle.key_count, place, place + CHUNK)
+        query_first, query_last = _span(triangle.query_base, triangle.query_count, place, place + CHUNK)
+        shift, lower = triangle.query_base - triangle.key_base, triangle.lower
+        if key_first < key_last and query_first < query_last:
+            if backward:
+                _chunk_backward(keys, queries, sums, start, key_first, key_last, query_first, query_last, shift, lower, work, D)
+            else:
+                _chunk_forward(keys, queries, sums, start, key_first, key_last, query_first, query_last, shift, lower, lower, work, D)
+        _sort_chunk(lists, triangle.at + 2 * place, key_codes, key_first, key_last, query_codes, query_first, query_last)
     while size < top:
         for place in range(first, last, 2 * size):
             _meet(backward, keys, queries, sums, start, key_codes, query_codes, lists, level, triangle, place, place + size, min(place + 2 * size, last), work, D)
@@ -927,25 +964,35 @@ def topological_pass(backward: bool, inputs: Inputs, results: Results, gradients
     """
     B, T, H = inputs.query.shape
     rows, number, threads, E = B * inputs.key.shape[2], inputs.value.dtype, thread_count(), D + 1
-    group, width = H // inputs.key.shape[2], min(window, T)
-    slots = max(1, min(rows, GROUP_TOKENS // T))
-    blocks, scans = -(-T // width), not inputs.query_codes.size
-    levels = max(0, (-(-T // SUBTREE) - 1).bit_length()) if blocks == 1 and not scans else 0
+    width = min(window, T)
+    blocks, pieces, scans = -(-T // width), -(-T // SUBTREE), not inputs.query_codes.size
     decays = 1 if inputs.log_decay.shape[2] else 0
-    pieces = -(-T // SUBTREE)
-    kinds = [(SUM_DECAYS, decays), (BEGIN, pieces)]
-    kinds += [(SCAN, blocks), (SCAN_UPPER, blocks - 1)] if scans else [(LOWER, pieces if blocks == 1 else blocks), (UPPER, blocks - 1)]
-    kinds += [(LEVEL + level, -(-T // (2 * SUBTREE << level))) for level in range(levels)]
-    kinds += [(END, pieces), (DECAY_GRADIENTS, decays if backward else 0)]
-    stages = [(kind, first, head, tasks) for head in range(group) for first in range(0, rows, slots) for kind, tasks in kinds if tasks]
+    steps = [(SUM_DECAYS, decays), (BEGIN, pieces)]
+    steps += [(SCAN, blocks), (SCAN_UPPER, blocks - 1)] if scans else [(LOWER, pieces if blocks == 1 else blocks), (UPPER, blocks - 1)]
+    levels = (pieces - 1).bit_length() if blocks == 1 and not scans else 0
+    steps += [(LEVEL + level, -(-T // (2 * SUBTREE << level))) for level in range(levels)]
+    steps += [(END, pieces), (DECAY_GRADIENTS, decays if backward else 0)]
+    steps = [(kind, parts) for kind, parts in steps if parts]
+
+    # rows that are short, and many enough for all threads, go through all steps by themselves; others step by step, some rows at a time
+    whole = T <= SUBTREE or (T <= WHOLE_ROW and rows >= 4 * threads)
+    slots = threads if whole else max(1, min(rows, GROUP_TOKENS // T))
+    stages = [(-1, 0, head) for head in range(H // inputs.key.shape[2])]
+    tasks = [rows] * len(stages)
+    if not whole:
+        stages = [(step, first, head) for _, _, head in stages for first in range(0, rows, slots) for step in range(len(steps))]
+        tasks = [steps[step][1] * min(slots, rows - first) for step, first, _ in stages]
+
     longest, block = blocks * width + CHUNK, max(64, min(TABLE // D // 8 * 8, width))
     plan = Plan(
-        np.array((backward, width, D)), np.array(stages, np.int64), *inputs, *results, *gradients, np.zeros((slots, 5, longest)), np.zeros((slots, 5, longest), number), np.empty((slots, 2, 2 * longest), np.int64),
-        np.empty((threads, 2 * CHUNK), np.int64), np.empty((threads, 4, width + 8), np.int32), np.zeros((threads, 7, block + 16)),
+        np.array((backward, width, D)), np.array(stages, np.int64), np.array(steps, np.int64), *inputs, *results, *gradients,
+        np.zeros((slots, 5, longest)), np.zeros((slots, 5, longest), number),
+        np.empty((slots, 3, T * D if H > 1 else 0), number), np.empty((slots, 2, 2 * longest), np.int64),
+        np.empty((threads, 4, width + 8), np.int32), np.zeros((threads, 7, block + 16)),
         np.zeros((threads, 4, block + 16), number), np.empty((threads, 2, (block + 1) * E), number), np.empty((threads, (width // block + 3) * E), number),
         np.empty((threads, width // block + 3)), np.zeros((threads, 5, CHUNK)), np.zeros((threads, 3, CHUNK), number),
         np.zeros((threads, CHUNK * CHUNK + CHUNK * D), number), TRIANGLES)
-    run_stages(_task, [tasks * min(slots, rows - first) for _, first, _, tasks in stages], plan)
+    run_stages(_task, tasks, plan)
 
 
 @loop

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import decode, embedding_lookup, gated_linear_attention, norm_rotary, relu_squared_feed_forward, residual_norm, softcapped_cross_entropy
+from benchmarks import decode, embedding_lookup, gated_linear_attention, norm_rotary, optimizer_updates, relu_squared_feed_forward, residual_norm, softcapped_cross_entropy
 from benchmarks import short_convolution, splanifold, symmetric_product, timing, topological_attention
 from benchmarks.timing import Place, in_turn, markdown, shown
 
@@ -28,14 +28,16 @@ def test_topological_attention_measures_every_backend():
 
 def test_gated_linear_attention_measures_every_backend():
     rows = gated_linear_attention.measure(PLACE, 64, 8, 8, 2)
-    assert complete(rows) and {row["arm"] for row in rows} == {"chunked", "reference", gated_linear_attention.SOFTMAX, gated_linear_attention.STEP}
-    assert all(("bound_share" in row) == (row["arm"] in ("chunked", "reference")) for row in rows)
+    assert complete(rows) and {row["arm"] for row in rows} == {"loops", "chunked", "reference", gated_linear_attention.SOFTMAX,
+                                                                    gated_linear_attention.STEP}
+    assert all(("bound_share" in row) == (row["arm"] in ("loops", "chunked", "reference")) for row in rows)
 
 
-@pytest.mark.parametrize("form", residual_norm.FORMS)
+@pytest.mark.parametrize("form", [*residual_norm.FORMS, residual_norm.MIX])
 def test_residual_norm_measures_every_arm(form):
     rows = residual_norm.measure(PLACE, form, 16, 32)
-    assert complete(rows) and {row["arm"] for row in rows} == {"reference, compiled", "reference", "copy"} and all(row["copy_share"] > 0 for row in rows)
+    arms = {"loops", "trainer", "trainer, compiled", "reference"} if form in residual_norm.CPU_FORMS else {"reference, compiled", "reference"}
+    assert complete(rows) and {row["arm"] for row in rows} == arms | {"copy"} and all(row["copy_share"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize("shape", [splanifold.Shape(64, 1, 16, 8), splanifold.Shape(64, 4, 3, 2, mix="concat"), splanifold.Shape(64, 4, 3, 8),
@@ -48,7 +50,7 @@ def test_splanifold_measures_every_arm(shape):
 
 def test_norm_rotary_measures_every_arm():
     rows = norm_rotary.measure(PLACE, 8, 2, 16)
-    assert complete(rows) and {row["arm"] for row in rows} == {"trainer, compiled", "reference, compiled", "reference", "copy"}
+    assert complete(rows) and {row["arm"] for row in rows} == {"loops", "trainer", "trainer, compiled", "reference, compiled", "reference", "copy"}
 
 
 def test_embedding_lookup_measures_every_arm():
@@ -57,22 +59,30 @@ def test_embedding_lookup_measures_every_arm():
 
 
 def test_short_convolution_measures_every_arm():
-    rows = short_convolution.measure(PLACE, 64, 8, 4)
-    assert complete(rows) and {row["arm"] for row in rows} == {"compiled", "eager", short_convolution.PEER, "copy"}
-    positions, (x, taps), _ = short_convolution.make_inputs(4096, 8, 4, PLACE)
-    assert 4 <= (positions == 0).sum() <= 40 and ((positions[:, 1:] == positions[:, :-1] + 1) | (positions[:, 1:] == 0)).all()
-    torch.testing.assert_close(short_convolution.depthwise(x, taps), short_convolution.short_convolution(x, taps, torch.arange(4096)[None]))
+    rows = short_convolution.measure(PLACE, 2, 64, 8, 4)
+    arms = {"loops", "reference, compiled", "reference", short_convolution.PEER, "copy"}
+    assert complete(rows) and {row["arm"] for row in rows} == arms
+    positions, (x, taps), _ = short_convolution.make_inputs(1, 4096, 8, 4, PLACE)
+    assert 4 <= (positions == 0).sum() <= 40
+    assert ((positions[:, 1:] == positions[:, :-1] + 1) | (positions[:, 1:] == 0)).all()
+    whole = short_convolution.short_convolution_reference(x, taps, torch.arange(4096)[None])
+    torch.testing.assert_close(short_convolution.depthwise(x, taps), whole)
 
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_relu_squared_feed_forward_measures_every_arm(quick):
     rows = relu_squared_feed_forward.measure(PLACE._replace(quick=quick), 16, 8, 24)
-    assert complete(rows) and {row["arm"] for row in rows} == {"reference"} | (set() if quick else {"trainer, compiled", "reference, compiled"})
+    assert complete(rows) and {row["arm"] for row in rows} == {"loops", "trainer", "reference"} | (set() if quick else {"trainer, compiled", "reference, compiled"})
 
 
 def test_softcapped_cross_entropy_measures_every_arm():
     rows = softcapped_cross_entropy.measure(PLACE, 16, 8, 40)
-    assert complete(rows) and {row["arm"] for row in rows} == {"trainer, compiled", "reference, compiled"}
+    assert complete(rows) and {row["arm"] for row in rows} == {"loops", "trainer", "trainer, compiled", "reference, compiled"}
+
+
+def test_optimizer_updates_measures_every_form():
+    rows = optimizer_updates.measure(PLACE, 2, 16, 8)
+    assert complete(rows) and {row["form"] for row in rows} == {"nesterov", "step", "adam"} and {row["arm"] for row in rows} == {"loops", "trainer", "copy"}
 
 
 def test_symmetric_product_measures_every_form():
@@ -100,7 +110,7 @@ def test_command_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run("--seconds", "0.01", "--sizes", "N=16", "D=8") == 0
     found = json.loads((tmp_path / "out.json").read_text())
-    assert [(row["N"], row["D"]) for row in found["rows"]] == [(16, 4), (8, 8)] and found["capability"] is None and not found["triton_is_fastest"]
+    assert [(row["N"], row["D"]) for row in found["rows"]] == [(16, 4), (8, 8)] and found["capability"] is None and not found["loops_are_fastest"]
     assert run("--quick", "--seconds", "0.01") == 0 and "| 2 | 2 | product | forward |" in capsys.readouterr().out
     assert run("--sizes", "M=3") == 1 and "some_op.py: error: --sizes has no 'M'; there are N, D" in capsys.readouterr().err
     assert run("--minutes", "0") == 1 and "left no time for a size" in capsys.readouterr().err

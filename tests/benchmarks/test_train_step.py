@@ -52,6 +52,16 @@ def test_against_another_checkout(data, tmp_path, capsys):
     assert "ms_per_step, other's over this's" in capsys.readouterr().out
 
 
+def test_beside_a_variant(data, tmp_path, capsys, monkeypatch):
+    ours = train_step.ours
+    monkeypatch.setattr(train_step, "ours", lambda root, arguments, *rest: ours(root, ["off" if word == "blocks" else word for word in arguments], *rest))  # no half minute
+    code = train_step.main(["--output", str(tmp_path / "out.json"), "variant", "fused_kernels", "--steps", "3", "--rounds", "1", "--", "--data", str(data), *TINY])
+    found = json.loads((tmp_path / "out.json").read_text())["rounds"]
+    assert code == 0 and list(found[0]) == ["baseline", "variant", "compiled"]
+    assert found[0]["variant"]["val_loss"] == pytest.approx(found[0]["baseline"]["val_loss"], rel=1e-5)
+    assert "ms_per_step, baseline's over variant's" in capsys.readouterr().out
+
+
 def test_a_peer_is_ended_when_its_steps_are_there(data, tmp_path):
     script = tmp_path / "peer.py"
     script.write_text(PEER.replace("LINES", "20"))

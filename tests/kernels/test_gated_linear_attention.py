@@ -1,8 +1,9 @@
 """
 gated_linear_attention against its recurrence and its materialised form; its Triton kernels in the interpreter, compiled ahead of time and, where there is
-one, on a GPU. Gradients are always those of query, key, value and log_decay for a random gradient of the output.
+one, on a GPU; the CPU's loops on the cases of the chunked form and on random shapes. Gradients are always those of query, key, value and log_decay for a random gradient of the output.
 """
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from kernels.backend import has_cpu_loops
 from kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_reference, gated_linear_attention_step
 from tests.errors import float_bound, rounding_bound
 from tests.kernels.poison import poisoned_memory
 
 gla = importlib.import_module("kernels.gated_linear_attention")  # the package hands on the function under the module's name
+
+needs_loops = pytest.mark.skipif(not has_cpu_loops(), reason="needs Numba")
+on_a_cpu = pytest.mark.parametrize("backend", ["chunked", pytest.param("loops", marks=needs_loops)])
 
 
 # ---- Inputs and runs ----------------------------------------------------------------------------------------------------------------------------------
@@ -107,7 +112,7 @@ def test_reference_is_the_recurrence(decay, docs, relative_rms):
     assert error < bound(inputs, torch.float64)
 
 
-# ---- PyTorch chunks ---------------------------------------------------------------------------------------------------------------------------------------
+# ---- On a CPU: PyTorch chunks and loops -------------------------------------------------------------------------------
 
 SHAPES = [  # B, T, H, M, D, decay, docs, keys
     (1, 1, 1, 1, 1, 1.0, None, "dense"),
@@ -123,11 +128,12 @@ SHAPES = [  # B, T, H, M, D, decay, docs, keys
 ]
 
 
+@on_a_cpu
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_chunks_equal_the_reference(shape, relative_rms):
+def test_every_form_equals_the_reference(shape, backend, relative_rms):
     inputs = make_inputs(*shape)
     with poisoned_memory():
-        results = run(inputs, "chunked")
+        results = run(inputs, backend)
     assert_close(results, run(inputs, "reference"), relative_rms, bound(inputs, torch.float64))
 
 
@@ -139,22 +145,24 @@ def test_groups_of_chunks(monkeypatch, relative_rms):
         assert_close(run(inputs, "chunked"), expected, relative_rms, bound(inputs, torch.float64))
 
 
+@on_a_cpu
 @pytest.mark.parametrize("decay, docs", [(0.2, 0.1), (None, None)])
-def test_gradcheck(decay, docs, monkeypatch):
+def test_gradcheck(decay, docs, backend, monkeypatch):
     monkeypatch.setattr(gla, "_cpu_chunk", lambda T, M, D: 4)
     *tensors, log_decay, doc_start, _ = make_inputs(1, 9, 2, 2, 2, decay, docs)
     if log_decay is not None:
         tensors.append(log_decay - 0.01)  # finite differences stay below 0
     tensors = [x.requires_grad_() for x in tensors]
-    call = lambda q, k, v, g=None: gated_linear_attention(q, k, v, log_decay=g, doc_start=doc_start, backend="chunked")
+    call = lambda q, k, v, g=None: gated_linear_attention(q, k, v, log_decay=g, doc_start=doc_start, backend=backend)
     assert torch.autograd.gradcheck(call, tensors, eps=1e-6, atol=1e-8, rtol=1e-6)
 
 
+@on_a_cpu
 @pytest.mark.parametrize("decay", [None, 1e-3, 1.0, 20.0])
-def test_float32(decay, relative_rms):
+def test_float32(decay, backend, relative_rms):
     """A strong decay costs accuracy: f reaches 64 decays, and an exponent's error is half a unit in its last place."""
     inputs = make_inputs(1, 3000, 2, 32, 17, decay, None)
-    assert_close(run(inputs, "chunked", torch.float32), run(inputs, "chunked"), relative_rms,
+    assert_close(run(inputs, backend, torch.float32), run(inputs, "chunked"), relative_rms,
                  bound(inputs, torch.float32))
 
 
@@ -167,10 +175,11 @@ def forgetting(T=260, drop=-torch.inf):
     return [query, key, value, log_decay, None, grad], [query, key, value, log_decay.clamp_min(-1), doc_start, grad]
 
 
+@on_a_cpu
 @pytest.mark.parametrize("drop", [-200.0, -1e4, -torch.inf])
-def test_total_forgetting_is_a_document_start(drop, relative_rms):
+def test_total_forgetting_is_a_document_start(drop, backend, relative_rms):
     forgotten, cut = forgetting(drop=drop)
-    assert_close(run(forgotten, "chunked", torch.float32), run(cut, "chunked"), relative_rms,
+    assert_close(run(forgotten, backend, torch.float32), run(cut, "chunked"), relative_rms,
                  bound(forgotten, torch.float32))
 
 
@@ -197,12 +206,13 @@ def assert_decay_gradient_is_local(got, inputs, boundary, relative_rms, chunk=64
     assert relative_rms(got[:, :boundary], expected[:, :boundary]) < bound(inputs, torch.float32, chunk)
 
 
-def test_decay_gradient_does_not_feel_far_tokens(relative_rms):
+@on_a_cpu
+def test_decay_gradient_does_not_feel_far_tokens(backend, relative_rms):
     inputs = far_tokens(1000, 512)
-    assert_decay_gradient_is_local(run(inputs, "chunked", torch.float32)[4], inputs, 512, relative_rms)
+    assert_decay_gradient_is_local(run(inputs, backend, torch.float32)[4], inputs, 512, relative_rms)
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", ["reference", "chunked", pytest.param("loops", marks=needs_loops)])
 def test_nothing_before_a_token_feels_it(backend):
     *tensors, doc_start, _ = make_inputs(1, 150, 2, 4, 3, docs=None)
     before = gated_linear_attention(*tensors[:3], log_decay=tensors[3], backend=backend)
@@ -212,39 +222,42 @@ def test_nothing_before_a_token_feels_it(backend):
     assert torch.equal(before[:, :100], after[:, :100]) and not torch.isclose(before[:, 100:], after[:, 100:]).any()
 
 
-def test_documents_are_separate(relative_rms):
+@on_a_cpu
+def test_documents_are_separate(backend, relative_rms):
     *tensors, _, grad = inputs = make_inputs(1, 150, 2, 4, 3)
     doc_start = torch.where(torch.arange(150) < 70, 0, 70).int()[None]
-    together = run([*tensors, doc_start, grad], "chunked")
-    apart = [run([x[:, part] for x in tensors] + [None, grad[:, part]], "chunked") for part in (slice(0, 70), slice(70, 150))]
+    together = run([*tensors, doc_start, grad], backend)
+    apart = [run([x[:, part] for x in tensors] + [None, grad[:, part]], backend) for part in (slice(0, 70), slice(70, 150))]
     assert_close(together, [torch.cat(pair, 1) for pair in zip(*apart)], relative_rms, bound(inputs, torch.float64))
     for x in tensors[:3]:
         x[:, :70] *= 0.5
-    assert torch.equal(together[0][:, 70:], run([*tensors, doc_start, grad], "chunked")[0][:, 70:])
+    assert torch.equal(together[0][:, 70:], run([*tensors, doc_start, grad], backend)[0][:, 70:])
 
 
-def test_any_strides(relative_rms):
+@on_a_cpu
+def test_any_strides(backend, relative_rms):
     query, key, value, log_decay, doc_start, grad = inputs = make_inputs(2, 100, 3, 4, 5)
-    expected = run([query, key, value, log_decay, doc_start, grad], "chunked")
+    expected = run([query, key, value, log_decay, doc_start, grad], backend)
     scattered = [torch.stack([x, x], -1)[..., 0] for x in (query, key, value)] + [log_decay.transpose(0, 2).contiguous().transpose(0, 2), doc_start.T.contiguous().T]
     assert not any(x.is_contiguous() for x in scattered)
-    out = gated_linear_attention(*(x.requires_grad_() for x in scattered[:3]), log_decay=scattered[3].requires_grad_(), doc_start=scattered[4], backend="chunked")
+    out = gated_linear_attention(*(x.requires_grad_() for x in scattered[:3]), log_decay=scattered[3].requires_grad_(), doc_start=scattered[4], backend=backend)
     gradients = torch.autograd.grad(out, scattered[:4], grad.transpose(1, 3).contiguous().transpose(1, 3))
     assert_close([out.detach(), *gradients], expected, relative_rms, bound(inputs, torch.float64))
-    summed = [run([query, key, value, log_decay, doc_start, g], "chunked") for g in (torch.ones_like(grad), torch.ones(1, 1, 1, 1).expand_as(grad))]
+    summed = [run([query, key, value, log_decay, doc_start, g], backend) for g in (torch.ones_like(grad), torch.ones(1, 1, 1, 1).expand_as(grad))]
     assert all(torch.equal(a, b) for a, b in zip(*summed))
 
 
+@on_a_cpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype, relative_rms):
+def test_half_precision(dtype, backend, relative_rms):
     inputs = rounded(make_inputs(2, 200, 2, 16, 17, 0.05), dtype)
-    results = run(inputs, "chunked", dtype)
+    results = run(inputs, backend, dtype)
     assert [x.dtype for x in results] == [dtype] * 4 + [torch.float32]
     assert_close(results, run(inputs, "reference"), relative_rms,
                  rounding_bound(1, dtype) + bound(inputs, torch.float32))
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", ["reference", "chunked", pytest.param("loops", marks=needs_loops)])
 def test_mixed_dtypes(backend):
     query, key, value, log_decay, doc_start, grad = make_inputs(1, 70, 2, 4, 3)
     tensors = [query.float(), key.float(), value.bfloat16(), log_decay.half()]
@@ -254,17 +267,97 @@ def test_mixed_dtypes(backend):
     assert out.dtype == torch.bfloat16 and all(x.grad.dtype == x.dtype and x.grad.isfinite().all() for x in tensors)
 
 
-def test_runs_repeat_bit_for_bit():
+@on_a_cpu
+def test_runs_repeat_bit_for_bit(backend):
     inputs = make_inputs(2, 300, 2, 8, 8)
-    assert all(torch.equal(a, b) for a, b in zip(run(inputs, "chunked", torch.float32), run(inputs, "chunked", torch.float32)))
+    assert all(torch.equal(a, b) for a, b in zip(run(inputs, backend, torch.float32), run(inputs, backend, torch.float32)))
+
+
+@needs_loops
+def test_loops_serve_but_for_both_passes_of_long_wide_rows():
+    for T, M, D, grad, backend in ((64, 64, 64, True, "loops"), (4096, 64, 64, False, "loops"), (4096, 64, 64, True, "chunked"),
+                                   (4096, 256, 9, True, "loops")):
+        query, key, value = (torch.zeros(1, T, 1, width) for width in (M, M, D))
+        assert gla._best_backend(query, key.requires_grad_(grad), value, None) == backend
+
+
+@needs_loops
+def test_loops_on_random_shapes(relative_rms):
+    generator = torch.Generator().manual_seed(0)
+    for seed in range(60):
+        B, T, H, M, D = (int(torch.randint(1, most, (), generator=generator)) for most in (4, 200, 4, 40, 40))
+        decay, docs = (None if torch.rand((), generator=generator) < 0.2 else scale * float(torch.rand((), generator=generator))
+                       for scale in (2.0, 0.1))
+        inputs = rounded(make_inputs(B, T, H, M, D, decay, docs, seed=seed), torch.float32)
+        with poisoned_memory():
+            results = run(inputs, "loops", torch.float32)
+        assert_close(results, run(inputs, "reference"), relative_rms, bound(inputs, torch.float32))
+
+
+@needs_loops
+@pytest.mark.parametrize("M, D", [(300, 5), (5, 300), (257, 16)])
+def test_loops_over_many_columns(M, D, relative_rms):
+    inputs = rounded(make_inputs(1, 131, 1, M, D, 0.1), torch.float32)
+    assert_close(run(inputs, "loops", torch.float32), run(inputs, "reference"), relative_rms, bound(inputs, torch.float32))
+
+
+@needs_loops
+def test_loops_keep_their_precision_over_long_rows(relative_rms):
+    """A decay of 1e-5 a token is 0.99999 as a number: its rounding, token after token, would be 1e-3 at the end."""
+    T = 40_000
+    query, key, value, grad = (torch.ones(1, T, 1, 1, dtype=torch.float64) for _ in range(4))
+    log_decay = torch.full((1, T, 1), -1e-5)
+    expected = torch.cumsum((1e-5 * torch.arange(T, dtype=torch.float64)).neg().exp(), 0)
+    out = gated_linear_attention(query.float(), key.float(), value.float(), log_decay=log_decay, backend="loops")
+    # the decay that float32 holds; sums of 4 tokens are added T / 4 times
+    exact = torch.cumsum((-log_decay[0, 0, 0].double().abs() * torch.arange(T)).exp(), 0)
+    assert relative_rms(exact, expected) < 1e-2
+    assert relative_rms(out.flatten(), exact) < float_bound(T // 4, torch.float32)
+
+
+@needs_loops
+def test_loops_do_not_depend_on_the_threads():
+    inputs, threads, results = make_inputs(2, 300, 2, 20, 17), torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append(run(inputs, "loops", torch.float32))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@needs_loops
+def test_loops_hand_on_what_is_not_finite():
+    inputs = make_inputs(1, 150, 2, 4, 3, docs=None)
+    inputs[0][0, 70, 0, 1], inputs[2][0, 90, 0, 1], inputs[1][0, 80, 1, 0] = float("nan"), float("inf"), float("nan")
+    out, *gradients = run(inputs, "loops", torch.float32)
+    assert out[0, 70, 0].isnan().all() and out[0, :70].isfinite().all() and not out[0, 90:, 0, 1].isfinite().any()
+    assert out[0, 80:, 1].isnan().all() and not any(gradient.isfinite().all() for gradient in gradients)
+
+
+BOUNDS = """
+import sys
+sys.path.insert(0, ".")
+from tests.kernels.test_gated_linear_attention import SHAPES, make_inputs, run
+for shape in (*SHAPES, (1, 130, 1, 300, 5, 0.1, 0.1, "dense"), (1, 66, 1, 5, 300, 0.1, None, "dense")):
+    run(make_inputs(*shape), "loops")
+"""
+
+
+@needs_loops
+@pytest.mark.slow
+def test_loops_stay_in_their_arrays():
+    environment = os.environ | dict(NUMBA_BOUNDSCHECK="1")
+    result = subprocess.run([sys.executable, "-c", BOUNDS], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 # ---- As an operator ---------------------------------------------------------------------------------------------------------------------------------------
 
-def test_operator_is_registered_rightly():
+@on_a_cpu
+def test_operator_is_registered_rightly(backend):
     *tensors, doc_start, _ = make_inputs(2, 70, 2, 4, 3)
     for decay, docs in ((tensors[3].requires_grad_(), doc_start), (None, None)):
-        arguments = (*(x.requires_grad_() for x in tensors[:3]), decay, docs, "chunked")
+        arguments = (*(x.requires_grad_() for x in tensors[:3]), decay, docs, backend)
         torch.library.opcheck(torch.ops.knotgpt.gated_linear_attention.default, arguments)
 
 
@@ -292,7 +385,7 @@ def test_keeps_inputs_and_chunk_states_only():
         gated_linear_attention(*tensors[:3], log_decay=tensors[3])
     storages = {x.untyped_storage().data_ptr(): x for x in kept}
     states = [x for pointer, x in storages.items() if pointer not in {y.untyped_storage().data_ptr() for y in tensors}]
-    assert [tuple(x.shape) for x in states] == [(7, 6, 8, 5)]
+    assert [tuple(x.shape) for x in states] == [(18, 5, 8) if has_cpu_loops() else (7, 6, 8, 5)]
 
 
 def test_flops_are_counted_on_any_device():
@@ -315,7 +408,7 @@ def test_flops_are_counted_on_any_device():
     (dict(doc_start=torch.zeros(9, dtype=torch.int32)), r"doc_start must be \(2, 9\)"),
     (dict(doc_start=torch.arange(9, dtype=torch.int32).flip(0).expand(2, 9)), r"0 <= doc_start\[b, t\] <= t, never falling"),
     (dict(key=torch.zeros(2, 9, 3, 4, device="meta")), r"key is on meta, value on cpu"),
-    (dict(backend="fast"), r"backend must be one of auto, reference, chunked, triton; got 'fast'"),
+    (dict(backend="fast"), r"backend must be one of auto, reference, chunked, loops, triton; got 'fast'"),
     (dict(backend="triton"), r"backend 'triton' needs CUDA tensors and Triton; got tensors on cpu: use 'chunked' or 'auto'"),
 ])
 def test_wrong_arguments_are_named(changes, message):

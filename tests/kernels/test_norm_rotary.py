@@ -55,11 +55,11 @@ def zero_heads():
 
 def assert_close(results, expected, relative_rms, dtype=torch.float32):
     """
-    Results in dtype against float64: within sums over a head's D channels in float32; in half precision y, which the
-    gradient is made of, and dx are rounded.
+    Results in dtype against float64: within sums over a head's D channels in float32, or float64 where it is dtype; in
+    half precision y, which the gradient is made of, and dx are rounded.
     """
-    tolerance = float_bound(expected[0].shape[-1], torch.float32)
-    if dtype != torch.float32:
+    tolerance = float_bound(expected[0].shape[-1], torch.promote_types(dtype, torch.float32))
+    if dtype.itemsize == 2:
         tolerance += rounding_bound(1, dtype)
     errors = [relative_rms(result, wide) for result, wide in zip(results, expected, strict=True)]
     assert all(result.dtype == dtype for result in results) and max(errors) < tolerance, errors
@@ -124,6 +124,37 @@ def test_compiled_reference_equals_eager(compiler, relative_rms):
     assert_close(run(inputs, "auto", torch.float32, function=compiled), run(inputs), relative_rms)
 
 
+# ---- The CPU's loops --------------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("B, T, H, D, P", [(2, 7, 3, 32, 8), (2, 7, 3, 32, 0), (3, 37, 5, 96, 24), (1, 1, 1, 2, 1), (1, 5, 2, 6, 3), (2, 9, 2, 14, 4)])
+def test_loops(B, T, H, D, P, dtype, relative_rms):
+    inputs = rounded(make_inputs(B, T, H, D, P), dtype, torch.promote_types(dtype, torch.float32))
+    with poisoned_memory():
+        results = run(inputs, "loops", dtype)
+    assert_close(results, run(inputs), relative_rms, dtype)
+
+
+def test_loops_gradient_is_that_of_any_tables(relative_rms):
+    """cos^2 + sin^2 is not 1."""
+    inputs = make_inputs()
+    inputs = rounded(inputs | dict(cosine=1.5 * inputs["cosine"] + 0.1), torch.float32)
+    assert_close(run(inputs, "loops", torch.float32), run(inputs), relative_rms)
+
+
+def test_loops_strides():
+    contiguous, *others = (run(make_inputs(), "loops", torch.float32, form=form) for form in FORMS.values())
+    assert all(torch.equal(result, expected) for results in others for result, expected in zip(results, contiguous, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_loops_keep_what_is_not_finite(value):
+    inputs = zero_heads()
+    inputs["x"][1, 3, 2, 5] = value
+    for result, expected in zip(run(inputs, "loops", torch.float32), run(inputs, dtype=torch.float32)):
+        assert torch.equal(result.isfinite(), expected.isfinite()) and not expected.isfinite().all()
+
+
 TABLE = torch.zeros(3, 2)
 
 
@@ -140,7 +171,7 @@ TABLE = torch.zeros(3, 2)
     (dict(cosine=TABLE.clone().requires_grad_()), "cosine gets no gradient"),
     (dict(sine=torch.zeros(3, 1)), "cosine and sine must have one shape"),
     (dict(eps=0.0), "eps must be above 0"),
-    (dict(backend="cuda"), "backend must be one of auto, reference, triton; got 'cuda'"),
+    (dict(backend="cuda"), "backend must be one of auto, reference, loops, triton; got 'cuda'"),
     (dict(backend="triton"), "backend 'triton' needs CUDA tensors"),
 ])
 def test_wrong_arguments(change, message):

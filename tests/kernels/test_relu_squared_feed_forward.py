@@ -121,6 +121,39 @@ def test_compiled_reference_equals_eager(compiler, relative_rms):
                  sums(inputs, torch.float32))
 
 
+# ---- The CPU's loops --------------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("N, D, H, D_out", [(1, 1, 1, 1), (7, 5, 33, 3), (129, 70, 257, 40)])
+def test_loops(N, D, H, D_out, dtype, relative_rms):
+    """In half precision the product, s, the gradient before it and the result are rounded; a square doubles the error of what it is made of."""
+    inputs = positive_if_one(make_inputs(N, D, H, D_out, dtype))
+    with poisoned_memory():
+        results = run(inputs, "loops", dtype)
+    assert all(x.dtype == dtype for x in results.values())
+    assert_close(results, run(inputs, "reference"), relative_rms, rounding_bound(4, dtype) if dtype.itemsize == 2 else sums(inputs, dtype))
+
+
+@pytest.mark.parametrize("needed", [("x",), ("fc",), ("proj",), ("x", "proj")])
+def test_loops_make_only_the_gradients_asked_for(needed, relative_rms):
+    inputs = make_inputs(7, 5, 33, 3)
+    assert_close(run(inputs, "loops", torch.float32, needed=needed), run(inputs, "reference", needed=needed), relative_rms, sums(inputs, torch.float32))
+
+
+def test_loops_strides_and_batches(relative_rms):
+    inputs = make_inputs(12, 5, 33, 3)
+    x, fc, proj = (inputs[name].T.contiguous().T for name in NAMES)
+    y = relu_squared_feed_forward(x.unflatten(0, (3, 4)), fc, proj, backend="loops")
+    assert y.shape == (3, 4, 3) and relative_rms(y.flatten(0, 1), run(inputs, "reference")["y"]) < float_bound(38, torch.float64)
+
+
+def test_loops_keep_nan():
+    inputs = make_inputs(6, 4, 8)
+    inputs["x"][2, 1] = float("nan")
+    results, expected = run(inputs, "loops", torch.float32), run(inputs, "reference", torch.float32)
+    assert all(torch.equal(results[name].isnan(), expected[name].isnan()) for name in expected) and expected["y"].isnan().any()
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(x=torch.zeros(0, 4)), r"x must be a tensor \(..., D\), not empty; got \(0, 4\)"),
     (dict(x=1.0), "x must be a tensor.*float"),
@@ -131,7 +164,7 @@ def test_compiled_reference_equals_eager(compiler, relative_rms):
     (dict(x=torch.zeros(3, 4, dtype=torch.int32)), "x must be bfloat16, float16, float32 or float64; got torch.int32"),
     (dict(fc=torch.zeros(6, 4).half()), "fc must have x's dtype and device, torch.float32 on cpu; got torch.float16 on cpu"),
     (dict(proj=torch.zeros(4, 6, device="meta")), "proj must have x's dtype and device.*on meta"),
-    (dict(backend="cuda"), "backend must be one of auto, reference, triton; got 'cuda'"),
+    (dict(backend="cuda"), "backend must be one of auto, reference, loops, triton; got 'cuda'"),
     (dict(backend="triton"), "backend 'triton' needs CUDA tensors"),
 ])
 def test_wrong_arguments(change, message):

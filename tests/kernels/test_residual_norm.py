@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.residual_norm import residual_norm, residual_norm_reference
+from kernels.residual_norm import residual_norm, residual_norm_reference, scaled_sum_norm
 from tests.errors import float_bound, rounding_bound
 from tests.kernels.poison import poisoned_memory
 
@@ -233,6 +233,86 @@ def test_leading_dimensions():
 def test_wrong_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         residual_norm(**dict(x=torch.zeros(3, 4), y=torch.zeros(3, 4)) | change)
+
+
+# ---- The CPU's loops: scaled_sum_norm ---------------------------------------------------------------------------------------------------------------------
+
+def scaled_inputs(N, D, scaled, dtype):
+    """dict(x, y, gz, gh, and scales if they are asked for), rows exact in dtype, scales in float32."""
+    inputs = rounded(make_inputs(N, D, None, False, False), dtype)
+    return inputs | (dict(scales=torch.tensor([0.75, -1.5], dtype=torch.float64)) if scaled else {})
+
+
+def run_scaled(inputs, backend, dtype=torch.float64, grads=("gz", "gh"), form=lambda x: x):
+    """{z, h, dx, dy, and dscales}"""
+    tensors = {name: form(inputs[name].to(dtype)).detach().requires_grad_() for name in ("x", "y")}
+    if "scales" in inputs:
+        tensors["scales"] = inputs["scales"].to(torch.promote_types(dtype, torch.float32)).detach().requires_grad_()
+    results = dict(zip(("z", "h"), scaled_sum_norm(**tensors, backend=backend)))
+    gradients = torch.autograd.grad([results[name[1]] for name in grads], list(tensors.values()), [form(inputs[name].to(dtype)) for name in grads])
+    return {name: x.detach() for name, x in (results | {"d" + name: d for name, d in zip(tensors, gradients)}).items()}
+
+
+def assert_scaled_close(results, expected, relative_rms, dtype):
+    """dscales are sums of N D numbers of both signs: their error counts against sqrt(N D) at least."""
+    N, D = expected["z"].shape
+    wide, roundings = torch.promote_types(dtype, torch.float32), rounding_bound(3, dtype) if dtype.itemsize == 2 else 0.0
+    for name in expected:
+        if name == "dscales":
+            error = (results[name].double() - expected[name]).norm() / expected[name].norm().clamp_min((N * D) ** 0.5)
+            assert error < float_bound(N * D, wide) + roundings
+        else:
+            assert results[name].dtype == dtype and relative_rms(results[name], expected[name]) < float_bound(D, wide) + roundings, name
+
+
+def test_scaled_sum_is_residual_norm(relative_rms):
+    """z is that of two equal gains of y, with a stream_scale."""
+    inputs = scaled_inputs(9, 20, True, torch.float64)
+    scale, gain = inputs["scales"]
+    z, h = residual_norm(inputs["x"], inputs["y"], gain, gain, None, scale, backend="reference")
+    found = scaled_sum_norm(inputs["x"], inputs["y"], inputs["scales"], backend="reference")
+    assert all(relative_rms(*pair) < float_bound(20, torch.float64) for pair in zip(found, (z, h)))
+    assert relative_rms(found[0], 0.75 * inputs["x"] - 1.5 * inputs["y"]) < float_bound(20, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("N, D", [(1, 1), (7, 33), (129, 128)])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_loops(scaled, N, D, dtype, relative_rms):
+    inputs = scaled_inputs(N, D, scaled, dtype)
+    with poisoned_memory():
+        results = run_scaled(inputs, "loops", dtype)
+    assert_scaled_close(results, run_scaled(inputs, "reference"), relative_rms, dtype)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("grads", [("gz",), ("gh",)])
+def test_loops_with_one_gradient(grads, scaled, relative_rms):
+    inputs = scaled_inputs(7, 33, scaled, torch.float32)
+    assert_scaled_close(run_scaled(inputs, "loops", torch.float32, grads), run_scaled(inputs, "reference", grads=grads), relative_rms, torch.float32)
+
+
+def test_loops_strides():
+    inputs = scaled_inputs(6, 16, True, torch.float32)
+    contiguous, *others = (run_scaled(inputs, "loops", torch.float32, form=form)
+                           for form in (lambda x: x, lambda x: x.T.contiguous().T, lambda x: torch.cat((x, x), 1)[:, :16]))
+    assert all(torch.equal(results[name], contiguous[name]) for results in others for name in contiguous)
+
+
+def test_loops_keep_what_is_not_finite():
+    inputs = scaled_inputs(6, 8, True, torch.float32)
+    inputs["x"][2, 1], inputs["y"][4, 0], inputs["x"][0] = float("nan"), float("inf"), 0.0
+    results, expected = (run_scaled(inputs, backend, torch.float32) for backend in ("loops", "reference"))
+    assert all(torch.equal(results[name].isfinite(), expected[name].isfinite()) for name in expected) and not expected["z"].isfinite().all()
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(y=torch.zeros(3, 5)), "y must have x's shape"), (dict(scales=torch.zeros(3)), r"scales must be None or a tensor of shape \(2,\); got \(3,\)"),
+    (dict(backend="cuda"), "backend must be one of"), (dict(eps_norm=0.0), "eps_norm must be above 0"),
+    (dict(x=torch.zeros(3, 4, device="meta"), y=torch.zeros(3, 4, device="meta"), backend="loops"), "backend 'loops' needs tensors on a CPU")])
+def test_scaled_sums_wrong_arguments(change, message):
+    with pytest.raises(ValueError, match=message):
+        scaled_sum_norm(**dict(x=torch.zeros(3, 4), y=torch.zeros(3, 4), scales=torch.ones(2)) | change)
 
 
 # ---- Triton, interpreted ------------------------------------------------------------------------------------------------------------------------------------

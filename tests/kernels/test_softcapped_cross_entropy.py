@@ -101,6 +101,56 @@ def test_compiled_reference_equals_eager(compiler, relative_rms):
     assert_close(results, expected, relative_rms, float32_bounds(inputs, expected))
 
 
+# ---- The CPU's loops --------------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0, 15.0, 100.0])
+@pytest.mark.parametrize("N, D, V, std, chunk", [(2, 1, 3, 1.0, 4096), (9, 20, 33, 3.0, 4), (65, 32, 264, 3.0, 4096), (40, 16, 1000, 30.0, 7)])
+def test_loops(N, D, V, std, chunk, softcap, relative_rms):
+    inputs = make_inputs(N, D, V, torch.float32, std)
+    with poisoned_memory():
+        results = run(inputs, "loops", torch.float32, softcap=softcap, chunk=chunk)
+    expected = run(inputs, "reference", softcap=softcap)
+    assert_close(results, expected, relative_rms, float32_bounds(inputs, expected, softcap))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loops_in_half_precision(dtype, relative_rms):
+    inputs = make_inputs(40, 32, 65, dtype, std=1.0)
+    results = run(inputs, "loops", dtype, weight_dtype=torch.float32)
+    assert [results[name].dtype for name in ("loss", "dx", "dweight")] == [torch.float32, dtype, torch.float32]
+    assert_close(results, run(inputs, "reference"), relative_rms, rounding_bound(4, dtype))
+
+
+def test_loops_without_gradients_and_with_one(relative_rms):
+    inputs = make_inputs(9, 20, 33, torch.float32)
+    x, weight, expected = inputs["x"].float(), inputs["weight"].float(), run(inputs, "reference")
+    tolerances = float32_bounds(inputs, expected)
+    assert relative_rms(softcapped_cross_entropy(x, weight, inputs["targets"], backend="loops"), expected["loss"]) < tolerances["loss"]
+    loss = softcapped_cross_entropy(x, weight.requires_grad_(), inputs["targets"], backend="loops")
+    assert relative_rms(torch.autograd.grad(3 * loss, weight)[0], expected["dweight"]) < tolerances["dweight"]
+
+
+@pytest.mark.parametrize("softcap", [0.0, 15.0])
+def test_loops_keep_nan(softcap):
+    inputs = make_inputs(6, 4, 8)
+    inputs["x"][2, 1] = float("nan")
+    results, expected = (run(inputs, backend, torch.float32, softcap=softcap) for backend in ("loops", "reference"))
+    assert all(torch.equal(results[name].isnan(), expected[name].isnan()) for name in expected) and expected["loss"].isnan()
+
+
+@pytest.mark.parametrize("target", [-1, 8, 2**40])
+def test_loops_read_no_target_outside(target):
+    inputs = make_inputs(6, 4, 8)
+    inputs["targets"][3] = target
+    results = run(inputs, "loops", torch.float32)
+    assert results["loss"].isnan() and results["dx"].isfinite().all()
+
+
+def test_loops_have_no_float64():
+    with pytest.raises(ValueError, match="backend 'loops' has no float64"):
+        run(make_inputs(3, 4, 5), "loops")
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(x=torch.zeros(0, 4)), r"x must be a tensor \(N, D\), not empty; got \(0, 4\)"),
     (dict(x=torch.zeros(1, 3, 4)), r"x must be a tensor \(N, D\)"),
@@ -114,7 +164,7 @@ def test_compiled_reference_equals_eager(compiler, relative_rms):
     (dict(softcap=float("nan")), "softcap must be finite"),
     (dict(chunk=0), "chunk must be a whole number of tokens, at least 1; got 0"),
     (dict(chunk=1.5), "chunk must be a whole number"),
-    (dict(backend="cuda"), "backend must be one of auto, reference, triton; got 'cuda'"),
+    (dict(backend="cuda"), "backend must be one of auto, reference, loops, triton; got 'cuda'"),
     (dict(backend="triton"), "backend 'triton' needs CUDA tensors"),
     (dict(backend="reference", fp8=True), "fp8 needs backend 'triton'"),
     (dict(fp8=True), "fp8 needs a GPU of compute capability 8.9 or newer; got tensors on cpu"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train_gpt, variants
-from benchmarks.timing import triton_is_fastest
+from benchmarks.timing import is_fastest, verdict
 from tests.errors import float_bound, perturbed
 
 ALL = "fused_kernels"
@@ -60,16 +60,19 @@ def test_the_same_losses(kernel, ten_steps):
 
 def test_every_kernel_is_called(monkeypatch):
     module, called = variants.load(ALL), []
-    for name in ("relu_squared_feed_forward", "softcapped_cross_entropy", "norm_rotary", "symmetric_product", "embedding_lookup"):
+    for name in ("relu_squared_feed_forward", "softcapped_cross_entropy", "norm_rotary", "symmetric_product", "embedding_lookup", "scaled_sum_norm", "nesterov",
+                 "normalised_step", "adam_step"):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *given, name=name, function=function, **options: called.append(name) or function(*given, **options))
     losses_of((ALL,), steps=1)
     assert {name: called.count(name) for name in set(called)} == dict(
-        relu_squared_feed_forward=4, softcapped_cross_entropy=1, norm_rotary=8, symmetric_product=2 * 5 * len(MUON_BUCKETS), embedding_lookup=1)
+        relu_squared_feed_forward=4, softcapped_cross_entropy=1, norm_rotary=8, symmetric_product=2 * 5 * len(MUON_BUCKETS), embedding_lookup=1,
+        scaled_sum_norm=8, nesterov=len(MUON_BUCKETS), normalised_step=len(MUON_BUCKETS), adam_step=ADAM_BUCKETS)
 
+ADAM_BUCKETS = 3  # embeddings, the head, scalars and gates
 MUON_BUCKETS = ((32, 32), (64, 32), (32, 64))  # q k v o; fc; proj
 
-@pytest.mark.parametrize("given", [dict(qk_norm=False), dict(rope="none"), dict(logit_softcap=0.0)])
+@pytest.mark.parametrize("given", [dict(qk_norm=False), dict(rope="none"), dict(logit_softcap=0.0), dict(x0_skip=False), dict(normuon_beta2=0.0)])
 def test_without_the_parts_it_fuses(given):
     assert losses_of((ALL,), steps=5, **given) == baseline(steps=5, **given)
 
@@ -89,7 +92,7 @@ def test_replaced_tables_are_left_alone(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn, "Embedding", Doubled.__base__)
         assert losses_of((), steps=3) != plain
-    assert losses_of((f"{ALL}:feed_forward=off,cross_entropy=off,muon=off,rotary=off",), steps=3) == plain
+    assert losses_of((f"{ALL}:feed_forward=off,cross_entropy=off,muon=off,rotary=off,residual=off,optimizer=off",), steps=3) == plain
 
 def test_collisions():
     config = train_gpt.make_config(SMALL)
@@ -103,7 +106,7 @@ def test_auto_needs_a_measured_win(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    auto = dict(feed_forward="auto", cross_entropy="auto", muon="auto", rotary="auto", embedding="auto")
+    auto = dict.fromkeys(module.KERNELS, "auto")
     write = lambda name, **facts: (tmp_path / f"{name}.json").write_text(json.dumps(facts))
     with pytest.raises(ValueError, match="no kernel is on: .* has no win on this device"):
         module.Options(**auto)
@@ -111,8 +114,27 @@ def test_auto_needs_a_measured_win(monkeypatch, tmp_path):
     write("norm_rotary-nvidia-h100", capability=[9, 0], triton_is_fastest=False)
     write("symmetric_product-nvidia-h100", capability=[9, 0], triton_is_fastest=True)
     options = module.Options(**auto)
-    assert [getattr(options, name) for name in module.KERNELS] == ["off", "off", "on", "off", "off"]
+    assert [name for name in module.KERNELS if getattr(options, name) == "on"] == ["muon"]
     write("symmetric_product-nvidia-h100-quick", capability=[9, 0], triton_is_fastest=False)
+    with pytest.raises(ValueError, match="no kernel is on"):
+        module.Options(**auto)
+
+def test_auto_on_a_cpu_needs_a_win_of_the_loops_on_every_one(monkeypatch, tmp_path):
+    module = variants.load(ALL)
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    auto = dict.fromkeys(module.KERNELS, "auto")
+    write = lambda name, **facts: (tmp_path / f"{name}.json").write_text(json.dumps(facts))
+    write("symmetric_product-nvidia-h100", capability=[9, 0], triton_is_fastest=True)
+    write("embedding_lookup-amd", capability=None, triton_is_fastest=False)  # of before there were loops: it says nothing about them
+    with pytest.raises(ValueError, match="no kernel is on"):
+        module.Options(**auto)
+    for name in ("norm_rotary", "residual_norm"):
+        write(f"{name}-amd", capability=None, loops_are_fastest=True)
+    write("residual_norm-intel", capability=None, loops_are_fastest=False)
+    options = module.Options(**auto)
+    assert [name for name in module.KERNELS if getattr(options, name) == "on"] == ["rotary"]
+    monkeypatch.setattr(module, "has_cpu_loops", lambda: False)
     with pytest.raises(ValueError, match="no kernel is on"):
         module.Options(**auto)
 
@@ -123,10 +145,24 @@ def test_fp8_without_its_kernel():
 def test_what_is_fastest():
     rows = [dict(N=n, arm=arm, what=what, median=ms) for n in (1, 2) for arm, what, ms in (
         ("triton", "forward", 5.0), ("triton", "forward + backward", 3.0), ("reference", "forward + backward", 4.0), ("copy", "forward + backward", 1.0))]
-    assert triton_is_fastest(rows, ("N",))
-    assert not triton_is_fastest(rows + [dict(N=2, arm="compiled", what="forward + backward", median=2.9)], ("N",))
-    assert not triton_is_fastest(rows + [dict(N=3, arm="triton", what="check", fault="wrong"), dict(N=3, arm="reference", what="forward + backward", median=9.0)], ("N",))
-    assert not triton_is_fastest([row for row in rows if row["arm"] == "triton"], ("N",)) and not triton_is_fastest([], ("N",))
+    assert is_fastest("triton", rows, ("N",))
+    assert not is_fastest("triton", rows + [dict(N=2, arm="compiled", what="forward + backward", median=2.9)], ("N",))
+    assert not is_fastest("triton", rows + [dict(N=3, arm="triton", what="check", fault="wrong"), dict(N=3, arm="reference", what="forward + backward", median=9.0)], ("N",))
+    assert not is_fastest("triton", [row for row in rows if row["arm"] == "triton"], ("N",)) and not is_fastest("triton", [], ("N",))
+
+def test_on_a_cpu_compiled_arms_do_not_compete():
+    rows = [dict(N=1, arm=arm, what="step", median=ms) for arm, ms in (("loops", 3.0), ("trainer", 4.0), ("trainer, compiled", 2.0), ("copy", 1.0))]
+    assert verdict(torch.device("cpu"), rows, ("N",), ("copy",)) == dict(loops_are_fastest=True)
+    assert verdict(torch.device("cpu"), rows + [dict(N=1, arm="reference", what="step", median=2.9)], ("N",), ("copy",)) == dict(loops_are_fastest=False)
+
+def test_compiled_blocks_have_the_same_losses():
+    """Whole graphs with the loops in them; no C++ compiler is needed."""
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function, **options: function)
+        compile_part = torch.nn.Module.compile
+        patch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_part(self, backend="aot_eager", **options))
+        assert losses_of((ALL,), steps=3, mode="blocks") == baseline(steps=3)
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
