@@ -1,14 +1,15 @@
 """
-Vectors of 8 numbers for Numba's loops: what the compiler is told to do at once, it need not find out.
+Vectors of 8 numbers for Numba's loops: the compiler is told which numbers to work on at once, and need not find out.
 
-Numba's loops over arrays are vectorised only where the compiler can prove that they may be: indices that could be negative (Numba lets them wrap around), arrays
-that could overlap and maxima of numbers that could be NaN are each enough to stop it. A row of D numbers, D a multiple of 8, is read and written here by
-load and store, without any of that, and stays in registers between.
+The compiler vectorises a loop over arrays only where it can prove that it may. Each of these is enough to stop it:
+indices that could be negative (Numba lets them wrap around), arrays that could overlap, and maxima of numbers that
+could be NaN. Here load and store read and write a row of D numbers, D a multiple of 8, without any of that, and the
+numbers stay in registers between.
 
     Vector      8 float32 or 8 float64; + - * and the functions below take two vectors of one type
-    load, store at an index of a one-dimensional contiguous array: no wrap-around; tested with NUMBA_BOUNDSCHECK=1
+    load, store at an index of a one-dimensional contiguous array: no wrap-around; NUMBA_BOUNDSCHECK=1 checks the index
     splat       a scalar in all 8 places                    madd        a b + c
-    total       the sum of the 8 numbers                    largest     the larger of each pair, the second where one is NaN
+    total       the sum of the 8 numbers                    largest     the larger of each pair; of NaN, the second
     peak        the largest of the 8 numbers, NaN aside
     exp2        2^x, as loops.exp2_f32 for float32          distance    |a - b|
     cast        to an array's dtype                         select      x where a > b, else y
@@ -63,7 +64,8 @@ def _load(typing, x, i):
 def _store(typing, x, i, v):
     def generate(context, builder, signature, arguments):
         array, index, vector = arguments
-        builder.store(vector, _pointer(context, builder, signature.args[0], array, index), align=_bytes(signature.args[0]))
+        pointer = _pointer(context, builder, signature.args[0], array, index)
+        builder.store(vector, pointer, align=_bytes(signature.args[0]))
         return context.get_dummy_value()
     return types.void(x, types.intp, Vector(x.dtype)), generate
 
@@ -87,15 +89,18 @@ load, store = (_checked_load, _checked_store) if BOUNDSCHECK else (_load, _store
 
 @intrinsic
 def splat(typing, x):
+    """Returns the vector with x in all 8 places."""
     def generate(context, builder, signature, arguments):
         vector = ir.VectorType(arguments[0].type, WIDTH)
-        first = builder.insert_element(ir.Constant(vector, ir.Undefined), arguments[0], ir.Constant(ir.IntType(32), 0))
-        return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH))
+        undefined = ir.Constant(vector, ir.Undefined)
+        first = builder.insert_element(undefined, arguments[0], ir.Constant(ir.IntType(32), 0))
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH)
+        return builder.shuffle_vector(first, undefined, zeros)
     return Vector(x)(x), generate
 
 
 def _pairwise(name, build):
-    """An intrinsic of two vectors of one type; build(builder, a, b) makes its instructions."""
+    """Returns an intrinsic of two vectors of one type; build(builder, a, b) makes its instructions."""
     def typed(typing, a, b):
         if not isinstance(a, Vector) or a != b:
             return None
@@ -105,10 +110,11 @@ def _pairwise(name, build):
 
 
 def _call(builder, name, *vectors):
-    """LLVM's function of vectors of one type."""
+    """Calls LLVM's function `name` of vectors of one type, which returns another."""
     kind = vectors[0].type
     element = "f32" if isinstance(kind.element, ir.FloatType) else "f64"
-    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * len(vectors)), f"llvm.{name}.v{WIDTH}{element}")
+    signature = ir.FunctionType(kind, [kind] * len(vectors))
+    function = cgutils.get_or_insert_function(builder.module, signature, f"llvm.{name}.v{WIDTH}{element}")
     return builder.call(function, vectors, fastmath=FLAGS)
 
 
@@ -137,7 +143,7 @@ _operate(operator.mul, _multiply)
 
 @intrinsic
 def madd(typing, a, b, c):
-    """a b + c"""
+    """Returns a b + c."""
     if not a == b == c:
         return None
     return a(a, b, c), lambda context, builder, signature, arguments: _call(builder, "fmuladd", *arguments)
@@ -145,7 +151,7 @@ def madd(typing, a, b, c):
 
 @intrinsic
 def select(typing, a, b, x, y):
-    """x where a > b, else y"""
+    """Returns x where a > b, else y."""
     def generate(context, builder, signature, arguments):
         a, b, x, y = arguments
         return builder.select(builder.fcmp_ordered(">", a, b), x, y)
@@ -153,14 +159,18 @@ def select(typing, a, b, x, y):
 
 
 def _reduction(name, arguments):
-    """An intrinsic that makes one number of 8 by LLVM's reduction of this name; arguments(kind): what it takes before the vector."""
+    """
+    Returns an intrinsic that makes one number of 8 by LLVM's reduction of this name. arguments(element) makes what the
+    reduction takes before the vector.
+    """
     def typed(typing, a):
         def generate(context, builder, signature, vectors):
             kind = vectors[0].type
             before = arguments(kind.element)
             element = "f32" if isinstance(kind.element, ir.FloatType) else "f64"
-            function_type = ir.FunctionType(kind.element, [x.type for x in before] + [kind])
-            function = cgutils.get_or_insert_function(builder.module, function_type, f"llvm.vector.reduce.{name}.v{WIDTH}{element}")
+            signature = ir.FunctionType(kind.element, [x.type for x in before] + [kind])
+            symbol = f"llvm.vector.reduce.{name}.v{WIDTH}{element}"
+            function = cgutils.get_or_insert_function(builder.module, signature, symbol)
             return builder.call(function, [*before, vectors[0]], fastmath=FLAGS)
         return a.dtype(a), generate
     typed.__name__ = name
@@ -179,7 +189,7 @@ def _narrow(typing, a):
 
 
 def cast(a, array):
-    """The vector a in array's dtype, which is a's own or narrower."""
+    """Returns the vector a in array's dtype, which is a's own or a narrower one."""
     raise NotImplementedError("only within Numba's loops")
 
 
@@ -197,11 +207,12 @@ def _floor(typing, a):
 
 @intrinsic
 def _power(typing, a):
-    """2^a of whole float32 numbers from -127 (taken as 0) to 128 (infinity), by the exponent's bits."""
+    """Returns 2^a of whole float32 numbers by the exponent's bits: from a = -127, which gives 0, to 128, infinity."""
     def generate(context, builder, signature, arguments):
         integers = ir.VectorType(ir.IntType(32), WIDTH)
         whole = builder.fptosi(arguments[0], integers)
-        bits = builder.shl(builder.add(whole, ir.Constant(integers, [127] * WIDTH)), ir.Constant(integers, [23] * WIDTH))
+        biased = builder.add(whole, ir.Constant(integers, [127] * WIDTH))
+        bits = builder.shl(biased, ir.Constant(integers, [23] * WIDTH))
         return builder.bitcast(bits, arguments[0].type)
     return a(a), generate
 
@@ -213,7 +224,7 @@ def _exp2_f64(typing, a):
 
 @intrinsic
 def _or_nan(typing, a, b):
-    """b, but NaN where a is."""
+    """Returns b, but NaN where a is NaN."""
     def generate(context, builder, signature, arguments):
         a, b = arguments
         return builder.select(builder.fcmp_ordered("ord", a, a), b, a)
@@ -222,10 +233,14 @@ def _or_nan(typing, a, b):
 
 @inner_loop
 def _exp2_f32(x):
+    """Returns 2^x as loops.exp2_f32 does."""
+    # x = whole + f, within bounds
     bounded = largest(x, splat(np.float32(-127.0)))
     bounded = select(bounded, splat(np.float32(128.0)), splat(np.float32(128.0)), bounded)
     whole = _floor(bounded + splat(np.float32(0.5)))
     f = bounded - whole
+
+    # 2^f
     p = splat(np.float32(1.5403530393381609e-4))
     p = madd(p, f, splat(np.float32(1.3333558146428443e-3)))
     p = madd(p, f, splat(np.float32(9.618129107628477e-3)))
@@ -237,7 +252,7 @@ def _exp2_f32(x):
 
 
 def exp2(x):
-    """2^x of a vector."""
+    """Returns 2^x of a vector."""
     raise NotImplementedError("only within Numba's loops")
 
 

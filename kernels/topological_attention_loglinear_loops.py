@@ -1,26 +1,50 @@
 """
-Topological attention, backend "loglinear" on a CPU: the exact O(T log T) sums of topological_attention_loglinear.py as compiled loops, without a large tensor.
+Topological attention, backend "loglinear" on a CPU: the exact O(T log T) sums of topological_attention_loglinear.py as
+compiled loops, without a large tensor.
 
-A row is one head of one sequence. Its tokens lie in chunks of CHUNK; pairs inside a chunk are a dense tile of scores. Then nodes of s = CHUNK, 2 CHUNK, ... tokens:
-the keys of the left one of each pair act on the queries of the right one. A node has one list of its keys and its queries, sorted by coordinate, where a key
-comes before the queries that equal it; the lists of two nodes are merged, and one walk through the result gives the sources (left keys) in order and for every
-target (right query) its rank r, how many sources are at or below it. With potentials p_j = b_j + G_j and q_j = -b_j + G_j of the sources, G_j = c_j - F_j,
+A row is one head of one sequence. Its tokens lie in chunks of CHUNK; pairs inside a chunk are a dense tile of scores.
+Then come nodes of s = CHUNK, 2 CHUNK, ... tokens: the keys of the left node of each pair act on the queries of the
+right one. A node has one list of its keys and its queries, sorted by coordinate, where a key comes before the queries
+that equal it. The lists of two nodes are merged, and one walk through the result gives the sources (left keys) in
+order and, for every target (right query), its rank r: the number of sources at or below it. With the potentials
+p_j = b_j + G_j and q_j = -b_j + G_j of the sources, where G_j = c_j - F_j,
     U_r = sum over the first r sources of 2^(p_j - y_r) [v_j, 1]       y_r their largest p
     V_r = sum over the others of 2^(q_j - z_r) [v_j, 1]                z_r their largest q
-are tables of rows of D + 1 numbers, each made from its neighbour, and a target reads one row of both: 2^(y_r - a_i + F_i) U_r + 2^(z_r + a_i + F_i) V_r.
-Sources go through in blocks whose tables stay in the second-level cache; before the first block of several, one walk down gives the V that each begins with.
-Every exponent is a difference of float64 numbers and lies below the row's largest so far, by which the sums are scaled. Coordinates, decays and biases are
-times log2(e) here. Rows narrower or wider than a multiple of 8 numbers are padded by the caller.
+are tables of rows of D + 1 numbers. Each row is made from its neighbour, and a target reads one row of both tables:
+    2^(y_r - a_i + F_i) U_r + 2^(z_r + a_i + F_i) V_r
+Sources go through in blocks whose tables stay in the second-level cache. Where there are several blocks, one walk down
+all sources first gives the V that each block begins with.
 
-Backward, with P_ij = 2^(s_ij - L_i), L_i = M_i + log2 Z_i, u_i = dOut_i, delta_i = u_i . out_i, E_ij = P_ij (u_i . v_j - delta_i), whose sums over j vanish:
-    da_i = -2 sum over b_j <= a_i of E_ij + sum over b_j = a_i of E_ij         from U alone, read as a product of rows
-    dv_j = sum_i P_ij u_i, dc_j = sum_i E_ij, db_j = sum_i sgn(a_i - b_j) E_ij     the same tables of [u_i, delta_i], targets and sources changing places
-Equal coordinates are summed once more, by themselves, where there are any.
+Every exponent is a difference of float64 numbers. It is at most 0, because sums are scaled by their largest term so
+far. Inside this file coordinates, decays and biases are multiplied by log2(e). The caller pads rows to a multiple
+of 8 numbers.
 
-Work for a token of a row and level: 3 D multiply-adds forward, 5 D backward; 2 steps of a merge; 4 exponentials forward, in vectors. Memory: about 100 bytes a token of
-the rows that are worked on at once, GROUP_TOKENS or one row, and a table a thread. Results are equal bit for bit whatever the number of threads.
+Backward, with P_ij = 2^(s_ij - L_i), L_i = M_i + log2 Z_i, u_i = dOut_i, delta_i = u_i . out_i and
+E_ij = P_ij (u_i . v_j - delta_i):
+    da_i = sum over b_j > a_i of E_ij - sum over b_j < a_i of E_ij     from V and U of [v_j, 1]
+    db_j = sum over a_i > b_j of E_ij - sum over a_i < b_j of E_ij     from V and U of [u_i, delta_i]
+    dv_j = sum_i P_ij u_i                                              from the same tables
+    dc_j = sum_i E_ij                                                  from the same tables
+For keys, targets and sources change places. Both tables are read, and equal coordinates are on neither side: where a
+node has such pairs, each table is read with its own ranks, and the pairs' parts of dv and dc are summed by themselves.
+So a distance of 0 has exactly no derivative.
 
-Source: the algorithm is ours; merging sorted halves: merge sort; rows kept with the exponent of their maximum: Milakov and Gimelshein, arxiv.org/abs/1805.02867
+Work: a level costs a token of a row 2 (D + 1) multiply-adds forward and 5 (D + 1) backward, 2 steps of a merge, and
+forward about 4 exponentials, which are computed in vectors.
+
+Tasks: a short row goes through all its steps in one task, if it is at most SUBTREE tokens long, or at most WHOLE_ROW
+where there are rows enough for all threads. Longer rows go step by step, some rows at a time, and the threads share
+each step; loops.run_stages runs the tasks. Where a sequence has several heads, a row's numbers are packed: they are
+copied to an array where they lie one after another. Results are equal bit for bit whatever the number of threads.
+
+Numbers that are not finite give NaN where the reference gives NaN, but for a NaN among the values of a key that weighs
+less than NEGLIGIBLE: such rows are not read. Inside a tile 0 times NaN is NaN, as in the reference.
+
+Memory: about 100 bytes for each token of the rows that are worked on at once (GROUP_TOKENS tokens, or one longer row,
+or a short row a thread), the packed rows, and tables for each thread.
+
+Source: the algorithm is ours; merging sorted halves is merge sort's; rows kept with the exponent of their maximum are
+Milakov and Gimelshein's, arxiv.org/abs/1805.02867
 """
 
 from typing import NamedTuple
@@ -33,20 +57,30 @@ from kernels.topological_attention_reference import LOG2_E, LOWEST
 from kernels.simd import cast, distance, exp2, largest, load, madd, select, splat, store, total
 
 SUBTREE_LEVELS = 4
-SUBTREE = CHUNK << SUBTREE_LEVELS   # tokens that one thread takes through all their levels: they stay in the second-level cache
+SUBTREE = CHUNK << SUBTREE_LEVELS   # tokens that one thread takes through their levels: they stay in its cache
 WHOLE_ROW = 2048        # tokens of the longest row that one thread takes by itself where there are rows enough
 GROUP_TOKENS = 1 << 13  # tokens of the rows that are worked on at once, unless one row has more
 TABLE = 1 << 14         # numbers of a table of rows
-NEGLIGIBLE = 2.0 ** -80
+NEGLIGIBLE = 2.0 ** -80     # a weight below which a target does not read a row
 
 POSITION = (1 << 30) - 1    # of an item in a list: code << 32 | is_query << 30 | position
 
-FORWARD, QUERY_GRADIENT, KEY_GRADIENT = 0, 1, 2                 # what targets read
-UP, DOWN, BOTH = 1, 2, 3                                        # and from which tables: U, V or both
-# kinds of stages: the upper triangles of a window come after all lower ones, as they make gradients of another block's keys
+# what targets read
+FORWARD = 0
+QUERY_GRADIENT = 1
+KEY_GRADIENT = 2
+
+# from which tables they read it: U, V or both
+UP = 1
+DOWN = 2
+BOTH = 3
+
+# The kinds of steps. The upper triangles of a window come after all its lower ones, because they make gradients of
+# another block's keys.
 SUM_DECAYS, BEGIN, END, DECAY_GRADIENTS, LOWER, UPPER, SCAN, SCAN_UPPER, LEVEL = range(9)
 _lanes = np.arange(8)
-TRIANGLES = np.stack((_lanes >= _lanes[:, None], _lanes < _lanes[:, None])).astype(np.float64).ravel()  # of [key, query]: at or after, before
+# of [key, query]: 1 where the query is at or after the key, and then 1 where it is before the key
+TRIANGLES = np.stack((_lanes >= _lanes[:, None], _lanes < _lanes[:, None])).astype(np.float64).ravel()
 
 
 class Matrix(NamedTuple):
@@ -57,7 +91,7 @@ class Matrix(NamedTuple):
 
 
 class Side(NamedTuple):
-    """The keys or the queries of a row, by position."""
+    """The keys or the queries of a row. Arrays are indexed by position."""
     coordinate: np.ndarray      # float64
     bias: np.ndarray            # float64: what a source adds to its potential, a target to its scores
     unit: np.ndarray            # the number beside the D of each row: 1 of keys, delta of queries
@@ -65,7 +99,7 @@ class Side(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What a pass makes, by position."""
+    """The sums that a pass makes for a row. Arrays are indexed by position."""
     highest: np.ndarray         # float64: M, the largest score so far; backward unused
     normalizer: np.ndarray      # Z so far; backward da
     key_gradient: np.ndarray    # db
@@ -74,7 +108,7 @@ class Sums(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A thread's own arrays. A block is the sources whose tables are made at a time."""
+    """A thread's own arrays. A block is a number of sources whose tables are made at one time."""
     source: np.ndarray          # (T + 8) int32: positions of sources in order
     target: np.ndarray          # (T + 8) int32: positions of targets in order
     rank: np.ndarray            # (T + 8) int32: of targets
@@ -84,10 +118,10 @@ class Work(NamedTuple):
     table: np.ndarray           # (2, (block + 1) (D + 1)): U and V
     carried: np.ndarray         # ((blocks + 1) (D + 1)): V at the ends of blocks
     carried_potential: np.ndarray   # (blocks + 1) float64
-    chunk: np.ndarray           # (5, CHUNK) float64, of a chunk's queries: coordinate, bias, document, M, what is kept of the sums
-    chunk_sums: np.ndarray      # (3, CHUNK): of a chunk's queries: Z or da, what is kept of the rows, delta
+    chunk: np.ndarray           # (5, CHUNK) float64, of a chunk's queries: coordinate, bias, document, M; one unused
+    chunk_sums: np.ndarray      # (3, CHUNK), of a chunk's queries: Z or da, what is kept of the rows, delta
     tile: np.ndarray            # (CHUNK CHUNK): weights of [key, query]
-    triangles: np.ndarray       # (2, 8, 8) float64, flat: 1 where the lane, a query, is the row's, a key's, or after it; and where it is before it
+    triangles: np.ndarray       # (2, 8, 8) float64, flat: TRIANGLES
     columns: np.ndarray         # (D CHUNK): u of a chunk's queries by columns
 
 
@@ -96,7 +130,7 @@ class Work(NamedTuple):
 
 @inner_loop
 def _mix(y, i, keep, x, j, add, D):
-    """y_i = keep y_i + add x_j, D numbers each from i and j on."""
+    """y_i = keep y_i + add x_j, where a row is D numbers that begin at index i or j."""
     keep_all, add_all = splat(keep), splat(add)
     for d in range(0, D, 8):
         store(y, i + d, madd(keep_all, load(y, i + d), add_all * load(x, j + d)))
@@ -104,7 +138,7 @@ def _mix(y, i, keep, x, j, add, D):
 
 @inner_loop
 def _next_row(table, to, by, keep, x, j, add, D):
-    """table_to = keep table_by + add x_j"""
+    """table_to = keep table_by + add x_j, where a row is D numbers that begin at that index."""
     keep_all, add_all = splat(keep), splat(add)
     for d in range(0, D, 8):
         store(table, to + d, madd(keep_all, load(table, by + d), add_all * load(x, j + d)))
@@ -112,19 +146,21 @@ def _next_row(table, to, by, keep, x, j, add, D):
 
 @inner_loop
 def _copy(y, i, x, j, count):
-    """y[i:i + count] = x[j:j + count]; an assignment of slices takes Numba seconds to compile."""
+    """Copies x[j:j + count] to y[i:i + count]. Numba takes seconds to compile an assignment of slices."""
     for k in range(count):
         y[i + k] = x[j + k]
 
 
 @inner_loop
 def _copy_row(y, i, x, j, D):
+    """Copies the D numbers of x from j on to y from i on."""
     for d in range(0, D, 8):
         store(y, i + d, load(x, j + d))
 
 
 @inner_loop
 def _dot(x, i, y, j, D):
+    """Returns the dot product of D numbers of x from i on and D numbers of y from j on."""
     sums = load(x, i) * load(y, j)
     for d in range(8, D, 8):
         sums = madd(load(x, i + d), load(y, j + d), sums)
@@ -134,10 +170,12 @@ def _dot(x, i, y, j, D):
 @inner_loop
 def _add_products(to, r, count, keep, weights, at, to_step, by_step, by, first, last, D):
     """
-    Rows r, r + 1, ... (count, at most 4) of to: keep_r to_r + sum over x from first to last of weights[at + k to_step + (x - first) by_step] by_x; with no keep
-    the sum alone. Four sums at a time stay in registers; weights must be there for all four.
+    Makes `count` rows of `to`, at most 4, from row r on. Row r + k becomes
+        keep_k to_(r + k) + sum over x = first .. last - 1 of weights[at + k to_step + (x - first) by_step] by_x
+    or the sum alone where keep is None. Four sums at a time stay in registers, so weights must be there for all four.
     """
     for d in range(0, D, 8):
+        # the sums of 8 columns
         y0 = splat(weights.dtype.type(0))
         y1 = y0
         y2 = y0
@@ -150,6 +188,8 @@ def _add_products(to, r, count, keep, weights, at, to_step, by_step, by, first, 
             y2 = madd(splat(weights[w + 2 * to_step]), row, y2)
             y3 = madd(splat(weights[w + 3 * to_step]), row, y3)
             w += by_step
+
+        # the sums go to their rows
         i = to.base + r * to.step + d
         for k in range(count):
             y = y0
@@ -169,7 +209,8 @@ def _add_products(to, r, count, keep, weights, at, to_step, by_step, by, first, 
 
 @called_loop
 def _merge(x, y, to):
-    """The sorted lists x and y into to, without a branch that depends on their contents."""
+    """Merges the sorted lists x and y into `to`, without a branch that depends on their contents."""
+    # the smaller of the two first items, until one list is used up
     i = j = k = 0
     while i < x.shape[0] and j < y.shape[0]:
         a, b = x[i], y[j]
@@ -178,6 +219,8 @@ def _merge(x, y, to):
         i += np.int64(first)
         j += np.int64(not first)
         k += 1
+
+    # the rest of the other list
     for rest in range(i, x.shape[0]):
         to[k] = x[rest]
         k += 1
@@ -189,26 +232,34 @@ def _merge(x, y, to):
 @called_loop
 def _sort_runs(codes, first, last, is_query, items, other, at):
     """
-    The sorted items of the positions first .. last - 1, from items[at] on; `other` is as long. Codes are int32 numbers in the order of the coordinates, equal
-    where those are. Places in runs of 16 are counted, not sought; a chunk has two runs.
+    Writes the sorted items of the positions first .. last - 1 to `items`, from index `at` on. The array `other`, which
+    is as long, is overwritten. Codes are int32 numbers in the order of the coordinates, equal where those are equal.
+    Inside a run of 16 items the place of each is the number of smaller ones. A chunk has two runs, which are merged.
     """
     for start in range(first, last, 16):
         end = min(start + 16, last)
+
+        # the items of a run
         for k in range(start, end):
             items[at + k - first] = (np.int64(codes[k]) << 32) | (is_query << 30) | k
         run = items[at + start - first:at + end - first]
+
+        # and the same in order
         for k in range(run.shape[0]):
-            item, place = run[k], 0
+            item = run[k]
+            place = 0
             for x in run:
                 place += np.int64(x < item)
             other[at + start - first + place] = item
-    middle, end = at + min(16, last - first), at + last - first
+
+    middle = at + min(16, last - first)
+    end = at + last - first
     _merge(other[at:middle], other[middle:end], items[at:end])
 
 
 @inner_loop
 def _sort_chunk(lists, at, key_codes, key_first, key_last, query_codes, query_first, query_last):
-    """The list of a chunk, lists[0] from `at` on."""
+    """Writes the sorted list of a chunk's keys and queries to lists[0], from index `at` on."""
     middle = at + key_last - key_first
     end = middle + query_last - query_first
     _sort_runs(key_codes, key_first, key_last, 0, lists[1], lists[0], at)
@@ -219,16 +270,24 @@ def _sort_chunk(lists, at, key_codes, key_first, key_last, query_codes, query_fi
 @inner_loop
 def _split(items, work, key_first, key_last, query_first, query_last):
     """
-    The sources and targets in a sorted list, keys and queries at these positions: their numbers, and whether one equals another. Sets work.source, target,
-    rank, the sources at or below each target, and back, the targets below each source.
+    Finds the sources and targets in a sorted list: its keys and its queries at these positions. Returns the number of
+    sources, the number of targets, and whether a source equals a target. Sets work.source and work.target, in order,
+    work.rank, the number of sources at or below each target, and work.back, the number of targets below each source.
     """
-    source, target, rank, back = work.source, work.target, work.rank, work.back
+    source = work.source
+    target = work.target
+    rank = work.rank
+    back = work.back
     sources = targets = 0
-    code, equal = np.int64(-1) << 40, False
+    code = np.int64(-1) << 40  # of the last source: no item has this one
+    equal = False
     for item in items:
+        # is it a source, a target, or neither?
         position, is_query = item & POSITION, (item >> 30) & 1
         is_source = (is_query == 0) & (position >= key_first) & (position < key_last)
         is_target = (is_query == 1) & (position >= query_first) & (position < query_last)
+
+        # Every item is written at both places, and only the counts tell which one stays: no branch.
         source[sources], back[sources] = position, targets
         sources += np.int64(is_source)
         target[targets], rank[targets] = position, sources
@@ -240,18 +299,26 @@ def _split(items, work, key_first, key_last, query_first, query_last):
 
 @called_loop
 def _other_ranks(key_codes, query_codes, work, sources, targets):
-    """Changes work.rank to the sources below each target, and work.back to the targets at or below each source."""
-    source, target, rank, back = work.source, work.target, work.rank, work.back
+    """
+    Changes work.rank to the number of sources below each target, and work.back to the number of targets at or below
+    each source.
+    """
+    source = work.source
+    target = work.target
+
+    # sources below each target
     below = 0
     for t in range(targets):
         while below < sources and key_codes[source[below]] < query_codes[target[t]]:
             below += 1
-        rank[t] = below
+        work.rank[t] = below
+
+    # targets at or below each source
     below = 0
     for r in range(sources):
         while below < targets and query_codes[target[below]] <= key_codes[source[r]]:
             below += 1
-        back[r] = below
+        work.back[r] = below
 
 
 # ---- Sources act on targets of another node
@@ -259,26 +326,33 @@ def _other_ranks(key_codes, query_codes, work, sources, targets):
 
 @inner_loop
 def _potentials(sources, order, first, count, potential, highest, sign):
-    """sign x coordinate + bias of some sources, and its running maximum from highest[0] on; for sign -1 backwards, from highest[count] on."""
-    if sign > 0:
+    """
+    Sets the potentials, sign x coordinate + bias, of `count` sources from order[first] on, and their running maximum
+    `highest`. For sign 1 the maximum goes up from highest[0], which is there; for sign -1 down from highest[count].
+    From the first NaN on it is NaN, so that no weight of one passes for negligible.
+    """
+    if sign > 0:  # p_j, upwards
         y = highest[0]
         for r in range(count):
             j = order[first + r]
             p = sources.bias[j] + sources.coordinate[j]
-            y = p if p > y else y
+            y = y if p <= y or y != y else p
             potential[r], highest[r + 1] = p, y
-    else:
+    else:  # q_j, downwards
         y = highest[count]
         for r in range(count - 1, -1, -1):
             j = order[first + r]
             p = sources.bias[j] - sources.coordinate[j]
-            y = p if p > y else y
+            y = y if p <= y or y != y else p
             potential[r], highest[r] = p, y
 
 
 @inner_loop
 def _factors(count, potential, highest, to, before, keep, add):
-    """2^ of what a step keeps of the last row and of what it adds, for steps from highest[r + before] to highest[r + to]."""
+    """
+    Sets the two factors of each step of a table: `keep`, by which the row before is multiplied, and `add`, by which the
+    source is. Step r leads from the scale highest[r + before] to the scale highest[r + to].
+    """
     for r in range(0, count, 8):
         y = load(highest, r + to)
         store(keep, r, exp2(cast(load(highest, r + before) - y, keep)))
@@ -287,14 +361,23 @@ def _factors(count, potential, highest, to, before, keep, add):
 
 @inner_loop
 def _carry_down(sources, order, count, block, work, D):
-    """V at the end of every block of sources but the first, in work.carried, from the last block to the second."""
-    potential, highest, keep, add, carried, E = work.thin[1], work.thin[3], work.factors[2], work.factors[3], work.carried, D + 1
+    """Makes the V that each block of sources begins with, in work.carried, from the last block to the second."""
+    potential = work.thin[1]
+    highest = work.thin[3]
+    keep = work.factors[2]
+    add = work.factors[3]
+    carried = work.carried
     rows = sources.rows
+    E = D + 1
     for k in range((count - 1) // block, 0, -1):
-        first, n = k * block, min(block, count - k * block)
+        # the factors of the block's steps
+        first = k * block
+        n = min(block, count - k * block)
         highest[n] = work.carried_potential[k + 1]
         _potentials(sources, order, first, n, potential, highest, -1)
         _factors(n, potential, highest, 0, 1, keep, add)
+
+        # V before the block's first source, from the V after its last one
         to = k * E
         _copy(carried, to, carried, to + E, E)
         for r in range(n - 1, -1, -1):
@@ -307,17 +390,24 @@ def _carry_down(sources, order, count, block, work, D):
 @inner_loop
 def _tables(sides, sources, order, first, count, work, D):
     """
-    U of a block of sources after the U in the table's first row, whose potential is work.thin[2, 0]; V before the V in its last row, of potential
-    work.thin[3, count].
+    Makes the tables of a block of sources. U goes on from the U in its table's first row, whose scale is
+    work.thin[2, 0]; V goes down from the V in its table's last row, whose scale is work.thin[3, count].
     """
-    rows, E, up, down = sources.rows, D + 1, work.table[0], work.table[1]
-    keep_up, add_up, keep_down, add_down = work.factors[0], work.factors[1], work.factors[2], work.factors[3]
+    rows = sources.rows
+    E = D + 1
+    up, down = work.table[0], work.table[1]
+    keep_up, add_up = work.factors[0], work.factors[1]
+    keep_down, add_down = work.factors[2], work.factors[3]
+
+    # the factors of all steps
     if sides & UP:
         _potentials(sources, order, first, count, work.thin[0], work.thin[2], 1)
         _factors(count, work.thin[0], work.thin[2], 1, 0, keep_up, add_up)
     if sides & DOWN:
         _potentials(sources, order, first, count, work.thin[1], work.thin[3], -1)
         _factors(count, work.thin[1], work.thin[3], 0, 1, keep_down, add_down)
+
+    # a row of each table at a time: the two do not wait for each other
     for k in range(count):
         if sides & UP:
             j, by = order[first + k], k * E
@@ -334,16 +424,26 @@ def _tables(sides, sources, order, first, count, work, D):
 
 @inner_loop
 def _read(mode, sides, targets, sums, order, rank, first, last, before, work, D):
-    """Targets from first to last of an order read the tables, whose first row is that of the rank `before`."""
-    E, rows, out = D + 1, targets.rows, sums.rows
-    up = work.table[0] if sides & UP else work.table[1]  # a side that is not read has the weight 0, and must have numbers
+    """
+    Lets the targets order[first:last] read the tables, whose first row is that of the rank `before`, and adds what they
+    read to sums. The mode says what that is: FORWARD, QUERY_GRADIENT or KEY_GRADIENT.
+    """
+    E = D + 1
+    rows = targets.rows
+    out = sums.rows
+    # a side that is not read has the weight 0, but its table must hold numbers
+    up = work.table[0] if sides & UP else work.table[1]
     down = work.table[1] if sides & DOWN else work.table[0]
     y_up, y_down = work.thin[2], work.thin[3]
-    keep, add_up, add_down = work.thin[4], work.thin[5], work.thin[6]
-    kept, weight_up, weight_down = work.factors[0], work.factors[1], work.factors[2]
+    keep = work.thin[4]
+    add_up, add_down = work.thin[5], work.thin[6]
+    kept = work.factors[0]
+    weight_up, weight_down = work.factors[1], work.factors[2]
     piece = keep.shape[0] - 8
     for start in range(first, last, piece):
         n = min(piece, last - start)
+
+        # the exponents of a piece of the targets, below the target's largest score so far
         for k in range(n):
             i, r = order[start + k], rank[start + k] - before
             x, bias = targets.coordinate[i], targets.bias[i]
@@ -353,17 +453,24 @@ def _read(mode, sides, targets, sums, order, rank, first, last, before, work, D)
                 m = sums.highest[i]
                 new = below if below > m else m
                 new = above if above > new else new
-                keep[k], below, above = m - new, below - new, above - new
+                keep[k] = m - new
+                below = below - new
+                above = above - new
                 sums.highest[i] = new
             add_up[k], add_down[k] = below, above
+
+        # their weights
         for k in range(0, n, 8):
             store(weight_up, k, exp2(cast(load(add_up, k), weight_up)))
             store(weight_down, k, exp2(cast(load(add_down, k), weight_down)))
             if mode == FORWARD:
                 store(kept, k, exp2(cast(load(keep, k), kept)))
+
+        # one row of each table for every target
         for k in range(n):
             i, r = order[start + k], (rank[start + k] - before) * E
-            a, b, row = weight_up[k], weight_down[k], rows.base + i * rows.step
+            a, b = weight_up[k], weight_down[k]
+            row = rows.base + i * rows.step
             if a < NEGLIGIBLE and b < NEGLIGIBLE and (mode != FORWARD or kept[k] == 1):
                 continue
             a_all, b_all = splat(a), splat(b)
@@ -374,6 +481,8 @@ def _read(mode, sides, targets, sums, order, rank, first, last, before, work, D)
                     store(out.data, to + d, madd(keep_all, load(out.data, to + d), taken))
                 sums.normalizer[i] = kept[k] * sums.normalizer[i] + (a * up[r + D] + b * down[r + D])
                 continue
+
+            # P_ij u_i . v_j, summed over the sources of each side; the part of delta follows
             e_up, e_down = a * _dot(rows.data, row, up, r, D), b * _dot(rows.data, row, down, r, D)
             if mode == QUERY_GRADIENT:
                 sums.normalizer[i] += (e_down - e_up) + targets.unit[i] * (a * up[r + D] - b * down[r + D])
@@ -389,10 +498,16 @@ def _read(mode, sides, targets, sums, order, rank, first, last, before, work, D)
 
 @called_loop
 def _act(mode, sides, sources, targets, sums, source, count, target, rank, readers, work, D):
-    """The sources on the targets, each in its order, block by block of sources."""
-    E, up, down = D + 1, work.table[0], work.table[1]
+    """
+    Lets the sources act on the targets, one block of sources after another. Both are in the order of their coordinates:
+    `source` and `target` hold their positions, `rank` the number of sources before each target.
+    """
+    E = D + 1
+    up, down = work.table[0], work.table[1]
     block = work.thin.shape[1] - 16
     last = (count - 1) // block
+
+    # before the first source U is 0, after the last one V is
     for d in range(E):
         work.carried[(last + 1) * E + d] = 0
         up[d] = 0
@@ -400,9 +515,12 @@ def _act(mode, sides, sources, targets, sums, source, count, target, rank, reade
     work.carried_potential[last + 1] = LOWEST
     if sides & DOWN:
         _carry_down(sources, source, count, block, work, D)
+
+    # block by block: the tables, and the targets whose ranks are in them
     done = np.int64(0)
     for k in range(last + 1):
-        first, n = k * block, min(block, count - k * block)
+        first = k * block
+        n = min(block, count - k * block)
         if sides & DOWN:
             _copy(down, n * E, work.carried, (k + 1) * E, E)
             work.thin[3, n] = work.carried_potential[k + 1]
@@ -419,10 +537,17 @@ def _act(mode, sides, sources, targets, sums, source, count, target, rank, reade
 
 @called_loop
 def _act_on_equals(keys, queries, sums, key_codes, query_codes, work, sources, targets, D):
-    """dv and dc from the queries that equal a key: for each coordinate that sources and targets share, the queries' sum, which every such key takes."""
-    table, first, t = work.table[0], 0, 0
-    source, target, given, taken = work.source, work.target, queries.rows, keys.rows
+    """
+    Adds to dv and dc the parts of pairs with equal coordinates. For each coordinate that sources and targets share, the
+    queries' rows [u_i, delta_i] are summed once, and every such key takes this sum.
+    """
+    table = work.table[0]
+    source, target = work.source, work.target
+    given, taken = queries.rows, keys.rows
+    first = 0
+    t = 0
     while first < sources:
+        # the keys of the next coordinate, source[first:last], and its queries, target[t:until]
         code, last = key_codes[source[first]], first
         while last < sources and key_codes[source[last]] == code:
             last += 1
@@ -432,6 +557,8 @@ def _act_on_equals(keys, queries, sums, key_codes, query_codes, work, sources, t
         while until < targets and query_codes[target[until]] == code:
             highest = max(highest, queries.bias[target[until]])
             until += 1
+
+        # the queries' sum, scaled by their largest bias
         for d in range(D + 1):
             table[d] = 0
         for k in range(t, until):
@@ -439,6 +566,8 @@ def _act_on_equals(keys, queries, sums, key_codes, query_codes, work, sources, t
             add = table.dtype.type(2.0 ** (queries.bias[i] - highest))
             _mix(table, 0, table.dtype.type(1), given.data, given.base + i * given.step, add, D)
             table[D] += add * queries.unit[i]
+
+        # every key takes it
         for k in range(first, last if until > t else first):
             j = source[k]
             weight, row = table.dtype.type(2.0 ** (keys.bias[j] + highest)), taken.base + j * taken.step
@@ -452,9 +581,17 @@ def _act_on_equals(keys, queries, sums, key_codes, query_codes, work, sources, t
 
 @inner_loop
 def _take_queries(mode, queries, sums, start, query_first, query_last, fresh, work, D):
-    """A chunk's queries as vectors can read them: the places after the last hold what sees nothing."""
-    coordinate, bias, document, highest = work.chunk[0], work.chunk[1], work.chunk[2], work.chunk[3]
+    """
+    Copies a chunk's queries to work.chunk and work.chunk_sums, where vectors can read them. After the last query come
+    queries that see no key. Backward, work.columns becomes their u by columns.
+    """
+    coordinate = work.chunk[0]
+    bias = work.chunk[1]
+    document = work.chunk[2]
+    highest = work.chunk[3]
     delta = work.chunk_sums[2]
+
+    # one number of each query
     for k in range(CHUNK):
         i = query_first + k
         inside = i < query_last
@@ -463,6 +600,8 @@ def _take_queries(mode, queries, sums, start, query_first, query_last, fresh, wo
         document[k] = start[i] if inside else 0.0
         highest[k] = sums.highest[i] if inside and not fresh and mode == FORWARD else LOWEST
         delta[k] = queries.unit[i] if inside and mode != FORWARD else 0.0
+
+    # their rows, by columns
     if mode != FORWARD:
         rows, columns = queries.rows, work.columns
         for k in range(CHUNK):
@@ -473,7 +612,10 @@ def _take_queries(mode, queries, sums, start, query_first, query_last, fresh, wo
 
 @inner_loop
 def _scores(keys, j, a, bias, document, in_documents, first, triangles, triangle):
-    """The scores of 8 queries, the first at key j's place + first - 8 ..., and key j; -inf of pairs that are none."""
+    """
+    Returns the scores of 8 queries and key j: -inf where the query does not see the key. The first query is `first`
+    tokens before the key, so that the causal limit lies among the 8 only for first = 0 .. 7.
+    """
     s = bias + splat(keys.bias[j]) - distance(a, splat(keys.coordinate[j]))
     if in_documents:
         s = select(splat(j + 0.5), document, s, splat(-np.inf))
@@ -483,28 +625,45 @@ def _scores(keys, j, a, bias, document, in_documents, first, triangles, triangle
 
 
 @inner_loop
-def _chunk_forward(keys, queries, sums, start, key_first, key_last, query_first, query_last, shift, lower, fresh, work, D):
-    """Pairs of a chunk's keys and queries: key j at or before query i where lower, else after it, counting j + shift."""
+def _chunk_forward(
+    keys, queries, sums, start, key_first, key_last, query_first, query_last, shift, lower, fresh, work, D
+):
+    """
+    Adds the pairs of a chunk's keys and queries to sums, or with `fresh` begins sums with them. A pair is query i and a
+    key j with j + shift <= i where `lower`, else j + shift > i.
+    """
     _take_queries(FORWARD, queries, sums, start, query_first, query_last, fresh, work, D)
     triangle = 0 if lower else 64
     in_documents = start[query_last - 1] > key_first
-    tile, normalizer, kept = work.tile, work.chunk_sums[0], work.chunk_sums[1]
+    tile = work.tile
+    normalizer = work.chunk_sums[0]
+    kept = work.chunk_sums[1]
+
+    # the weights of 8 queries at a time
     for k in range(0, query_last - query_first, 8):
         a, bias, document = load(work.chunk[0], k), load(work.chunk[1], k), load(work.chunk[2], k)
         i = query_first + k
         first, last = (key_first, min(key_last, i + 8)) if lower else (max(key_first, i - shift), key_last)
+
+        # M
         old = load(work.chunk[3], k)
         m = old
         for j in range(first, last):
-            m = largest(_scores(keys, j, a, bias, document, in_documents, j + shift - i, work.triangles, triangle), m)
+            s = _scores(keys, j, a, bias, document, in_documents, j + shift - i, work.triangles, triangle)
+            m = largest(s, m)
+
+        # P and Z
         z = splat(tile.dtype.type(0))
         for j in range(first, last):
-            p = exp2(cast(_scores(keys, j, a, bias, document, in_documents, j + shift - i, work.triangles, triangle) - m, tile))
+            s = _scores(keys, j, a, bias, document, in_documents, j + shift - i, work.triangles, triangle)
+            p = exp2(cast(s - m, tile))
             store(tile, (j - key_first) * CHUNK + k, p)
             z = z + p
         store(work.chunk[3], k, m)
         store(normalizer, k, z)
         store(kept, k, exp2(cast(old - m, kept)))
+
+    # the rows of 4 queries at a time
     for k in range(0, query_last - query_first, 4):
         i, count = query_first + k, min(4, query_last - query_first - k)
         first, last = (key_first, min(key_last, i + 4)) if lower else (max(key_first, i - shift), key_last)
@@ -521,32 +680,42 @@ def _chunk_forward(keys, queries, sums, start, key_first, key_last, query_first,
 
 @inner_loop
 def _chunk_backward(keys, queries, sums, start, key_first, key_last, query_first, query_last, shift, lower, work, D):
-    """The same pairs' part of all gradients."""
+    """Adds the parts of the same pairs to all gradients."""
     _take_queries(QUERY_GRADIENT, queries, sums, start, query_first, query_last, True, work, D)
     triangle = 0 if lower else 64
     in_documents = start[query_last - 1] > key_first
-    tile, gradient, delta, columns = work.tile, work.chunk_sums[0], work.chunk_sums[2], work.columns
+    tile = work.tile
+    gradient = work.chunk_sums[0]
+    delta = work.chunk_sums[2]
+    columns = work.columns
     nothing = splat(tile.dtype.type(0))
     for k in range(CHUNK):
         gradient[k] = 0
+
+    # P and E of each key and 8 queries at a time: da, db and dc
     for j in range(key_first, key_last):
         here = j + shift - query_first
         first, last = (here // 8 * 8, query_last - query_first) if lower else (0, min(CHUNK, here // 8 * 8 + 8))
-        row, of_coordinate, of_bias = keys.rows.base + j * keys.rows.step, nothing, nothing
+        row = keys.rows.base + j * keys.rows.step
+        of_coordinate = nothing
+        of_bias = nothing
         for k in range(first, last, 8):
-            a = load(work.chunk[0], k)
-            s = _scores(keys, j, a, load(work.chunk[1], k), load(work.chunk[2], k), in_documents, here - k, work.triangles, triangle)
+            a, bias, document = load(work.chunk[0], k), load(work.chunk[1], k), load(work.chunk[2], k)
+            s = _scores(keys, j, a, bias, document, in_documents, here - k, work.triangles, triangle)
             p, product = exp2(cast(s, tile)), nothing - load(delta, k)
             for d in range(D):
                 product = madd(splat(keys.rows.data[row + d]), load(columns, d * CHUNK + k), product)
             store(tile, (j - key_first) * CHUNK + k, p)
             e, b = p * product, splat(keys.coordinate[j])
-            below, above = select(a, b, e, nothing), select(b, a, e, nothing)
+            # both are e where a = b, and where one of them is NaN, as e is then
+            below, above = select(b, a, nothing, e), select(a, b, nothing, e)
             store(gradient, k, load(gradient, k) + (above - below))
             of_coordinate = of_coordinate + (below - above)
             of_bias = of_bias + e
         sums.key_gradient[j] += total(of_coordinate)
         sums.bias_gradient[j] += total(of_bias)
+
+    # dv: the rows of 4 keys at a time
     one = np.ones(4, tile.dtype)
     for k in range(0, key_last - key_first, 4):
         j, count = key_first + k, min(4, key_last - key_first - k)
@@ -554,14 +723,16 @@ def _chunk_backward(keys, queries, sums, start, key_first, key_last, query_first
         first, last = (max(query_first, here), query_last) if lower else (query_first, min(query_last, here + 3))
         at = k * CHUNK + first - query_first
         _add_products(sums.rows, j, count, one, tile, at, CHUNK, 1, queries.rows, first, last, D)
+
     for k in range(query_last - query_first):
         sums.normalizer[query_first + k] += gradient[k]
 
 
-# ---- A triangle of pairs: keys and queries of one block of tokens (lower), or the keys of a block and the queries of the next (upper)
+# ---- A triangle of pairs
 
 
 class Triangle(NamedTuple):
+    """The keys and queries of one block of tokens (lower), or a block's keys and the next block's queries (upper)."""
     lower: bool
     key_base: int       # the first token of the keys' block
     query_base: int     # of the queries' block
@@ -572,27 +743,35 @@ class Triangle(NamedTuple):
 
 @inner_loop
 def _span(base, count, first, last):
-    """The tokens of a block's places first .. last - 1, of which it has `count`."""
+    """Returns the first token and the end of a block's places first .. last - 1, of which only `count` exist."""
     return base + min(first, count), base + min(last, count)
 
 
 @inner_loop
 def _list_of(lists, level, triangle, first, last):
-    """The sorted list of the node of the places first .. last - 1, of a level."""
+    """Returns the sorted list, at this level, of the node of the places first .. last - 1."""
     length = max(0, min(last, triangle.key_count) - first) + max(0, min(last, triangle.query_count) - first)
     at = triangle.at + 2 * first
     return lists[level % 2, at:at + length]
 
 
 @inner_loop
-def _meet(backward, keys, queries, sums, start, key_codes, query_codes, lists, level, triangle, first, middle, last, work, D):
-    """Two nodes of a level, the places first .. middle - 1 and middle .. last - 1: their lists become one of the next level, sources act on targets."""
+def _meet(
+    backward, keys, queries, sums, start, key_codes, query_codes, lists, level, triangle, first, middle, last, work, D
+):
+    """
+    Brings two nodes of a level together: the places first .. middle - 1 and middle .. last - 1. Their lists become one
+    list of the next level, and the sources of one node act on the targets of the other.
+    """
+    # one list of both
     merged = _list_of(lists, level + 1, triangle, first, last)
     left = _list_of(lists, level, triangle, first, middle)
     if middle >= last:
         _copy(merged, 0, left, 0, left.shape[0])
         return
     _merge(left, _list_of(lists, level, triangle, middle, last), merged)
+
+    # the keys and queries that make pairs, and the first token of their document
     if triangle.lower:
         key_first, key_last = _span(triangle.key_base, triangle.key_count, first, middle)
         query_first, query_last = _span(triangle.query_base, triangle.query_count, middle, last)
@@ -604,7 +783,8 @@ def _meet(backward, keys, queries, sums, start, key_codes, query_codes, lists, l
     key_first = max(key_first, document)
     if key_first >= key_last or query_first >= query_last or start[query_first] > document:
         return
-    if start[query_last - 1] > document:  # the document ends among the queries: halve until its last is found
+    if start[query_last - 1] > document:
+        # The document ends among the queries: bisection finds its last one.
         inside, outside = query_first, query_last - 1
         while outside - inside > 1:
             half = (inside + outside) // 2
@@ -613,14 +793,19 @@ def _meet(backward, keys, queries, sums, start, key_codes, query_codes, lists, l
             else:
                 inside = half
         query_last = outside
+
+    # the sums
     sources, targets, equal = _split(merged, work, key_first, key_last, query_first, query_last)
     if sources == 0 or targets == 0:
         return
     if not backward:
-        _act(np.int64(FORWARD), np.int64(BOTH), keys, queries, sums, work.source, sources, work.target, work.rank, targets, work, D)
+        mode = np.int64(FORWARD)
+        sides = np.int64(BOTH)
+        _act(mode, sides, keys, queries, sums, work.source, sources, work.target, work.rank, targets, work, D)
         return
-    # A key that equals a query is on neither side, where its distance has derivative 0: V is read with the ranks of all keys up to the query's coordinate, U
-    # with those of the keys below it.
+
+    # A key that equals a query is on neither side of it, because its distance has derivative 0. So V is read with the
+    # number of keys at or below the query, and U with the number of keys below it: the second turn.
     for turn in range(2 if equal else 1):
         if turn == 1:
             _other_ranks(key_codes, query_codes, work, sources, targets)
@@ -641,26 +826,29 @@ def _meet(backward, keys, queries, sums, start, key_codes, query_codes, lists, l
 
 
 class Inputs(NamedTuple):
-    """Contiguous arrays, floats of one dtype but row_max (float64); what is absent has no heads. D is padded to a multiple of 8."""
+    """
+    Contiguous arrays. Floats have one dtype here and in Results and Gradients, but row_max is float64. What is absent
+    has no heads. D is padded to a multiple of 8.
+    """
     query: np.ndarray           # (B, T, H)
     key: np.ndarray             # (B, T, Hkv)
     value: np.ndarray           # (B T Hkv D)
     log_decay: np.ndarray       # (B, T, H)
     key_bias: np.ndarray        # (B, T, Hkv)
     start: np.ndarray           # (B, T) int32: the first token of each token's document
-    query_codes: np.ndarray     # (B, T, H) int32: numbers in the order of all coordinates of a row, equal where those are
+    query_codes: np.ndarray     # (B, T, H) int32: numbers in the order of a row's coordinates, equal where those are
     key_codes: np.ndarray       # (B, T, Hkv) int32
 
 
 class Results(NamedTuple):
-    """Made by the forward pass, read by the backward pass."""
+    """What the forward pass makes and the backward pass reads."""
     out: np.ndarray             # (B T H D)
     row_max: np.ndarray         # (B, H, T): M log2(e)
     normalizer: np.ndarray      # (B, H, T)
 
 
 class Gradients(NamedTuple):
-    """upstream is read, the rest, which begins as zeros, made by the backward pass."""
+    """What the backward pass reads (upstream) and makes (the rest, which the caller fills with zeros)."""
     upstream: np.ndarray        # (B T H D)
     query: np.ndarray           # as Inputs' ...
     key: np.ndarray
@@ -671,7 +859,8 @@ class Gradients(NamedTuple):
 
 class Row(NamedTuple):
     """
-    A row that is worked on. Where a sequence has several heads, whose rows would be as many caches' lines apart, its numbers are copied to arrays of the slot.
+    A row that is worked on. Where a sequence has several heads, one head's rows lie far apart in memory. They are then
+    packed: copied to arrays of the slot, where they lie one after another.
     """
     batch: int
     head: int
@@ -687,28 +876,43 @@ class Row(NamedTuple):
 
 @inner_loop
 def _row(backward, inputs, results, gradients, wide, narrow, packed, number, head_of_group, D):
-    """The row `number` of the B Hkv rows of a head of each group, with a slot's arrays."""
+    """
+    Returns row `number` of the B Hkv rows that one head of each group has, with the arrays of a slot. `head_of_group`
+    is that head's number within its group of H / Hkv heads.
+    """
+    # which heads these are
     B, T, H = inputs.query.shape
     kv_heads = inputs.key.shape[2]
     batch, key_head = number // kv_heads, number % kv_heads
     head = key_head * (H // kv_heads) + head_of_group
+
+    # where the caller has their rows
     value = Matrix(inputs.value, (batch * T * kv_heads + key_head) * D, kv_heads * D)
     by_query = (batch * T * H + head) * D
     given = Matrix(gradients.upstream if backward else results.out, by_query, H * D)
     made = Matrix(gradients.value, value.base, value.step) if backward else given
+
+    # where the loops have them
     is_packed = packed.shape[1] > 0
-    of_keys, of_queries, of_sums = value, given, made
+    of_keys = value
+    of_queries = given
+    of_sums = made
     if is_packed:
-        of_keys, of_queries, of_sums = Matrix(packed[0], 0, D), Matrix(packed[1], 0, D), Matrix(packed[2] if backward else packed[1], 0, D)
+        of_keys = Matrix(packed[0], 0, D)
+        of_queries = Matrix(packed[1], 0, D)
+        of_sums = Matrix(packed[2] if backward else packed[1], 0, D)
     keys = Side(wide[0], wide[1], narrow[0], of_keys)
     queries = Side(wide[2], wide[3], narrow[1], of_queries)
-    return Row(batch, head, key_head, is_packed, value, given, made, keys, queries, Sums(wide[4], narrow[2], narrow[3], narrow[4], of_sums))
+    sums = Sums(wide[4], narrow[2], narrow[3], narrow[4], of_sums)
+    return Row(batch, head, key_head, is_packed, value, given, made, keys, queries, sums)
 
 
 @called_loop
 def _sum_decays(inputs, row):
-    """F, anew in every document, so that a result has not even the rounding of another document in it."""
-    total_decay, start, log_decay = 0.0, inputs.start[row.batch], inputs.log_decay[row.batch, :, row.head]
+    """Sets the queries' bias to F. The sum starts anew in every document, so no other document affects its rounding."""
+    start = inputs.start[row.batch]
+    log_decay = inputs.log_decay[row.batch, :, row.head]
+    total_decay = 0.0
     for i in range(start.shape[0]):
         total_decay = 0.0 if start[i] == i else total_decay + log_decay[i] * LOG2_E
         row.queries.bias[i] = total_decay
@@ -716,12 +920,23 @@ def _sum_decays(inputs, row):
 
 @called_loop
 def _begin(backward, inputs, results, row, first, last, D):
-    """The row's arrays for the tokens first .. last - 1."""
-    keys, queries, sums, batch, head = row.keys, row.queries, row.sums, row.batch, row.head
-    a, b = inputs.query[batch, :, head], inputs.key[batch, :, row.key_head]
-    decays, biased = inputs.log_decay.shape[2] > 0, inputs.key_bias.shape[2] > 0
+    """Fills the row's arrays for the tokens first .. last - 1."""
+    keys = row.keys
+    queries = row.queries
+    sums = row.sums
+    batch = row.batch
+    head = row.head
+    a = inputs.query[batch, :, head]
+    b = inputs.key[batch, :, row.key_head]
+    decays = inputs.log_decay.shape[2] > 0
+    biased = inputs.key_bias.shape[2] > 0
+
+    # coordinates and biases, times log2(e)
     for i in range(first, last):
-        queries.coordinate[i], keys.coordinate[i], keys.bias[i], keys.unit[i] = a[i] * LOG2_E, b[i] * LOG2_E, 0, 1
+        queries.coordinate[i] = a[i] * LOG2_E
+        keys.coordinate[i] = b[i] * LOG2_E
+        keys.bias[i] = 0
+        keys.unit[i] = 1
         if not decays:
             queries.bias[i] = 0
     if biased:
@@ -731,6 +946,8 @@ def _begin(backward, inputs, results, row, first, last, D):
     if decays:
         for i in range(first, last):
             keys.bias[i] -= queries.bias[i]
+
+    # rows of several heads are packed
     if row.packed:
         for i in range(first, last):
             _copy_row(keys.rows.data, i * D, row.value.data, row.value.base + i * row.value.step, D)
@@ -738,6 +955,8 @@ def _begin(backward, inputs, results, row, first, last, D):
                 _copy_row(queries.rows.data, i * D, row.given.data, row.given.base + i * row.given.step, D)
                 for d in range(D):
                     sums.rows.data[i * D + d] = 0
+
+    # backward: -L in the queries' biases, delta, and sums that begin as zeros
     if backward:
         row_max, normalizer = results.row_max[batch, head], results.normalizer[batch, head]
         for i in range(first, last):
@@ -751,8 +970,14 @@ def _begin(backward, inputs, results, row, first, last, D):
 
 @called_loop
 def _end(backward, inputs, results, gradients, row, first, last, D):
-    """The row's results for the tokens first .. last - 1."""
-    sums, made, batch, head, key_head = row.sums, row.made, row.batch, row.head, row.key_head
+    """Writes the row's results for the tokens first .. last - 1 to the caller's arrays."""
+    sums = row.sums
+    made = row.made
+    batch = row.batch
+    head = row.head
+    key_head = row.key_head
+
+    # forward: out, M and Z
     if not backward:
         row_max, normalizer = results.row_max[batch, head], results.normalizer[batch, head]
         for i in range(first, last):
@@ -762,6 +987,8 @@ def _end(backward, inputs, results, gradients, row, first, last, D):
                 store(made.data, to + d, load(sums.rows.data, at + d) * inverse)
             row_max[i], normalizer[i] = sums.highest[i], sums.normalizer[i]
         return
+
+    # backward: heads of one group come one after another, and add to the same keys
     grad_query, grad_key = gradients.query[batch, :, head], gradients.key[batch, :, key_head]
     biased = inputs.key_bias.shape[2] > 0
     for i in range(first, last):
@@ -777,7 +1004,10 @@ def _end(backward, inputs, results, gradients, row, first, last, D):
 
 @called_loop
 def _sum_decay_gradients(inputs, gradients, row):
-    """dg_t = - sum over the document's j >= t of dc_j; nothing at its first token, whose decay no score has."""
+    """
+    Sets dg_t = - sum over the document's j >= t of dc_j. At the document's first token it is 0, because no score
+    contains that token's decay.
+    """
     after = 0.0
     for i in range(inputs.query.shape[1] - 1, -1, -1):
         after += row.sums.bias_gradient[i]
@@ -788,7 +1018,10 @@ def _sum_decay_gradients(inputs, gradients, row):
 
 @inner_loop
 def _order_scan(work, first, last, step, readers_first, readers, readers_step, rank, rank_step, most):
-    """Sources at first, first + step, ... and readers likewise; the first reader's rank and what each next one has more, none more than `most`."""
+    """
+    Sets the orders of a scan. Sources are the positions from `first` to `last` (exclusive) by `step`, readers `readers`
+    positions from `readers_first` by `readers_step`. Reader k has the rank min(rank + k rank_step, most).
+    """
     for k in range(abs(last - first)):
         work.source[k] = first + k * step
     for k in range(readers):
@@ -799,17 +1032,26 @@ def _order_scan(work, first, last, step, readers_first, readers, readers_step, r
 @called_loop
 def _scan(backward, row, start, window, task, work, D):
     """
-    Without coordinates: the queries of a block of the window on its keys, document by document. One table of running sums in the order of the tokens serves
-    them; backwards the queries' sums in the other order serve the keys.
+    Without coordinates: lets a block's keys act on its queries, document by document. A block is as many tokens as the
+    window. One table of running sums in the order of the tokens serves all queries; backward, the queries' sums in the
+    other order serve all keys.
     """
-    keys, queries, sums = row.keys, row.queries, row.sums
+    keys = row.keys
+    queries = row.queries
+    sums = row.sums
     first = task * window
     end = min(start.shape[0], first + window)
+
+    # forward: sums begin here
     if not backward:
         for i in range(first, end):
-            sums.highest[i], sums.normalizer[i], at = LOWEST, 0, sums.rows.base + i * sums.rows.step
+            sums.highest[i] = LOWEST
+            sums.normalizer[i] = 0
+            at = sums.rows.base + i * sums.rows.step
             for d in range(D):
                 sums.rows.data[at + d] = 0
+
+    # tokens first .. last - 1 are of one document
     while first < end:
         last = first + 1
         while last < end and start[last] <= first:
@@ -825,14 +1067,19 @@ def _scan(backward, row, start, window, task, work, D):
 
 @called_loop
 def _scan_upper(backward, row, start, window, task, work, D):
-    """The same queries on the keys of the block before: the query at base + n sees those from base + n + 1 - window on."""
-    base, end = (task + 1) * window, (task + 1) * window + 1
+    """Lets the keys of the block before act on the same queries: base + n sees keys from base + n + 1 - window on."""
+    # the queries of the document that goes on from the block before, and its keys
+    base = (task + 1) * window
+    end = base + 1
     document = start[base]
     while end < min(start.shape[0], base + window) and start[end] == document:
         end += 1
-    first, n = max(document, base + 1 - window), end - base
+    first = max(document, base + 1 - window)
+    n = end - base
     if first >= base:
         return
+
+    # keys go down from the block's end to the first one that a query sees; backward, queries go up to the last
     if backward:
         _order_scan(work, base, end, 1, first, base - first, 1, min(n, first - (base - window)), 1, n)
         _act_in_order(backward, row.keys, row.queries, row.sums, n, base - first, work, D)
@@ -843,16 +1090,18 @@ def _scan_upper(backward, row, start, window, task, work, D):
 
 @inner_loop
 def _act_in_order(backward, keys, queries, sums, count, readers, work, D):
+    """Lets `count` sources act on `readers` targets in the orders of _order_scan: a target reads U alone."""
     mode = np.int64(KEY_GRADIENT) if backward else np.int64(FORWARD)
     sources, targets = (queries, keys) if backward else (keys, queries)
     _act(mode, np.int64(UP), sources, targets, sums, work.source, count, work.target, work.rank, readers, work, D)
 
 
 class Plan(NamedTuple):
-    """What every task of a pass gets: arrays only, one by one, as Numba's parallel loops take no others."""
+    """What every task of a pass gets. Each field is an array, because loops.run_stages passes only arrays to a task."""
     settings: np.ndarray        # (3) int64: whether the pass is the backward one, the window, D
-    stages: np.ndarray          # (stages, 3) int64: the step, -1 for all of them one after another; the first row; the head of each group of heads
-    steps: np.ndarray           # (steps, 2) int64: the kind of each step of a row, and its parts
+    # (stages, 3) int64: the step, or -1 for all of them one after another; the first row; the head of each group
+    stages: np.ndarray
+    steps: np.ndarray           # (steps, 2) int64: the kind of each step of a row, and the number of its parts
     query: np.ndarray           # 8 arrays of Inputs
     key: np.ndarray
     value: np.ndarray
@@ -870,7 +1119,8 @@ class Plan(NamedTuple):
     grad_value: np.ndarray
     grad_decay: np.ndarray
     grad_bias: np.ndarray
-    wide: np.ndarray            # (slots, 5, T + CHUNK) float64, as _row has them; a slot is a row's, or a thread's that takes whole rows
+    # arrays of the slots, as _row takes them apart; a slot is a row's, or a thread's that takes whole rows
+    wide: np.ndarray            # (slots, 5, T + CHUNK) float64
     narrow: np.ndarray          # (slots, 5, T + CHUNK)
     packed: np.ndarray          # (slots, 3, T D), or of no numbers: v, out or u, dv
     lists: np.ndarray           # (slots, 2, 2 (T + CHUNK)) int64: sorted lists of the nodes of a level and of the next
@@ -888,20 +1138,40 @@ class Plan(NamedTuple):
 
 @called_loop
 def _task(stage, task, thread, plan):
-    """A part of a step of one row, or all of a row."""
+    """Does one part of one step of a row, or all parts of all steps of a row."""
+    # which row, and which part
     step, first_row, head_of_group = plan.stages[stage]
     whole = step < 0
     parts = 1 if whole else plan.steps[step, 1]
     number, part = task // parts, task % parts
     slot = thread if whole else number
-    backward, window, D, tile = plan.settings[0] == 1, plan.settings[1], plan.settings[2], CHUNK * CHUNK
-    inputs = Inputs(plan.query, plan.key, plan.value, plan.log_decay, plan.key_bias, plan.start, plan.query_codes, plan.key_codes)
+    backward = plan.settings[0] == 1
+    window = plan.settings[1]
+    D = plan.settings[2]
+
+    # the row's arrays
+    inputs = Inputs(
+        plan.query, plan.key, plan.value, plan.log_decay, plan.key_bias, plan.start, plan.query_codes, plan.key_codes
+    )
     results = Results(plan.out, plan.row_max, plan.normalizer)
-    gradients = Gradients(plan.upstream, plan.grad_query, plan.grad_key, plan.grad_value, plan.grad_decay, plan.grad_bias)
-    row = _row(backward, inputs, results, gradients, plan.wide[slot], plan.narrow[slot], plan.packed[slot], first_row + number, head_of_group, D)
-    orders, tiles = plan.orders[thread], plan.tiles[thread]
-    work = Work(orders[0], orders[1], orders[2], orders[3], plan.thin[thread], plan.factors[thread], plan.tables[thread],
-                plan.carried[thread], plan.potentials[thread], plan.chunk[thread], plan.chunk_sums[thread], tiles[:tile], plan.triangles, tiles[tile:])
+    gradients = Gradients(
+        plan.upstream, plan.grad_query, plan.grad_key, plan.grad_value, plan.grad_decay, plan.grad_bias
+    )
+    wide, narrow, packed = plan.wide[slot], plan.narrow[slot], plan.packed[slot]
+    row_number = first_row + number
+    row = _row(backward, inputs, results, gradients, wide, narrow, packed, row_number, head_of_group, D)
+
+    # the thread's arrays
+    orders = plan.orders[thread]
+    tiles = plan.tiles[thread]
+    tile = CHUNK * CHUNK
+    work = Work(
+        orders[0], orders[1], orders[2], orders[3],
+        plan.thin[thread], plan.factors[thread], plan.tables[thread], plan.carried[thread], plan.potentials[thread],
+        plan.chunk[thread], plan.chunk_sums[thread], tiles[:tile], plan.triangles, tiles[tile:]
+    )
+
+    # the step, or all of them
     for s in range(0 if whole else step, plan.steps.shape[0] if whole else step + 1):
         kind, parts = plan.steps[s]
         for p in range(0 if whole else part, parts if whole else part + 1):
@@ -924,16 +1194,34 @@ def _task(stage, task, thread, plan):
 
 @inner_loop
 def _attend(kind, task, backward, window, inputs, row, lists, work, D):
-    """A subtree; a triangle of a window's block of queries; from kind LEVEL on a pair of nodes of that level above subtrees."""
-    keys, queries, sums, T = row.keys, row.queries, row.sums, inputs.query.shape[1]
-    start, key_codes, query_codes = inputs.start[row.batch], inputs.key_codes[row.batch, :, row.key_head], inputs.query_codes[row.batch, :, row.head]
-    first, last, size, top, level = task * SUBTREE, min(T, (task + 1) * SUBTREE), CHUNK, SUBTREE, 0
+    """
+    Sums the pairs of one part of a step. From kind LEVEL on a part is a pair of nodes of that level above subtrees.
+    Else it is a subtree or, where there is a window, a triangle of a block of queries.
+    """
+    keys = row.keys
+    queries = row.queries
+    sums = row.sums
+    T = inputs.query.shape[1]
+    start = inputs.start[row.batch]
+    key_codes = inputs.key_codes[row.batch, :, row.key_head]
+    query_codes = inputs.query_codes[row.batch, :, row.head]
+
+    # a subtree: the places first .. last - 1, from nodes of `size` tokens up to one node of `top`
+    first = task * SUBTREE
+    last = min(T, (task + 1) * SUBTREE)
+    size = CHUNK
+    top = SUBTREE
+    level = 0
     triangle = Triangle(True, 0, 0, T, T, 0)
     if kind >= LEVEL:
-        level, size = SUBTREE_LEVELS + kind - LEVEL, SUBTREE << (kind - LEVEL)
-        first, top = task * 2 * size, 2 * size
+        # a pair of nodes above subtrees
+        level = SUBTREE_LEVELS + kind - LEVEL
+        size = SUBTREE << (kind - LEVEL)
+        first = task * 2 * size
+        top = 2 * size
         last = min(T, first + top)
     elif window < T:
+        # a triangle of a window
         lower = kind == LOWER
         base = task * window if lower else (task + 1) * window
         count = min(window, T - base)
@@ -941,62 +1229,114 @@ def _attend(kind, task, backward, window, inputs, row, lists, work, D):
         first, last, top = 0, triangle.key_count, triangle.key_count
         if not lower and start[base] >= base:
             return
+
+    # chunks: pairs inside, and a sorted list of each
     for place in range(first, last if kind < LEVEL else first, CHUNK):
         key_first, key_last = _span(triangle.key_base, triangle.key_count, place, place + CHUNK)
         query_first, query_last = _span(triangle.query_base, triangle.query_count, place, place + CHUNK)
         shift, lower = triangle.query_base - triangle.key_base, triangle.lower
         if key_first < key_last and query_first < query_last:
             if backward:
-                _chunk_backward(keys, queries, sums, start, key_first, key_last, query_first, query_last, shift, lower, work, D)
+                _chunk_backward(
+                    keys, queries, sums, start, key_first, key_last, query_first, query_last, shift, lower, work, D
+                )
             else:
-                _chunk_forward(keys, queries, sums, start, key_first, key_last, query_first, query_last, shift, lower, lower, work, D)
-        _sort_chunk(lists, triangle.at + 2 * place, key_codes, key_first, key_last, query_codes, query_first, query_last)
+                fresh = lower  # the upper triangle adds to what the lower one has begun
+                _chunk_forward(
+                    keys, queries, sums, start, key_first, key_last, query_first, query_last, shift, lower, fresh,
+                    work, D
+                )
+        at = triangle.at + 2 * place
+        _sort_chunk(lists, at, key_codes, key_first, key_last, query_codes, query_first, query_last)
+
+    # pairs of nodes, level by level
     while size < top:
         for place in range(first, last, 2 * size):
-            _meet(backward, keys, queries, sums, start, key_codes, query_codes, lists, level, triangle, place, place + size, min(place + 2 * size, last), work, D)
-        size, level = 2 * size, level + 1
+            middle = place + size
+            end = min(place + 2 * size, last)
+            _meet(
+                backward, keys, queries, sums, start, key_codes, query_codes, lists, level, triangle,
+                place, middle, end, work, D
+            )
+        size = 2 * size
+        level = level + 1
 
 
 def topological_pass(backward: bool, inputs: Inputs, results: Results, gradients: Gradients, window: int, D: int):
     """
-    Fills results, or with backward, from filled results, the gradients. In the forward pass gradients may hold empty arrays. With empty codes there is no
-    distance, and query and key only tell the numbers of heads.
+    Fills `results`; with `backward` it reads filled results and fills `gradients`. In the forward pass gradients may
+    hold empty arrays. With empty codes there is no distance, and query and key only tell the numbers of heads.
     """
     B, T, H = inputs.query.shape
-    rows, number, threads, E = B * inputs.key.shape[2], inputs.value.dtype, thread_count(), D + 1
+    rows = B * inputs.key.shape[2]
+    number = inputs.value.dtype
+    threads = thread_count()
+
+    # the steps of a row, and into how many parts each is cut
     width = min(window, T)
-    blocks, pieces, scans = -(-T // width), -(-T // SUBTREE), not inputs.query_codes.size
+    blocks = -(-T // width)
+    pieces = -(-T // SUBTREE)
+    scans = not inputs.query_codes.size
     decays = 1 if inputs.log_decay.shape[2] else 0
     steps = [(SUM_DECAYS, decays), (BEGIN, pieces)]
-    steps += [(SCAN, blocks), (SCAN_UPPER, blocks - 1)] if scans else [(LOWER, pieces if blocks == 1 else blocks), (UPPER, blocks - 1)]
+    if scans:
+        steps += [(SCAN, blocks), (SCAN_UPPER, blocks - 1)]
+    else:
+        steps += [(LOWER, pieces if blocks == 1 else blocks), (UPPER, blocks - 1)]
     levels = (pieces - 1).bit_length() if blocks == 1 and not scans else 0
     steps += [(LEVEL + level, -(-T // (2 * SUBTREE << level))) for level in range(levels)]
     steps += [(END, pieces), (DECAY_GRADIENTS, decays if backward else 0)]
     steps = [(kind, parts) for kind, parts in steps if parts]
 
-    # rows that are short, and many enough for all threads, go through all steps by themselves; others step by step, some rows at a time
+    # Rows that are short, and many enough for all threads, go through all steps by themselves; others go step by step,
+    # some rows at a time.
     whole = T <= SUBTREE or (T <= WHOLE_ROW and rows >= 4 * threads)
     slots = threads if whole else max(1, min(rows, GROUP_TOKENS // T))
-    stages = [(-1, 0, head) for head in range(H // inputs.key.shape[2])]
-    tasks = [rows] * len(stages)
-    if not whole:
-        stages = [(step, first, head) for _, _, head in stages for first in range(0, rows, slots) for step in range(len(steps))]
+    heads_of_group = range(H // inputs.key.shape[2])
+    if whole:
+        stages = [(-1, 0, head) for head in heads_of_group]
+        tasks = [rows] * len(stages)
+    else:
+        stages = [
+            (step, first, head)
+            for head in heads_of_group
+            for first in range(0, rows, slots)
+            for step in range(len(steps))
+        ]
         tasks = [steps[step][1] * min(slots, rows - first) for step, first, _ in stages]
 
-    longest, block = blocks * width + CHUNK, max(64, min(TABLE // D // 8 * 8, width))
+    # the arrays of slots and threads; a block is the sources whose tables are made at one time
+    E = D + 1
+    longest = blocks * width + CHUNK
+    block = max(64, min(TABLE // D // 8 * 8, width))
     plan = Plan(
-        np.array((backward, width, D)), np.array(stages, np.int64), np.array(steps, np.int64), *inputs, *results, *gradients,
-        np.zeros((slots, 5, longest)), np.zeros((slots, 5, longest), number),
-        np.empty((slots, 3, T * D if H > 1 else 0), number), np.empty((slots, 2, 2 * longest), np.int64),
-        np.empty((threads, 4, width + 8), np.int32), np.zeros((threads, 7, block + 16)),
-        np.zeros((threads, 4, block + 16), number), np.empty((threads, 2, (block + 1) * E), number), np.empty((threads, (width // block + 3) * E), number),
-        np.empty((threads, width // block + 3)), np.zeros((threads, 5, CHUNK)), np.zeros((threads, 3, CHUNK), number),
-        np.zeros((threads, CHUNK * CHUNK + CHUNK * D), number), TRIANGLES)
+        np.array((backward, width, D)),
+        np.array(stages, np.int64),
+        np.array(steps, np.int64),
+        *inputs,
+        *results,
+        *gradients,
+        wide=np.zeros((slots, 5, longest)),
+        narrow=np.zeros((slots, 5, longest), number),
+        packed=np.empty((slots, 3, T * D if H > 1 else 0), number),
+        lists=np.empty((slots, 2, 2 * longest), np.int64),
+        orders=np.empty((threads, 4, width + 8), np.int32),
+        thin=np.zeros((threads, 7, block + 16)),
+        factors=np.zeros((threads, 4, block + 16), number),
+        tables=np.empty((threads, 2, (block + 1) * E), number),
+        carried=np.empty((threads, (width // block + 3) * E), number),
+        potentials=np.empty((threads, width // block + 3)),
+        chunk=np.zeros((threads, 5, CHUNK)),
+        chunk_sums=np.zeros((threads, 3, CHUNK), number),
+        tiles=np.zeros((threads, CHUNK * CHUNK + CHUNK * D), number),
+        triangles=TRIANGLES,
+    )
     run_stages(_task, tasks, plan)
 
 
 @loop
 def _codes(bits, codes):
+    """Turns the bits of float32 numbers into int32 codes of the same order."""
     for i in range(bits.shape[0]):
         x = bits[i]
         x = np.int32(0) if x == np.int32(-2147483648) else x  # -0 equals 0
@@ -1004,7 +1344,11 @@ def _codes(bits, codes):
 
 
 def order_codes(query: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int32 numbers in the order of the coordinates (B, T, ...) of queries and keys, equal where those are; of float32 their bits, else their ranks."""
+    """
+    Returns int32 codes of the queries' and of the keys' coordinates, in the shapes of both (B, T, ...). Codes are in
+    the order of the coordinates, and equal where those are equal. For float32 they are made from the bits, else they
+    are ranks.
+    """
     if query.dtype == np.float32:
         codes = [np.empty(x.shape, np.int32) for x in (query, key)]
         for x, of in zip((query, key), codes):

@@ -135,3 +135,11 @@ def interpreter():
     worker = Interpreter()
     yield worker
     worker.close()
+
+
+@pytest.fixture
+def torch_threads():
+    """torch_threads(n) lets PyTorch, and the loops with it, take n threads until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
