@@ -32,7 +32,8 @@ q and k (2 H D model_dim) give way to 2 H model_dim; the forget gate and the key
 Source: Moriondo, Topological Transformer, TechRxiv 176800983.30631144, github.com/tuned-org-uk/tauformer; slopes: Press et al., ALiBi, 2021,
 arxiv.org/abs/2108.12409; forget gate: Lin et al., Forgetting Transformer, 2025, arxiv.org/abs/2503.02130; convolution: Fu et al., H3, 2022,
 arxiv.org/abs/2212.14052; straight-through gradient: Bengio et al., 2013, arxiv.org/abs/1308.3432; linear coordinates and the combination: ours
-Status: 1M bytes, 3 seeds: worse on track cpu, faithful +0.50, fast +0.10; English rows of 1,024 without windows: faithful +0.11 (500k bytes, p = 0.065), fast better, -0.14, as its control forgetting_attention; the distance adds 0.01, 0.02; variants/README.md
+Status: mixed. At equal tokens worse than the baseline on track cpu (faithful +0.50, fast +0.10 nats), better in English rows of 1,024 without windows (fast -0.14); there at
+equal time on a CPU fast -0.52, its control key_only -0.62; variants/README.md
 """
 
 import json, math, zipfile
