@@ -75,11 +75,11 @@ def topological_attention(
     Backends:
         "reference"     the whole matrix of scores; exact
         "tiled"         dense tiles on a GPU, loglinear elsewhere; exact
-        "loglinear"     O(T log T), without coordinates O(T); exact
+        "loglinear"     O(T log T), on a CPU O(T) without coordinates; exact
         "auto"          one of these
         "binned"        O(T): coordinates are interpolated between 256 points in [-8, 8]; it takes no window. Other
                         points: topological_attention_binned
-    Without coordinates all but "reference" are the scan in O(T). All work under torch.compile(fullgraph=True).
+    Without coordinates all but "reference" are "loglinear". All work under torch.compile(fullgraph=True).
 
     Floating tensors may be bfloat16, float16, float32 or float64, mixed. Sums run in float32, or in float64 where an
     argument is float64. The five floating tensors have gradients; where a coordinate equals another, the distance has

@@ -1,5 +1,5 @@
 """
-Topological attention, backend "loglinear": exact in O(T log T), and without coordinates ("key only") in O(T).
+Topological attention, backend "loglinear": exact in O(T log T), and on a CPU without coordinates ("key only") in O(T).
 
     s_ij = -|a_i - b_j| + F_i - F_j + c_j        max(doc_start_i, i - window + 1) <= j <= i
     F_i = sum over t <= i of g_t                 g_t <= 0

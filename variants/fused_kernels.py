@@ -10,7 +10,7 @@ The baseline's own arithmetic in fused kernels, Triton's on a GPU and loops on a
     embedding       rows of all tables and their cast in one pass, gradients without atomic additions, tokens sorted once for all tables
 
 Each option is on, off or auto: on where every result file of the kernel in benchmarks/results/ from a GPU of this compute capability, or from a CPU, and at least one,
-has it ahead of all other arms, forward and backward, at every size. On a CPU the kernels are loops that Numba compiles, for muon and embedding the plain references. A variant
+has it ahead of all other arms, forward and backward, at every size; on a CPU of all but compiled ones, as short runs there are eager. On a CPU the kernels are loops that Numba compiles, for muon and embedding the plain references. A variant
 that replaces the same part is refused as a collision (turn the option off); a feed-forward or head whose linear layers are replaced is left alone.
 
 Cost: no parameter; FLOPs as the baseline's, but muon's products, of which it takes 56 to 67 % at 384 channels or more. Memory: the feed-forward keeps its hidden
