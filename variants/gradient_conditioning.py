@@ -3,8 +3,8 @@ Gradient conditioning: every weight tensor's gradient is scaled and shifted by t
 
     G'_k = a_k G_k + b_k        with base=sgd:  V <- momentum V + G'_k,  W_k <- W_k - lr V
 
-W_k, G_k and V are float32 of one shape, a_k > 0, b_k is added to every entry; k = 0 .. K-1 counts the model's tensors in
-forward order, without those of one dimension unless include_1d. base=default keeps Muon and Adam. Where a_k and b_k
+W_k, G_k and V are float32 of one shape, a_k > 0, b_k is added to every entry; k = 0 .. K-1 counts the model's tensors
+in forward order, without those of one dimension unless include_1d. base=default keeps Muon and Adam. Where a_k and b_k
 come from is not published, so these are families, and a result has to name the one it used:
 
     table           table=*/1/0;blocks.*.fc.weight/2/1e-5: glob of names/a/b, the last match counts, no match: 1 and 0
@@ -269,7 +269,10 @@ class ConditionedOptimizer:
     # ---- Where a and b come from --------------------------------------------
 
     def choose_pairs(self) -> list[tuple[float, float]]:
-        """Return (a, b) of every shard, of the sources that learn or measure them (1, 0). RunError for what cannot be."""
+        """
+        Return (a, b) of every shard, which are (1, 0) for sources that learn or measure them. RunError for a pair that
+        cannot be used.
+        """
         pairs = [(1.0, 0.0)] * len(self.shards)
         if self.options.source == "table":
             pairs = self.match_table()
@@ -292,8 +295,9 @@ class ConditionedOptimizer:
         hint = "" if self.options.include_1d else "; include_1d=on adds those of one dimension"
         for glob, a, b in self.options.parse_table():
             matches = [fnmatchcase(name, glob) for name in names]
-            require(any(matches), f"variant gradient_conditioning: table: {glob!r} matches no conditioned tensor; there "
-                                  f"are {', '.join(names[:3])}, .. {names[-1]}{hint}")
+            require(any(matches),
+                    f"variant gradient_conditioning: table: {glob!r} matches no conditioned tensor; there are "
+                    f"{', '.join(names[:3])}, .. {names[-1]}{hint}")
             pairs = [(a, b) if is_match else pair for is_match, pair in zip(matches, pairs)]
         return pairs
 
