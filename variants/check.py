@@ -46,67 +46,61 @@ from train_gpt import GPT, Config, Ranks, RunError, say
 
 ALONE = Ranks(0, 1, torch.device("cpu"), torch.float32)
 EPSILON = torch.finfo(torch.float32).eps
-ROUNDING = 1000  # times EPSILON and the logits' size: what rounding may change an answer by
-LOSS_ROUNDING = 32  # times EPSILON and the loss: the same for a loss, which is one number
-BORDER_REACH = 8  # tokens: a head that predicts several tokens ahead trains across a document's border by so many
-ROW_LENGTH = 128  # tokens of a tiny row, at most
-HEAD_DIM = 16  # of a tiny model, at most
-LAYERS = 16  # of a tiny model, at most, unless the variant names a later layer
-COMPILED_LAYERS = 4  # the same for the trial of the compiler, which takes a second a layer
+ROUNDING = 1000         # times EPSILON and the logits' size: what rounding may change an answer by
+LOSS_ROUNDING = 32      # times EPSILON and the loss: the same for a loss, which is one number
+BORDER_REACH = 8        # tokens: a head that predicts several ahead trains across a document's border by so many
+ROW_LENGTH = 128        # tokens of a tiny row, at most
+HEAD_DIM = 16           # of a tiny model, at most
+LAYERS = 16             # of a tiny model, at most, unless the variant names a later layer
+COMPILED_LAYERS = 4     # the same for the trial of the compiler, which takes a second a layer
 LEARNING_STEPS = 14
-TIMED_FLOPS = 3e10  # of one timed step on a CPU, about half a second on two cores: a step has as many whole rows as fit
-ROW_FLOPS = 1e11  # a row that takes more is not timed on a CPU
-TIMED_SECONDS = 6.0  # how long steps are timed; every arm has one at least
+TIMED_FLOPS = 3e10      # of one timed step on a CPU, about half a second on two cores: it has as many rows as fit
+ROW_FLOPS = 1e11        # a row that takes more is not timed on a CPU
+TIMED_SECONDS = 6.0     # how long steps are timed; every arm has one at least
 
-# ---- Tiny models and texts -----------------------------------------------------------------------------------------
+# ---- Tiny models and texts --------------------------------------------------
 
 
 def tiny_configs(config: Config) -> list[Config]:
     """
-    A run's configuration shrunk to be tried, on the CPU in float32: narrow and not too deep with 256 token ids; with
-    the run's own layers; with its own width; with its own token ids. The later ones are for parts that do not work in
-    the smaller.
+    Return a run's configuration shrunk to be tried, on the CPU in float32: narrow and not too deep with 256 token ids;
+    with the run's own layers; with its own width; with its own token ids. The later ones are for parts that do not work
+    in the smaller.
     """
     length = min(config.sequence_length, ROW_LENGTH)
     head_dim = min(config.head_dim, HEAD_DIM)
-    shrink = lambda size: max(4, round(size * head_dim / config.head_dim))
-    windows = lambda sizes: tuple(size and max(2, round(size * length / config.sequence_length)) for size in sizes)
 
-    whole = dataclasses.replace(
+    def shrink(size: int) -> int:
+        return max(4, round(size * head_dim / config.head_dim))
+
+    def shrink_windows(sizes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(size and max(2, round(size * length / config.sequence_length)) for size in sizes)
+
+    all_ids = dataclasses.replace(
         config,
-        sequence_length=length,
-        batch_tokens=4 * length,
-        micro_batch_tokens=4 * length,
-        steps=LEARNING_STEPS,
-        time_budget=0.0,
-        window_short=windows(config.window_short),
-        window_long=windows(config.window_long),
-        vocab_size=config.padded_vocabulary,
-        document_token=-1,
-        device="cpu",
-        dtype="float32",
-        compile="off",
-        resume="",
-        init_from="",
-        save=False,
+        sequence_length=length, batch_tokens=4 * length, micro_batch_tokens=4 * length,
+        window_short=shrink_windows(config.window_short), window_long=shrink_windows(config.window_long),
+        vocab_size=config.padded_vocabulary, document_token=-1,
+        steps=LEARNING_STEPS, time_budget=0.0,
+        device="cpu", dtype="float32", compile="off",
+        resume="", init_from="", save=False,
     )
-    few_ids = dataclasses.replace(whole, vocab_size=256, bigram_rows=min(config.bigram_rows, 512))
-    narrow = dataclasses.replace(
-        few_ids, head_dim=head_dim, model_dim=shrink(config.model_dim), mlp_hidden=shrink(config.mlp_hidden)
-    )
+    few_ids = dataclasses.replace(all_ids, vocab_size=256, bigram_rows=min(config.bigram_rows, 512))
+    narrow = dataclasses.replace(few_ids, head_dim=head_dim, model_dim=shrink(config.model_dim),
+                                 mlp_hidden=shrink(config.mlp_hidden))
     shallow = dataclasses.replace(narrow, layers=min(config.layers, LAYERS))
-    return [shallow, narrow, few_ids, whole]
+    return [shallow, narrow, few_ids, all_ids]
 
 
 def build(config: Config) -> GPT:
-    """The model with its initial tensors, on the CPU, with the windows of the beginning of a run."""
+    """Return the model with its initial tensors, on the CPU, with the windows of the beginning of a run."""
     model = train_gpt.build_model(config, ALONE)
     model.set_windows(0.0)
     return model
 
 
 def awake(model: GPT) -> GPT:
-    """The model with random numbers for the parameters that begin at zero, so that every part has its say."""
+    """Fill the parameters that begin at zero with random numbers, so that every part has its say. Returns the model."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for p in model.parameters():
@@ -117,8 +111,8 @@ def awake(model: GPT) -> GPT:
 
 def random_rows(config: Config, rows: int, seed: int = 0) -> Tensor:
     """
-    (rows, T + 1) random tokens: every row begins a document, as do its thirds, but for the last row, which is the
-    middle of a document.
+    Return (rows, T + 1) random tokens. Every row begins a document, as do its thirds, but for the last row, which is
+    the middle of a document.
     """
     shape, generator = (rows, config.sequence_length + 1), torch.Generator().manual_seed(seed)
     tokens = torch.randint(config.end_of_text, shape, generator=generator)  # the end of text is the last id
@@ -127,7 +121,7 @@ def random_rows(config: Config, rows: int, seed: int = 0) -> Tensor:
 
 
 def borders(config: Config) -> list[int]:
-    """Where the three documents of a random row begin."""
+    """Return where the three documents of a random row begin."""
     third = (config.sequence_length + 1) // 3
     return [0, third, 2 * third]
 
@@ -144,9 +138,11 @@ class Probe:
         self.config = model.config
         self.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         rows = random_rows(self.config, 3)
-        self.tokens, self.targets = rows[:, :-1], rows[:, 1:]  # (3, T) each
+        self.tokens = rows[:, :-1]   # (3, T)
+        self.targets = rows[:, 1:]   # (3, T)
         self.other_targets = random_rows(self.config, 3, seed=1)[:, 1:]  # (3, T), what the targets are changed to
-        # every token is another one, and documents begin elsewhere
+
+        # (3, T), what the tokens are changed to: every one is another, and documents begin elsewhere
         other = random_rows(self.config, 3, seed=2)[:, :-1].roll(self.config.sequence_length // 5, 1)
         self.other = torch.where(other == self.tokens, (other + 1) % self.config.end_of_text, other)
 
@@ -159,7 +155,7 @@ class Probe:
         self.model.set_windows(0.0 if training else 1.0)
 
     def logits(self, tokens: Tensor, training: bool = False) -> Tensor:
-        """(B, T, vocabulary) for tokens (B, T)."""
+        """Return (B, T, vocabulary) for tokens (B, T)."""
         self.begin(training)
         with torch.set_grad_enabled(training):
             return self.model(tokens).detach()
@@ -177,17 +173,19 @@ class Probe:
     def answer(self, training: bool) -> tuple[Tensor, float]:
         logits = self.logits(self.tokens, training)
         noise = (self.logits(self.tokens, training) - logits).abs().max().item()
-        return logits, ROUNDING * EPSILON * logits.square().mean().sqrt().item() + 10 * noise
+        return logits, rounding_of(logits) + 10 * noise
+
+    def has_numbers(self, training: bool) -> bool:
+        """Return whether all logits are finite."""
+        return bool(self.answers[training][0].isfinite().all())
 
     def is_steady(self, training: bool) -> bool:
-        """Whether logits are numbers, and equal questions get equal answers but for rounding."""
+        """Return whether logits are numbers, and equal questions get equal answers but for rounding."""
         logits, tolerance = self.answers[training]
-        return (
-            bool(logits.isfinite().all()) and tolerance <= 2 * ROUNDING * EPSILON * logits.square().mean().sqrt().item()
-        )
+        return self.has_numbers(training) and tolerance <= 2 * rounding_of(logits)
 
     def changed(self, tokens: Tensor, training: bool) -> Tensor:
-        """(3, T) bool: which predictions differ from those of the text, for tokens (3, T)."""
+        """Return (3, T) bool: which predictions differ from those of the text, for tokens (3, T)."""
         logits, tolerance = self.answers[training]
         return (self.logits(tokens, training) - logits).abs().amax(-1) > tolerance
 
@@ -216,9 +214,9 @@ class Probe:
 
     def loss_depends(self, tokens: Tensor, where: Tensor) -> bool:
         """
-        Whether in training the prediction of the targets at `where` (3, T) depends on what `tokens` changes in the
-        text. With L(x, y) for the loss of tokens x and targets y it asks for L(x, y) - L(x, y') - L(x', y) + L(x', y'):
-        zero unless the log-probabilities of y or y' at `where` change.
+        Return whether in training the prediction of the targets at `where` (3, T) depends on what `tokens` changes in
+        the text. With L(x, y) for the loss of tokens x and targets y it asks for L(x, y) - L(x, y') - L(x', y) +
+        L(x', y'): zero unless the log-probabilities of y or y' at `where` change.
         """
         targets = torch.where(where, self.other_targets, self.targets)
         before = self.training_loss - self.loss(self.tokens, targets)
@@ -226,7 +224,12 @@ class Probe:
         return abs(after - before) > self.loss_tolerance
 
 
-# ---- What must hold ------------------------------------------------------------------------------------------------
+def rounding_of(logits: Tensor) -> float:
+    """Return by how much rounding may change logits."""
+    return ROUNDING * EPSILON * logits.square().mean().sqrt().item()
+
+
+# ---- What must hold ---------------------------------------------------------
 # Each function returns its faults, one line each: [] for a sound variant.
 
 
@@ -236,8 +239,8 @@ def number_faults(probe: Probe) -> list[str]:
     logits' cross-entropy.
     """
     faults = []
-    for training, (logits, _) in probe.answers.items():
-        if not logits.isfinite().all():
+    for training in (False, True):
+        if not probe.has_numbers(training):
             faults.append(f"NaN or infinite logits{mode(training)}")
         loss = probe.loss(probe.tokens, probe.targets, training)
         if not math.isfinite(loss):
@@ -245,16 +248,14 @@ def number_faults(probe: Probe) -> list[str]:
     if faults:
         return faults
 
-    logits, tolerance = probe.answers[False]
     if not probe.is_steady(False):
         return ["RANDOM in evaluation: the same text and the same seed give other logits the second time"]
+    logits, tolerance = probe.answers[False]
     expected = F.cross_entropy(logits.flatten(0, 1), probe.targets.flatten()).item()
     loss = probe.loss(probe.tokens, probe.targets, False)
     if abs(loss - expected) > tolerance + ROUNDING * EPSILON * expected:
-        return [
-            f"WRONG VALIDATION LOSS: with targets the model says {loss:.4f}, "
-            f"the cross-entropy of its own logits is {expected:.4f}"
-        ]
+        return [f"WRONG VALIDATION LOSS: with targets the model says {loss:.4f}, the cross-entropy of its own logits "
+                f"is {expected:.4f}"]
     return []
 
 
@@ -263,41 +264,46 @@ def causality_faults(probe: Probe) -> list[str]:
     T = probe.config.sequence_length
     for training in (False, True):
         for position in sorted({7, T // 2 + 1, T - 1} & set(range(1, T))):
-            tokens = torch.cat((probe.tokens[:, :position], probe.other[:, position:]), 1)
-            changed = probe.changed(tokens, training)
+            changed = probe.changed(change_from(probe, position), training)
             if changed[:, :position].any():
                 return [looks_ahead(probe, position, changed, training)]
             if not training and not changed[:, position].any():
-                return [
-                    f"BLIND: other tokens from {position} on change no prediction at {position}; is the input used?"
-                ]
+                return [f"BLIND: other tokens from {position} on change no prediction at {position}; is the input "
+                        "used?"]
 
     position = T // 2 + 1
-    where = torch.zeros_like(probe.tokens, dtype=torch.bool)
-    where[:, :position] = True
-    if probe.loss_depends(torch.cat((probe.tokens[:, :position], probe.other[:, position:]), 1), where):
-        return [
-            f"LOOKS AHEAD in the training loss: changing the tokens from {position} on "
-            f"changes how targets before {position} are predicted"
-        ]
+    if probe.loss_depends(change_from(probe, position), mark(probe, slice(None), slice(position))):
+        return [f"LOOKS AHEAD in the training loss: changing the tokens from {position} on changes how targets before "
+                f"{position} are predicted"]
     return []
+
+
+def change_from(probe: Probe, position: int) -> Tensor:
+    """Return the text (3, T) with other tokens from a position on."""
+    return torch.cat((probe.tokens[:, :position], probe.other[:, position:]), 1)
+
+
+def mark(probe: Probe, rows: int | slice, positions: slice) -> Tensor:
+    """Return (3, T) bool: True at these rows and positions."""
+    marks = torch.zeros_like(probe.tokens, dtype=torch.bool)
+    marks[rows, positions] = True
+    return marks
 
 
 def looks_ahead(probe: Probe, position: int, changed: Tensor, training: bool) -> str:
     """
-    The line for predictions before `position` that changed with the tokens from there on: names one token, if one alone
-    does it.
+    Return the line for predictions before `position` that changed with the tokens from there on. It names one token, if
+    one alone does it.
     """
+    what, seen = f"the tokens from {position} on", changed[:, :position].any(0)
     for later in range(position, probe.config.sequence_length):
         tokens = probe.tokens.clone()
         tokens[:, later] = probe.other[:, later]
-        alone = probe.changed(tokens, training)[:, :later].any(0)
-        if alone.any():
-            return f"LOOKS AHEAD: changing token {later} changes the prediction at token {first(alone)}{mode(training)}"
-    earlier = first(changed[:, :position].any(0))
-    return (
-        f"LOOKS AHEAD: changing the tokens from {position} on changes the prediction at token {earlier}{mode(training)}"
-    )
+        seen_by_one = probe.changed(tokens, training)[:, :later].any(0)
+        if seen_by_one.any():
+            what, seen = f"token {later}", seen_by_one
+            break
+    return f"LOOKS AHEAD: changing {what} changes the prediction at token {first(seen)}{mode(training)}"
 
 
 def document_faults(probe: Probe) -> list[str]:
@@ -307,39 +313,33 @@ def document_faults(probe: Probe) -> list[str]:
     _, begin, end = borders(probe.config)
     ordinary = torch.where(probe.other == probe.config.end_of_text, 0, probe.other)
     tokens = probe.tokens.clone()
-    tokens[:-1, begin + 1 : end] = ordinary[:-1, begin + 1 : end]  # the last row is one document
-    document = f"changing the document of tokens {begin}-{end - 1} changes"
-    for training in (False, True):
-        after = probe.changed(tokens, training)[:-1, end:].any(0)
-        if after.any():
-            return [f"SEES ANOTHER DOCUMENT: {document} the prediction at token {end + first(after)}{mode(training)}"]
-
-    where = torch.zeros_like(probe.tokens, dtype=torch.bool)
-    where[:-1, end + BORDER_REACH :] = True
-    if probe.loss_depends(tokens, where):
-        return [f"SEES ANOTHER DOCUMENT in the training loss: {document} how targets after it are predicted"]
-    return []
+    tokens[:-1, begin + 1:end] = ordinary[:-1, begin + 1:end]  # the last row is one document
+    return leaks(probe, tokens, "SEES ANOTHER DOCUMENT", f"changing the document of tokens {begin}-{end - 1} changes",
+                 predictions=mark(probe, slice(-1), slice(end, None)),
+                 targets=mark(probe, slice(-1), slice(end + BORDER_REACH, None)), which="targets after it")
 
 
 def row_faults(probe: Probe) -> list[str]:
     """Predictions that change when another row of the batch does."""
     tokens = probe.other.clone()
     tokens[1] = probe.tokens[1]
-    for training in (False, True):
-        changed = probe.changed(tokens, training)[1]
-        if changed.any():
-            return [
-                "SEES ANOTHER ROW: changing the other rows of the batch changes "
-                f"the prediction at token {first(changed)}{mode(training)}"
-            ]
+    row = mark(probe, 1, slice(None))
+    return leaks(probe, tokens, "SEES ANOTHER ROW", "changing the other rows of the batch changes",
+                 predictions=row, targets=row, which="a row's targets")
 
-    where = torch.zeros_like(probe.tokens, dtype=torch.bool)
-    where[1] = True
-    if probe.loss_depends(tokens, where):
-        return [
-            "SEES ANOTHER ROW in the training loss: changing the other rows of the batch "
-            "changes how a row's targets are predicted"
-        ]
+
+def leaks(probe: Probe, tokens: Tensor, title: str, cause: str, predictions: Tensor, targets: Tensor,
+          which: str) -> list[str]:
+    """
+    Return a line, "title: cause ...", if other `tokens` (3, T) change logits at `predictions` (3, T) or, in training,
+    how the targets at `targets` (3, T), in words `which`, are predicted.
+    """
+    for training in (False, True):
+        seen = (probe.changed(tokens, training) & predictions).any(0)
+        if seen.any():
+            return [f"{title}: {cause} the prediction at token {first(seen)}{mode(training)}"]
+    if probe.loss_depends(tokens, targets):
+        return [f"{title} in the training loss: {cause} how {which} are predicted"]
     return []
 
 
@@ -358,24 +358,21 @@ def gradient_faults(probe: Probe) -> list[str]:
         if not dead:
             break
     wrong = [name for name, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
-    return ([f"NaN or infinite gradients: {some(wrong)}"] if wrong else []) + (
-        [f"no gradient: {some(dead)}"] if dead else []
-    )
+    named = {"NaN or infinite gradients": wrong, "no gradient": dead}
+    return [f"{fault}: {some(names)}" for fault, names in named.items() if names]
 
 
 def start_faults(model: GPT) -> list[str]:
     """A validation loss at the start, of a model that is not awake, that is not within 2 % of guessing."""
-    loss, expected = start_loss(model), math.log(model.config.vocab_size)
-    return (
-        []
-        if abs(loss / expected - 1) <= 0.02
-        else [f"the loss at the start is {loss:.3f}, guessing gives ln {model.config.vocab_size} = {expected:.3f}"]
-    )
+    loss, ids = start_loss(model), model.config.vocab_size
+    if abs(loss / math.log(ids) - 1) <= 0.02:
+        return []
+    return [f"the loss at the start is {loss:.3f}, guessing gives ln {ids} = {math.log(ids):.3f}"]
 
 
 @torch.no_grad()
 def start_loss(model: GPT) -> float:
-    """The validation loss of one random text."""
+    """Return the validation loss of one random text."""
     rows = random_rows(model.config, 4)
     return model.eval()(rows[:, :-1], rows[:, 1:]).item()
 
@@ -385,19 +382,19 @@ def train(model: GPT, steps: int = LEARNING_STEPS) -> dict[int, float]:
     Train a new model on one random text at full learning rate. Returns steps taken -> the text's validation loss then,
     every tenth and the last.
     """
-    optimizers, rows, losses = train_gpt.build_optimizers(model, model.config, ALONE), random_rows(model.config, 4), {}
+    optimizers = train_gpt.build_optimizers(model, model.config, ALONE)
+    rows, losses = random_rows(model.config, 4), {}
     torch.manual_seed(1)
     for step in range(steps):
         if step % 10 == 0:
             losses[step] = start_loss(model)
-        take_step(model.train(), optimizers, [rows], step / steps)
+        take_step(model.train(), optimizers, rows, step / steps)
     return losses | {steps: start_loss(model)}
 
 
-def take_step(model: GPT, optimizers: list, micro_batches: list[Tensor], progress: float):
-    """One optimizer step on rows of tokens (n, T + 1), as the trainer takes it alone."""
-    for rows in micro_batches:
-        (model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) / len(micro_batches)).backward()
+def take_step(model: GPT, optimizers: list, rows: Tensor, progress: float):
+    """Make one optimizer step on rows of tokens (n, T + 1), as the trainer makes it alone."""
+    model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()).backward()
     for optimizer in optimizers:
         optimizer.step(1.0, progress)
 
@@ -406,22 +403,19 @@ def learning_faults(losses: dict[int, float]) -> list[str]:
     """Of the losses of train(): one that is no number or rises far above the start, or a text that is not learnt."""
     for step, loss in losses.items():
         if not math.isfinite(loss) or loss > 1.5 * losses[0]:
-            return [
-                f"UNSTABLE: the loss is {loss:.3f} after {step} steps on one random text, {losses[0]:.3f} at the start"
-            ]
+            return [f"UNSTABLE: the loss is {loss:.3f} after {step} steps on one random text, {losses[0]:.3f} at "
+                    "the start"]
     steps, loss = max(losses.items())
     if loss >= 0.9 * losses[0]:
-        return [
-            f"does not learn: the loss is {loss:.3f} after {steps} steps "
-            f"on one random text, {losses[0]:.3f} at the start"
-        ]
+        return [f"does not learn: the loss is {loss:.3f} after {steps} steps on one random text, {losses[0]:.3f} at "
+                "the start"]
     return []
 
 
 def compile_fault(model: GPT) -> str | None:
     """
-    Why the model does not compile to one graph with the loss that it has without, in one line; None if it does. Changes
-    nothing in it.
+    Return why the model does not compile to one graph with the loss that it has without, in one line; None if it does.
+    Changes nothing in it.
     """
     torch._dynamo.reset()
     rows = random_rows(model.config, 2)
@@ -447,15 +441,13 @@ def first(flags: Tensor) -> int:
 
 
 def some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
 
 
-# what is tried -> (how, what a sound variant is told)
-SOUNDNESS = dict(
-    numbers=(
-        number_faults,
-        "finite; the validation loss is the cross-entropy of the logits, and the same the second time",
-    ),
+SOUNDNESS = dict(  # what is tried -> (how, what a sound variant is told)
+    numbers=(number_faults, "finite; the validation loss is the cross-entropy of the logits, and the same the second "
+                            "time"),
     causality=(causality_faults, "sound: no position sees a later one"),
     documents=(document_faults, "sound: no document of a row sees another"),
     rows=(row_faults, "sound: no row of a batch sees another"),
@@ -465,9 +457,9 @@ SOUNDNESS = dict(
 
 def faults_of(config: Config) -> list[str]:
     """
-    What makes the runs of config.variant worthless, one line each; [] if it is sound. It tries causality, isolation of
-    documents and rows, numbers and gradients at a tiny size, on the CPU, in this process, and leaves the trainer,
-    random numbers and threads as they were.
+    Return what makes the runs of config.variant worthless, one line each; [] if it is sound. It tries causality,
+    isolation of documents and rows, numbers and gradients at a tiny size, on the CPU, in this process, and leaves the
+    trainer, random numbers and threads as they were.
     """
     with quiet():
         faults, result = attempt(lambda: try_sizes(config))
@@ -476,29 +468,29 @@ def faults_of(config: Config) -> list[str]:
 
 def try_sizes(config: Config) -> tuple[Config, dict[str, list[str]]]:
     """
-    (the first of tiny_configs() at which the variant works, its faults there by what was tried). Raises the last size's
-    error if there is none.
+    Return (the first of tiny_configs() at which the variant works, its faults there by what was tried). Raises the last
+    size's error if there is none.
     """
     *smaller, last = tiny_configs(config)
     for size in smaller:
         try:
             return size, try_size(size)
-        except (
-            Exception
-        ):  # a part that needs its own width or token ids; if it is broken at any size, the last one shows it
+        except Exception:  # it needs its own width or token ids; one that is broken at any size is so at the last, too
             continue
     return last, try_size(last)
 
 
 def try_size(size: Config) -> dict[str, list[str]]:
-    """What was tried -> its faults. Where logits are no numbers or not the same twice, nothing else can be tried."""
+    """
+    Return what was tried -> its faults. Where logits are no numbers or not the same twice, nothing else can be tried.
+    """
     faults = {}
 
     def try_all():
         probe = Probe(build(size))
         for name, (find_faults, _) in SOUNDNESS.items():
             faults[name] = find_faults(probe)
-            if not probe.is_steady(False) or not probe.answers[True][0].isfinite().all():
+            if not probe.is_steady(False) or not probe.has_numbers(True):
                 break
 
     with variants.applied(size.variant, size):
@@ -510,7 +502,7 @@ def try_size(size: Config) -> dict[str, list[str]]:
 
 
 def attempt(action: Callable) -> tuple[list[str], object]:
-    """([], what action() returns), or ([the error in one line], None)."""
+    """Return ([], what action() returns), or ([the error in one line], None)."""
     try:
         return [], action()
     except Exception as error:
@@ -519,8 +511,8 @@ def attempt(action: Callable) -> tuple[list[str], object]:
 
 def error_line(error: Exception) -> str:
     """
-    An error in one line; with its kind, and the variant's file and line if it came from there, unless it was raised for
-    the user.
+    Return an error in one line; with its kind, and the variant's file and line if it came from there, unless it was
+    raised for the user.
     """
     if isinstance(error, RunError):
         return str(error)
@@ -539,51 +531,49 @@ def quiet():
         torch.set_num_threads(threads)
 
 
-# ---- The report ----------------------------------------------------------------------------------------------------
+# ---- Facts ------------------------------------------------------------------
 
 
 def count_parameters(config: Config) -> tuple[list[str], int, int]:
-    """(names that config.variant changes, parameters of the model, parameters without embeddings and head)."""
+    """Return (names that config.variant changes, parameters of the model, parameters without embeddings and head)."""
     with variants.applied(config.variant, config) as changed, torch.device("meta"):
         model = train_gpt.GPT(config)
-    tables = {
-        id(module.weight): module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Embedding)
-    }
-    tables[id(model.head.projection.weight)] = model.head.projection.weight.numel()
+    tables = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    sizes = {id(weight): weight.numel() for weight in (*tables, model.head.projection.weight)}  # one may be shared
     parameters = sum(p.numel() for p in model.parameters())
-    return sorted(sum(changed.values(), [])), parameters, parameters - sum(tables.values())
+    return sorted(sum(changed.values(), [])), parameters, parameters - sum(sizes.values())
 
 
 def measure_size(config: Config) -> dict:
-    """What the variant replaces, and parameters and FLOPs of the run's own model."""
+    """Return what the variant replaces, and parameters and FLOPs of the run's own model."""
     replaced, parameters, without_embeddings = count_parameters(config)
     with variants.applied(config.variant, config):
         flops = train_gpt.flops_per_token(config)
-    return dict(
-        replaces=replaced,
-        parameters=parameters,
-        parameters_without_embeddings=without_embeddings,
-        flops_per_token=flops,
-    )
+    return dict(replaces=replaced, parameters=parameters, parameters_without_embeddings=without_embeddings,
+                flops_per_token=flops)
 
 
 def time_steps(arms: list[Config], flops_per_token: float, seconds: float) -> dict | str:
     """
-    Milliseconds of eager training steps of the arms in turn, on the run's own device at its own size, or why not:
-    dict(tokens=a step's, ms=a list for each arm). A step has one micro batch, on a CPU no more rows than TIMED_FLOPS.
+    Return milliseconds of eager training steps of the arms in turn, on the run's own device at its own size, or why
+    not: dict(tokens=a step's, ms=a list for each arm). A step has one micro batch, on a CPU no more rows than
+    TIMED_FLOPS.
     """
     arms = [dataclasses.replace(arm, compile="off") for arm in arms]
-    ranks, T = Ranks.start(arms[0]), arms[0].sequence_length
-    if arms[0].threads:
-        torch.set_num_threads(arms[0].threads)
-    rows = max(1, min(arms[0].batch_tokens, arms[0].micro_batch_tokens) // T)
+    config = arms[0]
+    ranks, T = Ranks.start(config), config.sequence_length
+    if config.threads:
+        torch.set_num_threads(config.threads)
+
+    # rows of a step
+    count = max(1, min(config.batch_tokens, config.micro_batch_tokens) // T)
     if ranks.device.type == "cpu":
-        if flops_per_token * T > ROW_FLOPS:
-            return f"not timed without a GPU: one row of {T:,} tokens takes {flops_per_token * T / 1e12:,.1f} TFLOPs"
-        rows = min(rows, max(1, int(TIMED_FLOPS // (flops_per_token * T))))
-    tokens = torch.randint(arms[0].vocab_size, (rows, T + 1), generator=torch.Generator().manual_seed(0)).to(
-        ranks.device
-    )
+        row_flops = flops_per_token * T
+        if row_flops > ROW_FLOPS:
+            return f"not timed without a GPU: one row of {T:,} tokens takes {row_flops / 1e12:,.1f} TFLOPs"
+        count = min(count, max(1, int(TIMED_FLOPS // row_flops)))
+    rows = torch.randint(config.vocab_size, (count, T + 1), generator=torch.Generator().manual_seed(0))
+    rows = rows.to(ranks.device)
 
     built = []
     for arm in arms:
@@ -591,7 +581,7 @@ def time_steps(arms: list[Config], flops_per_token: float, seconds: float) -> di
             model = train_gpt.build_model(arm, ranks)
             built.append((model, train_gpt.build_optimizers(model, arm, ranks)))
             model.set_windows(0.0)
-            take_step(*built[-1], [tokens], 0.0)  # the first one loads code and makes threads
+            take_step(*built[-1], rows, 0.0)  # the first one loads code and makes threads
 
     times = [[] for _ in arms]
     end = time.perf_counter() + seconds
@@ -600,16 +590,16 @@ def time_steps(arms: list[Config], flops_per_token: float, seconds: float) -> di
             with variants.applied(arm.variant, arm):
                 ranks.synchronize()
                 start = time.perf_counter()
-                take_step(model, optimizers, [tokens], 0.5)
+                take_step(model, optimizers, rows, 0.5)
                 ranks.synchronize()
             milliseconds.append(1000 * (time.perf_counter() - start))
-    return dict(tokens=rows * T, device=str(ranks.device), ms=times)
+    return dict(tokens=count * T, device=str(ranks.device), ms=times)
 
 
 def examine(config: Config, seconds: float) -> dict:
     """
-    All that is said of config.variant, as facts; steps are timed for so many seconds. faults: what is wrong, notes:
-    what is good to know, one line each.
+    Return all that is said of config.variant, as facts; steps are timed for so many seconds. faults: what is wrong,
+    notes: what is good to know, one line each.
     """
     baseline = dataclasses.replace(config, variant=())
     facts = dict(variant=list(config.variant), track=config.track, vocab_size=config.vocab_size, notes=[])
@@ -622,27 +612,19 @@ def examine(config: Config, seconds: float) -> dict:
         if result is None:
             return facts
 
+        # what was tried, and more of it
         tiny, facts["tried"] = result
         facts["faults"] = sum(facts["tried"].values(), [])
-        facts["tiny"] = dict(
-            layers=tiny.layers,
-            model_dim=tiny.model_dim,
-            sequence_length=tiny.sequence_length,
-            vocab_size=tiny.vocab_size,
-        )
+        sizes = ("layers", "model_dim", "sequence_length", "vocab_size")
+        facts["tiny"] = {name: getattr(tiny, name) for name in sizes}
         if tiny.model_dim != tiny_configs(config)[0].model_dim:
-            facts["notes"].append(
-                "it does not work in a narrow model, "
-                f"so it was tried {tiny.model_dim} wide with {tiny.vocab_size:,} token ids"
-            )
+            facts["notes"].append(f"it does not work in a narrow model, so it was tried {tiny.model_dim} wide with "
+                                  f"{tiny.vocab_size:,} token ids")
         with variants.applied(tiny.variant, tiny):
             facts["faults"] += attempt(lambda: look_closer(tiny, facts))[0]
 
-    errors, timed = attempt(
-        lambda: time_steps(
-            [config, baseline], max(facts["flops_per_token"], facts["baseline"]["flops_per_token"]), seconds
-        )
-    )
+    flops = max(facts["flops_per_token"], facts["baseline"]["flops_per_token"])
+    errors, timed = attempt(lambda: time_steps([config, baseline], flops, seconds))
     facts["faults"] += errors
     if isinstance(timed, str):
         facts["notes"].append(timed)
@@ -660,37 +642,38 @@ def look_closer(tiny: Config, facts: dict):
     if not probe.is_steady(True):
         notes.append("training is random beyond its seed, so a look ahead in training alone could not be tried")
     elif probe.loss_tolerance == math.inf:
-        notes.append(
-            "the training loss is no sum over tokens, so it was not asked for a look ahead in training, its logits were"
-        )
+        notes.append("the training loss is no sum over tokens, so it was not asked for a look ahead in training, its "
+                     "logits were")
 
+    # start and learning
     model = build(tiny)
-    facts["loss_at_start"], facts["guessing"] = start_loss(model), math.log(tiny.vocab_size)
+    facts["loss_at_start"] = start_loss(model)
+    facts["guessing"] = math.log(tiny.vocab_size)
     faults += start_faults(model)
-
     facts["learning"] = train(model)
     faults += learning_faults(facts["learning"])
+
+    # repeating
     pair = [build(tiny) for _ in range(2)]
     for model in pair:
         train(model, 2)
     facts["repeats"] = all(map(torch.equal, *(model.state_dict().values() for model in pair)))
     if not facts["repeats"]:
-        notes.append(
-            "not reproducible: equal seeds give other parameters after equal steps, so a resumed run is another run"
-        )
+        notes.append("not reproducible: equal seeds give other parameters after equal steps, so a resumed run is "
+                     "another run")
 
+    # compiling and decoding
     facts["not_compiled"] = try_compiler(tiny)
     if facts["not_compiled"]:
         notes.append(f"does not compile to one graph, run it with --compile off: {facts['not_compiled']}")
     from generate import decodes_from_cache  # a script: wanted here only
-
     facts["decodes_from_cache"] = decodes_from_cache(awake(build(tiny)).eval())
     if not facts["decodes_from_cache"]:
         notes.append("does not decode from a cache: generate.py runs the whole context for every token")
 
 
 def try_compiler(tiny: Config) -> str | None:
-    """compile_fault() of an awake model of a few layers, or of all where the variant needs more."""
+    """Return compile_fault() of an awake model of a few layers, or of all where the variant needs more."""
     shallow = dataclasses.replace(tiny, layers=min(tiny.layers, COMPILED_LAYERS))
     try:
         variants.plan(tiny.variant, shallow)
@@ -699,90 +682,81 @@ def try_compiler(tiny: Config) -> str | None:
         return compile_fault(awake(build(tiny)))
 
 
-def lines_of(facts: dict) -> list[str]:
-    """The report of examine() for a person."""
-    lines = [("variant", f"{' + '.join(facts['variant']) or 'baseline'} on track {facts['track']}")]
+# ---- The report -------------------------------------------------------------
+
+
+def report_lines(facts: dict) -> list[str]:
+    """Return the report of examine() for a person."""
+    lines = {"variant": f"{' + '.join(facts['variant']) or 'baseline'} on track {facts['track']}"}
     if "baseline" in facts:
-        base = facts["baseline"]
-        against = lambda name: f"{facts[name]:,.0f} ({percent(facts[name], base[name])})"
-        lines += [
-            ("replaces", ", ".join(facts["replaces"]) or "nothing"),
-            (
-                "parameters",
-                f"{against('parameters')}, without embeddings and head {against('parameters_without_embeddings')}",
-            ),
-            ("FLOPs", f"{against('flops_per_token')} a token"),
-        ]
+        amounts = {name: f"{facts[name]:,.0f} ({against_baseline(facts, name)})"
+                   for name in ("parameters", "parameters_without_embeddings", "flops_per_token")}
+        lines["replaces"] = ", ".join(facts["replaces"]) or "nothing"
+        lines["parameters"] = (f"{amounts['parameters']}, without embeddings and head "
+                               f"{amounts['parameters_without_embeddings']}")
+        lines["FLOPs"] = f"{amounts['flops_per_token']} a token"
     if "tried" in facts:
         tiny = facts["tiny"]
-        lines.append(
-            (
-                "tried with",
-                f"{tiny['layers']} layers, {tiny['model_dim']} wide, rows of {tiny['sequence_length']} "
-                "tokens, in evaluation and training",
-            )
-        )
-        lines += [(name, "; ".join(faults) or sound_word(name)) for name, faults in facts["tried"].items()]
+        lines["tried with"] = (f"{tiny['layers']} layers, {tiny['model_dim']} wide, rows of {tiny['sequence_length']} "
+                               "tokens, in evaluation and training")
+        for name, faults in facts["tried"].items():
+            lines[name] = "; ".join(faults) or SOUNDNESS[name][1]
+
+    # of a closer look, which an error may have ended
     if "loss_at_start" in facts:
-        lines.append(
-            (
-                "at start",
-                f"loss {facts['loss_at_start']:.4f}, ln {facts['tiny']['vocab_size']} = {facts['guessing']:.4f}",
-            )
-        )
+        lines["at start"] = (f"loss {facts['loss_at_start']:.4f}, ln {facts['tiny']['vocab_size']} = "
+                             f"{facts['guessing']:.4f}")
     if "learning" in facts:
         steps, loss = max(facts["learning"].items())
-        lines.append(("learning", f"loss {facts['learning'][0]:.3f} -> {loss:.3f} in {steps} steps on one random text"))
+        lines["learning"] = f"loss {facts['learning'][0]:.3f} -> {loss:.3f} in {steps} steps on one random text"
     if "repeats" in facts:
-        lines.append(("repeats", "bit for bit with equal seeds" if facts["repeats"] else "not with equal seeds"))
+        lines["repeats"] = "bit for bit with equal seeds" if facts["repeats"] else "not with equal seeds"
     if "not_compiled" in facts:
-        lines.append(("compiles", "not to one graph" if facts["not_compiled"] else "to one graph"))
+        lines["compiles"] = "not to one graph" if facts["not_compiled"] else "to one graph"
     if "decodes_from_cache" in facts:
-        lines.append(("decodes", "from a cache" if facts["decodes_from_cache"] else "without a cache"))
+        lines["decodes"] = "from a cache" if facts["decodes_from_cache"] else "without a cache"
+
     if "step" in facts:
-        own, base = facts["step"]["ms"]
-        spread = lambda times: f"{min(times):.0f}-{max(times):.0f}"
-        lines.append(
-            (
-                "step",
-                f"{statistics.median(own):.1f} ms beside {statistics.median(base):.1f} "
-                f"({slower(facts)}); medians of {len(own)} in turn, "
-                f"{spread(own)} and {spread(base)}; {facts['step']['tokens']:,} "
-                f"tokens, eager, {facts['step']['device']}",
-            )
-        )
-    lines += [("note", note) for note in facts["notes"]] + [("fault", fault) for fault in facts["faults"]]
-    lines.append(("verdict", "not sound" if facts["faults"] else "sound"))
-    return [f"{title:<11} {text}" for title, text in lines]
+        arms, step = facts["step"]["ms"], facts["step"]
+        variant, baseline = map(statistics.median, arms)
+        spreads = " and ".join(f"{min(times):.0f}-{max(times):.0f}" for times in arms)
+        lines["step"] = (f"{variant:.1f} ms beside {baseline:.1f} ({slower(facts)}); medians of {len(arms[0])} in "
+                         f"turn, {spreads}; {step['tokens']:,} tokens, eager, {step['device']}")
 
-
-def sound_word(name: str) -> str:
-    return SOUNDNESS[name][1]
+    rows = list(lines.items())
+    rows += [("note", note) for note in facts["notes"]]
+    rows += [("fault", fault) for fault in facts["faults"]]
+    rows.append(("verdict", "not sound" if facts["faults"] else "sound"))
+    return [f"{title:<11} {text}" for title, text in rows]
 
 
 def percent(value: float, base: float) -> str:
     return f"{100 * (value / base - 1):+.1f} %"
 
 
+def against_baseline(facts: dict, name: str) -> str:
+    return percent(facts[name], facts["baseline"][name])
+
+
 def slower(facts: dict) -> str:
     """
-    How much longer a step takes than the baseline's: the median over pairs of steps taken in turn, and the least and
-    the most of them.
+    Return how much longer a step takes than the baseline's: the median over pairs of steps taken in turn, and the least
+    and the most of them.
     """
-    ratios = [own / base for own, base in zip(*facts["step"]["ms"])]
+    ratios = [variant / baseline for variant, baseline in zip(*facts["step"]["ms"])]
     return f"{percent(statistics.median(ratios), 1.0)}, {percent(min(ratios), 1.0)} to {percent(max(ratios), 1.0)}"
 
 
-def row_of(facts: dict) -> tuple[str, ...]:
-    """A variant's line in the table of all."""
-    against = lambda name: percent(facts[name], facts["baseline"][name]) if name in facts else ""
+def table_row(facts: dict) -> tuple[str, ...]:
+    """Return a variant's line in the table of all."""
+    sizes = [against_baseline(facts, name) if name in facts else "" for name in ("parameters", "flops_per_token")]
     step = slower(facts) if "step" in facts else ""
     verdict = "; ".join(facts["faults"]) or "; ".join(["sound", *facts["notes"]])
-    return facts["variant"][0], against("parameters"), against("flops_per_token"), step, verdict
+    return facts["variant"][0], *sizes, step, verdict
 
 
 def parse_run(spec: str, track: str, options: list[str]) -> Config:
-    """The configuration that is checked. RunError for what the trainer or the loader refuses."""
+    """Return the configuration that is checked. RunError for what the trainer or the loader refuses."""
     variant = [] if spec == "baseline" else ["--variant", spec]
     config = train_gpt.parse_config(["--track", track, *options, *variant])
     try:
@@ -794,47 +768,45 @@ def parse_run(spec: str, track: str, options: list[str]) -> Config:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line. Returns the exit code: 0 sound, 1 with faults."""
-    parser = argparse.ArgumentParser(
-        prog="variants.check",
-        description=inspect.getdoc(sys.modules[__name__]),
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="variants.check", description=inspect.getdoc(sys.modules[__name__]),
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variant", help="NAME[:options], several joined by +, baseline, or all")
     parser.add_argument("--track", default=Config.track, help="the track whose model is checked (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print facts as JSON instead of words")
-    given, rest = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
     options = [word for text in rest for word in shlex.split(text)]
     sys.stdout.reconfigure(errors="replace")  # a console that lacks a letter shows the others
     try:
-        if given.variant == "all":
-            return check_all(given.track, options, given.json)
-        facts = examine(parse_run(given.variant, given.track, options), TIMED_SECONDS)
+        if arguments.variant == "all":
+            return check_all(arguments.track, options, arguments.json)
+        facts = examine(parse_run(arguments.variant, arguments.track, options), TIMED_SECONDS)
     except RunError as error:
         say(f"variants.check: error: {error}", stream=sys.stderr)
         return 1
-    say(as_json(facts) if given.json else "\n".join(lines_of(facts)))
+    say(as_json(facts) if arguments.json else "\n".join(report_lines(facts)))
     return int(bool(facts["faults"]))
 
 
 def as_json(facts: dict | list) -> str:
-    """Facts as JSON, in which a number that is none is null."""
+    """Return facts as JSON, in which a number that is none is null."""
     return json.dumps(json.loads(json.dumps(facts), parse_constant=lambda name: None), indent=1)
 
 
 def check_all(track: str, options: list[str], json_wanted: bool) -> int:
     """Check every variant and print a line for each as soon as it is known, or all facts in one JSON list."""
     names, everything = variants.available(), []
-    show = lambda cells: say(
-        f"{cells[0]:<{max(map(len, names))}}  {cells[1]:>10}  {cells[2]:>8}  {cells[3]:>28}  {cells[4]}"
-    )
-    if not json_wanted:
-        show(("variant", "parameters", "FLOPs", "ms", "verdict"))
+    width = max(map(len, names))
+
+    def show(cells: tuple[str, ...]):
+        name, parameters, flops, step, verdict = cells
+        if not json_wanted:
+            say(f"{name:<{width}}  {parameters:>10}  {flops:>8}  {step:>28}  {verdict}")
+
+    show(("variant", "parameters", "FLOPs", "ms", "verdict"))
     for name in names:
         faults, facts = attempt(lambda name=name: examine(parse_run(name, track, options), TIMED_SECONDS / 2))
         everything.append(facts or dict(variant=[name], track=track, notes=[], faults=faults))
-        if not json_wanted:
-            show(row_of(everything[-1]))
+        show(table_row(everything[-1]))
     if json_wanted:
         say(as_json(everything))
     return int(any(facts["faults"] for facts in everything))

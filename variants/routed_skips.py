@@ -1,23 +1,31 @@
 """
-Routed skips: what the second half of the layers takes from earlier streams is a mean whose weights each token chooses, by a map of choice.
+Routed skips: the second half of the layers adds a mean of earlier streams, whose weights each token chooses by a map.
 
-    x <- x + w sum_j p_j s_j,   p = map(V norm(x)_{1..12} / t + u)       s_j: the embedded tokens and the streams after layers 0 .. l - 2, n = l of them
+    x <- x + w sum_j p_j s_j        p = map(V norm(x)_{1..12} / t + u)
 
-before layer l, from layers / 2 and 2 on; x and s_j (B, T, model_dim), V (n, 12), u (n,), w a number a layer. Replaces x + w s_mirror. V and u begin at zero, so that
-the weights begin equal, w at 0.2 as in the trainer. The map is the point: a softmax that is no attention and no loss, where other normalisers can be compared.
+before layer l, from the layers layers / 2 and 2 on, in place of x + w s_mirror. s_j are the embedded tokens and the
+streams after the layers 0 .. l - 2, n = l of them; x and s_j are (B, T, model_dim), V is (n, 12), u is (n,), w is a
+number for each layer. V and u begin at zero, so that the weights begin equal, and w begins at 0.2 as in the trainer.
+The map is the point: it is a softmax in neither attention nor loss, where other normalisers can be compared with it.
 
-    map           softmax, max_shift_rational, stablemax, squareplus, min_shift_linear, taylor, sparsemax or entmax15: kernels/probability_maps.py
-    power, eps    k of max_shift_rational, eps of min_shift_linear;  ties: first or split, whose the derivative of a shared extreme is
-    logit_scale   auto: scores divided by the map's slope, so that all start as softmax does; or a factor above 0, given as text
-    temperature   fixed: t = 1; learned: a number a layer, from 1. Softmax with a learned one is the control for a claim about confidence
+    map           softmax, max_shift_rational, stablemax, squareplus, min_shift_linear, taylor, sparsemax or entmax15:
+                  kernels/probability_maps.py
+    power, eps    k of max_shift_rational, eps of min_shift_linear
+    ties          first or split: which of equal extremes gets the derivative
+    logit_scale   auto: scores are divided by the map's slope, so that all maps start as softmax does; or a factor above
+                  0, as text
+    temperature   fixed: t = 1; learned: a number for each layer, from 1 on. Softmax with a learned temperature is the
+                  control for a claim about confidence
 
-Cost: 12 n + n + 1 parameters for each of these layers, n reads of a stream.
+Cost: 12 n + n + 1 parameters for each of these layers, and n reads of a stream.
 
-Source: dynamic weights over depth: Xiao et al., MUDDFormer, 2025, arxiv.org/abs/2502.12170; Pagliardini et al., DenseFormer, 2024, arxiv.org/abs/2402.02622; the maps: see there; the
-form with one mean and the trainer's skip weight: ours
-Status: cpu track, 250k bytes, 3 seeds: three maps without exponentials and a learned temperature not distinguishable from softmax, differences below 0.001; not compared with the baseline yet
+Source: dynamic weights over depth: Xiao et al., MUDDFormer, 2025, arxiv.org/abs/2502.12170; Pagliardini et al.,
+DenseFormer, 2024, arxiv.org/abs/2402.02622; the maps: see there; the form with one mean and the trainer's skip weight:
+ours
+Status: undecided in 2026-11-23_RoutedSkips, 2026-11-23_RoutedSkipsMaps
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -26,14 +34,17 @@ import torch
 from torch import Tensor, nn
 
 import train_gpt
+from kernels.backend import wide
 from kernels.probability_maps import probability_map
-from train_gpt import AttentionContext, Config, RunError
+from train_gpt import AttentionContext, Config, require
 
-GPT = train_gpt.GPT
+Map = Literal["softmax", "max_shift_rational", "stablemax", "squareplus", "min_shift_linear", "taylor", "sparsemax",
+              "entmax15"]
+
 
 @dataclass
 class Options:
-    map: Literal["softmax", "max_shift_rational", "stablemax", "squareplus", "min_shift_linear", "taylor", "sparsemax", "entmax15"] = "softmax"
+    map: Map = "softmax"
     power: float = 2.0
     eps: float = 1e-3
     ties: Literal["first", "split"] = "first"
@@ -41,32 +52,42 @@ class Options:
     temperature: Literal["fixed", "learned"] = "fixed"
 
     def __post_init__(self):
-        try:
-            scale = 1.0 if self.logit_scale == "auto" else float(self.logit_scale)
-        except ValueError:
-            scale = -1.0
-        faults = [(not 0 < scale < float("inf"), f"logit_scale={self.logit_scale}: give auto or a factor above 0"),
-                  (not (self.power > 0 and self.eps > 0), f"power={self.power},eps={self.eps}: give numbers above 0")]
-        if message := next((message for fault, message in faults if fault), None):
-            raise ValueError(message)
+        require(self.logit_scale == "auto" or is_positive_number(self.logit_scale),
+                f"logit_scale={self.logit_scale}: give auto or a factor above 0")
+        require(self.power > 0 and self.eps > 0, f"power={self.power},eps={self.eps}: give numbers above 0")
+
+
+def is_positive_number(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
+
 
 class Router(nn.Module):
-    """forward(x (B, T, model_dim), streams, each of that shape) -> their routed mean, times w."""
+    """forward(x (B, T, model_dim), streams) returns the routed mean of streams of x's shape, times w."""
+
     def __init__(self, config: Config, sources: int, options: Options):
         super().__init__()
-        self.options, width = options, min(train_gpt.GATE_CHANNELS, config.model_dim)
-        self.norm, self.scores = train_gpt.Norm(config, config.model_dim), train_gpt.Linear(config, None, "gate", width, sources)
-        self.bias, self.weight = nn.Parameter(torch.zeros(sources)), nn.Parameter(torch.full((1,), 0.2))
-        self.log_temperature = nn.Parameter(torch.zeros(1)) if options.temperature == "learned" else None
+        self.options = options
+        self.channels = min(train_gpt.GATE_CHANNELS, config.model_dim)  # so many of the stream's first ones are read
+        self.norm = train_gpt.Norm(config, config.model_dim)
+        self.scores = train_gpt.Linear(config, None, "gate", self.channels, sources)  # V
+        self.bias = nn.Parameter(torch.zeros(sources))                                # (n,) u
+        self.weight = nn.Parameter(torch.full((1,), 0.2))                             # (1,) w
+        learned = options.temperature == "learned"
+        self.log_temperature = nn.Parameter(torch.zeros(1)) if learned else None      # (1,) log t; None: t = 1
 
     def probabilities(self, x: Tensor) -> Tensor:
-        """(B, T, n), at least float32."""
-        o, x = self.options, self.norm(x)[..., :self.scores.weight.shape[1]]
-        scores = self.scores(x.to(torch.promote_types(x.dtype, torch.float32))) + self.bias
+        """Return p (B, T, n), at least float32."""
+        o = self.options
+        scores = self.scores(wide(self.norm(x)[..., :self.channels])) + self.bias
         if self.log_temperature is not None:
             scores = scores * torch.exp(-self.log_temperature)
         scaled = o.logit_scale == "auto"
-        return probability_map(scores if scaled else scores * float(o.logit_scale), o.map, power=o.power, eps=o.eps, ties=o.ties, scaled=scaled)
+        if not scaled:
+            scores = scores * float(o.logit_scale)
+        return probability_map(scores, o.map, power=o.power, eps=o.eps, ties=o.ties, scaled=scaled)
 
     def forward(self, x: Tensor, streams: list[Tensor]) -> Tensor:
         weights = (self.weight * self.probabilities(x)).type_as(x).unbind(-1)
@@ -75,13 +96,17 @@ class Router(nn.Module):
             mean = torch.addcmul(mean, weight[..., None], stream)
         return mean
 
-class RoutedGPT(GPT):
+
+class RoutedGPT(train_gpt.GPT):
+    """The trainer's model with a router before each layer of the second half."""
+
     def __init__(self, config: Config, options: Options):
-        if config.layers < 3:
-            raise RunError(f"variant routed_skips: with {config.layers} layers there is nothing to choose from; give --layers 3 or more")
+        require(config.layers >= 3, f"variant routed_skips: with {config.layers} layers there is nothing to choose "
+                                    "from; give --layers 3 or more")
         super().__init__(config)
         self.skip_weights = None
-        self.routers = nn.ModuleDict({str(layer): Router(config, layer, options) for layer in range(max(2, config.layers // 2), config.layers)})
+        layers = range(max(2, config.layers // 2), config.layers)
+        self.routers = nn.ModuleDict({str(layer): Router(config, layer, options) for layer in layers})
 
     def run_blocks(self, x: Tensor, contexts: list[AttentionContext]) -> Tensor:
         streams = [contexts[0].x0]
@@ -91,6 +116,7 @@ class RoutedGPT(GPT):
             x = block(x, ctx)
             streams.append(x)
         return x
+
 
 def patch(options: Options):
     train_gpt.GPT = partial(RoutedGPT, options=options)
