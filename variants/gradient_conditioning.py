@@ -124,23 +124,7 @@ class Options:
 
 def local(bucket: Bucket, tensor: Tensor) -> Tensor:
     """Return this rank's slice of a bucket's tensor, its data or its gradient: a view."""
-    return tensor[bucket.own]
-
-
-def take_gradient(bucket: Bucket):
-    """
-    Wait until the ranks' gradients are summed. The optimizer that asks for the bucket's gradient next gets it at once,
-    with what has been done to it meanwhile.
-    """
-    bucket.reduced_gradient()
-    bucket.work = Reduced() if bucket.world > 1 else None
-
-
-class Reduced:
-    """Stands for a bucket's reduction that is over."""
-
-    def wait(self):
-        pass
+    return tensor[bucket.slice]
 
 
 class SGD(ShardedOptimizer):
@@ -312,16 +296,11 @@ class ConditionedOptimizer:
 
     # ---- A step -------------------------------------------------------------
 
-    def start(self, lr_factor: float, progress: float, reducing: list):
-        """Gradients are reduced under the backward pass; no update is, as their conditioning may need all of them."""
-        for bucket in self.buckets:
-            bucket.expect()
-
     @torch.no_grad()
     def step(self, lr_factor: float, progress: float):
         """Make one update at `progress` in [0, 1) of the run."""
         for bucket in self.buckets:
-            take_gradient(bucket)
+            bucket.reduced_gradient()
 
         # condition and clip
         if self.options.clip_order == "after":

@@ -1,0 +1,352 @@
+"""The seams of the trainer that no part of the model is: each is replaced, by a shipped variant, and seen to act."""
+
+import inspect
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_gpt
+import variants
+from data.shards import write_meta, write_shard
+from train_gpt import Config, Ranks, RunError, TokenLoader, Trainer, make_config
+
+T = 32
+TINY = dict(
+    vocab_size=257, layers=2, model_dim=32, heads=2, head_dim=16, mlp_hidden=64, sequence_length=T, batch_tokens=8 * T,
+    micro_batch_tokens=4 * T, steps=8, val_tokens=8 * T, val_every=4, compile="off", device="cpu", run_id="run",
+)
+ALONE = Ranks(0, 1, torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Two training shards of documents of one letter each, a quarter of them equal, and a validation shard."""
+    folder, rng = tmp_path_factory.mktemp("corpus"), np.random.default_rng(1)
+
+    def documents(count):
+        letters = rng.integers(97, 101, count)
+        return np.concatenate([np.append(256, rng.integers(letter, letter + 9, 50)) for letter in letters])
+
+    write_shard(folder / "letters_train_000000.bin", documents(40))
+    write_shard(folder / "letters_train_000001.bin", documents(30))
+    write_shard(folder / "letters_val_000000.bin", documents(12))
+    write_meta(folder, vocab_size=257, tokenizer="bytes")
+    return folder
+
+
+def run(corpus, folder, *specs, **changes) -> dict:
+    """The JSON of a run of the command line."""
+    words = []
+    for name, value in {**TINY, "data": corpus, "log_dir": folder, **changes}.items():
+        words += [f"--{name}", str(value)]
+    if specs:
+        words += ["--variant", *specs]
+    assert train_gpt.main(words, loader=variants) == 0
+    return json.loads((folder / "run.json").read_text())
+
+
+def checkpoint(folder, name="run") -> dict:
+    return train_gpt.read_checkpoint(folder / f"{name}.pt")
+
+
+def same_tensors(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_every_seam_exists_and_the_readme_gives_its_signature():
+    table = Path(variants.__path__[0], "README.md").read_text(encoding="utf-8")
+    for name in train_gpt.SEAMS:
+        seam = getattr(train_gpt, name)
+        row = re.search(rf"`{name}\(([^`]*)\)`", table)
+        assert row, f"variants/README.md does not describe the seam {name}"
+        if inspect.isfunction(seam):
+            signature = [part.split("=")[0].strip() for part in row[1].split(",")]
+            assert signature == list(inspect.signature(seam).parameters), name
+
+
+@pytest.mark.parametrize("name", ["TokenLoader", "Trainer", "RunLog", "validation_batches", "write_checkpoint"])
+def test_the_referee_is_refused_by_name(name, monkeypatch, tmp_path):
+    cheat = f"cheat_{name.lower()}"
+    (tmp_path / f"{cheat}.py").write_text(
+        '"""Cheats.\n\nSource: x\nStatus: y\n"""\nfrom dataclasses import dataclass\nimport train_gpt\n'
+        f"@dataclass\nclass Options:\n    pass\ndef patch(options):\n    train_gpt.{name} = None\n")
+    monkeypatch.setattr(variants, "__path__", [*variants.__path__, str(tmp_path)])
+    with pytest.raises(RunError, match=f"its patch changes {name}, which all arms of a comparison must share; a variant"):
+        variants.apply((cheat,), make_config({}))
+
+
+# ---- schedules
+
+
+def schedules(**options):
+    module = variants.load("schedules")
+    return module, module.Options(**options)
+
+
+def test_linear_rate_is_the_baselines():
+    module, options = schedules(rate="linear")
+    config = Config(decay_fraction=0.6)
+    for progress in np.linspace(0, 0.999, 50):
+        assert module.learning_rate(config, progress, options) == train_gpt.schedule_learning_rate(config, progress)
+
+
+def test_rates_at_points():
+    module, cosine = schedules(rate="cosine", end=0.1)
+    config = Config(decay_fraction=0.5)
+    assert module.learning_rate(config, 0.0, cosine) == 1
+    assert module.learning_rate(config, 0.5, cosine) == pytest.approx(0.55)
+    _, wsd = schedules(rate="wsd", fall=0.25, warmup=0.1)
+    assert module.learning_rate(config, 0.05, wsd) == pytest.approx(0.5)
+    assert module.learning_rate(config, 0.7, wsd) == 1
+    assert module.learning_rate(config, 0.9375, wsd) == pytest.approx(1 - math.sqrt(0.75))
+    assert module.momentum(config, 1.0, schedules(momentum_end=0.5)[1], train_gpt.schedule_momentum) == pytest.approx(0.5)
+    assert module.adam_betas(config, 0.5, schedules(beta2_end=0.99)[1]) == pytest.approx((0.8, 0.97))
+
+
+def test_optimizers_follow_the_schedules(monkeypatch):
+    """Rate, decay, momentum and betas that arrive at an update are what the four functions say at that progress."""
+    config = make_config(TINY)
+    model = train_gpt.build_model(config, ALONE)
+    muon, adam = train_gpt.build_optimizers(model, config, ALONE)
+    monkeypatch.setattr(train_gpt, "schedule_weight_decay", lambda config, progress: 3.0)
+    monkeypatch.setattr(train_gpt, "schedule_momentum", lambda config, progress: progress / 2)
+    monkeypatch.setattr(train_gpt, "schedule_adam_betas", lambda config, progress: (0.1, progress))
+    seen = {}
+
+    def note(name):
+        def update(data, gradient, *arguments):
+            seen[name] = [float(value) for value in arguments[2:]]
+        return update
+
+    muon.update, adam.update = note("muon"), note("adam")
+    for optimizer in (muon, adam):
+        optimizer.buckets = optimizer.buckets[:1]
+        optimizer.step(0.5, 0.25)
+    lr = muon.buckets[0].lr * 0.5
+    assert seen["muon"][:3] == pytest.approx([lr, 3 * lr * config.weight_decay, 0.125])
+    assert seen["adam"][2:] == pytest.approx([0.1, 0.25, 0.9, 0.75])
+
+
+def test_the_rate_is_the_one_of_the_schedule(corpus, tmp_path, monkeypatch):
+    factors = []
+    step = train_gpt.ShardedOptimizer.step
+
+    def note(self, lr_factor, progress):
+        factors.append((lr_factor, progress))
+        step(self, lr_factor, progress)
+
+    monkeypatch.setattr(train_gpt.ShardedOptimizer, "step", note)
+    run(corpus, tmp_path, "schedules:rate=cosine")
+    assert factors[-1] == (pytest.approx((1 + math.cos(math.pi * 7 / 8)) / 2), 7 / 8)
+
+
+# ---- the size of a step
+
+
+def test_batch_schedule_keeps_tokens_and_order(corpus, tmp_path):
+    """Half batches at first: more steps, as many tokens, and the rows of the baseline in its order."""
+    facts = run(corpus, tmp_path, "batch_schedule:batch_until=0.5,rows_until=0.25", val_every=1)
+    tokens = [point["tokens"] for point in facts["curve"]]
+    assert np.diff(tokens).tolist() == [4 * T] * 8 + [8 * T] * 4
+    assert facts["step"] == 12 and tokens[-1] == 8 * 8 * T
+
+    loader = TokenLoader(make_config({**TINY, "data": str(corpus)}))
+    fixed = torch.cat([loader.next_batch()[0] for _ in range(8)])
+    loader = TokenLoader(make_config({**TINY, "data": str(corpus)}))
+    varied = torch.cat([loader.next_batch(count)[0] for count in [4] * 8 + [8] * 4])
+    assert torch.equal(fixed, varied)
+
+
+def test_rows_are_cut_so_that_every_target_counts_once():
+    rows = torch.arange(2 * (T + 1)).view(2, T + 1)
+    short = train_gpt.cut_rows(rows, T // 4)
+    assert short.shape == (8, T // 4 + 1)
+    assert torch.equal(short[:, 1:].flatten(), rows[:, 1:].flatten()) and torch.equal(short[:, :-1].flatten(), rows[:, :-1].flatten())
+
+
+def test_a_run_with_a_batch_schedule_resumes_exactly(corpus, tmp_path):
+    spec = "batch_schedule:batch_until=0.5,rows_until=0.75"
+    run(corpus, tmp_path, spec, keep_every=5)
+    before = checkpoint(tmp_path)
+    (tmp_path / "run.pt").unlink()
+    assert train_gpt.main(["--resume", str(tmp_path / "run-step000005.pt"), "--keep_every", "0"], loader=variants) == 0
+    assert same_tensors(before["model"], checkpoint(tmp_path)["model"]) and checkpoint(tmp_path)["tokens"] == before["tokens"]
+
+
+def test_sizes_that_do_not_divide_are_refused(corpus, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(train_gpt, "schedule_batch", lambda config, progress: (8 * T, 5))
+    words = [f"--{name}={value}" for name, value in {**TINY, "data": corpus, "log_dir": tmp_path}.items()]
+    assert train_gpt.main(words) == 1
+    assert "schedule_batch gives 256 tokens in rows of 5 at 0.000 of the run" in capfd.readouterr().err
+
+
+# ---- gradients
+
+
+def test_gradients_are_clipped_to_the_norm(corpus, tmp_path, monkeypatch):
+    norms = []
+    treat = variants.load("gradient_clipping").treat
+
+    def note(optimizers, *arguments):
+        treat(optimizers, *arguments)
+        buckets = [bucket for optimizer in optimizers for bucket in optimizer.buckets]
+        norms.append(math.sqrt(sum(bucket.grad.square().sum().item() for bucket in buckets)))
+
+    monkeypatch.setattr(variants.load("gradient_clipping"), "treat", note)
+    run(corpus, tmp_path / "clipped", "gradient_clipping:norm=0.01")
+    assert len(norms) == 9 and norms == pytest.approx([0.01] * 9, rel=1e-3)  # the warm-up has one step
+    run(corpus, tmp_path / "far", "gradient_clipping:norm=1e9")
+    run(corpus, tmp_path / "plain")
+    assert same_tensors(checkpoint(tmp_path / "far")["model"], checkpoint(tmp_path / "plain")["model"])
+
+
+# ---- averages
+
+
+@pytest.mark.parametrize("options", ["kind=ema,decay=0.5", "kind=last,count=3,every=2"])
+def test_validation_and_checkpoint_see_the_average_and_training_goes_on(corpus, tmp_path, options):
+    run(corpus, tmp_path / "averaged", f"weight_average:{options}", keep_every=1)
+    run(corpus, tmp_path / "plain", keep_every=1)
+    averaged, plain = checkpoint(tmp_path / "averaged"), checkpoint(tmp_path / "plain")
+    assert same_tensors(averaged["trained"], plain["model"]) and not same_tensors(averaged["model"], plain["model"])
+    assert averaged["curve"][0]["val_loss"] == plain["curve"][0]["val_loss"]
+    assert averaged["curve"][-1]["val_loss"] != plain["curve"][-1]["val_loss"]
+
+    # the average by hand from the plain run's kept weights
+    steps = [checkpoint(tmp_path / "plain", f"run-step{step:06d}")["model"] for step in range(1, 8)] + [plain["model"]]
+    name = "blocks.0.mlp.fc.weight"
+    if "last" in options:
+        expected = torch.stack([steps[i][name] for i in (3, 5, 7)]).mean(0)
+    else:
+        expected = steps[0][name].clone()
+        for n, weights in enumerate(steps[1:], 2):
+            expected = expected.lerp(weights[name], 1 - min(0.5, (1 + n) / (10 + n)))
+    torch.testing.assert_close(averaged["model"][name], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_run_with_an_average_resumes_exactly(corpus, tmp_path):
+    run(corpus, tmp_path, "weight_average", keep_every=5)
+    before = checkpoint(tmp_path)
+    assert train_gpt.main(["--resume", str(tmp_path / "run-step000005.pt"), "--keep_every", "0"], loader=variants) == 0
+    after = checkpoint(tmp_path)
+    assert same_tensors(before["model"], after["model"]) and same_tensors(before["trained"], after["trained"])
+
+
+# ---- auxiliary losses, dropout and smoothing
+
+
+def test_more_tokens_are_predicted_in_training_only(corpus, tmp_path):
+    """The auxiliary loss is what its formula says; validation's loss is that of the same weights without it."""
+    config = make_config({**TINY, "data": str(corpus)})
+    with variants.applied(("multi_token_prediction:ahead=2,weight=0.5",), config):
+        model = train_gpt.build_model(config, ALONE)
+    rows = torch.from_numpy(train_gpt.validation_batches(config)[0])
+    tokens, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+        total, plain = model(tokens, targets), model.eval()(tokens, targets)
+        x = model.run_blocks(*model.embed(tokens, model.masks(tokens)))
+        expected = 0.0
+        for distance in (1, 2):
+            nats = []
+            for b in range(len(rows)):
+                for t in range(T - distance):
+                    if 256 in rows[b, t + 1:t + 2 + distance]:
+                        continue
+                    h = model.final_norm(x[b, t] + model.distances[distance - 1](model.final_norm(x[b, t])))
+                    nats.append(F.cross_entropy(model.head(h), rows[b, t + 1 + distance].long()))
+            expected += 0.5 * torch.stack(nats).mean()
+    torch.testing.assert_close(total - plain, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_and_smoothing_are_of_training_only(corpus):
+    config = make_config({**TINY, "data": str(corpus)})
+    plain = train_gpt.build_model(config, ALONE)
+    with variants.applied(("regularization:dropout=0.5,smoothing=0.2",), config):
+        model = train_gpt.build_model(config, ALONE)
+    for p, q in zip(model.parameters(), plain.parameters()):
+        p.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(p.numel()))
+        q.data.copy_(p.data)
+    rows = torch.from_numpy(train_gpt.validation_batches(config)[0])
+    arguments = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(*arguments), plain.eval()(*arguments))
+        model.train()
+        assert model(*arguments) != model(*arguments)  # dropout draws anew
+
+        for residual in (module for module in model.modules() if hasattr(module, "dropout")):
+            residual.dropout = 0.0
+        logits = plain(arguments[0]).flatten(0, 1)
+        log_p = logits.log_softmax(-1)
+        expected = 0.8 * F.nll_loss(log_p, arguments[1].flatten().long()) - 0.2 * log_p.mean()
+        torch.testing.assert_close(model(*arguments), expected, rtol=1e-5, atol=1e-5)
+
+
+# ---- data
+
+
+def test_rows_come_in_the_order_of_the_variant(corpus):
+    config = make_config({**TINY, "data": str(corpus)})
+
+    def rows(spec):
+        with variants.applied((spec,), config):
+            loader = TokenLoader(config)
+            rows = [loader.next_batch()[0] for _ in range(7)]  # less than the first shard
+        return torch.cat(rows)
+
+    tokens = torch.from_numpy(np.array(train_gpt.open_shard(corpus / "letters_train_000000.bin"), dtype=np.int32))
+    sequential = rows("data_order:rows=sequential")
+    start = next(i for i in range(T + 1) if torch.equal(tokens[i:i + T + 1], sequential[0]))
+    assert torch.equal(sequential[1], tokens[start + T:start + 2 * T + 1])
+    counts = [len(set(row[:-1].tolist())) for row in rows("data_order:rows=easy_first").unbind()]
+    assert counts == sorted(counts)
+    counts = [len(set(row[:-1].tolist())) for row in rows("data_order:rows=hard_first").unbind()]
+    assert counts == sorted(counts, reverse=True)
+
+
+def test_repeated_beginnings_are_read_once():
+    module = variants.load("data_order")
+    tokens = np.tile(np.arange(64, dtype=np.uint16), 4)
+    starts = np.array([0, 64, 10, 128, 74])
+    kept = module.order(Config(), tokens, starts, np.random.default_rng(0), module.Options(rows="unique"))
+    assert len(kept) == 2 and sorted(start % 64 for start in kept) == [0, 10]
+
+
+def test_a_mixture_repeats_and_leaves_out_shards(corpus):
+    module = variants.load("data_order")
+    assert module.mix(Config(), 0, 5, module.Options(mixture=(2, 1))) == [0, 1, 2, 3, 4, 0, 2, 4]
+    config = make_config({**TINY, "data": str(corpus)})
+    second = set(map(tuple, np.lib.stride_tricks.sliding_window_view(
+        np.array(train_gpt.open_shard(corpus / "letters_train_000001.bin")), T + 1).tolist()))
+    with variants.applied(("data_order:mixture=0,1",), config):
+        loader = TokenLoader(config)
+        batches = [loader.next_batch()[0] for _ in range(12)]  # more than one epoch
+        assert all(tuple(row.tolist()) in second for batch in batches for row in batch)
+        state = loader.state
+        again = TokenLoader(config)
+        again.load_state_dict(state)
+        assert torch.equal(again.next_batch()[0], loader.next_batch()[0])
+
+
+# ---- extra facts
+
+
+def test_facts_stand_in_the_curve_and_leave_the_run_as_it_is(corpus, tmp_path):
+    plain, noted = run(corpus, tmp_path / "plain"), run(corpus, tmp_path / "noted", "stream_statistics")
+    assert [len(point["stream"]) for point in noted["curve"]] == [4, 4, 4]
+    assert not any("stream" in point for point in plain["curve"])
+    assert same_tensors(checkpoint(tmp_path / "plain")["model"], checkpoint(tmp_path / "noted")["model"])
+
+
+def test_a_trainer_without_variants_needs_no_loader(corpus, tmp_path, capfd):
+    words = [f"--{name}={value}" for name, value in {**TINY, "data": corpus, "log_dir": tmp_path}.items()]
+    assert train_gpt.main([*words, "--variant", "swiglu_mlp"]) == 1
+    assert "--variant needs the loader of variants" in capfd.readouterr().err
+    assert isinstance(Trainer(make_config({**TINY, "data": str(corpus), "log_dir": str(tmp_path)})).average, type(None))
