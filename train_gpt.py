@@ -275,12 +275,14 @@ def check_settings(values: dict, name=lambda setting: f"--{setting}"):
     other. values: all fields of Config. name(setting) is how a message calls a setting: an option of the command line,
     or a position in a file.
     """
+    # each value by itself
     kinds = {field.name: field.type for field in dataclasses.fields(Config)}
     for setting, value in values.items():
         check_value(kinds[setting], value, name(setting), RANGES.get(setting))
         choices = CHOICES.get(setting, (value,))
         require(value in choices, f"{name(setting)} must be one of {', '.join(map(str, choices))}; got {value!r}")
 
+    # values together
     c = Config(**values)
     require(c.track in TRACKS, f"unknown track {c.track!r}; the tracks are {', '.join(TRACKS)}")
     require(not c.run_id or re.fullmatch(RUN_ID, c.run_id),
@@ -308,6 +310,7 @@ def check_value(kind, value, name: str, limits: tuple | None):
     Raise RunError, which calls the value `name`, unless it is of a field's type and, if a number, within limits. A
     tuple's items are looked at.
     """
+    # a tuple is looked at item by item
     items = (value,)
     if get_origin(kind) is tuple:
         kind, items = get_args(kind)[0], value
@@ -315,15 +318,18 @@ def check_value(kind, value, name: str, limits: tuple | None):
     article = dict(int="an integer", float="a number", bool="true or false", str="text")[kind.__name__]
 
     for item in items:
+        # its type: a bool is no number, an integer is one
         number = isinstance(item, int | float) and not isinstance(item, bool)
         if kind in (int, float):
             fits = number and (kind is float or isinstance(item, int))
         else:
             fits = isinstance(item, kind)
         require(fits, f"{name} must be {article}, got {item!r:.60}")
+        # its size
         if limits and number:  # NaN is within no limits
             least, most = limits
             require(least <= item <= most, f"{name} must be from {least:,} to {most:,}, got {item!r:.60}")
+        # its length and letters
         if kind is str:
             require(len(item) < 4096 and not re.search(r"[\x00-\x1f\x7f]", item),
                     f"{name} must be text of less than 4096 characters without control characters, got {item[:60]!r}")
@@ -397,12 +403,14 @@ def make_config(settings: dict) -> Config:
     Return the Config of explicit settings over their track's or, with resume, over the checkpoint's. RunError for
     settings that contradict each other.
     """
+    # runs by their names
     track = settings.get("track", Config.track)
     require(track in TRACKS, f"unknown track {track!r}; the tracks are {', '.join(TRACKS)}")
     for name in ("resume", "init_from"):
         if settings.get(name):
             settings = settings | {name: str(find_checkpoint(settings[name], settings.get("log_dir", Config.log_dir)))}
 
+    # what explicit settings stand over
     base = TRACKS[track]
     if settings.get("resume"):
         base = read_checkpoint(settings["resume"])["config"]
@@ -415,6 +423,7 @@ def make_config(settings: dict) -> Config:
     c = Config(**{**base, **settings})
     check_settings(dataclasses.asdict(c))
 
+    # the length of the run, and what follows from it
     planned = c.steps or max(1, c.tokens // c.batch_tokens)
     c.steps = 0 if c.time_budget else planned
     if c.val_every < 0:
@@ -440,6 +449,7 @@ class Ranks:
         Join the process group, choose the device and the dtype. RunError for an environment that torchrun would not
         have made.
         """
+        # who this process is
         texts = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         wrong = [f"{name}={text}" for name, text in texts.items() if text and not re.fullmatch(r"\d{1,6}", text)]
         require(not wrong, f"{', '.join(wrong)} in the environment is no number; unset it, or start by torchrun")
@@ -449,6 +459,7 @@ class Ranks:
                 f"WORLD_SIZE={world} in the environment, but not by torchrun (no RANK, MASTER_ADDR or MASTER_PORT); "
                 "unset it, or start by torchrun")
 
+        # its device
         cuda = torch.cuda.is_available() and config.device != "cpu"
         require(cuda or config.device != "cuda",
                 "--device cuda: PyTorch sees no CUDA device; use --device cpu, or install a CUDA build of PyTorch and "
@@ -458,6 +469,8 @@ class Ranks:
         if cuda:
             torch.cuda.set_device(local)
             torch.backends.cuda.matmul.allow_tf32 = True
+
+        # its peers
         if world > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 
@@ -500,12 +513,14 @@ class Bucket:
 
     def __init__(self, parameters: dict, matrices: bool, lr: float, weight_decay: float, ranks: Ranks):
         """parameters: name -> nn.Parameter."""
+        # where each parameter lies
         sizes = [p[..., 0, 0].numel() if matrices else p.numel() for p in parameters.values()]
         offsets = np.cumsum([0] + [size if matrices else -(-size // 64) * 64 for size in sizes]).tolist()
         length = -(-offsets[-1] // ranks.world)
         first = next(iter(parameters.values()))
         unit = first.shape[-2:] if matrices else ()
 
+        # state
         self.parameters = list(parameters.values())
         self.lr = lr
         self.weight_decay = weight_decay
@@ -520,6 +535,7 @@ class Bucket:
         self.reduced = False        # whether the gradient holds the sum over the ranks
         self.follow = None          # what is called with the bucket when its reduction has begun; None: nothing
 
+        # parameters and gradients become views
         for (name, p), offset, size in zip(parameters.items(), offsets, sizes):
             self.slices[name] = region = slice(offset, offset + size)
             self.data[region] = p.detach().reshape(size, *unit)
@@ -738,6 +754,7 @@ class Muon(ShardedOptimizer):
         """
         Nesterov momentum, orthogonalisation, NorMuon's normalisation by row, cautious weight decay; of equal matrices.
         """
+        # Nesterov momentum, then the nearest orthogonal matrix
         gradient = gradient * (1 - mu)
         momentum.mul_(mu).add_(gradient)  # no lerp: its weight may not be on another device
         update = (gradient + momentum * mu).to(torch.bfloat16 if data.is_cuda else torch.float32)
@@ -778,6 +795,7 @@ def build_optimizers(model: nn.Module, config: Config, ranks: Ranks) -> list[Sha
     dimensions as a batch of matrices. The trainer calls step, state_dict and load_state_dict of what this returns; of
     several ranks it also reads .buckets and, where there is one, calls update_bucket: see Overlap.
     """
+    # learning rates by kind
     rates = dict(muon=config.lr_matrix, adam=config.lr_scalar, adam_embed=config.lr_embed, adam_head=config.lr_head)
 
     # Several ranks: a bucket of matrices for every few layers, up to four, so that all but the first layers' are
@@ -928,11 +946,13 @@ def interval_block_mask(first_key: Tensor, block: int = 128):
     """
     from torch.nn.attention.flex_attention import BlockMask
 
+    # which blocks of keys a block of queries needs: some of its pairs, or all
     index = torch.arange(first_key.shape[1] // block, device=first_key.device)
     query, key = index[:, None], index[None, :]
     some = (key <= query) & (key * block + block > first_key[:, ::block, None])
     full = (key < query) & (key * block >= first_key[:, block - 1::block, None])
 
+    # as lists of blocks, which FlexAttention reads
     def count(dense):
         return dense.sum(-1, dtype=torch.int32)[:, None]
 
@@ -952,10 +972,12 @@ def mask_stretches(first_key: Tensor, window: int | None, dtype: torch.dtype) ->
     The same rule for some queries at a time, so that the mask of a long row never exists at once: (first query, query
     after the last, first key, mask to add to the scores (B, 1, queries, keys)).
     """
+    # queries a stretch
     T = first_key.shape[1]
     size = min(T, max(128, min(window or T, 1024)))
     stretches = []
     for start in range(0, T, size):
+        # keys that its queries may see, and which of them each does not
         stop, begin = min(T, start + size), max(0, start - (window or T) + 1)
         key = torch.arange(begin, stop, device=first_key.device)
         query = torch.arange(start, stop, device=first_key.device)
@@ -967,8 +989,11 @@ def mask_stretches(first_key: Tensor, window: int | None, dtype: torch.dtype) ->
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Tensor:
     """Softmax attention of q, k, v (B, T, H, D) over the keys that the mask allows; returns (B, T, H, D)."""
+    # of a text that is continued
     if mask.cache is not None:
         return mask.cache.attend(q, k, v, mask, scale)
+
+    # by blocks, whole rows, or stretches
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if mask.block_mask is not None:
         from torch.nn.attention.flex_attention import flex_attention
@@ -1160,6 +1185,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
+        # state
         width, rows = config.model_dim, config.padded_vocabulary
         self.config = config
         self.dtype = torch.float32      # of activations
@@ -1180,6 +1206,7 @@ class GPT(nn.Module):
         if config.tied_embedding:
             self.head.projection.weight = self.embedding.weight
 
+        # rotary positions
         turning = config.head_dim // (2 if config.rope == "full" else 4)  # pairs of channels
         self.register_buffer("frequencies", config.rope_base ** -torch.linspace(0, 1, turning), persistent=False)
 
@@ -1209,6 +1236,7 @@ class GPT(nn.Module):
 
     def masks(self, tokens: Tensor) -> list[AttentionMask]:
         """One AttentionMask a layer, for tokens (B, T)."""
+        # where documents begin
         config, T = self.config, tokens.shape[1]
         index = torch.arange(T, device=tokens.device, dtype=torch.int32)
         starts = torch.zeros_like(tokens)
@@ -1242,10 +1270,12 @@ class GPT(nn.Module):
         Nothing passes the start of a document.
         """
         config = self.config
+        # the embedding, and which tokens have one before them in their document
         index = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         x, *values = self.look_up(tokens)
         inside = (index > 0) & (tokens != config.end_of_text if config.document_mask else True)
 
+        # what a token knows of the one before it
         if self.smear_gate is not None:
             gate = torch.sigmoid(self.smear_gate(x[..., :GATE_CHANNELS]))
             gate = self.smear_scale.type_as(x) * gate * inside[..., None]
@@ -1256,6 +1286,7 @@ class GPT(nn.Module):
             x = x + self.bigram_embedding(row).to(self.dtype)
         x = self.embedding_norm(x)
 
+        # what layers need besides
         angles = index[:, None] * self.frequencies
         rotary = (angles.cos(), angles.sin()) if config.rope != "none" else None
         contexts = []
@@ -1383,6 +1414,7 @@ def measure_model(config: Config) -> dict:
     with FlopCounterMode(display=False) as counter:
         model(tokens, tokens).backward()
 
+    # tables and the head are counted once
     head = model.head.projection.weight
     tables = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
     tables[id(head)] = head.numel()
@@ -1403,10 +1435,12 @@ def memory_needed(config: Config, dtype: torch.dtype) -> int:
     every layer, the logits of a chunk and the tokens of two batches. Parameters of more than eight layers are counted
     at four and eight and continued in a straight line: any depth takes a second.
     """
+    # parameters
     few, more = (dataclasses.replace(config, layers=min(config.layers, n)) for n in (4, 8))
     with torch.device("meta"):
         counts = [sum(p.numel() for p in GPT(c).parameters()) for c in (few, more)]
     parameters = counts[1] + max(config.layers - 8, 0) / 4 * (counts[1] - counts[0])
+    # activations
     rows = max(1, min(config.micro_batch_tokens, config.batch_tokens) // config.sequence_length)
     tokens = rows * config.sequence_length
     streams = tokens * config.layers * config.model_dim * dtype.itemsize
@@ -1457,6 +1491,7 @@ def open_shard(path: Path) -> np.ndarray:
     require(len(header) == HEADER_INTS and header[0] == SHARD_MAGIC and header[1] == SHARD_VERSION,
             f"{path} is no token shard: it begins with {header[:2].tolist()}, wanted [{SHARD_MAGIC}, {SHARD_VERSION}]; "
             "make shards with data/tokenize_text.py")
+    # its length, by the header and by the file
     tokens, body = int(header[2]), size - 4 * HEADER_INTS
     require(not tokens > 0 or body not in (4 * tokens, 8 * tokens),
             f"{path} holds tokens of {body // max(tokens, 1)} bytes, wanted 2 (uint16); make the shard again with "
@@ -1488,6 +1523,7 @@ def find_shards(config: Config, split: str) -> list[Path]:
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise RunError(f"cannot read the folder {config.data[:80]}: {error.strerror}; give --data a folder of "
                        "shards") from None
+    # by the split in their names
     both = ", ".join(file.name for file in files if is_of_split(file, "train") and is_of_split(file, "val"))
     require(not both, f"{config.data}: {both} says both train and val, so its split is not known; rename it")
     files = [file for file in files if is_of_split(file, split)]
@@ -1507,11 +1543,13 @@ def read_meta(folder: Path, must: bool = True) -> dict:
         return {}
     try:
         meta = read_json(path, remedy)
+        # the vocabulary
         size, end = meta.get("vocab_size"), meta.get("end_of_text", 0)
         require(type(size) is int and 2 <= size <= 65_536,
                 f"{path}: vocab_size is {size!r:.40}, wanted an integer from 2 to 65536; {remedy}")
         require(type(end) is int and 0 <= end < size,
                 f"{path}: end_of_text is {end!r:.40}, wanted a token id below {size}; {remedy}")
+        # the files of each split
         for split in ("train", "val"):
             hashes = meta.get(split, {}).get("sha256", {}) if isinstance(meta.get(split, {}), dict) else None
             require(isinstance(hashes, dict) and all(isinstance(value, str) for value in hashes.values()),
@@ -1565,6 +1603,7 @@ def sha256_of_files(folder: Path, names) -> dict[str, str]:
     except RunError:  # there is none, or it is damaged: all files are read
         known = {}
 
+    # read what is new
     before, digests = dict(known), {}
     for name in names:
         try:
@@ -1577,6 +1616,7 @@ def sha256_of_files(folder: Path, names) -> dict[str, str]:
             raise RunError(f"cannot read {folder / name}: {error.strerror}; fetch or make it again") from None
         digests[name] = known[name][3]
 
+    # remember
     if known != before:
         try:
             write_atomically(store, lambda file: file.write(json.dumps(known).encode()))
@@ -1592,12 +1632,14 @@ def check_shards(config: Config):
     folder = find_shards(config, "train")[0].parent
     meta = read_meta(folder, must=False)
     for split in ("train", "val"):
+        # by name
         recorded = meta.get(split, {}).get("sha256", {})
         present = {file.name for file in find_shards(config, split)}
         other = ", ".join(sorted(present ^ set(recorded)))[:200]
         require(not recorded or not other,
                 f"{folder}: its {split} shards are not those that meta.json records ({other}); fetch or make them "
                 "again")
+        # by contents
         changed = [name for name, sha256 in sha256_of_files(folder, recorded).items() if sha256 != recorded[name]]
         require(not changed,
                 f"{folder}: {', '.join(changed)[:200]} is not the file that meta.json describes (its sha256 differs); "
@@ -1629,6 +1671,7 @@ def read_merges(path: Path) -> dict[bytes, int]:
     require(len(content) <= MERGES_BYTES,
             f"{path} is no .tiktoken file: it has more than {MERGES_BYTES:,} bytes; give gpt2, bytes or another file")
 
+    # a token a line
     merges = {}
     for number, line in enumerate(content.splitlines(), 1):
         match = re.fullmatch(rb"((?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?) ([0-9]{1,9})", line)
@@ -1637,6 +1680,7 @@ def read_merges(path: Path) -> dict[bytes, int]:
                 f"{number} is not")
         if match:
             merges[base64.b64decode(match[1])] = int(match[2])
+    # all ids, all bytes
     complete = sorted(merges.values()) == list(range(len(merges))) and all(bytes([b]) in merges for b in range(256))
     require(complete and b"" not in merges,
             f"{path} is no whole set of merges: ids must be 0 to n-1, each once, with all 256 single bytes; got "
@@ -1679,6 +1723,7 @@ def validation_batches(config: Config) -> list[np.ndarray]:
     for file in find_shards(config, "val"):
         pieces.append(open_shard(file)[:missing])
         missing -= len(pieces[-1])
+    # rows overlap by the token that is the last target of one and the first input of the next
     tokens = np.concatenate(pieces)
     count = (len(tokens) - 1) // T
     require(count > 0,
@@ -1749,6 +1794,7 @@ class TokenLoader:
     def _open(self):
         """Read the shard of this number in the epoch, and order its rows."""
         T = self.config.sequence_length
+        # the shard
         shards = order_shards(self.config, self.epoch, len(self.files))
         require(self.shard < len(shards), f"the checkpoint stood in training shard {self.shard + 1}, but an epoch of "
                 f"{self.config.data} has {len(shards)}; give the same shards")
@@ -1758,6 +1804,7 @@ class TokenLoader:
             with open(self.files[shards[self.shard + 1]], "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
+        # where its rows begin
         generator = np.random.default_rng([self.config.seed, self.epoch, self.shard])
         if self.config.align_documents:
             documents = np.flatnonzero(self.tokens == self.config.end_of_text)
@@ -1773,6 +1820,7 @@ class TokenLoader:
     def _read(self, count: int) -> tuple[Tensor, dict]:
         """The next `count` rows of every rank: this rank's, and the state after them."""
         T, rows, opened = self.config.sequence_length, [], 0  # rows: (a shard's tokens, start)
+        # rows of all ranks, from as many shards as it takes
         while len(rows) < count * self.world:
             if self.row >= len(self.starts):
                 self.shard, self.row, opened = (self.shard + 1) % self.shards, 0, opened + 1
@@ -1786,6 +1834,7 @@ class TokenLoader:
             rows += [(self.tokens, start) for start in taken]
             self.row += len(taken)
 
+        # those of this rank
         rows = rows[self.rank * count:(self.rank + 1) * count]
         batch = np.stack([tokens[start:start + T + 1] for tokens, start in rows])
         batch = torch.from_numpy(checked(batch, self.config))
@@ -1855,6 +1904,7 @@ def digest_of(value, digest=None) -> str:
     nested.
     """
     digest = digest or hashlib.sha256()
+    # a tensor, a container, or a number or text
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -1902,6 +1952,7 @@ def read_checkpoint(path: str | Path) -> dict:
         raise RunError(f"there is no checkpoint {path}") from None
     except Exception as error:
         raise RunError(f"{damaged} ({type(error).__name__}); give another one") from None
+    # its kind and digest
     require(content.get("format") == CHECKPOINT,
             f"{path} is not a checkpoint of this trainer, or of an older one; give a .pt file from its log folder")
     require(saved.get("digest") == digest,
@@ -1943,6 +1994,7 @@ def find_checkpoint(name: str, log_dir: str | Path = "logs") -> Path:
     """
     if os.path.exists(name) or "/" in name or name.endswith(".pt"):
         return Path(name)
+    # the ends of runs, oldest first
     files = sorted(Path(log_dir).glob("*.pt"), key=lambda file: file.stat().st_mtime)
     ends = [file for file in files if not re.search(r"-step\d{6,}$", file.stem)]
     if name == "last":
@@ -2047,6 +2099,7 @@ class RunLog:
         """
         RunError if the id is taken by another run, or this one is still under way, or the folder cannot be written.
         """
+        # state
         files = [Path(config.log_dir) / f"{config.run_id}.{kind}" for kind in ("txt", "json", "pt")]
         self.text, self.json, self.checkpoint = files
         self.main = rank == 0
@@ -2060,6 +2113,7 @@ class RunLog:
 
         try:
             self.text.parent.mkdir(parents=True, exist_ok=True)
+            # the files of an earlier process of this run, or none
             for file in () if resumed else (self.text, self.json, self.checkpoint):
                 require(not file.exists(),
                         f"{file} exists: a run's id is its own; go on with --resume {self.checkpoint}, or choose "
@@ -2188,6 +2242,7 @@ class Trainer:
         """
         replaced: variant -> names of this module that it replaced, for the record. RunError for what cannot be run.
         """
+        # state
         saved = read_checkpoint(config.resume) if config.resume else None
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -2204,6 +2259,7 @@ class Trainer:
         self.loss_taken = 0.0               # when that was taken, time.perf_counter()
         self.step_seconds = []              # of every step of this process
 
+        # data, cost and compiler, before anything is written
         warning = self._open_data(saved)
         needed, available = memory_needed(config, self.ranks.dtype), memory_of_machine(self.ranks)
         require(config.dry_run or needed <= available,
@@ -2215,6 +2271,7 @@ class Trainer:
         if config.dry_run:
             return
 
+        # log, model and optimizers
         self.log = RunLog(config, self.ranks.rank, resumed=bool(saved))
         self.model = build_model(config, self.ranks)
         self._write_header(replaced or {})
@@ -2233,6 +2290,7 @@ class Trainer:
         or None.
         """
         config = self.config
+        # the shards
         adopt_vocabulary(config)
         if self.ranks.rank == 0:
             check_shards(config)
@@ -2271,6 +2329,7 @@ class Trainer:
 
     def _write_header(self, replaced: dict):
         config, log, ranks = self.config, self.log, self.ranks
+        # for machines: the record, and the JSON beside it
         sources = sources_of_run()
         self.sources = {name: sha256_of_text(text) for name, text in sources.items()}
         facts = log.facts = dict(
@@ -2288,6 +2347,7 @@ class Trainer:
             "facts: "
             f"{json_text(facts)}", command_output("nvidia-smi") if ranks.device.type == "cuda" else "no GPU", "=" * 100,
         ]))
+        # the curves follow; for people a line
         facts |= dict(curve=[], train_curve=[])  # train_curve: [[step, loss], ...], of rank 0's rows
         log.show(f"run {config.run_id}: track {' + '.join((config.track, *config.variant))}, "
                  f"{facts['parameters'] / 1e6:.2f}M parameters, {self._length()} of {config.batch_tokens} tokens on "
@@ -2336,6 +2396,7 @@ class Trainer:
 
     def state_dict(self) -> dict:
         """A copy of all that a step changes. Collective."""
+        # generators and tensors
         rng = [torch.get_rng_state()]
         if self.ranks.device.type == "cuda":
             rng.append(torch.cuda.get_rng_state())
@@ -2384,6 +2445,7 @@ class Trainer:
         loss, the auxiliary one included, without waiting for the device.
         """
         config, ranks = self.config, self.ranks
+        # what the schedules say
         lr_factor = schedule_learning_rate(config, progress)
         self.model.set_windows(progress)
         batches = micro_batches(cut_rows(rows, self._batch_at(progress)[1]), config)
@@ -2427,14 +2489,19 @@ class Trainer:
         Compile and run every shape and window stage on dummy rows, then put everything back exactly. Returns seconds.
         """
         start, kept = self._now(), self.state_dict()
+        # every size of a step, under every window
         stages = len(self.config.window_long)
         times = {}  # (stage of the windows, rows, their length) -> when in the run that is first so
         for progress in sorted({stage / stages for stage in range(stages)} | {i / 512 for i in range(512)}):
             times.setdefault((window_stage(self.config, progress), *self._batch_at(progress)), progress)
+
+        # run each once
         for (_, count, _), progress in times.items():
             shape = (count, self.config.sequence_length + 1)
             rows = torch.randint(self.config.vocab_size, shape, dtype=torch.int32).to(self.ranks.device)
             self.train_step(rows, progress)
+
+        # and every size of a validation batch
         shapes = {len(batch): batch for batch in self.val_batches}
         self.validate([batch for batch in shapes.values() for _ in range(self.ranks.world)])
         self.load_state_dict(kept)
@@ -2443,10 +2510,13 @@ class Trainer:
     def run(self) -> int:
         """Train to the end or until a signal. Returns the exit code."""
         config, log, ranks = self.config, self.log, self.ranks
+        # off the clock
         compile_model(self.model, compile_mode(config, ranks))
         log.progress("compiling and warming up")
         log.save_facts(warmup_seconds=self.warm_up())
         log.write(f"warm-up, compilation included, not timed: {log.facts['warmup_seconds']:.1f} s", console=True)
+
+        # signals stop the run between two steps
         for number in STOPPING:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's background jobs leave it
                 signal.signal(number, self._on_signal)
@@ -2540,6 +2610,7 @@ class Trainer:
         Put a training loss into log and JSON, at most ten a second and 4,000 in all, and never wait for a GPU: the loss
         is copied on the device's queue and read when it has come. RunError for one that is no finite number.
         """
+        # take a loss
         now = time.perf_counter()
         if self.loss_on_its_way is None and now - self.loss_taken >= 0.1:
             copy, event = self.loss, None
@@ -2549,12 +2620,15 @@ class Trainer:
                 event.record()
             self.loss_taken = now
             self.loss_on_its_way = self.step, copy, event
+
+        # has one come?
         if self.loss_on_its_way is None:
             return
         step, copy, event = self.loss_on_its_way
         if event is not None and not event.query():
             return
 
+        # note it
         self.train_loss = copy.item()
         self.loss_on_its_way = None
         if not math.isfinite(self.train_loss) and self.log.main:  # one rank's is everybody's a step later
@@ -2575,6 +2649,7 @@ class Trainer:
                           f"ms/step  MFU {100 * self._mfu(rate):.1f} %  {left // 60}:{left % 60:02d} left")
 
     def _validate_and_log(self):
+        # the loss
         loss, log = self.validate(self.val_batches), self.log
         bits = loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
         bits_text = "val_bits_per_byte: unknown, no .tiktoken file beside the shards"
@@ -2586,6 +2661,7 @@ class Trainer:
                 f"the validation loss is {loss} at step {self.step}; lower the learning rates or look at the variant's "
                 "arithmetic")
 
+        # a point of the curve
         tokens = torch.from_numpy(self.val_batches[0][:, :-1]).to(self.ranks.device)
         with torch.no_grad(), self._averaged():
             facts = collect_facts(self.model, tokens)
@@ -2620,6 +2696,7 @@ class Trainer:
     def _finished(self) -> int:
         """Write the run's figures, for machines and for people."""
         config, log = self.config, self.log
+        # figures
         last = log.facts["curve"][-1]
         rate = self.tokens / self.train_seconds
         if self.ranks.device.type == "cuda":
@@ -2634,6 +2711,8 @@ class Trainer:
             train_seconds=self.train_seconds, ms_per_step=1000 * self.train_seconds / self.step, tokens_per_second=rate,
             mfu=self._mfu(rate), peak_memory_mib=allocated, peak_memory_reserved_mib=reserved,
         )
+
+        # for machines
         log.save_facts(**facts)
         log.write(f"ms_per_step:{facts['ms_per_step']:.2f} tokens_per_second:{rate:.0f} mfu:{facts['mfu']:.4f} "
                   f"of {log.facts['peak_flops'] / 1e12:.2f} TFLOP/s a device, the measured rate of a large product")
@@ -2665,6 +2744,7 @@ class Trainer:
         """A remark where a tenth of the steps took more than twice the median: other work has shared the machine."""
         if self.ranks.device.type == "cuda" or len(self.step_seconds) < 20:
             return ""
+        # the slowest tenth beside the median
         ordered = sorted(self.step_seconds)
         median, late = ordered[len(ordered) // 2], ordered[len(ordered) * 9 // 10]
         if late <= 2 * median:
@@ -2694,6 +2774,7 @@ class Trainer:
         config = self.config
         if config.time_budget:
             return f"{config.time_budget:.0f} s of training, as asked"
+        # the newest run that was alike
         here = ["finished", config.track, environment(self.ranks)["device"], self.ranks.world]
         for file in sorted(Path(config.log_dir).glob("*.json"), key=lambda file: -file.stat().st_mtime):
             try:
@@ -2724,6 +2805,7 @@ def main(argv: list[str] | None = None, loader=None) -> int:
             stream.reconfigure(errors="replace")
     trainer = None
     try:
+        # the run
         config = parse_config(argv)
         require(loader is not None or not config.variant,
                 "--variant needs the loader of variants; start train_gpt.py as a script")
