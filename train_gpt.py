@@ -559,9 +559,10 @@ class Bucket:
                 self.follow(self)
 
     def _reduce(self):
+        # NCCL leaves each rank its slice; gloo sums all of it
         if self.grad.is_cuda:
             self.work = REDUCE_SCATTER(self.grad[self.slice], self.grad, async_op=True)
-        else:  # gloo sums whole tensors only
+        else:
             self.work = dist.all_reduce(self.grad, async_op=True)
 
     def reduced_gradient(self) -> Tensor:
@@ -586,6 +587,7 @@ class Bucket:
         A tensor of this rank's slice -> each parameter's share of all, copied: equal for any number of ranks.
         Collective.
         """
+        # the slices of all ranks, then each parameter by its name
         joined = local if self.world == 1 else local.new_empty(len(local) * self.world, *local.shape[1:])
         work = self.gather(local, joined)
         if work is not None:
@@ -613,6 +615,7 @@ class Overlap:
         self.progress = progress
         self.waiting = None     # (optimizer, bucket) whose reduction began last; None before the first
         for optimizer in optimizers:
+            # a bucket says when its reduction has begun
             follow = functools.partial(self._begun, optimizer) if update and hasattr(optimizer,
                                                                                      "update_bucket") else None
             for bucket in getattr(optimizer, "buckets", ()):
@@ -650,6 +653,7 @@ class ShardedOptimizer:
         # tensors of no dimension: a compiled update takes them as inputs and need not be compiled anew when they change
         rates = torch.tensor(lr), torch.tensor(decay)
         self.update(data, gradient, *bucket.state.values(), *rates, *self.hyperparameters(progress))
+        # other ranks get this slice while the next bucket is updated
         self.gathering[bucket] = bucket.gather(data, bucket.data)
         bucket.clear_gradient()
 
@@ -658,6 +662,7 @@ class ShardedOptimizer:
         for bucket in self.buckets:
             if bucket not in self.gathering:
                 self.update_bucket(bucket, lr_factor, progress)
+        # no rank goes on before it has every slice
         for work in self.gathering.values():
             if work is not None:
                 work.wait()
@@ -730,9 +735,11 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     (n, rows, columns) -> about U V' of each matrix' U S V' (singular values within about 0.3 of 1), in the input's
     dtype.
     """
+    # the smaller Gram matrix; a norm of at most 1, as the series needs
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    # x <- a x + (b G + c G^2) x with G = x x'
     for a, b, c in POLAR_EXPRESS:
         gram = symmetric_product(x)
         x = torch.baddbmm(x, symmetric_product(gram, gram, alpha=c, beta=b), x, beta=a)
@@ -743,6 +750,7 @@ class Muon(ShardedOptimizer):
     """For matrices; its buckets are batches of equal ones."""
 
     def new_state(self, local: Tensor) -> dict:
+        # a number for each line of the longer side
         lines = local[..., :1] if local.shape[-2] >= local.shape[-1] else local[..., :1, :]
         return dict(momentum=torch.zeros_like(local), second=torch.zeros_like(lines))
 
@@ -782,8 +790,10 @@ class Adam(ShardedOptimizer):
 
     @staticmethod
     def update(data, gradient, mean, square, lr, decay, beta1: float, beta2: float, correction1, correction2):
+        # m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2
         mean.lerp_(gradient, 1 - beta1)
         square.lerp_(gradient.square(), 1 - beta2)
+        # both divided by 1 - b^t; weight decay where it agrees in sign
         update = (mean / correction1) / ((square / correction2).sqrt() + 1e-10)
         data.sub_(lr * update + decay * data * (update * data > 0))
 
@@ -875,6 +885,7 @@ class Linear(nn.Module):
 
     def __init__(self, config: Config, layer: int | None, role: str, n_in: int, n_out: int):
         super().__init__()
+        # gates begin at a half, the head at equal logits, a branch at nothing
         zero = role in ("gate", "head") or role in ("o", "proj") and config.zero_init_projections
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.weight.init_std = 0.0 if zero else 0.5 * n_in ** -0.5
@@ -892,6 +903,7 @@ class RMSNormalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
+        # sums of squares in float32 at least
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
         inverse = (norm.square() / x.shape[-1] + 1e-6).rsqrt()
         y = (x * inverse).to(x.dtype)
@@ -901,6 +913,7 @@ class RMSNormalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         y, inverse = ctx.saved_tensors
+        # dx = (dy - y mean(dy y)) / rms
         return (grad - y * (grad * y).mean(-1, keepdim=True, dtype=inverse.dtype)).mul_(inverse).to(y.dtype)
 
 
@@ -933,6 +946,7 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     Rotary positions on x (B, T, H, D): channel c < D / 2 is paired with c + D / 2; the first pairs turn, as many as
     rotary (T, n).
     """
+    # (T, 1, n): the same for all heads
     cosine, sine = (t[:, None, :].type_as(x) for t in rotary)
     still = x.shape[-1] // 2 - cosine.shape[-1]
     a, a_still, b, b_still = x.split((cosine.shape[-1], still) * 2, dim=-1)
@@ -1032,6 +1046,7 @@ class CausalSelfAttention(nn.Module):
     def heads(self, x: Tensor, ctx: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, T, H, D), ready to attend."""
         q, k, v = (linear(x).unflatten(-1, (-1, self.config.head_dim)) for linear in (self.q, self.k, self.v))
+        # norm before rotation: a rotation keeps it
         if self.config.qk_norm:
             q, k = RMSNormalize.apply(q), RMSNormalize.apply(k)
         if ctx.rotary is not None:
@@ -1041,11 +1056,13 @@ class CausalSelfAttention(nn.Module):
     def mix_value(self, v: Tensor, ctx: AttentionContext) -> Tensor:
         if self.value_mix is None:
             return v
+        # two numbers for all heads
         mix = self.value_mix.type_as(v)
         return mix[0] * v + mix[1] * ctx.value.view_as(v)
 
     def gate_heads(self, y: Tensor, x: Tensor) -> Tensor:
         """y (B, T, H, D), each head gated by the first channels of the layer's input x -> (B, T, H D)."""
+        # a factor in (0, 2) for each token and head
         if self.gate is not None:
             y = y * (2 * torch.sigmoid(self.gate(x[..., :GATE_CHANNELS])))[..., None]
         return y.flatten(2)
@@ -1105,6 +1122,7 @@ def loss_of_chunk(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) ->
     (sum of the cross-entropies, capped logits, log-normalisers) of n tokens. x (n, D), weight (V, D), targets (n,)
     int64.
     """
+    # (n, V), in float32 from here on
     logits = (x @ weight.T).float()
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     normaliser = logits.logsumexp(-1, keepdim=True)
@@ -1125,8 +1143,10 @@ class SoftcappedCrossEntropy(torch.autograd.Function):
         dx, dw = [], torch.zeros_like(weight)
         for rows, target in zip(x.split(chunk), targets.split(chunk)):
             rows_loss, logits, normaliser = loss_of_chunk(rows, w, target, softcap)
+            # dloss/dlogits = (softmax - one at the target) (1 - (logits / c)^2)
             d = torch.exp(logits - normaliser).scatter_add(1, target[:, None], -torch.ones_like(normaliser))
             d = (d * (1 - (logits / softcap).square()) if softcap else d).type_as(x)
+            # dx = d W, dW = d' x
             loss, dw = loss + rows_loss, dw + d.T @ rows
             dx.append(d @ w)
         ctx.save_for_backward(torch.cat(dx), dw)
@@ -1167,6 +1187,7 @@ class LanguageModelHead(nn.Module):
 
 def value_table(config: Config, layer: int) -> int | None:
     """Which value embedding a layer uses: tables 0, 1, .. in the first layers and again in the last, None between."""
+    # as many tables as half of the layers at the most
     n = min(config.value_embeddings, config.layers // 2)
     if layer < n:
         return layer
@@ -1220,6 +1241,7 @@ class GPT(nn.Module):
             std = getattr(p, "init_std", None)
             if std is None:
                 continue
+            # the name's checksum and the seed
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) * 1_000_003 + seed)
             p.copy_(torch.randn(p.shape, generator=generator) * std if std else torch.zeros(p.shape))
 
@@ -1374,6 +1396,7 @@ def compiler_fault(device: torch.device) -> str | None:
     """
     Why torch.compile does not work here, in a few words; None if it does. Tried on an addition that no cache has seen.
     """
+    # a number that is in no cache on the disk
     number = 1 + secrets.randbits(50) / 2 ** 50
     try:
         torch.compile(lambda x: x + number, dynamic=False)(torch.ones(8, device=device))
@@ -1455,6 +1478,7 @@ def memory_of_machine(ranks: Ranks) -> int:
     """
     if ranks.device.type == "cuda":
         return torch.cuda.get_device_properties(ranks.device).total_memory
+    # the machine, then version 2 and 1 of control groups
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for file in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
         text = file.read_text().strip() if file.exists() else ""
@@ -1467,6 +1491,7 @@ def measured_peak(ranks: Ranks) -> float:
     """FLOP/s of a large product on this device in the activations' dtype: the ceiling that MFU refers to."""
     from torch.utils.benchmark import Timer
 
+    # large enough to be bound by arithmetic
     n = 8192 if ranks.device.type == "cuda" else 1024
     matrices = {name: torch.randn(n, n, device=ranks.device, dtype=ranks.dtype) for name in "ab"}
     timer = Timer("a @ b", globals=matrices, num_threads=torch.get_num_threads())
@@ -1698,6 +1723,7 @@ def token_bytes(config: Config) -> np.ndarray | None:
     merges = next(find_shards(config, "val")[0].parent.glob("*.tiktoken"), None)
     if merges is None:
         return None
+    # ids without a token of their own, as the end of text, have no bytes
     ranks = read_merges(merges)
     sizes = np.zeros(max(config.vocab_size, max(ranks.values()) + 1), dtype=np.int64)
     sizes[list(ranks.values())] = [len(token) for token in ranks]
@@ -1706,6 +1732,7 @@ def token_bytes(config: Config) -> np.ndarray | None:
 
 def checked(rows: np.ndarray, config: Config) -> np.ndarray:
     """Rows of tokens as int32. RunError for a token outside the vocabulary."""
+    # uint16 has no negative ids
     largest = rows.max() if rows.size else 0
     require(largest < config.vocab_size,
             f"token {largest} in {config.data} is outside the vocabulary of {config.vocab_size}; give --vocab_size or "
@@ -1719,6 +1746,7 @@ def validation_batches(config: Config) -> list[np.ndarray]:
     batch holds, fewer in the last one. Every row is in one of them, so that the loss depends on neither the batch's
     size nor the ranks.
     """
+    # one more token than is scored: the first is no target
     T, pieces, missing = config.sequence_length, [], config.val_tokens + 1
     for file in find_shards(config, "val"):
         pieces.append(open_shard(file)[:missing])
@@ -1846,6 +1874,7 @@ class TokenLoader:
         (this rank's rows (count, sequence_length + 1) int32 on the host, the loader's state after them, which is also
         its .state). count: self.rows if None. What is read ahead is a batch of the same size.
         """
+        # what was read ahead may be of another size
         count = count or self.rows
         if self.ahead is not None and self.ahead[0] != count:  # the size has changed: back to where this batch begins
             self.ahead[1].result()
@@ -2011,6 +2040,7 @@ def find_checkpoint(name: str, log_dir: str | Path = "logs") -> Path:
 
 def sources_of_run() -> dict[str, str]:
     """{module: source text} of this file and of the variants and kernels that have been loaded."""
+    # this file first: a resumed run's later header begins with it
     modules = [sys.modules[__name__]]
     for name, module in sorted(sys.modules.items()):
         if name.split(".")[0] in ("variants", "kernels") and getattr(module, "__file__", None):
@@ -2028,6 +2058,7 @@ def changed_sources(saved: dict) -> list[str]:
     """
     root, changed = Path(__file__).resolve().parent, []
     for module, sha256 in saved.get("sources", {}).items():
+        # a module is a file, a package its __init__.py
         stem = root.joinpath(*module.split("."))
         files = [stem.with_suffix(".py"), stem / "__init__.py"]
         texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
@@ -2073,6 +2104,7 @@ def new_run_id(config: Config, ranks: Ranks) -> str:
     A name such as 1130-0412-cpu-my_mlp-s1-7f3a: month and day, time, track, variants, seed, four random digits; the
     same on all ranks.
     """
+    # rank 0 says, the others say 0
     stamp = ranks.agree((int(time.strftime("%m%d%H%M")) << 16 | secrets.randbits(16)) * (ranks.rank == 0))
     names = "+".join(variant.partition(":")[0] for variant in config.variant)[:40] or "baseline"
     moment = f"{stamp >> 16:08d}"
@@ -2143,8 +2175,10 @@ class RunLog:
         """
         Cut off what a killed process left unfinished at the end of the log: half a line, or a header without its end.
         """
+        # half a line
         content = self.text.read_bytes()
         lines = content[:content.rfind(b"\n") + 1]
+        # half a header
         header = lines.rfind(b"# ---- train_gpt\n")
         if header > 0 and lines.count(b"\n" + b"=" * 100 + b"\n", header) < 2:
             lines = lines[:header]
@@ -2165,6 +2199,7 @@ class RunLog:
             raise self._refusal(error, "choose another --log_dir") from None
 
     def _begin_new(self, header: str):
+        # under another name first
         temporary = self.text.with_name(f".{self.text.name}.{os.getpid()}")
         self.file = open(temporary, "w", encoding="utf-8", errors="replace", newline="\n")
         self._lock()
@@ -2230,6 +2265,7 @@ def cut_rows(rows: Tensor, T: int) -> Tensor:
 
 def micro_batches(rows: Tensor, config: Config) -> tuple[Tensor, ...]:
     """Rows (n, T + 1) in equal shares of at most micro_batch_tokens, or of one row."""
+    # the largest number of rows that fits and divides
     fit = max(1, config.micro_batch_tokens // (rows.shape[1] - 1))
     size = max(n for n in range(1, min(fit, len(rows)) + 1) if len(rows) % n == 0)
     return rows.split(size)
@@ -2359,6 +2395,7 @@ class Trainer:
 
     def _load_matching(self, path: str):
         """Start from another run's tensors where name and shape agree; say which did and which did not."""
+        # equal name and shape
         saved, current = read_checkpoint(path)["model"], self.model.state_dict()
         matching = {name: saved[name] for name in current if name in saved and saved[name].shape == current[name].shape}
         require(matching,
@@ -2677,6 +2714,7 @@ class Trainer:
         """Write a checkpoint, if the run wants any. Collective."""
         if not self.config.save:
             return
+        # of all ranks; rank 0 writes
         state = dict(config=dataclasses.asdict(self.config), data=self.data, sources=self.sources, **self.state_dict())
         try:
             if self.log.main:
@@ -2756,6 +2794,7 @@ class Trainer:
         """What --dry_run prints."""
         config, costs = self.config, self.costs
         steps = config.steps or max(1, config.tokens // config.batch_tokens)
+        # of the whole run
         flops = costs["flops_per_token"] * config.batch_tokens * steps
         names = " + ".join((config.track, *config.variant))
         mode = compile_mode(config, self.ranks)
