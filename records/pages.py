@@ -72,7 +72,7 @@ def history_section(group: list[dict]) -> list[str]:
         link = f"[{escaped(stats['name'])}]({record_path(stats)})"
         rows.append([f"{number(arm['time'], 2)} s", number(arm["loss"], 4), str(arm["loss"]["n"]),
                      p_value(arm["p_target"]), link])
-        lines.append(f"- {escaped(stats['name'])}, {stats['date']}, {escaped(plain(arm['name']))}: "
+        lines.append(f"- {escaped(stats['name'])}, {stats['date']}, arm {escaped(plain(arm['name']))}: "
                      f"{escaped(plain(stats['what']))}")
     return [
         f"### {first['track']}, {escaped(first['hardware'])}: {best:.2f} s",

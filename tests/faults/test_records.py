@@ -11,7 +11,8 @@ import shutil
 
 import pytest
 
-from records.leaderboard import BEGIN, END, main
+from records.leaderboard import main
+from records.pages import BEGIN, END, pages_of
 from records.runs import list_runs, read_run, read_usable
 from tests.records.conftest import log_lines
 from train_gpt import RunError, make_config
@@ -94,9 +95,11 @@ FIELDS = [change_field, change_field, change_field]
 @pytest.fixture
 def files(tmp_path):
     """A board with a record of two arms of three runs each, and the comparison's folder that it was added from."""
-    root, source = tmp_path / "board", tmp_path / "source"
-    root.mkdir()
-    (root / "README.md").write_text(f"# Records\n\n{BEGIN}\n{END}\n", encoding="utf-8")
+    root = tmp_path / "board"
+    source = tmp_path / "source"
+    for page in pages_of(root):
+        page.parent.mkdir()
+        page.write_text(f"# Records\n\n{BEGIN}\n{END}\n", encoding="utf-8")
     (source / "logs").mkdir(parents=True)
     arms = []
     for arm, shift in (("baseline", 0.0), ("wide", -0.01)):
