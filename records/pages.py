@@ -153,7 +153,7 @@ def result_link(stats: dict) -> str:
 def variant_of(arm: dict) -> str:
     """The name of an arm's first variant, or "baseline"."""
     names = [re.match(r"\w*", spec.strip())[0] for spec in arm["variant"]]
-    return escaped(names[0]) if names else "baseline"
+    return escaped(names[0]) if any(names[:1]) else "baseline"
 
 
 def result_sections(records: list[dict]) -> list[str]:

@@ -229,8 +229,8 @@ def test_runs_that_did_not_finish(write_log, make_arm, tmp_path):
     write_report(tmp_path / "report", results)
     text = (tmp_path / "report/README.md").read_text()
     for words in (
-        "- one is not distinguishable from baseline at n = 1 and 3: difference -0.2100 nats, and no test with fewer than "
-        "two runs a side.",
+        "- one is not distinguishable from baseline at n = 1 and 3: difference -0.2100 nats, and no test with fewer "
+        "than two runs a side.",
         "- none: no verdict, because none has",
         "good, seed 4: stopped by SIGTERM",
         "none, seed 5: no log: \\<killed>",
