@@ -24,7 +24,7 @@ TEMPLATE = Path(__file__).with_name("report_template.html")
 ENVIRONMENT = ("device", "world_size", "dtype", "compile", "torch", "cuda", "triton", "python", "platform",
                "git_commit", "git_dirty", "peak_flops", "val_sha256")
 MACHINE = ("device", "world_size")  # where these differ, times cannot be compared
-OWN_FIELDS = RESUME_FIELDS | {"seed", "run_id"}  # of a configuration: what may differ between the runs of one arm
+RUN_FIELDS = RESUME_FIELDS | {"seed", "run_id"}  # of a configuration: what may differ between the runs of one arm
 # Told apart by the colour-blind, on light and on dark.
 COLORS = ("#7d838c", "#d55e00", "#0a84d0", "#0a9e73", "#c264a0", "#b8860b", "#7a5fd0", "#2aa7b8")
 LATE = 0.2  # pictures are scaled to the losses after this share of the longest run: those before would squeeze the rest
@@ -110,8 +110,8 @@ def distinct(values) -> list:
 def settled(run: Run) -> dict:
     """The run's configuration without what is its own; a time budget's steps and tokens are an outcome."""
     config = run.facts.get("config", {})
-    own = OWN_FIELDS | ({"steps", "tokens"} if config.get("time_budget") else set())
-    return {name: value for name, value in config.items() if name not in own}
+    left_out = RUN_FIELDS | ({"steps", "tokens"} if config.get("time_budget") else set())
+    return {name: value for name, value in config.items() if name not in left_out}
 
 
 def differing(a: dict, b: dict) -> list[str]:

@@ -74,8 +74,9 @@ def log_lines(losses: dict[int, float], *, run_id="run", ms_per_step=100.0, sour
         if step in losses:
             average = ms / max(step, 1)
             bits = losses[step] / 0.6931
-            lines += [f"step:{step}/{steps} val_loss:{losses[step]:.4f} train_time:{ms:.0f}ms step_avg:{average:.2f}ms",
-                      f"val_bits_per_byte:{bits:.4f}"]
+            lines.append(
+                f"step:{step}/{steps} val_loss:{losses[step]:.4f} train_time:{ms:.0f}ms step_avg:{average:.2f}ms")
+            lines.append(f"val_bits_per_byte:{bits:.4f}")
             curve.append(dict(step=step, tokens=step * config["batch_tokens"], train_ms=ms, val_loss=losses[step],
                               val_bits_per_byte=bits, train_loss=None))
 

@@ -117,6 +117,17 @@ def test_a_source_that_was_altered(write_log):
         assert message in error_of(path)
 
 
+def test_a_source_with_kernels_in_folders(write_log):
+    """kernels/op/__init__.py is the module kernels.op, and kernels/op/cpu.py is kernels.op.cpu."""
+    modules = {"train_gpt": "import torch", "kernels": "", "kernels.op": "import kernels", "kernels.op.cpu": "op = 1"}
+    digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in modules.items()}
+    path = write_log(LOSSES, source="import torch", modules=list(modules.items())[1:], sources=digests)
+    assert read_run(path, strict=True).code == digests
+    edit(path, "op = 1", "op = 2")
+    path.with_suffix(".json").unlink()
+    assert "the source of kernels.op.cpu was altered" in error_of(path)
+
+
 def test_steps_in_the_source_are_not_steps(write_log):
     run = read_run(
         write_log(LOSSES, source=f"'''\nstep:1/2 train_time:5ms step_avg:5.00ms\n{RULE}\nerror: none\n'''")
