@@ -179,12 +179,15 @@ def parse_arms(texts: list[str], seeds: int, shared: list[str]) -> list[Arm]:
     arms = []
     times = {}  # an arm's text: how often it came before
     for index, text in enumerate(texts):
+        # its words
         try:
             words = shlex.split(text)
         except ValueError as error:
             raise RunError(f"arm {text!r:.200}: {error}; close its quotation marks") from None
         require(words and not words[0].startswith("-"),
                 f"arm {text!r:.200} does not begin with a name; write baseline or a variant, then its options")
+
+        # an arm that is given again has a name and seeds of its own
         again = times.get(text, 0)
         times[text] = again + 1
         name = f"{text} ({again + 1})" if again else text
@@ -192,6 +195,8 @@ def parse_arms(texts: list[str], seeds: int, shared: list[str]) -> list[Arm]:
         arm = Arm(index, name, variant, words[1:], [again * seeds + n for n in range(1, seeds + 1)])
         require(arm.seeds[-1] < SWEEP_SEED,
                 f"arm {text!r:.200} is given too often: its seeds would pass {SWEEP_SEED}; lower --seeds")
+
+        # whether the trainer and the loader take it
         try:
             config = parse_options(trainer_options(arm, shared))
             variants.plan(config.variant, config)
@@ -201,6 +206,7 @@ def parse_arms(texts: list[str], seeds: int, shared: list[str]) -> list[Arm]:
             raise RunError(f"arm {text!r:.200}: train_gpt.py does not take these options: "
                            f"{shlex.join(shared + words[1:])} (its message is above)") from None
         arms.append(arm)
+
     require(len(arms) > 1,
             f"one arm, {texts[0]!r:.200}, has nothing to be compared with; name two or more. The first is what the "
             "others are compared with; an arm that is named twice shows the noise")
@@ -267,6 +273,7 @@ def source_of(arms: list[Arm]) -> dict[str, str]:
     waiting = ["train_gpt", *(f"variants.{spec.partition(':')[0].strip()}" for spec in specs)]
     source = {}
     done = set()
+
     while waiting:
         module = waiting.pop()
         file = module_file(module)
@@ -274,6 +281,8 @@ def source_of(arms: list[Arm]) -> dict[str, str]:
             continue
         done.add(module)
         text, source[str(file.relative_to(ROOT))] = text_and_digest(file)
+
+        # what it loads
         if "." in module:
             waiting.append(module.rpartition(".")[0])  # a package is loaded before its modules
         # The trainer loads what it is told to, and so does the variants' loader, beside what stands at its top.
@@ -527,6 +536,8 @@ class Comparison:
             return None
         if not run.finished:
             return None
+
+        # whether it is the job's
         remedy = f"delete {log.name} and {log.stem}.json to run it again, or choose another folder with -o"
         for name in self.differing_settings(run.config, job):
             raise RunError(f"{log} is no run of arm {job.arm.name!r:.200}: its {name} is "
@@ -976,6 +987,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     plan.add_argument("--sweep", type=numbers, default=[], metavar="FACTORS",
                       help="of all learning rates that every arm tries first, such as 0.5,1,2 (default: none)")
     plan.add_argument("--sweep-seeds", type=int, default=1, help="runs for each of them (default: %(default)s)")
+
     how = parser.add_argument_group("how it is run")
     how.add_argument("--ranks", type=int, default=max(1, torch.cuda.device_count()),
                      help="processes a run (default: one a GPU, here %(default)s)")
@@ -988,11 +1000,14 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
                      help="take finished runs over from the comparisons in this folder (default: ./%(default)s)")
     how.add_argument("--no-reuse", dest="reuse", action="store_const", const=None,
                      help="train every run, in turn, so that times are compared, too")
+
     report = parser.add_argument_group("the report")
     report.add_argument("-o", "--output", type=Path,
                         help="its folder (default: one in ./comparisons that the same command finds again)")
     report.add_argument("--log-x", action="store_true", help="curves.png with logarithmic axes of tokens and time "
                         "(default: linear; report.html has a switch)")
+
+    # what stands after -- is the trainer's
     cut = argv.index("--") if "--" in argv else len(argv)
     given = parser.parse_args(argv[:cut])
     check_arguments(given)
@@ -1005,11 +1020,15 @@ def check_arguments(given: argparse.Namespace):
     for name, most in dict(seeds=10_000, sweep_seeds=1000, ranks=most_ranks).items():
         value = getattr(given, name)
         require(1 <= value <= most, f"--{name.replace('_', '-')} must be at least 1 and at most {most:,}, got {value}")
+
+    # the time
     longest = RANGES["time_budget"][1]
     require(0 <= given.seconds <= longest,
             f"--seconds must be greater than 0 and at most {longest:,.0f}, got {given.seconds:g}")
     require(not given.seconds or given.budget == "time",
             f"--seconds {given.seconds:g} belongs to --budget time; add it, or leave --seconds out")
+
+    # the folders
     for name, path in dict(output=given.output, reuse=given.reuse).items():
         try:
             usable = path is None or path.is_dir() or not path.exists()
@@ -1017,6 +1036,8 @@ def check_arguments(given: argparse.Namespace):
             reason = getattr(error, "strerror", None) or error
             raise RunError(f"--{name} {str(path)[:60]!r}: {reason}; choose another folder") from None
         require(usable, f"--{name} {path} is a file; give a folder")
+
+    # the factors
     different = len(given.sweep) == len(set(given.sweep))
     require(all(0 < factor <= 1e6 for factor in given.sweep) and different and len(given.sweep) <= 100,
             f"--sweep takes up to 100 factors, all different, greater than 0 and at most 1,000,000, got "
@@ -1060,6 +1081,7 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a locale without the letters of a variant's name
+
     with Interrupt() as interrupt:
         try:
             given, options = parse_arguments(argv)
@@ -1081,6 +1103,8 @@ def main(argv: list[str] | None = None) -> int:
             say(f"compare.py: stopped; finished runs are kept, call it again to go on (folder {folder})",
                 stream=sys.stderr)
             return 128 + stop.args[0]
+
+    # what came of it
     report = f"report: {folder / 'README.md'} and report.html"
     say("\n".join([*sentences(results), "", console_table(results), "", report]))
     return 0

@@ -349,6 +349,7 @@ def check(root: Path) -> int:
             records.append(read_stats(folder))
         except RunError:
             pass  # said below
+
     faults = 0
     for folder in record_folders(root):
         try:
@@ -356,6 +357,7 @@ def check(root: Path) -> int:
         except RunError as error:
             print(f"error: {error}")
             faults += 1
+
     for path, make in pages_of(root).items():
         try:
             require(is_current(path, make(records)),
@@ -573,6 +575,7 @@ def print_values(title: str, values: list[float], digits: int, end: str):
 # ---- Command line
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command of a command line and its options."""
     parser = argparse.ArgumentParser(prog="./run.sh board", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=Path, default=RECORDS,

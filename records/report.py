@@ -463,6 +463,7 @@ def tables(results: dict) -> list[tuple[str, list[str], list[list[str]]]]:
 
 
 def loss_row(arm: dict, test: dict) -> dict[str, str]:
+    """{head: cell} of an arm's losses and their test."""
     finished = arm["loss"]["n"] if arm["loss"] else 0
     return {
         "arm": plain(arm["name"]),
@@ -479,6 +480,7 @@ def loss_row(arm: dict, test: dict) -> dict[str, str]:
 
 
 def cost_row(arm: dict, test: dict) -> dict[str, str]:
+    """{head: cell} of what an arm's runs cost, and of the test of a step's time."""
     mfu = arm["mfu"] and {key: value and 100 * value for key, value in arm["mfu"].items()}
     return {
         "arm": plain(arm["name"]),
@@ -500,6 +502,7 @@ def cost_row(arm: dict, test: dict) -> dict[str, str]:
 
 
 def target_row(arm: dict, target: float | None) -> dict[str, str]:
+    """{head: cell} of when an arm's runs reach the target."""
     goal = arm["to_target"]
     missing = "not reached" if arm["curve"] and target is not None else "-"
     each = [missing if steps is None else f"{number(steps)} / {number(seconds, 1)} s"
@@ -682,6 +685,7 @@ def target_words(settings: dict, baseline: dict) -> str:
 
 
 def title(results: dict) -> str:
+    """Which arms are compared with which, and what is equal."""
     names = [plain(arm["name"]) for arm in results["arms"]]
     text = names[0]
     if len(names) > 1:
@@ -720,6 +724,7 @@ def markdown_table(heads: list[str], rows: list) -> str:
 
 
 def markdown(results: dict) -> str:
+    """README.md of a comparison's folder."""
     paragraphs = [
         f"# {escaped(title(results))}",
         "\n".join(f"- {escaped(line)}" for line in sentences(results)),

@@ -499,6 +499,7 @@ def read_line(run: Run, events: list[Event], number: int, line: str):
         run.status = stopped[1]
     elif line.startswith("error: ") and run.facts:
         run.status = f"failed: {line.removeprefix('error: ')}"
+
     for name, pattern in MEASURED.items():
         match = pattern.fullmatch(line)
         if match:
