@@ -17,7 +17,8 @@ train and decide
 results
   generate --checkpoint FILE   texts from a checkpoint (default: 256 tokens, temperature 1)
   visualize WHAT FILE -o FILE  pictures: manifold, splanifold, stream
-  runs ...                     the logs of runs
+  runs ...                     past runs, a line each; --json for scripts
+  clean ...                    delete the files of runs that did not finish, after asking
   board COMMAND                the records: add, check, render, stats
 
 data
@@ -81,11 +82,11 @@ help | -h | --help)
     exit
     ;;
 '' | -*) ;;
-train | compare | check | variants | generate | visualize | runs | board | data | test | python)
+train | compare | check | variants | generate | visualize | runs | clean | board | data | test | python)
     verb=$1
     shift
     ;;
-*) unknown verb "$1" train compare check variants generate visualize runs board data test python help ;;
+*) unknown verb "$1" train compare check variants generate visualize runs clean board data test python help ;;
 esac
 if [ "$verb" = data ]; then
     names=$(grep -l __main__ "$checkout"/data/*.py | sed 's,.*/,,; s,\.py$,,')
@@ -270,7 +271,7 @@ compare) train_or_compare compare.py "$@" ;;
 generate | visualize) exec "$python" "$checkout/$verb.py" "$@" ;;
 check) exec "$python" -P -m variants.check "$@" ;;
 variants) exec "$python" -P -m variants "$@" ;;
-runs) exec "$python" -P -m records.runs "$@" ;;
+runs | clean) exec "$python" -P -m "records.$verb" "$@" ;;
 board) exec "$python" -P -m records.leaderboard "$@" ;;
 data)
     name=$1

@@ -21,7 +21,7 @@ from data.shards import write_meta, write_shard
 ROOT = Path(__file__).resolve().parent.parent
 BASH = os.environ.get("RUN_SH_BASH", "bash")
 SPIN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
-VERBS = "train compare check variants generate visualize runs board data test python help".split()
+VERBS = "train compare check variants generate visualize runs clean board data test python help".split()
 
 PIP = "-m pip install --quiet --disable-pip-version-check -r @/requirements.txt"
 
@@ -184,7 +184,8 @@ def test_the_exit_code_is_the_trainers(checkout):
     "visualize stream a.json": "@/visualize.py stream a.json",
     "check swiglu_mlp:layers=0": "-P -m variants.check swiglu_mlp:layers=0",
     "variants": "-P -m variants",
-    "runs logs": "-P -m records.runs logs",
+    "runs --json": "-P -m records.runs --json",
+    "clean --yes": "-P -m records.clean --yes",
     "board check": "-P -m records.leaderboard check",
     "data tokenize_text book.txt -o book": "-P -m data.tokenize_text book.txt -o book",
     "data local_corpus": "-P -m data.local_corpus",
