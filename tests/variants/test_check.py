@@ -9,8 +9,8 @@ import torch
 
 import train_gpt
 import variants
-from train_gpt import make_config
 from tests.variants.conftest import HEAD
+from train_gpt import make_config
 from variants import check
 
 SMALL = (
