@@ -123,7 +123,7 @@ def formula(attention, x: torch.Tensor, ctx, parameters: dict) -> torch.Tensor:
     if options.temperature == "per_head":
         a, b = a / parameters["log_temperature"].exp(), b / parameters["log_temperature"].exp()
 
-    # scores (B, queries, keys, H)
+    # scores, of shape (B, queries, keys, H)
     scores = -(a[:, :, None] - b[:, None]).abs()
     if options.decay != "none":
         gate = product("forget") if options.decay == "data" else torch.zeros(B, T, 1)
