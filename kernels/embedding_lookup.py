@@ -1,29 +1,35 @@
 """
-Rows of several tables for the same tokens, cast in the same pass; gradients of the tables without atomics, from tokens that are sorted once for all of them.
+Rows of several tables for the same tokens, cast in the same pass; gradients of the tables without atomics, from tokens
+that are sorted once for all of them.
 
     y_k = dtype(table_k[tokens])        dtable_k[v] = sum over the tokens n = v of dy_k[n]        k = 1 .. K
 
-A stable sort brings the tokens of a row v of the tables together, its run, which begins at starts[v]. Text has a few runs of several per cent of all tokens, many of
-a few, and more rows without any. So the sorted tokens are cut into chunks of CHUNK, and a run is its whole chunks and what is left over:
+A stable sort brings the tokens of a row v of the tables together, its run, which begins at starts[v]. Text has a few
+runs of several per cent of all tokens, many of a few, and more rows without any. So the sorted tokens are cut into
+chunks of CHUNK, and a run is its whole chunks and what is left over:
     1. every chunk of one token alone is summed: in parallel, however long a run
     2. at the first whole chunk of a run the sums of all of them are joined
     3. every row of the gradient is written once: 2.'s sum and its tokens left over, at most 2 CHUNK - 2, or zeros
-Sums are float32, in an order that depends on the tokens alone. Sizes depend on N and V alone: nothing waits for the host.
+Sums are float32, in an order that depends on the tokens alone. Sizes depend on N and V alone: nothing waits for the
+host.
 
-Bytes for N tokens and tables (V, D) of w bytes a number, e bytes a number of the results, for each table; in brackets N = 65,536, V = 50,304, D = 768, w = 4, e = 2:
+Bytes for N tokens and tables (V, D) of w bytes a number, e bytes a number of the results, for each table; in brackets N
+= 65,536, V = 50,304, D = 768, w = 4, e = 2:
     forward    N D (w + e): read rows (those that repeat come from a cache), write y                       [302 MB]
     backward   N D e + V D w: read dy once, write every row once                                           [255 MB]
                8 f N D / CHUNK: the sums of chunks, written and read, with a part f of the tokens in them  [25 f MB, in L2]
     sort       once for all tables: of 4-byte tokens with 8-byte places; 12 N + 4 V bytes are kept         [1 MB]
 PyTorch's table(tokens).to(dtype), by its source, w = 4:
-    eager      forward N D (12 + e); backward N D (8 + e) to widen dy and read it again, zeros V D 4, and above 3,072 tokens, which every table sorts anew, sums of
-               up to 10 of them, written, read and written to their rows
-    compiled   forward N D (4 + e); backward zeros V D 4 and N D atomic additions, each a read and a write: those of a frequent token take turns at one address,
-               in an order of no two runs
+    eager      forward N D (12 + e); backward N D (8 + e) to widen dy and read it again, zeros V D 4, and above 3,072
+               tokens, which every table sorts anew, sums of up to 10 of them, written, read and written to their rows
+    compiled   forward N D (4 + e); backward zeros V D 4 and N D atomic additions, each a read and a write: those of a
+               frequent token take turns at one address, in an order of no two runs
 One addition a number: bound by memory.
 
-Sources: pytorch/pytorch, Embedding.cu and EmbeddingBackwardKernel.cu (a sort, then sums of parts of runs), and its decomposition of embedding_dense_backward.
-Status: never run on a GPU; the kernels are tested in Triton's interpreter and compiled ahead of time, and their launch table is a choice, not a measurement.
+Sources: pytorch/pytorch, Embedding.cu and EmbeddingBackwardKernel.cu (a sort, then sums of parts of runs), and its
+decomposition of embedding_dense_backward.
+Status: never run on a GPU; the kernels are tested in Triton's interpreter and compiled ahead of time, and their launch
+table is a choice, not a measurement.
 """
 
 from types import SimpleNamespace
@@ -41,16 +47,19 @@ except ImportError:  # no Triton for this platform: the reference serves it
     triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda function: function
 
 
-def embedding_lookup_reference(tokens: Tensor, tables: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+def embedding_lookup_reference(tokens: Tensor, tables: Sequence[Tensor],
+                               dtype: torch.dtype | None = None) -> list[Tensor]:
     """
-    F.embedding, then the cast: any device, any floating dtype, differentiable by autograd, which adds up in the table's dtype. Arguments as embedding_lookup's.
+    F.embedding, then the cast: any device, any floating dtype, differentiable by autograd, which adds up in the table's
+    dtype. Arguments as embedding_lookup's.
     """
     return [F.embedding(tokens, table).to(dtype or table.dtype) for table in tables]
 
 
-# ---- Triton kernels -----------------------------------------------------------------------------------------------------------------------------------
-# A program works on BLOCK columns of some rows; programs of the same rows are neighbours. Sums are float32. Columns from D on are read as 0 and not written, and
-# so are tokens outside [0, V). Offsets of rows are int64. ids (N): the tokens sorted, those outside as -1 and V; order (N): their places; starts (V + 1).
+# ---- Triton kernels ---------------------------------------------------------
+# A program works on BLOCK columns of some rows; programs of the same rows are neighbours. Sums are float32. Columns
+# from D on are read as 0 and not written, and so are tokens outside [0, V). Offsets of rows are int64. ids (N): the
+# tokens sorted, those outside as -1 and V; order (N): their places; starts (V + 1).
 
 @jit
 def _columns(D: tl.constexpr, BLOCK: tl.constexpr):
@@ -62,17 +71,20 @@ def _columns(D: tl.constexpr, BLOCK: tl.constexpr):
 @jit
 def _load(ptr, offs_r, stride, exists, offs_d, D: tl.constexpr):
     """Those columns of rows (rows, BLOCK); 0 where a row does not exist."""
-    return tl.load(ptr + offs_r.to(tl.int64)[:, None] * stride + offs_d[None, :], mask=exists[:, None] & (offs_d < D)[None, :], other=0.0)
+    return tl.load(ptr + offs_r.to(tl.int64)[:, None] * stride + offs_d[None, :],
+                   mask=exists[:, None] & (offs_d < D)[None, :], other=0.0)
 
 
 @jit
 def _store(ptr, b_rows, offs_r, exists, offs_d, D: tl.constexpr):
     """To those columns of the rows of a contiguous matrix."""
-    tl.store(ptr + offs_r.to(tl.int64)[:, None] * D + offs_d[None, :], b_rows.to(ptr.dtype.element_ty), mask=exists[:, None] & (offs_d < D)[None, :])
+    tl.store(ptr + offs_r.to(tl.int64)[:, None] * D + offs_d[None, :], b_rows.to(ptr.dtype.element_ty),
+             mask=exists[:, None] & (offs_d < D)[None, :])
 
 
 @jit
-def _embedding_lookup_fwd_kernel(tokens_ptr, table_ptr, y_ptr, table_row, N, V, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _embedding_lookup_fwd_kernel(tokens_ptr, table_ptr, y_ptr, table_row, N, V, D: tl.constexpr, ROWS: tl.constexpr,
+                                 BLOCK: tl.constexpr):
     """y (N, D)."""
     block, offs_d = _columns(D, BLOCK)
     offs_n = block * ROWS + tl.arange(0, ROWS)
@@ -90,7 +102,8 @@ def _whole(ids_ptr, chunk, N, V, CHUNK: tl.constexpr):
 
 
 @jit
-def _embedding_lookup_bwd_chunks_kernel(g_ptr, ids_ptr, order_ptr, sums_ptr, g_row, N, V, D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def _embedding_lookup_bwd_chunks_kernel(g_ptr, ids_ptr, order_ptr, sums_ptr, g_row, N, V, D: tl.constexpr,
+                                        CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """sums (chunks, D) of whole chunks; other rows stay unwritten."""
     chunk, offs_d = _columns(D, BLOCK)
     if _whole(ids_ptr, chunk, N, V, CHUNK) >= 0:
@@ -100,7 +113,8 @@ def _embedding_lookup_bwd_chunks_kernel(g_ptr, ids_ptr, order_ptr, sums_ptr, g_r
 
 
 @jit
-def _embedding_lookup_bwd_join_kernel(ids_ptr, starts_ptr, sums_ptr, joined_ptr, N, V, D: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _embedding_lookup_bwd_join_kernel(ids_ptr, starts_ptr, sums_ptr, joined_ptr, N, V, D: tl.constexpr,
+                                      CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """joined (chunks, D): at the first whole chunk of a run, the sum of all of them; other rows stay unwritten."""
     chunk, offs_d = _columns(D, BLOCK)
     v = _whole(ids_ptr, chunk, N, V, CHUNK)
@@ -115,8 +129,8 @@ def _embedding_lookup_bwd_join_kernel(ids_ptr, starts_ptr, sums_ptr, joined_ptr,
 
 
 @jit
-def _embedding_lookup_bwd_rows_kernel(g_ptr, order_ptr, starts_ptr, joined_ptr, dtable_ptr, g_row, D: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr,
-                                      BLOCK: tl.constexpr):
+def _embedding_lookup_bwd_rows_kernel(g_ptr, order_ptr, starts_ptr, joined_ptr, dtable_ptr, g_row, D: tl.constexpr,
+                                      CHUNK: tl.constexpr, AHEAD: tl.constexpr, BLOCK: tl.constexpr):
     """dtable (V, D), a row a program. AHEAD tokens are read before the first of them is added."""
     v, offs_d = _columns(D, BLOCK)
     start, end = tl.load(starts_ptr + v), tl.load(starts_ptr + v + 1)
@@ -133,21 +147,26 @@ def _embedding_lookup_bwd_rows_kernel(g_ptr, order_ptr, starts_ptr, joined_ptr, 
             n += tl.where(n >= first * CHUNK, whole * CHUNK, 0)
             places += (tl.load(order_ptr + n, mask=step + i < left, other=0),)
         for i in tl.static_range(AHEAD):
-            rows += (tl.load(g_ptr + places[i] * g_row + offs_d, mask=offs_d < tl.where(step + i < left, D, 0), other=0.0),)
+            rows += (tl.load(g_ptr + places[i] * g_row + offs_d, mask=offs_d < tl.where(step + i < left, D, 0),
+                             other=0.0),)
         for i in tl.static_range(AHEAD):
             b_sum += rows[i].to(tl.float32)
     tl.store(dtable_ptr + v.to(tl.int64) * D + offs_d, b_sum.to(dtable_ptr.dtype.element_ty), mask=offs_d < D)
 
 
-# ---- Launches -------------------------------------------------------------------------------------------------------------------------------------------
+# ---- Launches ---------------------------------------------------------------
 
-# The same for every card. A warp is a program where it has to read addresses before what they point at: many wait at once, and none for another warp.
+# The same for every card. A warp is a program where it has to read addresses before what they point at: many wait at
+# once, and none for another warp.
 CHUNK, WIDEST_BLOCK = 16, 256
-LAUNCH = dict(fwd=dict(ROWS=16, num_warps=4), chunks=dict(CHUNK=CHUNK, num_warps=1), join=dict(CHUNK=CHUNK, ROWS=32, num_warps=4),
-              rows=dict(CHUNK=CHUNK, AHEAD=4, num_warps=1))
-MOST = 2**31 - 2**15        # tokens, and rows of a table: they are counted in int32, those past the end of the last program too
-COMPILED = triton is not None and isinstance(_embedding_lookup_fwd_kernel, triton.JITFunction)  # else there is none, or the interpreter, which triton_op cannot trace
-register, wrap_triton = (torch.library.triton_op, torch.library.wrap_triton) if COMPILED else (torch.library.custom_op, lambda kernel: kernel)
+LAUNCH = dict(fwd=dict(ROWS=16, num_warps=4), chunks=dict(CHUNK=CHUNK, num_warps=1),
+              join=dict(CHUNK=CHUNK, ROWS=32, num_warps=4), rows=dict(CHUNK=CHUNK, AHEAD=4, num_warps=1))
+# tokens, and rows of a table: they are counted in int32, those past the end of the last program too
+MOST = 2**31 - 2**15
+# else there is none, or the interpreter, which triton_op cannot trace
+COMPILED = triton is not None and isinstance(_embedding_lookup_fwd_kernel, triton.JITFunction)
+register, wrap_triton = (torch.library.triton_op, torch.library.wrap_triton) if COMPILED else (torch.library.custom_op,
+        lambda kernel: kernel)
 
 
 def _launch(name: str, D: int) -> dict:
@@ -169,19 +188,23 @@ def _rows(x: Tensor) -> Tensor:
 def _sorted(tokens: Tensor, V: int) -> tuple[Tensor, Tensor, Tensor]:
     """ids (N) int32, order (N) int64, starts (V + 1) int32: what the backward passes of all tables share."""
     ids, order = tokens.flatten().clamp(-1, V).to(torch.int32).sort(stable=True)
-    return ids, order, torch.searchsorted(ids, torch.arange(V + 1, dtype=torch.int32, device=ids.device), out_int32=True)
+    return ids, order, torch.searchsorted(ids, torch.arange(V + 1, dtype=torch.int32, device=ids.device),
+                                          out_int32=True)
 
 
-# ---- Host functions, each the body of its registration ----------------------------------------------------------------------------------------------------
+# ---- Host functions, each the body of its registration ----------------------
 
 @register("knotgpt::embedding_lookup", mutates_args=())
-def _forward_op(tokens: Tensor, table: Tensor, dtype: torch.dtype, ids: Optional[Tensor], order: Optional[Tensor], starts: Optional[Tensor]) -> Tensor:
+def _forward_op(tokens: Tensor, table: Tensor, dtype: torch.dtype, ids: Optional[Tensor], order: Optional[Tensor],
+                starts: Optional[Tensor]) -> Tensor:
     """y. ids, order, starts: the backward pass's; None where there is none."""
-    y, launch = torch.empty(*tokens.shape, table.shape[1], dtype=dtype, device=table.device), _launch("fwd", int(table.shape[1]))
+    y, launch = torch.empty(*tokens.shape, table.shape[1], dtype=dtype, device=table.device), _launch("fwd",
+            int(table.shape[1]))
     tokens, table, V = tokens.flatten().contiguous(), _rows(table), table.shape[0]
     N = tokens.shape[0]
     with torch.cuda.device_of(table):
-        wrap_triton(_embedding_lookup_fwd_kernel)[_grid(N, launch["ROWS"], launch)](tokens, table, y, table.stride(0), N, V, **launch)
+        wrap_triton(_embedding_lookup_fwd_kernel)[_grid(N, launch["ROWS"], launch)](tokens, table, y, table.stride(0),
+                                                                                    N, V, **launch)
     return y
 
 
@@ -194,12 +217,16 @@ def _(tokens, table, dtype, ids, order, starts):
 def _backward_op(g: Tensor, ids: Tensor, order: Tensor, starts: Tensor, dtype: torch.dtype) -> Tensor:
     """dtable"""
     g, N, V, D = _rows(g), ids.shape[0], starts.shape[0] - 1, int(g.shape[-1])
-    dtable, (sums, joined) = torch.empty(V, D, dtype=dtype, device=g.device), (torch.empty(-(-N // CHUNK), D, dtype=torch.float32, device=g.device) for _ in range(2))
+    dtable, (sums, joined) = torch.empty(V, D, dtype=dtype,
+                                         device=g.device), (torch.empty(-(-N // CHUNK), D, dtype=torch.float32,
+                                                                        device=g.device) for _ in range(2))
     chunks, join, rows = (_launch(name, D) for name in ("chunks", "join", "rows"))
     with torch.cuda.device_of(g):
-        wrap_triton(_embedding_lookup_bwd_chunks_kernel)[_grid(N, CHUNK, chunks)](g, ids, order, sums, g.stride(0), N, V, **chunks)
+        wrap_triton(_embedding_lookup_bwd_chunks_kernel)[_grid(N, CHUNK, chunks)](g, ids, order, sums, g.stride(0), N,
+                                                                                  V, **chunks)
         wrap_triton(_embedding_lookup_bwd_join_kernel)[_grid(N, CHUNK, join)](ids, starts, sums, joined, N, V, **join)
-        wrap_triton(_embedding_lookup_bwd_rows_kernel)[_grid(V, 1, rows)](g, order, starts, joined, dtable, g.stride(0), **rows)
+        wrap_triton(_embedding_lookup_bwd_rows_kernel)[_grid(V, 1, rows)](g, order, starts, joined, dtable, g.stride(0),
+                                                                          **rows)
     return dtable
 
 
@@ -220,27 +247,31 @@ def _backward(ctx, g):
 _forward_op.register_autograd(_backward, setup_context=_save)
 
 
-# ---- Public function ------------------------------------------------------------------------------------------------------------------------------------
+# ---- Public function --------------------------------------------------------
 
 BACKENDS = ("auto", "reference", "triton")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MOST_TABLES = 8
 
 
-def embedding_lookup(tokens: Tensor, tables: Sequence[Tensor], dtype: torch.dtype | None = None, backend: str = "auto") -> list[Tensor]:
+def embedding_lookup(tokens: Tensor, tables: Sequence[Tensor], dtype: torch.dtype | None = None,
+                     backend: str = "auto") -> list[Tensor]:
     """
     [table[tokens] in dtype for every table], each (..., D), contiguous.
 
-    tokens         (...)         int32 or int64 in [0, V). Others are an error of the caller's: "reference" raises (on a GPU by an assertion there), "triton" gives rows
-                                 of zeros and leaves them out of the gradients
-    tables         1 to 8 of     (V, D), a list or tuple, of one shape, dtype (bfloat16, float16, float32 or float64) and device, the tokens'
+    tokens         (...)         int32 or int64 in [0, V). Others are an error of the caller's: "reference" raises (on a
+                                 GPU by an assertion there), "triton" gives rows of zeros and leaves them out of the
+                                 gradients
+    tables         1 to 8 of     (V, D), a list or tuple, of one shape, dtype (bfloat16, float16, float32 or float64)
+                                 and device, the tokens'
     dtype          of the results; None: the tables'
-    backend        "reference": PyTorch; "triton": fused, fewer than 2^31 - 2^15 tokens and rows, no float64; "auto": triton for CUDA tensors where it can, else
-                   reference
+    backend        "reference": PyTorch; "triton": fused, fewer than 2^31 - 2^15 tokens and rows, no float64; "auto":
+                   triton for CUDA tensors where it can, else reference
 
-    Gradients for the tables, once, dense, in their dtype, added up in float32 and the same in every run ("reference": as PyTorch does it); a table that needs none
-    costs none. The tokens are sorted if a table needs one, in the forward pass. Both backends work under torch.compile(fullgraph=True). ValueError that names the
-    argument for a wrong shape, dtype, device or option.
+    Gradients for the tables, once, dense, in their dtype, added up in float32 and the same in every run ("reference":
+    as PyTorch does it); a table that needs none costs none. The tokens are sorted if a table needs one, in the forward
+    pass. Both backends work under torch.compile(fullgraph=True). ValueError that names the argument for a wrong shape,
+    dtype, device or option.
     """
     _check(tokens, tables, dtype, backend)
     dtype = dtype or tables[0].dtype
@@ -248,7 +279,8 @@ def embedding_lookup(tokens: Tensor, tables: Sequence[Tensor], dtype: torch.dtyp
         backend = "triton" if tokens.is_cuda and triton is not None and _fits(tokens, tables[0], dtype) else "reference"
     if backend == "reference":
         return embedding_lookup_reference(tokens, tables, dtype)
-    plan = _sorted(tokens, tables[0].shape[0]) if torch.is_grad_enabled() and any(table.requires_grad for table in tables) else (None,) * 3
+    plan = _sorted(tokens, tables[0].shape[0]) if torch.is_grad_enabled() and any(table.requires_grad
+                                                                                  for table in tables) else (None,) * 3
     return [_forward_op(tokens, table, dtype, *plan) for table in tables]
 
 
@@ -261,10 +293,12 @@ def _check(tokens, tables, dtype, backend):
         raise ValueError(f"tokens must be an int32 or int64 tensor, not empty; got {_describe(tokens)}")
     if not isinstance(tables, (list, tuple)) or not 1 <= len(tables) <= MOST_TABLES:
         number = f" of {len(tables)}" if isinstance(tables, (list, tuple)) else ""
-        raise ValueError(f"tables must be a list or tuple of 1 to {MOST_TABLES} tensors; got {_describe(tables)}{number}")
+        raise ValueError(
+            f"tables must be a list or tuple of 1 to {MOST_TABLES} tensors; got {_describe(tables)}{number}")
     for table in tables:
         if not isinstance(table, Tensor) or table.dim() != 2 or table.numel() == 0 or table.dtype not in DTYPES:
-            raise ValueError(f"tables must be (V, D), not empty, bfloat16, float16, float32 or float64; got {_describe(table)}")
+            raise ValueError(
+                f"tables must be (V, D), not empty, bfloat16, float16, float32 or float64; got {_describe(table)}")
         if table.shape != tables[0].shape or table.dtype != tables[0].dtype:
             raise ValueError(f"tables must have one shape and dtype; got {_describe(tables[0])} and {_describe(table)}")
         if table.device != tokens.device:
@@ -274,10 +308,11 @@ def _check(tokens, tables, dtype, backend):
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend == "triton" and (triton is None or COMPILED and not tokens.is_cuda):
-        raise ValueError(f"backend 'triton' needs CUDA tensors and Triton; got tensors on {tokens.device}: use 'reference' or 'auto'")
+        raise ValueError(
+            f"backend 'triton' needs CUDA tensors and Triton; got tensors on {tokens.device}: use 'reference' or 'auto'")
     if backend == "triton" and not _fits(tokens, tables[0], dtype):
-        raise ValueError(f"backend 'triton' takes fewer than {MOST} tokens and rows and no float64; got {_describe(tokens)}, {_describe(tables[0])} and dtype {dtype}: "
-                         "use 'reference' or 'auto'")
+        raise ValueError(
+            f"backend 'triton' takes fewer than {MOST} tokens and rows and no float64; got {_describe(tokens)}, {_describe(tables[0])} and dtype {dtype}: " "use 'reference' or 'auto'")
 
 
 def _describe(x) -> str:

@@ -2,25 +2,30 @@
 RMS normalisation of every head, without gain, and rotary positions on what comes out, in one pass over memory.
 
     n = rho x   rho = (mean(x^2) + eps)^-1/2, over the D channels of a head
-    y = R n     channel c < D / 2 is paired with c + D / 2; R turns the first P pairs, (a, b) -> (a cos + b sin, b cos - a sin), the others stay
+    y = R n     channel c < D / 2 is paired with c + D / 2; R turns the first P pairs, (a, b) -> (a cos + b sin, b cos -
+                a sin), the others stay
 
-Backward, with g the gradient of y. For the norm's gradient of u = R'g, rho (u - n mean(u n)), neither x nor n is needed: <u, n> = <g, y>, and R'y is n but for
-a factor w^-1 = cos^2 + sin^2 of each pair (1 where it stays), which is not 1 where the tables are rounded:
+Backward, with g the gradient of y. For the norm's gradient of u = R'g, rho (u - n mean(u n)), neither x nor n is
+needed: <u, n> = <g, y>, and R'y is n but for a factor w^-1 = cos^2 + sin^2 of each pair (1 where it stays), which is
+not 1 where the tables are rounded:
     dx = rho R'(g - w y mean(g y))
-In exact arithmetic that is the gradient for any tables with w finite. y is read as it was rounded, which leaves an error of its rounding's size, |y| 2^-9 in
-bfloat16, in the term along y alone; the trainer's RMSNormalize reads its rounded result likewise. Cosine and sine get no gradient.
+In exact arithmetic that is the gradient for any tables with w finite. y is read as it was rounded, which leaves an
+error of its rounding's size, |y| 2^-9 in bfloat16, in the term along y alone; the trainer's RMSNormalize reads its
+rounded result likewise. Cosine and sine get no gradient.
 
-For N heads of D numbers, A = N D e bytes at e bytes a number (rho, 4 bytes a head, and the tables, which stay in the caches, aside), P = D / 2:
+For N heads of D numbers, A = N D e bytes at e bytes a number (rho, 4 bytes a head, and the tables, which stay in the
+caches, aside), P = D / 2:
     forward    2A: read x, write y         6 N D FLOPs
     backward   3A: read g, y, write dx     10 N D FLOPs
-    kept for the backward pass: y, which attention keeps, and rho; x is free
-    the trainer's rotate(RMSNormalize(x)), bfloat16, P = D / 4: 12.7A and 25.1A over the operands of every operation; compiled 4.5A and 5.5A, as Inductor counts
-    the kernels that it makes for a CPU
+    kept for the backward pass: y, which attention keeps, and rho; x is free the trainer's rotate(RMSNormalize(x)),
+    bfloat16, P = D / 4: 12.7A and 25.1A over the operands of every operation; compiled 4.5A and 5.5A, as Inductor
+    counts the kernels that it makes for a CPU
 Two to three FLOPs a byte in bfloat16: bound by memory.
 
-Sources: Zhang and Sennrich, Root Mean Square Layer Normalization, arxiv.org/abs/1910.07467; Su et al., RoFormer, arxiv.org/abs/2104.09864. The backward pass is
-derived here.
-Status: the CPU's loops are measured in benchmarks/results/; never run on a GPU; the kernels are tested in Triton's interpreter and compiled ahead of time, and their launch table is a choice, not a measurement.
+Sources: Zhang and Sennrich, Root Mean Square Layer Normalization, arxiv.org/abs/1910.07467; Su et al., RoFormer,
+arxiv.org/abs/2104.09864. The backward pass is derived here.
+Status: the CPU's loops are measured in benchmarks/results/; never run on a GPU; the kernels are tested in Triton's
+interpreter and compiled ahead of time, and their launch table is a choice, not a measurement.
 """
 
 from math import prod
@@ -42,7 +47,8 @@ except ImportError:  # no Triton for this platform: the reference serves it
 
 def norm_rotary_reference(x: Tensor, cosine: Tensor, sine: Tensor, eps: float = 1e-6) -> Tensor:
     """
-    y term by term: any device, any floating dtype, differentiable by autograd, in the tables too. Arguments as norm_rotary's.
+    y term by term: any device, any floating dtype, differentiable by autograd, in the tables too. Arguments as
+    norm_rotary's.
 
     Runs in x's dtype, float32 at least, and is rounded to x's once.
     """
@@ -54,15 +60,17 @@ def norm_rotary_reference(x: Tensor, cosine: Tensor, sine: Tensor, eps: float = 
     return torch.cat((a * c + b * s, a_still, b * c - a * s, b_still), -1).to(x.dtype)
 
 
-# ---- Triton kernels -----------------------------------------------------------------------------------------------------------------------------------
-# A program works on ROWS heads, rows in the order (B, T, H), each as its two halves in tiles (ROWS, HALF), so that a pair's channels lie in one thread. HALF is
-# D / 2 rounded up to a power of two. Arithmetic is float32. Rows from N on and channels from D / 2 on are read as 0 and not written. Row offsets are int64.
+# ---- Triton kernels ---------------------------------------------------------
+# A program works on ROWS heads, rows in the order (B, T, H), each as its two halves in tiles (ROWS, HALF), so that a
+# pair's channels lie in one thread. HALF is D / 2 rounded up to a power of two. Arithmetic is float32. Rows from N on
+# and channels from D / 2 on are read as 0 and not written. Row offsets are int64.
 
 @jit
 def _place(offs_r, T, stride_b, stride_t, stride_h, H: tl.constexpr):
     """Where each row begins in a tensor (B, T, H, D) of these strides."""
     offs_token = offs_r // H
-    return (offs_token // T).to(tl.int64) * stride_b + (offs_token % T).to(tl.int64) * stride_t + (offs_r % H).to(tl.int64) * stride_h
+    return (offs_token // T).to(tl.int64) * stride_b + (offs_token % T).to(tl.int64) * stride_t + (offs_r % H).to(
+        tl.int64) * stride_h
 
 
 @jit
@@ -76,7 +84,8 @@ def _exist(offs_r, N, D: tl.constexpr, HALF: tl.constexpr):
 @jit
 def _halves(ptr, offs_start, mask, D: tl.constexpr, HALF: tl.constexpr):
     ptrs = ptr + offs_start[:, None] + tl.arange(0, HALF)[None, :]
-    return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32), tl.load(ptrs + D // 2, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32), tl.load(ptrs + D // 2, mask=mask,
+                                                                       other=0.0).to(tl.float32)
 
 
 @jit
@@ -92,7 +101,8 @@ def _angles(cosine_ptr, sine_ptr, offs_r, N, T, H: tl.constexpr, P: tl.constexpr
     offs_p = tl.arange(0, HALF)
     offs = (offs_r // H % T).to(tl.int64)[:, None] * P + offs_p[None, :]
     mask = (offs_r < N)[:, None] & (offs_p < P)[None, :]
-    return tl.load(cosine_ptr + offs, mask=mask, other=1.0).to(tl.float32), tl.load(sine_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(cosine_ptr + offs, mask=mask, other=1.0).to(tl.float32), tl.load(sine_ptr + offs, mask=mask,
+                                                                                    other=0.0).to(tl.float32)
 
 
 @jit
@@ -124,15 +134,18 @@ def _norm_rotary_bwd_kernel(g_ptr, y_ptr, cosine_ptr, sine_ptr, rho_ptr, dx_ptr,
     _store_halves(dx_ptr, b_a * b_c - b_b * b_s, b_b * b_c + b_a * b_s, offs_start, mask, D, HALF)
 
 
-# ---- Launches -------------------------------------------------------------------------------------------------------------------------------------------
+# ---- Launches ---------------------------------------------------------------
 
-# By the major number of the compute capability (0: any other): pairs of channels a thread, and warps. 10 has more bandwidth a multiprocessor to keep busy:
-# by the registers that they take, twice the pairs are a third more bytes in flight forward, a tenth backward.
+# By the major number of the compute capability (0: any other): pairs of channels a thread, and warps. 10 has more
+# bandwidth a multiprocessor to keep busy: by the registers that they take, twice the pairs are a third more bytes in
+# flight forward, a tenth backward.
 LAUNCH = {0: dict(pairs=8, num_warps=4), 10: dict(pairs=16, num_warps=4)}
 WIDEST = 256                # channels of a head
 MOST_ROWS = 2**31 - 2**15   # heads in all: they are counted in int32, those past the end of the last program too
-COMPILED = triton is not None and isinstance(_norm_rotary_fwd_kernel, triton.JITFunction)  # else there is none, or the interpreter, which triton_op cannot trace
-register, wrap_triton = (torch.library.triton_op, torch.library.wrap_triton) if COMPILED else (torch.library.custom_op, lambda kernel: kernel)
+# else there is none, or the interpreter, which triton_op cannot trace
+COMPILED = triton is not None and isinstance(_norm_rotary_fwd_kernel, triton.JITFunction)
+register, wrap_triton = (torch.library.triton_op, torch.library.wrap_triton) if COMPILED else (torch.library.custom_op,
+        lambda kernel: kernel)
 
 
 def _launch(D: int, capability: int) -> dict:
@@ -147,14 +160,16 @@ def _operands(x: Tensor, *tables: Tensor) -> tuple:
     H, D, P = map(int, (*x.shape[2:], tables[0].shape[1]))  # never symbols: the kernel is compiled for them
     launch = _launch(D, 10 * torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 0)
     x = x if x.stride(-1) == 1 else x.contiguous()
-    return x, *(table.contiguous() for table in tables), (-(-(B * T * H) // launch["ROWS"]),), (B * T * H, T), dict(H=H, D=D, P=P, **launch)
+    return x, *(table.contiguous() for table in tables), (-(-(B * T * H) // launch["ROWS"]),), (B * T * H, T), dict(H=H,
+            D=D, P=P, **launch)
 
 
 def _empty_results(x: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(x.shape[:3], dtype=torch.float32, device=x.device)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(x.shape[:3], dtype=torch.float32,
+                                                                             device=x.device)
 
 
-# ---- Host functions, each the body of its registration ----------------------------------------------------------------------------------------------------
+# ---- Host functions, each the body of its registration ----------------------
 
 @register("knotgpt::norm_rotary", mutates_args=())
 def _forward_op(x: Tensor, cosine: Tensor, sine: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -195,25 +210,30 @@ def _backward(ctx, g, _):
 _forward_op.register_autograd(_backward, setup_context=_save)
 
 
-# ---- The CPU's loops: a token a task, two passes over each head while the first-level cache holds it ------------------------------------------------------
+# ---- The CPU's loops: a token a task, two passes over each head while the first-level cache holds it 
 
 def _forward_body(x: Tensor, cosine: Tensor, sine: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y, rho (B, T, H)"""
     y, rho = _empty_loops(x)
     rows, strides = strided_array(x)
-    parallel_loops("norm_rotary_loops").forward(rows, *strides, _table(cosine, y, 1.0), _table(sine, y, 0.0), eps, y.numpy(), rho.numpy())
+    parallel_loops("norm_rotary_loops").forward(rows, *strides, _table(cosine, y, 1.0), _table(sine, y, 0.0), eps,
+                                                y.numpy(), rho.numpy())
     return y.to(x.dtype), rho
 
 
 def _backward_body(g: Tensor, y: Tensor, cosine: Tensor, sine: Tensor, rho: Tensor) -> Tensor:
     dx = torch.empty(y.shape, dtype=rho.dtype)
     rows, strides = strided_array(g)
-    parallel_loops("norm_rotary_loops").backward(rows, *strides, array(y), _table(cosine, dx, 1.0), _table(sine, dx, 0.0), rho.numpy(), dx.numpy())
+    parallel_loops("norm_rotary_loops").backward(rows, *strides, array(y), _table(cosine, dx, 1.0),
+                                                 _table(sine, dx, 0.0), rho.numpy(), dx.numpy())
     return dx.to(y.dtype)
 
 
 def _table(table: Tensor, rows: Tensor, still: float):
-    """A table for all pairs of the loops over `rows`, `still` for those that stay: a loop over few pairs is not vectorised."""
+    """
+    A table for all pairs of the loops over `rows`, `still` for those that stay: a loop over few pairs is not
+    vectorised.
+    """
     return F.pad(table.to(rows.dtype), (0, rows.shape[-1] // 2 - table.shape[1]), value=still).numpy()
 
 
@@ -227,12 +247,13 @@ def _fake_loops(x, cosine, sine, eps):
     return y.to(x.dtype), rho
 
 
-_backward_loops = cpu_operation("knotgpt::norm_rotary_loops_backward", _backward_body, lambda g, y, *_: torch.empty(y.shape, dtype=y.dtype))
+_backward_loops = cpu_operation("knotgpt::norm_rotary_loops_backward", _backward_body, lambda g, y,
+                                *_: torch.empty(y.shape, dtype=y.dtype))
 _forward_loops = cpu_operation("knotgpt::norm_rotary_loops", _forward_body, _fake_loops, _save,
                                lambda ctx, g, _: (_backward_loops(g, *ctx.saved_tensors), None, None, None))
 
 
-# ---- Public function ------------------------------------------------------------------------------------------------------------------------------------
+# ---- Public function --------------------------------------------------------
 
 BACKENDS = ("auto", "reference", "loops", "triton")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -240,21 +261,26 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 def norm_rotary(x: Tensor, cosine: Tensor, sine: Tensor, eps: float = 1e-6, backend: str = "auto") -> Tensor:
     """
-    y (B, T, H, D), contiguous, in x's dtype: the heads of x, each divided by sqrt(mean(x^2) + eps), then turned by their positions.
+    y (B, T, H, D), contiguous, in x's dtype: the heads of x, each divided by sqrt(mean(x^2) + eps), then turned by
+    their positions.
 
-    x              (B, T, H, D)  bfloat16, float16, float32 or float64, D even; any strides, so q or k may be a view of a joined projection (a last axis that is not
-                                 contiguous is copied)
-    cosine, sine   (T, P)        of the angles of the first P <= D / 2 pairs of channels (c, c + D / 2), float32 or x's dtype; nowhere both 0. They get no gradient
+    x              (B, T, H, D)  bfloat16, float16, float32 or float64, D even; any strides, so q or k may be a view of
+                                 a joined projection (a last axis that is not contiguous is copied)
+    cosine, sine   (T, P)        of the angles of the first P <= D / 2 pairs of channels (c, c + D / 2), float32 or x's
+                                 dtype; nowhere both 0. They get no gradient
     eps            > 0
-    backend        "reference": PyTorch; "loops": the CPU's; "triton": fused, D <= 256, fewer than 2^31 - 2^15 heads in all, no float64; "auto": triton for CUDA
-                   tensors where it can, loops for a CPU's where Numba is, else reference
+    backend        "reference": PyTorch; "loops": the CPU's; "triton": fused, D <= 256, fewer than 2^31 - 2^15 heads in
+                   all, no float64; "auto": triton for CUDA tensors where it can, loops for a CPU's where Numba is, else
+                   reference
 
-    Computed in float32, but for triton in float64 where x has it, and rounded once; rows of zeros give zeros and finite gradients. Gradient for x, once, from
-    y as it is rounded. All backends work under torch.compile(fullgraph=True). ValueError that names the argument for a wrong shape, dtype, device or option.
+    Computed in float32, but for triton in float64 where x has it, and rounded once; rows of zeros give zeros and finite
+    gradients. Gradient for x, once, from y as it is rounded. All backends work under torch.compile(fullgraph=True).
+    ValueError that names the argument for a wrong shape, dtype, device or option.
     """
     _check(x, cosine, sine, eps, backend)
     if backend == "auto":
-        backend = "triton" if x.is_cuda and triton is not None and _fits(x) else "loops" if loops_serve(x) else "reference"
+        backend = "triton" if x.is_cuda and triton is not None and _fits(x) else "loops" if loops_serve(
+            x) else "reference"
     if backend == "reference":
         return norm_rotary_reference(x, cosine, sine, eps)
     operation = _forward_loops if backend == "loops" else _forward_op
@@ -279,7 +305,8 @@ def _check(x, cosine, sine, eps, backend):
         if table.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}; got {table.device}")
         if table.requires_grad:
-            raise ValueError(f"{name} gets no gradient; got one that requires it: detach it, or call norm_rotary_reference")
+            raise ValueError(
+                f"{name} gets no gradient; got one that requires it: detach it, or call norm_rotary_reference")
     if cosine.shape != sine.shape:
         raise ValueError(f"cosine and sine must have one shape; got {_describe(cosine)} and {_describe(sine)}")
     if not 0 < eps < float("inf"):
@@ -287,12 +314,14 @@ def _check(x, cosine, sine, eps, backend):
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend == "triton" and (triton is None or COMPILED and not x.is_cuda):
-        raise ValueError(f"backend 'triton' needs CUDA tensors and Triton; got tensors on {x.device}: use 'reference' or 'auto'")
+        raise ValueError(
+            f"backend 'triton' needs CUDA tensors and Triton; got tensors on {x.device}: use 'reference' or 'auto'")
     if backend == "loops" and not loops_serve(x):
-        raise ValueError(f"backend 'loops' needs tensors on a CPU and Numba; got tensors on {x.device}: use 'reference' or 'auto'")
+        raise ValueError(
+            f"backend 'loops' needs tensors on a CPU and Numba; got tensors on {x.device}: use 'reference' or 'auto'")
     if backend == "triton" and not _fits(x):
-        raise ValueError(f"backend 'triton' takes D <= {WIDEST}, fewer than {MOST_ROWS} heads in all and no float64; got {_describe(x)} and {x.dtype}: "
-                         "use 'reference' or 'auto'")
+        raise ValueError(
+            f"backend 'triton' takes D <= {WIDEST}, fewer than {MOST_ROWS} heads in all and no float64; got {_describe(x)} and {x.dtype}: " "use 'reference' or 'auto'")
 
 
 def _describe(x) -> str:

@@ -53,7 +53,7 @@ def adam_step_reference(data: Tensor, gradient: Tensor, mean: Tensor, square: Te
     data.sub_(lr * update + decay * data * (update * data > 0))
 
 
-# ---- Public functions ---------------------------------------------------------------------------------------------
+# ---- Public functions -------------------------------------------------------
 
 def nesterov(gradient: Tensor, momentum: Tensor, mu: float) -> Tensor:
     """

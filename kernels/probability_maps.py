@@ -1,5 +1,6 @@
 """
-Maps from n scores to a point of the simplex, for gates, routers and mixing weights: softmax and maps without an exponential.
+Maps from n scores to a point of the simplex, for gates, routers and mixing weights: softmax and maps without an
+exponential.
 
     p = phi(x) / sum phi(x) over the last dimension, x (.., n); masked entries get 0. phi of score x:
 
@@ -9,28 +10,37 @@ Maps from n scores to a point of the simplex, for gates, routers and mixing weig
     squareplus           (x + sqrt(x^2 + 4)) / 2
     min_shift_linear     x - min x + eps; does not depend on the scores' scale
     taylor               1 + x + x^2 / 2; not monotone below -1
-    sparsemax            the nearest point of the simplex; entmax15: Tsallis' entropy of 1.5 between it and softmax. Zeros, and more confident than softmax
+    sparsemax            the nearest point of the simplex; entmax15: Tsallis' entropy of 1.5 between it and softmax.
+                         Zeros, and more confident than softmax
 
-softmax, max_shift_rational, min_shift_linear, sparsemax and entmax15 do not change when all scores are shifted. With scaled = True scores are divided by the
-map's slope at equal scores (at zero, where a shift matters) relative to softmax's, k and 1/2, so that rational and squareplus start as softmax does;
-stablemax and taylor do anyhow. The slopes of min_shift_linear, sparsemax and entmax15 depend on n: they stay as they are.
+softmax, max_shift_rational, min_shift_linear, sparsemax and entmax15 do not change when all scores are shifted. With
+scaled = True scores are divided by the map's slope at equal scores (at zero, where a shift matters) relative to
+softmax's, k and 1/2, so that rational and squareplus start as softmax does; stablemax and taylor do anyhow. The slopes
+of min_shift_linear, sparsemax and entmax15 depend on n: they stay as they are.
 
-Cost: max or sum and one division a row, a few operations a score; all sums in float32 or wider. Plain PyTorch, its own reference; speed: benchmarks/probability_maps.py (not measured
-on a GPU).
+Cost: max or sum and one division a row, a few operations a score; all sums in float32 or wider. Plain PyTorch, its own
+reference; speed: benchmarks/probability_maps.py (not measured on a GPU).
 
-Source: StableMax: Prieto et al., Grokking at the Edge of Numerical Stability, 2025, arxiv.org/abs/2501.04697; squareplus: Barron, 2021, arxiv.org/abs/2112.11687; Taylor softmax:
-de Brebisson & Vincent, 2015, arxiv.org/abs/1511.05042; sparsemax: Martins & Astudillo, 2016, arxiv.org/abs/1602.02068; entmax: Peters et al., 2019,
-arxiv.org/abs/1905.05702; the rational and the linear map are candidates for the properties of an unpublished normaliser named in lof310/projects
+Source: StableMax: Prieto et al., Grokking at the Edge of Numerical Stability, 2025, arxiv.org/abs/2501.04697;
+squareplus: Barron, 2021, arxiv.org/abs/2112.11687; Taylor softmax: de Brebisson & Vincent, 2015,
+arxiv.org/abs/1511.05042; sparsemax: Martins & Astudillo, 2016, arxiv.org/abs/1602.02068; entmax: Peters et al., 2019,
+arxiv.org/abs/1905.05702; the rational and the linear map are candidates for the properties of an unpublished normaliser
+named in lof310/projects
 """
 
 import torch
 from torch import Tensor
 
-SLOPES = dict(max_shift_rational=None, squareplus=0.5)  # dp/dx at equal scores (at zero) relative to softmax's; None: k; the others 1
+# dp/dx at equal scores (at zero) relative to softmax's; None: k; the others 1
+SLOPES = dict(max_shift_rational=None, squareplus=0.5)
 
 
 class _Projection(torch.autograd.Function):
-    """sparsemax (power 1) and entmax15 (power 2) of float scores: p = max(x - tau, 0)^power, with tau so that p sums to one; entmax15 takes x / 2."""
+    """
+    sparsemax (power 1) and entmax15 (power 2) of float scores: p = max(x - tau, 0)^power, with tau so that p sums to
+    one; entmax15 takes x / 2.
+    """
+
     @staticmethod
     def forward(ctx, x: Tensor, power: int) -> Tensor:
         x = x - x.amax(-1, keepdim=True)
@@ -47,6 +57,7 @@ class _Projection(torch.autograd.Function):
         ctx.power = power
         ctx.save_for_backward(p)
         return p
+
     @staticmethod
     def backward(ctx, grad: Tensor):
         p, = ctx.saved_tensors
@@ -55,20 +66,24 @@ class _Projection(torch.autograd.Function):
 
 
 def _stablemax(x: Tensor) -> Tensor:
-    return torch.where(x >= 0, x + 1, 1 / (1 - x.clamp_max(0)))  # clamped: the branch that is not taken must not divide by zero
+    # clamped: the branch that is not taken must not divide by zero
+    return torch.where(x >= 0, x + 1, 1 / (1 - x.clamp_max(0)))
 
 
 def _squareplus(x: Tensor) -> Tensor:
     root = (x.square() + 4).sqrt()
-    return torch.where(x >= 0, (x + root) / 2, 2 / (root - x.clamp_max(0)))  # below zero the difference would lose its digits
+    # below zero the difference would lose its digits
+    return torch.where(x >= 0, (x + root) / 2, 2 / (root - x.clamp_max(0)))
 
 
-def probability_map(scores: Tensor, name: str = "softmax", mask: Tensor | None = None, *, power: float = 2.0, eps: float = 1e-3, ties: str = "first", scaled: bool = True) -> Tensor:
+def probability_map(scores: Tensor, name: str = "softmax", mask: Tensor | None = None, *, power: float = 2.0,
+                    eps: float = 1e-3, ties: str = "first", scaled: bool = True) -> Tensor:
     """
-    scores (.., n) floating; mask of their shape or broadcast to it, bool: True where a score counts (None: everywhere); a row without any gives zeros.
-    name: one of MAPS. power: k of max_shift_rational, above 0; eps: min_shift_linear's, above 0. ties: "first" or "split", to whom the derivative of the
-    largest or smallest score belongs when several share it. scaled: see above. Returns (.., n) in the scores' dtype. Differentiable.
-    ValueError for an unknown name or tie rule, or numbers that are not above 0.
+    scores (.., n) floating; mask of their shape or broadcast to it, bool: True where a score counts (None: everywhere);
+    a row without any gives zeros. name: one of MAPS. power: k of max_shift_rational, above 0; eps: min_shift_linear's,
+    above 0. ties: "first" or "split", to whom the derivative of the largest or smallest score belongs when several
+    share it. scaled: see above. Returns (.., n) in the scores' dtype. Differentiable. ValueError for an unknown name or
+    tie rule, or numbers that are not above 0.
     """
     if name not in MAPS:
         raise ValueError(f"unknown probability map {name!r}; there are {', '.join(MAPS)}")
@@ -81,8 +96,10 @@ def probability_map(scores: Tensor, name: str = "softmax", mask: Tensor | None =
         x = x / (SLOPES.get(name, 1.0) or power)
     if mask is not None:
         mask = mask.expand_as(x)
-        # of no consequence, but finite, and what shift and projection need: neither the largest nor the smallest, and outside of every support
-        least, most = x.masked_fill(~mask, torch.inf).amin(-1, keepdim=True), x.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
+        # of no consequence, but finite, and what shift and projection need: neither the largest nor the smallest, and
+        # outside of every support
+        least, most = x.masked_fill(~mask, torch.inf).amin(-1, keepdim=True), x.masked_fill(~mask, -torch.inf).amax(-1,
+                keepdim=True)
         filler = (least + 1 if name == "min_shift_linear" else most - 2).detach()
         x = torch.where(mask, x, filler.nan_to_num(0.0, 0.0, 0.0))
     weights = MAPS[name](x, power, eps, ties)

@@ -5,20 +5,27 @@ Feed-forward with the squared ReLU, whose activation is made in the epilogues of
     d = 2 sqrt(s) . (dy proj)                the gradient before the activation
     dx = d fc       dfc = d' x               dproj = dy' s
 
-Two kernels, one for s and one for d, each a tiled product that stores its result once; the four other products are PyTorch's. s alone is kept: max(x fc', 0)
-is sqrt(s), and the root halves the relative error of rounding s. The trap is float16's range: an s below 3e-8, of products below 1.7e-4, is 0 and has no
-gradient, one below 6e-5 has lost bits, and one above 65,504, of products above 255.9, is infinite. bfloat16 and float32 have none of this.
+Two kernels, one for s and one for d, each a tiled product that stores its result once; the four other products are
+PyTorch's. s alone is kept: max(x fc', 0) is sqrt(s), and the root halves the relative error of rounding s. The trap is
+float16's range: an s below 3e-8, of products below 1.7e-4, is 0 and has no gradient, one below 6e-5 has lost bits, and
+one above 65,504, of products above 255.9, is infinite. bfloat16 and float32 have none of this.
 
-For N rows, e bytes a number and A = N H e bytes, passes over (N, H) matrices (those over x, y, dy, dx and the weights are the same for both):
-                                           fused                                          compiled from PyTorch's operations
-    forward    2 N H (D + D_out) FLOPs     2A: write s; read s                            4A: write x fc'; read it, write s; read s
-    backward   4 N H (D + D_out) FLOPs     5A: read s, write d; read d, d and s           7A: write dy proj; read it and x fc', write d; read d, d and s
+For N rows, e bytes a number and A = N H e bytes, passes over (N, H) matrices (those over x, y, dy, dx and the weights
+are the same for both):
+                                           fused                                          compiled from PyTorch's
+                                                                                          operations
+    forward    2 N H (D + D_out) FLOPs     2A: write s; read s                            4A: write x fc'; read it,
+                                                                                          write s; read s
+    backward   4 N H (D + D_out) FLOPs     5A: read s, write d; read d, d and s           7A: write dy proj; read it and
+                                                                                          x fc', write d; read d, d and
+                                                                                          s
     kept                                   A and x                                        2A and x: x fc' and s
-A pass takes e rate / (2 D bandwidth) of a product's time, 0.4 at D = 768 in bfloat16 on a card of 300 FLOPs a byte: two passes less, in each direction, pay for
-a product up to 1.8 times as slow as the library's.
+A pass takes e rate / (2 D bandwidth) of a product's time, 0.4 at D = 768 in bfloat16 on a card of 300 FLOPs a byte: two
+passes less, in each direction, pay for a product up to 1.8 times as slow as the library's.
 
 Sources: So et al., Primer, arxiv.org/abs/2109.08668 (the squared ReLU).
-Status: the CPU's loops are measured in benchmarks/results/; never run on a GPU; the kernels are tested in Triton's interpreter and compiled ahead of time, and their launch table is a choice, not a measurement.
+Status: the CPU's loops are measured in benchmarks/results/; never run on a GPU; the kernels are tested in Triton's
+interpreter and compiled ahead of time, and their launch table is a choice, not a measurement.
 """
 
 from math import prod
@@ -40,26 +47,35 @@ except ImportError:  # no Triton for this platform: the reference serves it
 
 
 def relu_squared_feed_forward_reference(x: Tensor, fc: Tensor, proj: Tensor) -> Tensor:
-    """y in PyTorch's own operations: any device, any floating dtype, differentiable by autograd. Arguments as relu_squared_feed_forward's."""
+    """
+    y in PyTorch's own operations: any device, any floating dtype, differentiable by autograd. Arguments as
+    relu_squared_feed_forward's.
+    """
     return F.linear(F.relu(F.linear(x, fc)).square(), proj)
 
 
-# ---- Triton kernels -----------------------------------------------------------------------------------------------------------------------------------
-# A program makes one tile (ROWS, COLUMNS) of an (N, H) matrix, the product of a (N, K) and b (K, H) with float32 sums. Rows from N on are read as row N - 1 and
-# columns from H on as 0, and neither is written; the sum's tail is masked on both sides, as 0 times a NaN is one. Offsets are int64.
+# ---- Triton kernels ---------------------------------------------------------
+# A program makes one tile (ROWS, COLUMNS) of an (N, H) matrix, the product of a (N, K) and b (K, H) with float32 sums.
+# Rows from N on are read as row N - 1 and columns from H on as 0, and neither is written; the sum's tail is masked on
+# both sides, as 0 times a NaN is one. Offsets are int64.
 
 @jit
 def _place(N, H: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    """Rows and columns of this program's tile. GROUP rows of tiles are gone through column by column: programs that run together share operands in L2."""
+    """
+    Rows and columns of this program's tile. GROUP rows of tiles are gone through column by column: programs that run
+    together share operands in L2.
+    """
     rows, columns = tl.cdiv(N, ROWS), (H + COLUMNS - 1) // COLUMNS
     i, j = tl.swizzle2d(tl.program_id(0) // columns, tl.program_id(0) % columns, rows, columns, GROUP)
     return i.to(tl.int64) * ROWS + tl.arange(0, ROWS), j.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
 
 
 @jit
-def _product(a_ptr, a_row, b_ptr, b_inner, b_column, offs_n, offs_h, N, H: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-             INNER: tl.constexpr, PRECISION: tl.constexpr):
-    """The tile in float32. Neighbours in a row of a are neighbours in memory; those of b are b_inner and b_column apart."""
+def _product(a_ptr, a_row, b_ptr, b_inner, b_column, offs_n, offs_h, N, H: tl.constexpr, K: tl.constexpr,
+             ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr):
+    """
+    The tile in float32. Neighbours in a row of a are neighbours in memory; those of b are b_inner and b_column apart.
+    """
     offs_k = tl.arange(0, INNER)
     a_ptrs = a_ptr + tl.minimum(offs_n, N - 1)[:, None] * a_row + offs_k[None, :]
     b_ptrs = b_ptr + offs_k[:, None] * b_inner + offs_h[None, :] * b_column
@@ -89,8 +105,9 @@ def _results(offs_n, offs_h, N, H: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @jit
-def _relu_squared_feed_forward_fwd_kernel(x_ptr, fc_ptr, s_ptr, x_row, fc_row, N, H: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                                          INNER: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr):
+def _relu_squared_feed_forward_fwd_kernel(x_ptr, fc_ptr, s_ptr, x_row, fc_row, N, H: tl.constexpr, K: tl.constexpr,
+                                          ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+                                          GROUP: tl.constexpr, PRECISION: tl.constexpr):
     """s of x (N, K) and fc (H, K)."""
     offs_n, offs_h = _place(N, H, ROWS, COLUMNS, GROUP)
     b_s = _product(x_ptr, x_row, fc_ptr, 1, fc_row, offs_n, offs_h, N, H, K, ROWS, COLUMNS, INNER, PRECISION)
@@ -100,8 +117,9 @@ def _relu_squared_feed_forward_fwd_kernel(x_ptr, fc_ptr, s_ptr, x_row, fc_row, N
 
 
 @jit
-def _relu_squared_feed_forward_bwd_kernel(dy_ptr, proj_ptr, s_ptr, d_ptr, dy_row, proj_row, N, H: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
-                                          COLUMNS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr):
+def _relu_squared_feed_forward_bwd_kernel(dy_ptr, proj_ptr, s_ptr, d_ptr, dy_row, proj_row, N, H: tl.constexpr,
+                                          K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                                          INNER: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr):
     """d of dy (N, K), proj (K, H) and s (N, H)."""
     offs_n, offs_h = _place(N, H, ROWS, COLUMNS, GROUP)
     b_d = _product(dy_ptr, dy_row, proj_ptr, proj_row, 1, offs_n, offs_h, N, H, K, ROWS, COLUMNS, INNER, PRECISION)
@@ -110,9 +128,10 @@ def _relu_squared_feed_forward_bwd_kernel(dy_ptr, proj_ptr, s_ptr, d_ptr, dy_row
     tl.store(d_ptr + offs, (2.0 * tl.sqrt(b_s) * b_d).to(d_ptr.dtype.element_ty), mask=mask)
 
 
-# ---- Launches -------------------------------------------------------------------------------------------------------------------------------------------
+# ---- Launches ---------------------------------------------------------------
 
-# (major compute capability, bytes of a number): the launch of both kernels. Cards that are not named, consumer cards among them, take 8's.
+# (major compute capability, bytes of a number): the launch of both kernels. Cards that are not named, consumer cards
+# among them, take 8's.
 LAUNCH = {
     (8, 2): dict(ROWS=128, COLUMNS=256, INNER=32, GROUP=8, num_warps=8, num_stages=4),
     (8, 4): dict(ROWS=128, COLUMNS=128, INNER=32, GROUP=8, num_warps=8, num_stages=3),
@@ -129,11 +148,16 @@ def _launch(capability: int, dtype: torch.dtype) -> dict:
 
 
 def _plan(result: Tensor, K: int) -> tuple[tuple[int], dict]:
-    """(grid, constants and options) of a kernel for a contiguous (N, H) result. Widths are numbers where torch.compile has symbols for them."""
+    """
+    (grid, constants and options) of a kernel for a contiguous (N, H) result. Widths are numbers where torch.compile has
+    symbols for them.
+    """
     major, minor = torch.cuda.get_device_capability(result.device) if result.is_cuda else (0, 0)
     launch, (N, H) = _launch(10 * major + minor, result.dtype), result.shape
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"  # of float32 operands, as in PyTorch's products
-    return (triton.cdiv(N, launch["ROWS"]) * triton.cdiv(int(H), launch["COLUMNS"]),), dict(H=int(H), K=int(K), PRECISION=precision, **launch)
+    # of float32 operands, as in PyTorch's products
+    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return (triton.cdiv(N, launch["ROWS"]) * triton.cdiv(int(H), launch["COLUMNS"]),), dict(H=int(H), K=int(K),
+            PRECISION=precision, **launch)
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -142,10 +166,11 @@ def _matrix(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-# ---- Host functions, each the body of its registration ----------------------------------------------------------------------------------------------------
+# ---- Host functions, each the body of its registration ----------------------
 
 COMPILED = triton is not None and isinstance(_relu_squared_feed_forward_fwd_kernel, triton.JITFunction)
-operator = torch.library.triton_op if COMPILED else torch.library.custom_op  # torch.compile cannot look into an interpreted kernel
+# torch.compile cannot look into an interpreted kernel
+operator = torch.library.triton_op if COMPILED else torch.library.custom_op
 wrap_triton = torch.library.wrap_triton if COMPILED else lambda kernel: kernel
 
 
@@ -156,13 +181,15 @@ def _forward_op(x: Tensor, fc: Tensor, proj: Tensor) -> tuple[Tensor, Tensor]:
     s = x.new_empty(rows.shape[0], fc.shape[0])
     grid, constants = _plan(s, x.shape[-1])
     with torch.cuda.device_of(x):
-        wrap_triton(_relu_squared_feed_forward_fwd_kernel)[grid](rows, fc, s, rows.stride(0), fc.stride(0), rows.shape[0], **constants)
+        wrap_triton(_relu_squared_feed_forward_fwd_kernel)[grid](rows, fc, s, rows.stride(0), fc.stride(0),
+                                                                 rows.shape[0], **constants)
     return (s @ proj.T).view(*x.shape[:-1], proj.shape[0]), s
 
 
 @_forward_op.register_fake
 def _(x, fc, proj):
-    return x.new_empty(*x.shape[:-1], proj.shape[0]), x.new_empty(prod(x.shape[:-1]), fc.shape[0])  # Size.numel() would tie a compiled call to one N
+    # Size.numel() would tie a compiled call to one N
+    return x.new_empty(*x.shape[:-1], proj.shape[0]), x.new_empty(prod(x.shape[:-1]), fc.shape[0])
 
 
 @operator("knotgpt::relu_squared_feed_forward_backward", mutates_args=())
@@ -171,7 +198,8 @@ def _backward_op(dy: Tensor, proj: Tensor, s: Tensor) -> Tensor:
     dy, proj, d = _matrix(dy), _matrix(proj), torch.empty_like(s)
     grid, constants = _plan(d, dy.shape[1])
     with torch.cuda.device_of(dy):
-        wrap_triton(_relu_squared_feed_forward_bwd_kernel)[grid](dy, proj, s, d, dy.stride(0), proj.stride(0), dy.shape[0], **constants)
+        wrap_triton(_relu_squared_feed_forward_bwd_kernel)[grid](dy, proj, s, d, dy.stride(0), proj.stride(0),
+                                                                 dy.shape[0], **constants)
     return d
 
 
@@ -207,7 +235,7 @@ def _backward_flops(dy, proj, *_, out_shape=None, **__) -> int:
     return 2 * dy[0] * proj[0] * proj[1]
 
 
-# ---- The CPU's loops: the products are PyTorch's, and what follows each of two of them is done in its place, in one pass --------------------------------
+# ---- The CPU's loops: the products are PyTorch's, and what follows each of two of them is done in its place, in one pass 
 
 def _forward_body(x: Tensor, fc: Tensor, proj: Tensor) -> tuple[Tensor, Tensor]:
     """y, s"""
@@ -228,14 +256,15 @@ def _fake_forward(x, fc, proj):
     return x.new_empty(*x.shape[:-1], proj.shape[0]), x.new_empty(prod(x.shape[:-1]), fc.shape[0])
 
 
-_backward_loops = cpu_operation("knotgpt::relu_squared_feed_forward_loops_backward", _backward_body, lambda dy, proj, s: torch.empty_like(s))
+_backward_loops = cpu_operation("knotgpt::relu_squared_feed_forward_loops_backward", _backward_body, lambda dy, proj,
+                                s: torch.empty_like(s))
 _forward_loops = cpu_operation("knotgpt::relu_squared_feed_forward_loops", _forward_body, _fake_forward, _save,
                                lambda ctx, *gradients: _gradients(ctx, _backward_loops, *gradients))
 register_flop_formula(torch.ops.knotgpt.relu_squared_feed_forward_loops)(_forward_flops)
 register_flop_formula(torch.ops.knotgpt.relu_squared_feed_forward_loops_backward)(_backward_flops)
 
 
-# ---- Public function ------------------------------------------------------------------------------------------------------------------------------------
+# ---- Public function --------------------------------------------------------
 
 BACKENDS = ("auto", "reference", "loops", "triton")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -245,19 +274,23 @@ def relu_squared_feed_forward(x: Tensor, fc: Tensor, proj: Tensor, backend: str 
     """
     max(x fc', 0)^2 proj' of every row of x, in x's dtype.
 
-    x         (..., D)      bfloat16, float16, float32 or float64; any strides (a last axis that is not contiguous is copied)
+    x         (..., D)      bfloat16, float16, float32 or float64; any strides (a last axis that is not contiguous is
+                            copied)
     fc        (H, D)        weights of the hidden layer, of x's dtype
     proj      (D_out, H)    weights of the output, of x's dtype
-    backend   "reference": PyTorch's operations; "loops": the CPU's; "triton": fused, no float64; "auto": triton for CUDA tensors where it can, loops for a CPU's where
-              Numba is, else reference
+    backend   "reference": PyTorch's operations; "loops": the CPU's; "triton": fused, no float64; "auto": triton for
+              CUDA tensors where it can, loops for a CPU's where Numba is, else reference
 
-    Returns (..., D_out). The fused backends square in float32 at least and round once, to the activation that they keep for the backward pass: in float16 the
-    gradient of one below 3e-8 is lost. float32 products use TF32 where torch.backends.cuda.matmul.allow_tf32 says so. Gradients for all three, once, and only
-    those asked for. All backends work under torch.compile(fullgraph=True). ValueError that names the argument for a wrong shape, dtype, device or backend.
+    Returns (..., D_out). The fused backends square in float32 at least and round once, to the activation that they keep
+    for the backward pass: in float16 the gradient of one below 3e-8 is lost. float32 products use TF32 where
+    torch.backends.cuda.matmul.allow_tf32 says so. Gradients for all three, once, and only those asked for. All backends
+    work under torch.compile(fullgraph=True). ValueError that names the argument for a wrong shape, dtype, device or
+    backend.
     """
     _check(x, fc, proj, backend)
     if backend == "auto":
-        backend = "triton" if x.is_cuda and triton is not None and x.dtype != torch.float64 else "loops" if loops_serve(x) else "reference"
+        backend = "triton" if x.is_cuda and triton is not None and x.dtype != torch.float64 else "loops" if loops_serve(
+            x) else "reference"
     if backend == "reference":
         return relu_squared_feed_forward_reference(x, fc, proj)
     operation = _forward_loops if backend == "loops" else _forward_op
@@ -275,13 +308,16 @@ def _check(x, fc, proj, backend):
         raise ValueError(f"x must be bfloat16, float16, float32 or float64; got {x.dtype}")
     for name, weight in (("fc", fc), ("proj", proj)):
         if weight.dtype != x.dtype or weight.device != x.device:
-            raise ValueError(f"{name} must have x's dtype and device, {x.dtype} on {x.device}; got {weight.dtype} on {weight.device}")
+            raise ValueError(
+                f"{name} must have x's dtype and device, {x.dtype} on {x.device}; got {weight.dtype} on {weight.device}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend == "triton" and (triton is None or not x.is_cuda and COMPILED):
-        raise ValueError(f"backend 'triton' needs CUDA tensors and Triton; got tensors on {x.device}: use 'reference' or 'auto'")
+        raise ValueError(
+            f"backend 'triton' needs CUDA tensors and Triton; got tensors on {x.device}: use 'reference' or 'auto'")
     if backend == "loops" and not loops_serve(x):
-        raise ValueError(f"backend 'loops' needs tensors on a CPU and Numba; got tensors on {x.device}: use 'reference' or 'auto'")
+        raise ValueError(
+            f"backend 'loops' needs tensors on a CPU and Numba; got tensors on {x.device}: use 'reference' or 'auto'")
     if backend == "triton" and x.dtype == torch.float64:
         raise ValueError("backend 'triton' takes no float64: use 'reference' or 'auto'")
 

@@ -1,28 +1,36 @@
 """
-Cross-entropy of softcapped logits, summed over N tokens, from the last layer's input: the loss and both gradients in one pass, some tokens at a time.
+Cross-entropy of softcapped logits, summed over N tokens, from the last layer's input: the loss and both gradients in
+one pass, some tokens at a time.
 
     s = W x      z = c tanh(s / c)      loss = sum over tokens of log sum_v e^{z_v} - z_target      x (N, D), W (V, D), targets (N,); c = 0: z = s
     d = (p - onehot(target)) . (1 - (z / c)^2), p = softmax(z), is the gradient of s      dx = d W      dW = d' x
 
-Every row of W counts in the normaliser, padding of the vocabulary too. For n = chunk tokens at a time: s by one product; a kernel that takes each row of s
-twice, for the normaliser and to write d in its place; the other two products. All in the forward pass: the backward pass multiplies dx and dW by a number.
-tanh comes from e = exp(-2 |s| / c) in (0, 1]: it is (1 - e) / (1 + e), and its slope 4 e / (1 + e)^2 keeps its digits where tanh is near 1. Near 0 tanh is
-right to half a unit in the last place of 1, hence z to that of c: as good as it gets elsewhere. With 0 < c <= 40 e^{z - c} needs no running maximum.
+Every row of W counts in the normaliser, padding of the vocabulary too. For n = chunk tokens at a time: s by one
+product; a kernel that takes each row of s twice, for the normaliser and to write d in its place; the other two
+products. All in the forward pass: the backward pass multiplies dx and dW by a number. tanh comes from e = exp(-2 |s| /
+c) in (0, 1]: it is (1 - e) / (1 + e), and its slope 4 e / (1 + e)^2 keeps its digits where tanh is near 1. Near 0 tanh
+is right to half a unit in the last place of 1, hence z to that of c: as good as it gets elsewhere. With 0 < c <= 40
+e^{z - c} needs no running maximum.
 
-For N tokens and numbers of e bytes in a training step (12 N bytes and W's cast aside; loss alone: the first product, s written and read once, W and x read once):
+For N tokens and numbers of e bytes in a training step (12 N bytes and W's cast aside; loss alone: the first product, s
+written and read once, W and x read once):
     products   6 N D V FLOPs
-    s, d       6 N V e bytes: s written by its product and read twice, d written and read by two products; 5 where the second reading finds s in L2
+    s, d       6 N V e bytes: s written by its product and read twice, d written and read by two products; 5 where the
+               second reading finds s in L2
     the rest   2 (N / n) V D e bytes for W, 3 N D e for x and dx, 8 (N / n) V D for dW
-    kernel     6 exponentials and reciprocals a logit (2 with c = 0): at 16 a clock and multiprocessor about as long as s and d take in memory
+    kernel     6 exponentials and reciprocals a logit (2 with c = 0): at 16 a clock and multiprocessor about as long as
+               s and d take in memory
     held       n V e bytes, W in x's dtype, dx, and dW in float32; never N V
 
-Numerics: s and d are rounded to x's dtype, as in the trainer (in float16 a |d| below 6e-5 loses digits). What is between them is float32; so is dW's sum.
-fp8: x and W in float8_e4m3fn, each with one scale, largest magnitude / 448; s in x's dtype; 2^15 d in float8_e5m2, which keeps two bits of mantissa down to
-|d| = 2e-9. Some per cent of error in dx and dW.
+Numerics: s and d are rounded to x's dtype, as in the trainer (in float16 a |d| below 6e-5 loses digits). What is
+between them is float32; so is dW's sum. fp8: x and W in float8_e4m3fn, each with one scale, largest magnitude / 448; s
+in x's dtype; 2^15 d in float8_e5m2, which keeps two bits of mantissa down to |d| = 2e-9. Some per cent of error in dx
+and dW.
 
-Sources: the trainer's SoftcappedCrossEntropy; gradients formed in the forward pass: Liger Kernel, linkedin/Liger-Kernel; softcap: Gemma 2, arxiv.org/abs/2408.00118;
-float8 in the head: KellerJordan/modded-nanogpt.
-Status: the CPU's loops are measured in benchmarks/results/; never run on a GPU; the kernel is tested in Triton's interpreter and compiled ahead of time, and its launch table is a choice, not a measurement.
+Sources: the trainer's SoftcappedCrossEntropy; gradients formed in the forward pass: Liger Kernel,
+linkedin/Liger-Kernel; softcap: Gemma 2, arxiv.org/abs/2408.00118; float8 in the head: KellerJordan/modded-nanogpt.
+Status: the CPU's loops are measured in benchmarks/results/; never run on a GPU; the kernel is tested in Triton's
+interpreter and compiled ahead of time, and its launch table is a choice, not a measurement.
 """
 
 from types import SimpleNamespace
@@ -42,7 +50,10 @@ except ImportError:  # no Triton for this platform: the reference serves it
 
 
 def softcapped_cross_entropy_reference(x: Tensor, weight: Tensor, targets: Tensor, softcap: float = 15.0) -> Tensor:
-    """The loss with all (N, V) logits at once: any device, any floating dtype, differentiable by autograd. float32 from the logits on; float64 stays float64."""
+    """
+    The loss with all (N, V) logits at once: any device, any floating dtype, differentiable by autograd. float32 from
+    the logits on; float64 stays float64.
+    """
     logits = x @ weight.to(x.dtype).T
     logits = logits.to(torch.promote_types(x.dtype, torch.float32))
     if softcap:
@@ -50,8 +61,9 @@ def softcapped_cross_entropy_reference(x: Tensor, weight: Tensor, targets: Tenso
     return (logits.logsumexp(-1) - logits.gather(1, targets[:, None])[:, 0]).sum()
 
 
-# ---- Triton kernel ------------------------------------------------------------------------------------------------------------------------------------
-# A program works on one row, in tiles of BLOCK logits. Sums are float32, one for each place of a tile until the row ends. Row offsets are int64.
+# ---- Triton kernel ----------------------------------------------------------
+# A program works on one row, in tiles of BLOCK logits. Sums are float32, one for each place of a tile until the row
+# ends. Row offsets are int64.
 
 @jit
 def _capped(b_s, softcap, CAPPED: tl.constexpr):
@@ -67,20 +79,26 @@ def _capped(b_s, softcap, CAPPED: tl.constexpr):
 
 
 @jit
-def _softcapped_cross_entropy_kernel(s_ptr, targets_ptr, loss_ptr, d_ptr, softcap, V: tl.constexpr, CAPPED: tl.constexpr, BOUNDED: tl.constexpr,
-                                     D_SCALE: tl.constexpr, BLOCK: tl.constexpr):
-    """Of a row of s (n, V) the loss and, with d_ptr, D_SCALE times its gradient; d_ptr may be s_ptr. BOUNDED: e^{z - c} does not underflow."""
+def _softcapped_cross_entropy_kernel(s_ptr, targets_ptr, loss_ptr, d_ptr, softcap, V: tl.constexpr,
+                                     CAPPED: tl.constexpr, BOUNDED: tl.constexpr, D_SCALE: tl.constexpr,
+                                     BLOCK: tl.constexpr):
+    """
+    Of a row of s (n, V) the loss and, with d_ptr, D_SCALE times its gradient; d_ptr may be s_ptr. BOUNDED: e^{z - c}
+    does not underflow.
+    """
     row = tl.program_id(0).to(tl.int64)
     s_ptr += row * V
     target = tl.load(targets_ptr + row)
     inside = (target >= 0) & (target < V)
-    b_own = _capped(tl.load(s_ptr + target, mask=inside, other=0.0), softcap, CAPPED)[0]  # before any of the row is overwritten
+    # before any of the row is overwritten
+    b_own = _capped(tl.load(s_ptr + target, mask=inside, other=0.0), softcap, CAPPED)[0]
     b_sum, b_max = tl.zeros((BLOCK,), tl.float32), tl.full((), float("-inf"), tl.float32)
     if BOUNDED:
         b_max = softcap
     for start in range(0, V, BLOCK):
         offs_v = start + tl.arange(0, BLOCK)
-        b_z = _capped(tl.load(s_ptr + offs_v, mask=offs_v < V, other=0.0, eviction_policy="evict_last"), softcap, CAPPED)[0]
+        b_z = _capped(tl.load(s_ptr + offs_v, mask=offs_v < V, other=0.0, eviction_policy="evict_last"), softcap,
+                      CAPPED)[0]
         b_z = tl.where(offs_v < V, b_z, float("-inf"))
         if not BOUNDED:
             b_larger = tl.maximum(b_max, tl.max(b_z, 0))
@@ -94,19 +112,23 @@ def _softcapped_cross_entropy_kernel(s_ptr, targets_ptr, loss_ptr, d_ptr, softca
         d_ptr += row * V
         for start in range(0, V, BLOCK):
             offs_v = start + tl.arange(0, BLOCK)
-            b_z, b_slope = _capped(tl.load(s_ptr + offs_v, mask=offs_v < V, other=0.0, eviction_policy="evict_first"), softcap, CAPPED)
+            b_z, b_slope = _capped(tl.load(s_ptr + offs_v, mask=offs_v < V, other=0.0, eviction_policy="evict_first"),
+                                   softcap, CAPPED)
             b_d = (tl.exp(b_z - b_normaliser) - tl.where(offs_v == target, 1.0, 0.0)) * b_slope
             tl.store(d_ptr + offs_v, (b_d * D_SCALE).to(d_ptr.dtype.element_ty), mask=offs_v < V)
 
 
-# ---- Launches -------------------------------------------------------------------------------------------------------------------------------------------
+# ---- Launches ---------------------------------------------------------------
 
 WIDEST_BOUND = 40.0     # e^-80, the least that e^{z - c} can be with this c, is a normal float32
 D_SCALE = 2.0 ** 15     # of d, within [-1, 1], for float8_e5m2, which ends at 57,344
 
 
 def _launch(V: int) -> dict:
-    """Eight logits a thread, one load of 16 bytes in bfloat16; large programs, so that the rows at work (100 kB each at V = 50,304) fit in L2."""
+    """
+    Eight logits a thread, one load of 16 bytes in bfloat16; large programs, so that the rows at work (100 kB each at V
+    = 50,304) fit in L2.
+    """
     block = min(triton.next_power_of_2(V), 4096)
     return dict(BLOCK=block, num_warps=max(1, min(16, block // 256)))
 
@@ -121,8 +143,12 @@ def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).to(torch.float8_e4m3fn), scale
 
 
-def _fp8_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype, fast: bool = False) -> Tensor:
-    """a b in dtype, of a (M, K) and b (K, N) in float8, laid out as the cards' products take them: a by rows, b by columns."""
+def _fp8_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype,
+                 fast: bool = False) -> Tensor:
+    """
+    a b in dtype, of a (M, K) and b (K, N) in float8, laid out as the cards' products take them: a by rows, b by
+    columns.
+    """
     return torch._scaled_mm(a.contiguous(), b.T.contiguous().T, a_scale, b_scale, out_dtype=dtype, use_fast_accum=fast)
 
 
@@ -134,16 +160,19 @@ def _add_product(sums: Tensor, a: Tensor, b: Tensor):
         sums.addmm_(a.float(), b.float())
 
 
-# ---- Host function, the body of its registration --------------------------------------------------------------------------------------------------------
+# ---- Host function, the body of its registration ----------------------------
 
 @torch.library.custom_op("knotgpt::softcapped_cross_entropy", mutates_args=())
-def _loss_op(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, chunk: int, fp8: bool, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+def _loss_op(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, chunk: int, fp8: bool,
+             wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """loss, dx, dW; a gradient that is not wanted is empty."""
     (N, V), targets, (dx_wanted, dw_wanted) = (len(x), len(weight)), targets.contiguous(), wanted
-    loss, dx = torch.empty(N, dtype=torch.float32, device=x.device), torch.empty(x.shape if dx_wanted else 0, dtype=x.dtype, device=x.device)
+    loss, dx = torch.empty(N, dtype=torch.float32, device=x.device), torch.empty(x.shape if dx_wanted else 0,
+                                                                                 dtype=x.dtype, device=x.device)
     dw = torch.zeros(weight.shape if dw_wanted else 0, dtype=torch.float32, device=x.device)
     if fp8:
-        (x8, x_scale), (w8, w_scale), d_scale = _quantised(x), _quantised(weight), torch.full((), 1 / D_SCALE, device=x.device)
+        (x8, x_scale), (w8, w_scale), d_scale = _quantised(x), _quantised(weight), torch.full((), 1 / D_SCALE,
+                device=x.device)
         w8_columns = w8.T.contiguous().T if dx_wanted else None
         buffer = torch.empty(min(chunk, N), V, dtype=torch.float8_e5m2, device=x.device)
     else:
@@ -154,7 +183,8 @@ def _loss_op(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, chunk: 
         d = buffer[:part.stop - start]
         s = _fp8_product(x8[part], w8.T, x_scale, w_scale, x.dtype, fast=True) if fp8 else torch.mm(x[part], w.T, out=d)
         with torch.cuda.device_of(x):
-            _softcapped_cross_entropy_kernel[(len(d),)](s, targets[part], loss[part], d if any(wanted) else None, softcap, **constants)
+            _softcapped_cross_entropy_kernel[(len(d),)](s, targets[part], loss[part], d if any(wanted) else None,
+                                                        softcap, **constants)
         if dx_wanted and fp8:
             dx[part] = _fp8_product(d, w8_columns, d_scale, w_scale, x.dtype)
         elif dx_wanted:
@@ -168,7 +198,8 @@ def _loss_op(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, chunk: 
 
 @_loss_op.register_fake
 def _(x, weight, targets, softcap, chunk, fp8, wanted):
-    dx, dw = (torch.empty(tensor.shape if own else 0, dtype=tensor.dtype, device=x.device) for tensor, own in zip((x, weight), wanted))
+    dx, dw = (torch.empty(tensor.shape if own else 0, dtype=tensor.dtype, device=x.device) for tensor,
+              own in zip((x, weight), wanted))
     return torch.empty((), dtype=torch.float32, device=x.device), dx, dw
 
 
@@ -193,9 +224,10 @@ def _flops(x, weight, targets, softcap, chunk, fp8, wanted, *_, out_shape=None, 
     return 2 * x[0] * x[1] * weight[0] * (1 + sum(wanted))
 
 
-# ---- The CPU's loops: between the products, PyTorch's, one pass over the logits of some tokens, in their place -------------------------------------------
+# ---- The CPU's loops: between the products, PyTorch's, one pass over the logits of some tokens, in their place 
 
-def _loss_body(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, chunk: int, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+def _loss_body(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, chunk: int,
+               wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """loss, dx, dW; a gradient that is not wanted is empty. Half precision is computed in float32."""
     rows, w, targets = wide(x), wide(weight.to(x.dtype)), targets.contiguous().numpy()
     loss, buffer = torch.empty(len(rows), dtype=rows.dtype), rows.new_empty(min(chunk, len(rows)), len(w))
@@ -204,7 +236,8 @@ def _loss_body(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, chunk
     for start in range(0, len(rows), chunk):
         part = slice(start, min(start + chunk, len(rows)))
         d = torch.mm(rows[part], w.T, out=buffer[:part.stop - start])
-        parallel_loops("softcapped_cross_entropy_loops").loss_and_gradient(d.numpy(), targets[part], softcap, any(wanted), loss.numpy()[part])
+        parallel_loops("softcapped_cross_entropy_loops").loss_and_gradient(d.numpy(), targets[part], softcap,
+                                                                           any(wanted), loss.numpy()[part])
         if wanted[0]:
             torch.mm(d, w, out=dx[part])
         if wanted[1]:
@@ -217,7 +250,8 @@ def _fake_loops(x, weight, targets, softcap, chunk, wanted):
     return torch.empty((), dtype=torch.float32), dx, dw
 
 
-_loss_loops = cpu_operation("knotgpt::softcapped_cross_entropy_loops", _loss_body, _fake_loops, _save, lambda ctx, *grads: _backward(ctx, *grads)[:-1])
+_loss_loops = cpu_operation("knotgpt::softcapped_cross_entropy_loops", _loss_body, _fake_loops, _save, lambda ctx,
+                            *grads: _backward(ctx, *grads)[:-1])
 
 
 @register_flop_formula(torch.ops.knotgpt.softcapped_cross_entropy_loops)
@@ -225,32 +259,38 @@ def _(x, weight, targets, softcap, chunk, wanted, *_, out_shape=None, **__) -> i
     return _flops(x, weight, targets, softcap, chunk, False, wanted)
 
 
-# ---- Public function ------------------------------------------------------------------------------------------------------------------------------------
+# ---- Public function --------------------------------------------------------
 
 BACKENDS = ("auto", "reference", "loops", "triton")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def softcapped_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float = 15.0, chunk: int = 4096, backend: str = "auto", fp8: bool = False) -> Tensor:
+def softcapped_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float = 15.0, chunk: int = 4096,
+                             backend: str = "auto", fp8: bool = False) -> Tensor:
     """
-    Sum over N tokens of the cross-entropy, in nats, of softcap tanh(x W' / softcap) at the targets: a float32 scalar (float64 where x is).
+    Sum over N tokens of the cross-entropy, in nats, of softcap tanh(x W' / softcap) at the targets: a float32 scalar
+    (float64 where x is).
 
     x        (N, D)        bfloat16, float16, float32 or float64
-    weight   (V, D)        of any of these dtypes; cast to x's, while its gradient has its own: keep master weights in float32
-    targets  (N,) int64    in 0 .. V - 1, not looked at: one outside makes the loss NaN ("loops" and "triton", which read nothing there) or is PyTorch's error
+    weight   (V, D)        of any of these dtypes; cast to x's, while its gradient has its own: keep master weights in
+                           float32
+    targets  (N,) int64    in 0 .. V - 1, not looked at: one outside makes the loss NaN ("loops" and "triton", which
+                           read nothing there) or is PyTorch's error
     softcap  >= 0; 0: no cap
     chunk    tokens at a time of backends "loops" and "triton", which hold chunk x V logits
-    backend  "reference": PyTorch, N x V logits; "loops": the CPU's, no float64; "triton": fused, no float64; "auto": triton for CUDA tensors where it can, loops for a
-             CPU's where Numba is, else reference
-    fp8      products in float8 (backend "triton"; compute capability 8.9 or newer; D, V, N and chunk multiples of 16): see above
+    backend  "reference": PyTorch, N x V logits; "loops": the CPU's, no float64; "triton": fused, no float64; "auto":
+             triton for CUDA tensors where it can, loops for a CPU's where Numba is, else reference
+    fp8      products in float8 (backend "triton"; compute capability 8.9 or newer; D, V, N and chunk multiples of 16):
+             see above
 
-    Gradients for x and weight, once, formed at once: under torch.no_grad, or of what needs none, none are. Works under torch.compile(fullgraph=True).
-    ValueError that names the argument for a wrong shape, dtype, device or option.
+    Gradients for x and weight, once, formed at once: under torch.no_grad, or of what needs none, none are. Works under
+    torch.compile(fullgraph=True). ValueError that names the argument for a wrong shape, dtype, device or option.
     """
     _check(x, weight, targets, softcap, chunk, backend, fp8)
     if backend == "auto":
         fused = x.dtype != torch.float64
-        backend = "triton" if fp8 or fused and x.is_cuda and triton is not None else "loops" if fused and loops_serve(x) else "reference"
+        backend = "triton" if fp8 or fused and x.is_cuda and triton is not None else "loops" if fused and loops_serve(
+            x) else "reference"
     if backend == "reference":
         return softcapped_cross_entropy_reference(x, weight, targets, softcap)
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight)]
@@ -268,7 +308,8 @@ def _check(x, weight, targets, softcap, chunk, backend, fp8):
     if weight.shape[1] != x.shape[1]:
         raise ValueError(f"weight must be (V, {x.shape[1]}) for x {tuple(x.shape)}; got {_describe(weight)}")
     if not isinstance(targets, Tensor) or targets.shape != x.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(f"targets must be ({x.shape[0]},) int64; got {_describe(targets)}{f' {targets.dtype}' if isinstance(targets, Tensor) else ''}")
+        raise ValueError(
+            f"targets must be ({x.shape[0]},) int64; got {_describe(targets)}{f' {targets.dtype}' if isinstance(targets, Tensor) else ''}")
     for name, tensor in (("weight", weight), ("targets", targets)):
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}; got {tensor.device}")
@@ -279,9 +320,11 @@ def _check(x, weight, targets, softcap, chunk, backend, fp8):
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend == "triton" and (triton is None or not (x.is_cuda or _interpreted())):
-        raise ValueError(f"backend 'triton' needs CUDA tensors and Triton; got tensors on {x.device}: use 'reference' or 'auto'")
+        raise ValueError(
+            f"backend 'triton' needs CUDA tensors and Triton; got tensors on {x.device}: use 'reference' or 'auto'")
     if backend == "loops" and not loops_serve(x):
-        raise ValueError(f"backend 'loops' needs tensors on a CPU and Numba; got tensors on {x.device}: use 'reference' or 'auto'")
+        raise ValueError(
+            f"backend 'loops' needs tensors on a CPU and Numba; got tensors on {x.device}: use 'reference' or 'auto'")
     if backend in ("loops", "triton") and x.dtype == torch.float64:
         raise ValueError(f"backend {backend!r} has no float64; use 'reference' or 'auto'")
     if fp8:
@@ -290,7 +333,8 @@ def _check(x, weight, targets, softcap, chunk, backend, fp8):
 
 def _check_fp8(x, weight, chunk, backend):
     if backend == "reference" or triton is None or x.dtype == torch.float64:
-        raise ValueError(f"fp8 needs backend 'triton' and no float64; got backend {backend!r} and {x.dtype}: leave fp8 off")
+        raise ValueError(
+            f"fp8 needs backend 'triton' and no float64; got backend {backend!r} and {x.dtype}: leave fp8 off")
     if not _interpreted() and not (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9)):
         found = f"compute capability {'.'.join(map(str, torch.cuda.get_device_capability(x.device)))}" if x.is_cuda else f"tensors on {x.device}"
         raise ValueError(f"fp8 needs a GPU of compute capability 8.9 or newer; got {found}: leave fp8 off")

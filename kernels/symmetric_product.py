@@ -1,20 +1,26 @@
 """
-Product of a matrix with its own transpose, half of which is computed: the two symmetric products of a step of Muon's orthogonalisation.
+Product of a matrix with its own transpose, half of which is computed: the two symmetric products of a step of Muon's
+orthogonalisation.
 
     s = alpha x x' + beta a        x (m, k), a (m, m) symmetric, s (m, m)
 
-A step of Polar Express takes x to p x with p = a I + b G + c G G and G = x x': G is the operation on x, b G + c G G = b G + c G G' that on G.
+A step of Polar Express takes x to p x with p = a I + b G + c G G and G = x x': G is the operation on x, b G + c G G = b
+G + c G G' that on G.
 
-Of a square of T x T tiles, T = ceil(m / BLOCK), the T (T + 1) / 2 on and below the diagonal are computed; one below it is written twice, the second time
-transposed, and in one on it the elements above are those below. So s is symmetric to the last bit, which a product of tensor cores need not be, and a is read
-on and below its diagonal only. For a batch of N, e bytes a number, where x is read from DRAM once (from L2 every program reads two blocks of rows):
+Of a square of T x T tiles, T = ceil(m / BLOCK), the T (T + 1) / 2 on and below the diagonal are computed; one below it
+is written twice, the second time transposed, and in one on it the elements above are those below. So s is symmetric to
+the last bit, which a product of tensor cores need not be, and a is read on and below its diagonal only. For a batch of
+N, e bytes a number, where x is read from DRAM once (from L2 every program reads two blocks of rows):
     FLOPs     (T + 1) / T N m^2 k, and 3 N m^2 for alpha, beta, a      plain: 2 N m^2 k, 3 N m^2
     bytes     N e (m k + m^2), with a (T + 1) / (2 T) N e m^2 more     plain: N e (m k + m^2), with a N e m^2 more
-In tiles of 128, m = 768 takes 58 % of the plain product's FLOPs and m = 1024 takes 56 %. In bfloat16 a byte has about m / 4 FLOPs where k = m, m / 5 with a, and
-m / 2 where k is far above m: at m = 768 a large card's memory and tensor cores are near their balance, and what L2 still holds of x and a decides.
+In tiles of 128, m = 768 takes 58 % of the plain product's FLOPs and m = 1024 takes 56 %. In bfloat16 a byte has about m
+/ 4 FLOPs where k = m, m / 5 with a, and m / 2 where k is far above m: at m = 768 a large card's memory and tensor cores
+are near their balance, and what L2 still holds of x and a decides.
 
-Sources: KellerJordan/modded-nanogpt, pull request 109 (half of the product, in Muon); Amsel et al., The Polar Express, arxiv.org/abs/2505.16932.
-Status: never run on a GPU; the kernel is tested in Triton's interpreter and compiled ahead of time, and its launch table is a choice, not a measurement.
+Sources: KellerJordan/modded-nanogpt, pull request 109 (half of the product, in Muon); Amsel et al., The Polar Express,
+arxiv.org/abs/2505.16932.
+Status: never run on a GPU; the kernel is tested in Triton's interpreter and compiled ahead of time, and its launch
+table is a choice, not a measurement.
 """
 
 from types import SimpleNamespace
@@ -33,15 +39,20 @@ except ImportError:  # no Triton for this platform: the reference serves it
 
 
 def symmetric_product_reference(x: Tensor, a: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
-    """The plain product: any device, any floating dtype, differentiable by autograd; symmetric to rounding only, and with all of a. Arguments as symmetric_product's."""
+    """
+    The plain product: any device, any floating dtype, differentiable by autograd; symmetric to rounding only, and with
+    all of a. Arguments as symmetric_product's.
+    """
     rows = x.reshape(-1, *x.shape[-2:])
     summand = x.new_zeros(1, 1, 1) if a is None else a.reshape(-1, *a.shape[-2:])
-    return torch.baddbmm(summand, rows, rows.mT, beta=0.0 if a is None else beta, alpha=alpha).view(*x.shape[:-1], x.shape[-2])
+    return torch.baddbmm(summand, rows, rows.mT, beta=0.0 if a is None else beta, alpha=alpha).view(*x.shape[:-1],
+            x.shape[-2])
 
 
-# ---- Triton kernel ------------------------------------------------------------------------------------------------------------------------------------
-# A program makes a tile (BLOCK, BLOCK) and its mirror image of a matrix of the batch; sums are float32. EVEN_M, EVEN_K: m, k are multiples of their blocks, and
-# nothing is masked along them. Row offsets are int64. One of a matrix' two strides is 1, which a launch makes a constant: either way loads are wide.
+# ---- Triton kernel ----------------------------------------------------------
+# A program makes a tile (BLOCK, BLOCK) and its mirror image of a matrix of the batch; sums are float32. EVEN_M, EVEN_K:
+# m, k are multiples of their blocks, and nothing is masked along them. Row offsets are int64. One of a matrix' two
+# strides is 1, which a launch makes a constant: either way loads are wide.
 
 @jit
 def _block(ptr, offs_r, offs_c, row, column, rows, columns, EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr):
@@ -66,9 +77,11 @@ def _store(ptr, b_tile, offs_r, offs_c, m, EVEN_M: tl.constexpr):
 
 
 @jit
-def _symmetric_product_kernel(x_ptr, a_ptr, s_ptr, x_batch, x_row, x_column, a_batch, a_row, a_column, m, k, alpha, beta,
-                              BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_M: tl.constexpr, EVEN_K: tl.constexpr):
-    # rows r and tiles - 1 - r of the triangle of tiles together fill a row of a rectangle: tile (i, j), j <= i, by integers alone
+def _symmetric_product_kernel(x_ptr, a_ptr, s_ptr, x_batch, x_row, x_column, a_batch, a_row, a_column, m, k, alpha,
+                              beta, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_M: tl.constexpr,
+                              EVEN_K: tl.constexpr):
+    # rows r and tiles - 1 - r of the triangle of tiles together fill a row of a rectangle: tile (i, j), j <= i, by
+    # integers alone
     tiles = tl.cdiv(m, BLOCK)
     width = tiles | 1
     area = width * ((tiles + 1) // 2)
@@ -87,7 +100,8 @@ def _symmetric_product_kernel(x_ptr, a_ptr, s_ptr, x_batch, x_row, x_column, a_b
         x_ptr += BLOCK_K * x_column
     b_s *= alpha
     if a_ptr is not None:
-        b_s += beta * _block(a_ptr + batch * a_batch, offs_i, offs_j, a_row, a_column, m, m, EVEN_M, EVEN_M).to(tl.float32)
+        b_s += beta * _block(a_ptr + batch * a_batch, offs_i, offs_j, a_row, a_column, m, m, EVEN_M,
+                             EVEN_M).to(tl.float32)
 
     b_s, s_ptr = b_s.to(s_ptr.dtype.element_ty), s_ptr + batch * m * m
     if i == j:
@@ -97,10 +111,11 @@ def _symmetric_product_kernel(x_ptr, a_ptr, s_ptr, x_batch, x_row, x_column, a_b
     _store(s_ptr, b_s, offs_i, offs_j, m, EVEN_M)
 
 
-# ---- Host function and its registration -----------------------------------------------------------------------------------------------------------------
+# ---- Host function and its registration -------------------------------------
 
-# By the major number of the compute capability (0: any other) and the bytes of a number: BLOCK, BLOCK_K, warps and stages; the second where the first would make
-# fewer programs than FEW, too few for a large card's multiprocessors. Chosen for what compiles without spills, not measured.
+# By the major number of the compute capability (0: any other) and the bytes of a number: BLOCK, BLOCK_K, warps and
+# stages; the second where the first would make fewer programs than FEW, too few for a large card's multiprocessors.
+# Chosen for what compiles without spills, not measured.
 LAUNCH = {(0, 2): ((128, 32, 8, 4), (64, 64, 4, 4)),
           (9, 2): ((128, 64, 8, 4), (64, 64, 4, 4)),
           (10, 2): ((128, 64, 8, 4), (64, 64, 4, 4)),
@@ -116,7 +131,8 @@ def _programs(N: int, m: int, block: int) -> int:
 def _launch(major: int, dtype: torch.dtype, N: int, m: int, k: int) -> dict:
     large, small = LAUNCH.get((major, dtype.itemsize), LAUNCH[0, dtype.itemsize])
     block, block_k, warps, stages = small if _programs(N, m, large[0]) < FEW else large
-    return dict(BLOCK=block, BLOCK_K=block_k, EVEN_M=m % block == 0, EVEN_K=k % block_k == 0, num_warps=warps, num_stages=stages)
+    return dict(BLOCK=block, BLOCK_K=block_k, EVEN_M=m % block == 0, EVEN_K=k % block_k == 0, num_warps=warps,
+                num_stages=stages)
 
 
 def _matrices(x: Tensor) -> Tensor:
@@ -147,29 +163,35 @@ def _flops(x, a, *_, **__) -> int:
     return 2 * x.numel() * x[-2]
 
 
-# ---- Public function ------------------------------------------------------------------------------------------------------------------------------------
+# ---- Public function --------------------------------------------------------
 
 BACKENDS = ("auto", "reference", "triton")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def symmetric_product(x: Tensor, a: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0, backend: str = "auto") -> Tensor:
+def symmetric_product(x: Tensor, a: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0,
+                      backend: str = "auto") -> Tensor:
     """
     s = alpha x x' + beta a for every matrix of a batch.
 
-    x              (..., m, k)   bfloat16, float16, float32 or float64; any strides: matrices contiguous along either of the last two axes (x.mT of a contiguous
-                                 tensor is, too) are read as they are, others are copied; best m and k are multiples of 16 (others load number by number)
-    a              (..., m, m)   symmetric (not checked: the kernel reads it on and below its diagonal only), of x's leading dimensions and dtype; None: nothing
+    x              (..., m, k)   bfloat16, float16, float32 or float64; any strides: matrices contiguous along either of
+                                 the last two axes (x.mT of a contiguous tensor is, too) are read as they are, others
+                                 are copied; best m and k are multiples of 16 (others load number by number)
+    a              (..., m, m)   symmetric (not checked: the kernel reads it on and below its diagonal only), of x's
+                                 leading dimensions and dtype; None: nothing
     alpha, beta    numbers       beta must be 0 where a is None; where it is 0, a is not read
-    backend        "reference": torch.baddbmm, symmetric to rounding; "triton": half of the product, symmetric to the last bit, no float64 and no gradient (an
-                   optimizer's operation, which needs none); "auto": triton for CUDA tensors where it can, else reference
+    backend        "reference": torch.baddbmm, symmetric to rounding; "triton": half of the product, symmetric to the
+                   last bit, no float64 and no gradient (an optimizer's operation, which needs none); "auto": triton for
+                   CUDA tensors where it can, else reference
 
-    Returns s (..., m, m), contiguous, in x's dtype. Sums run in float32 and are rounded once; float32 is multiplied as such, without tensor cores. Both backends
-    work under torch.compile(fullgraph=True). ValueError that names the argument for a wrong shape, dtype, device or option, or for a gradient asked of "triton".
+    Returns s (..., m, m), contiguous, in x's dtype. Sums run in float32 and are rounded once; float32 is multiplied as
+    such, without tensor cores. Both backends work under torch.compile(fullgraph=True). ValueError that names the
+    argument for a wrong shape, dtype, device or option, or for a gradient asked of "triton".
     """
     _check(x, a, alpha, beta, backend)
     if backend == "auto":
-        backend = "triton" if x.is_cuda and triton is not None and x.dtype != torch.float64 and not _needs_gradient(x, a) else "reference"
+        backend = "triton" if x.is_cuda and triton is not None and x.dtype != torch.float64 and not _needs_gradient(x,
+                a) else "reference"
     if backend == "reference":
         return symmetric_product_reference(x, a, alpha, beta)
     return _product_op(x, a if beta else None, float(alpha), float(beta))
@@ -197,11 +219,13 @@ def _check(x, a, alpha, beta, backend):
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend == "triton" and (triton is None or not (x.is_cuda or _interpreted())):
-        raise ValueError(f"backend 'triton' needs CUDA tensors and Triton; got tensors on {x.device}: use 'reference' or 'auto'")
+        raise ValueError(
+            f"backend 'triton' needs CUDA tensors and Triton; got tensors on {x.device}: use 'reference' or 'auto'")
     if backend == "triton" and x.dtype == torch.float64:
         raise ValueError("backend 'triton' takes no float64: use 'reference' or 'auto'")
     if backend == "triton" and _needs_gradient(x, a):
-        raise ValueError("backend 'triton' has no gradient, and x or a requires one: use 'reference' or 'auto', or torch.no_grad()")
+        raise ValueError(
+            "backend 'triton' has no gradient, and x or a requires one: use 'reference' or 'auto', or torch.no_grad()")
 
 
 def _interpreted() -> bool:
