@@ -214,7 +214,7 @@ def check_dtype(name: str, x: Tensor, dtypes: Iterable[torch.dtype] = FLOATS, li
 def check_device(name: str, x: Tensor, like_name: str, like: Tensor):
     """Checks that x is on the same device as another argument."""
     if x.device != like.device:
-        raise ValueError(f"{name} must be on {like_name}'s device {like.device}; got {x.device}: move it there")
+        raise ValueError(f"{name} must be on the device of {like_name}, {like.device}; got {x.device}: move it there")
 
 
 def check_positive(name: str, value: float):

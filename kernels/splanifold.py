@@ -248,7 +248,8 @@ def _stack(controls: SplanifoldControls, four: bool, mix: str, dtype: torch.dtyp
     curve, matrices, spine = _parts(stack, S, _width(K), four)
     curve, matrices = curve.mT, matrices.mT
     curve[:, :S], curve[:, S:], spine[:, :S], spine[:,
-                                                    S:] = bases, base_tangents, controls.points, controls.point_tangents.mean(-1, dtype=dtype)
+                                                    S:] = bases, base_tangents, controls.points, controls.point_tangents.mean(
+        -1, dtype=dtype)
     if four:
         first, last = (tangents / K).unbind(1)
         curve[:, 0] += first

@@ -172,15 +172,15 @@ TABLE = torch.zeros(3, 2)
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(x=torch.zeros(2, 3, 8)), r"x must be a tensor \(B, T, H, D\), D even, not empty; got \(2, 3, 8\)"),
+    (dict(x=torch.zeros(2, 3, 8)), r"x must be a tensor \(B, T, H, D\), not empty; got \(2, 3, 8\)"),
     (dict(x=torch.zeros(2, 3, 2, 7)), r"x must be a tensor \(B, T, H, D\), D even"),
     (dict(x=torch.zeros(2, 3, 0, 8)), "x must be a tensor.*not empty"),
     (dict(x=1.0), "x must be a tensor.*got float"),
     (dict(x=torch.zeros(2, 3, 2, 8, dtype=torch.int32)), "x must be bfloat16"),
     (dict(cosine=torch.zeros(2, 2)), r"cosine must be a tensor \(T, P\), T = 3, P <= D / 2 = 4; got \(2, 2\)"),
     (dict(sine=torch.zeros(3, 5)), "sine must be a tensor"),
-    (dict(sine=TABLE.double()), "sine must be float32 or x's dtype, torch.float32; got torch.float64"),
-    (dict(cosine=TABLE.to("meta")), "cosine must be on x's device cpu; got meta"),
+    (dict(sine=TABLE.double()), "sine must be float32, as x is; got torch.float64"),
+    (dict(cosine=TABLE.to("meta")), "cosine must be on the device of x, cpu; got meta"),
     (dict(cosine=TABLE.clone().requires_grad_()), "cosine gets no gradient"),
     (dict(sine=torch.zeros(3, 1)), "cosine and sine must have one shape"),
     (dict(eps=0.0), "eps must be above 0"),

@@ -171,14 +171,14 @@ def test_loops_keep_nan():
 @pytest.mark.parametrize("change, message", [
     (dict(x=torch.zeros(0, 4)), r"x must be a tensor \(..., D\), not empty; got \(0, 4\)"),
     (dict(x=1.0), "x must be a tensor.*float"),
-    (dict(fc=torch.zeros(6, 5)), r"fc must be a tensor \(H, D\) with x's D = 4; got \(6, 5\)"),
+    (dict(fc=torch.zeros(6, 5)), r"fc must be a tensor \(H, D\) of sizes \(any, 4\), not empty; got \(6, 5\)"),
     (dict(fc=torch.zeros(4)), "fc must be a tensor"),
-    (dict(proj=torch.zeros(4, 5)), r"proj must be a tensor \(D_out, H\) with fc's H = 6; got \(4, 5\)"),
+    (dict(proj=torch.zeros(4, 5)), r"proj must be a tensor \(D_out, H\) of sizes \(any, 6\), not empty; got \(4, 5\)"),
     (dict(proj=None), "proj must be a tensor.*NoneType"),
     (dict(x=torch.zeros(3, 4, dtype=torch.int32)), "x must be bfloat16, float16, float32 or float64; got torch.int32"),
     (dict(fc=torch.zeros(6, 4).half()),
-     "fc must have x's dtype and device, torch.float32 on cpu; got torch.float16 on cpu"),
-    (dict(proj=torch.zeros(4, 6, device="meta")), "proj must have x's dtype and device.*on meta"),
+     "fc must be float32, as x is; got torch.float16"),
+    (dict(proj=torch.zeros(4, 6, device="meta")), "proj must be on the device of x, cpu; got meta"),
     (dict(backend="cuda"), "backend must be one of auto, reference, loops, triton; got 'cuda'"),
     (dict(backend="triton"), "backend 'triton' needs CUDA tensors"),
 ])

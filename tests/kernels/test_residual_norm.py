@@ -226,18 +226,18 @@ def test_leading_dimensions():
 @pytest.mark.parametrize("change, message", [
     (dict(x=torch.zeros(0, 4)), r"x must be a tensor \(..., D\), not empty; got \(0, 4\)"),
     (dict(x=1.0), "x must be a tensor"),
-    (dict(y=torch.zeros(3, 5)), "y must have x's shape"),
-    (dict(y=torch.zeros(3, 4).half()), "y must have x's shape and dtype.*float16"),
+    (dict(y=torch.zeros(3, 5)), r"y must be a tensor \(\.\.\., D\) of sizes \(3, 4\), not empty; got \(3, 5\)"),
+    (dict(y=torch.zeros(3, 4).half()), "y must be float32, as x is; got torch.float16"),
     (dict(alpha=torch.ones(3)), "alpha must be None or a tensor of shape"),
     (dict(beta=1.0), "beta must be None or a tensor of shape.*float"),
     (dict(alpha=torch.ones(1, 1, 4)), "alpha must be None"),
     (dict(weight=torch.ones(())), "weight must be None"),
     (dict(stream_scale=torch.ones(4)), "stream_scale must be None"),
     (dict(alpha=torch.ones(4, dtype=torch.int32)), "alpha must be bfloat16"),
-    (dict(weight=torch.ones(4, device="meta")), "weight must be on x's device cpu; got meta"),
+    (dict(weight=torch.ones(4, device="meta")), "weight must be on the device of x, cpu; got meta"),
     (dict(eps=0.0), "eps must be above 0"),
     (dict(eps_norm=float("nan")), "eps_norm must be above 0"),
-    (dict(eps_mode="max"), "eps_mode must be clamp or add; got 'max'"),
+    (dict(eps_mode="max"), "eps_mode must be one of clamp, add; got 'max'"),
     (dict(backend="cuda"), "backend must be one of auto, reference, triton; got 'cuda'"),
     (dict(backend="triton"), "backend 'triton' needs CUDA tensors"),
 ])
@@ -324,8 +324,8 @@ def test_loops_keep_what_is_not_finite():
 
 
 @pytest.mark.parametrize("change, message",
-                         [(dict(y=torch.zeros(3, 5)), "y must have x's shape"),
-                          (dict(scales=torch.zeros(3)), r"scales must be None or a tensor of shape \(2,\); got \(3,\)"),
+                         [(dict(y=torch.zeros(3, 5)), r"y must be a tensor \(\.\.\., D\) of sizes \(3, 4\), not empty; got \(3, 5\)"),
+                          (dict(scales=torch.zeros(3)), r"scales must be None or a float tensor of shape \(2,\); got \(3,\)"),
                           (dict(backend="cuda"), "backend must be one of"),
                           (dict(eps_norm=0.0), "eps_norm must be above 0"),
                           (dict(x=torch.zeros(3, 4, device="meta"), y=torch.zeros(3, 4, device="meta"),

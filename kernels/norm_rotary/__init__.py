@@ -2,8 +2,8 @@
 RMS normalisation of every head, without gain, and rotary positions on what comes out, in one pass over memory.
 
     n = rho x   rho = (mean(x^2) + eps)^-1/2, over the D channels of a head
-    y = R n     channel c < D / 2 is paired with c + D / 2; R turns the first P pairs, (a, b) -> (a cos + b sin, b cos -
-                a sin), the others stay
+    y = R n     channel c < D / 2 is paired with c + D / 2; R turns the first P pairs,
+                (a, b) -> (a cos + b sin, b cos - a sin), and leaves the others
 
 Backward, with g the gradient of y. For the norm's gradient of u = R'g, rho (u - n mean(u n)), neither x nor n is
 needed: <u, n> = <g, y>, and R'y is n but for a factor w^-1 = cos^2 + sin^2 of each pair (1 where it stays), which is
@@ -17,9 +17,9 @@ For N heads of D numbers, A = N D e bytes at e bytes a number (rho, 4 bytes a he
 caches, aside), P = D / 2:
     forward    2A: read x, write y         6 N D FLOPs
     backward   3A: read g, y, write dx     10 N D FLOPs
-    kept for the backward pass: y, which attention keeps, and rho; x is free the trainer's rotate(RMSNormalize(x)),
-    bfloat16, P = D / 4: 12.7A and 25.1A over the operands of every operation; compiled 4.5A and 5.5A, as Inductor
-    counts the kernels that it makes for a CPU
+    kept for the backward pass: y, which attention keeps, and rho; x is free
+    the trainer's rotate(RMSNormalize(x)), bfloat16, P = D / 4: 12.7A and 25.1A over the operands of every operation;
+    compiled 4.5A and 5.5A, as Inductor counts the kernels that it makes for a CPU
 Two to three FLOPs a byte in bfloat16: bound by memory.
 
 Sources: Zhang and Sennrich, Root Mean Square Layer Normalization, arxiv.org/abs/1910.07467; Su et al., RoFormer,
@@ -29,28 +29,35 @@ interpreter and compiled ahead of time, and their launch table is a choice, not 
 """
 
 from math import prod
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import array, cpu_operation, loops_serve, parallel_loops, strided_array
-
-try:
-    import triton
-    import triton.language as tl
-    jit = triton.jit
-except ImportError:  # no Triton for this platform: the reference serves it
-    triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda function: function
+from kernels.backend import (
+    array,
+    check_backend,
+    check_device,
+    check_dtype,
+    check_positive,
+    check_shape,
+    cpu_operation,
+    describe,
+    jit,
+    loops_serve,
+    parallel_loops,
+    strided_array,
+    tl,
+    triton,
+    triton_operation,
+    wrap_triton,
+)
 
 
 def norm_rotary_reference(x: Tensor, cosine: Tensor, sine: Tensor, eps: float = 1e-6) -> Tensor:
     """
-    y term by term: any device, any floating dtype, differentiable by autograd, in the tables too. Arguments as
-    norm_rotary's.
-
-    Runs in x's dtype, float32 at least, and is rounded to x's once.
+    Returns norm_rotary's y, computed term by term: on any device, in any floating dtype, differentiable by autograd, in
+    the tables too. It runs in x's dtype, float32 at least, and is rounded to x's once.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     c, s = (table[:, None].to(wide.dtype) for table in (cosine, sine))
@@ -67,14 +74,15 @@ def norm_rotary_reference(x: Tensor, cosine: Tensor, sine: Tensor, eps: float = 
 
 @jit
 def _place(offs_r, T, stride_b, stride_t, stride_h, H: tl.constexpr):
-    """Where each row begins in a tensor (B, T, H, D) of these strides."""
+    """Returns where each row begins in a tensor (B, T, H, D) of these strides."""
     offs_token = offs_r // H
-    return (offs_token // T).to(tl.int64) * stride_b + (offs_token % T).to(tl.int64) * stride_t + (offs_r % H).to(
-        tl.int64) * stride_h
+    offs_b, offs_t, offs_h = offs_token // T, offs_token % T, offs_r % H
+    return offs_b.to(tl.int64) * stride_b + offs_t.to(tl.int64) * stride_t + offs_h.to(tl.int64) * stride_h
 
 
 @jit
 def _exist(offs_r, N, D: tl.constexpr, HALF: tl.constexpr):
+    """Returns which of the rows and of their channels exist, for tiles (rows, HALF) or (rows, 1)."""
     mask = (offs_r < N)[:, None]
     if 2 * HALF != D:
         mask = mask & (tl.arange(0, HALF) < D // 2)[None, :]
@@ -82,52 +90,64 @@ def _exist(offs_r, N, D: tl.constexpr, HALF: tl.constexpr):
 
 
 @jit
-def _halves(ptr, offs_start, mask, D: tl.constexpr, HALF: tl.constexpr):
+def _load_halves(ptr, offs_start, mask, D: tl.constexpr, HALF: tl.constexpr):
+    """Returns the two halves of rows that begin at offs_start, in float32; 0 outside."""
     ptrs = ptr + offs_start[:, None] + tl.arange(0, HALF)[None, :]
-    return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32), tl.load(ptrs + D // 2, mask=mask,
-                                                                       other=0.0).to(tl.float32)
+    b_a = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+    b_b = tl.load(ptrs + D // 2, mask=mask, other=0.0).to(tl.float32)
+    return b_a, b_b
 
 
 @jit
 def _store_halves(ptr, b_a, b_b, offs_start, mask, D: tl.constexpr, HALF: tl.constexpr):
+    """Writes the two halves of rows that begin at offs_start."""
     ptrs = ptr + offs_start[:, None] + tl.arange(0, HALF)[None, :]
     tl.store(ptrs, b_a.to(ptr.dtype.element_ty), mask=mask)
     tl.store(ptrs + D // 2, b_b.to(ptr.dtype.element_ty), mask=mask)
 
 
 @jit
-def _angles(cosine_ptr, sine_ptr, offs_r, N, T, H: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr):
-    """Cosine and sine of each row's position, 1 and 0 for the pairs that stay."""
+def _load_angles(cosine_ptr, sine_ptr, offs_r, N, T, H: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr):
+    """Returns cosine and sine of each row's position, 1 and 0 for the pairs that stay."""
     offs_p = tl.arange(0, HALF)
     offs = (offs_r // H % T).to(tl.int64)[:, None] * P + offs_p[None, :]
     mask = (offs_r < N)[:, None] & (offs_p < P)[None, :]
-    return tl.load(cosine_ptr + offs, mask=mask, other=1.0).to(tl.float32), tl.load(sine_ptr + offs, mask=mask,
-                                                                                    other=0.0).to(tl.float32)
+    b_c = tl.load(cosine_ptr + offs, mask=mask, other=1.0).to(tl.float32)
+    b_s = tl.load(sine_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    return b_c, b_s
 
 
 @jit
 def _norm_rotary_fwd_kernel(x_ptr, cosine_ptr, sine_ptr, y_ptr, rho_ptr, x_b, x_t, x_h, N, T, eps,
                             H: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr):
-    """y (N, D) and rho (N)."""
+    """Writes y (N, D) and rho (N)."""
     offs_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = _exist(offs_r, N, D, HALF)
-    b_a, b_b = _halves(x_ptr, _place(offs_r, T, x_b, x_t, x_h, H), mask, D, HALF)
+
+    # the norm
+    b_a, b_b = _load_halves(x_ptr, _place(offs_r, T, x_b, x_t, x_h, H), mask, D, HALF)
     b_rho = tl.rsqrt(tl.sum(b_a * b_a + b_b * b_b, 1) / D + eps)
     tl.store(rho_ptr + offs_r, b_rho, mask=offs_r < N)
     b_a, b_b = b_a * b_rho[:, None], b_b * b_rho[:, None]
-    b_c, b_s = _angles(cosine_ptr, sine_ptr, offs_r, N, T, H, P, HALF)
+
+    # the rotation
+    b_c, b_s = _load_angles(cosine_ptr, sine_ptr, offs_r, N, T, H, P, HALF)
     _store_halves(y_ptr, b_a * b_c + b_b * b_s, b_b * b_c - b_a * b_s, offs_r.to(tl.int64) * D, mask, D, HALF)
 
 
 @jit
 def _norm_rotary_bwd_kernel(g_ptr, y_ptr, cosine_ptr, sine_ptr, rho_ptr, dx_ptr, g_b, g_t, g_h, N, T,
                             H: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr):
-    """dx (N, D)."""
+    """Writes dx (N, D)."""
+    # g, y and the angles
     offs_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    mask, offs_start = _exist(offs_r, N, D, HALF), offs_r.to(tl.int64) * D
-    b_ga, b_gb = _halves(g_ptr, _place(offs_r, T, g_b, g_t, g_h, H), mask, D, HALF)
-    b_ya, b_yb = _halves(y_ptr, offs_start, mask, D, HALF)
-    b_c, b_s = _angles(cosine_ptr, sine_ptr, offs_r, N, T, H, P, HALF)
+    mask = _exist(offs_r, N, D, HALF)
+    offs_start = offs_r.to(tl.int64) * D
+    b_ga, b_gb = _load_halves(g_ptr, _place(offs_r, T, g_b, g_t, g_h, H), mask, D, HALF)
+    b_ya, b_yb = _load_halves(y_ptr, offs_start, mask, D, HALF)
+    b_c, b_s = _load_angles(cosine_ptr, sine_ptr, offs_r, N, T, H, P, HALF)
+
+    # rho R'(g - w y mean(g y))
     b_along = (tl.sum(b_ga * b_ya + b_gb * b_yb, 1) / D)[:, None] / (b_c * b_c + b_s * b_s)
     b_rho = tl.load(rho_ptr + offs_r, mask=offs_r < N, other=0.0)[:, None]
     b_a, b_b = (b_ga - b_along * b_ya) * b_rho, (b_gb - b_along * b_yb) * b_rho
@@ -142,39 +162,47 @@ def _norm_rotary_bwd_kernel(g_ptr, y_ptr, cosine_ptr, sine_ptr, rho_ptr, dx_ptr,
 LAUNCH = {0: dict(pairs=8, num_warps=4), 10: dict(pairs=16, num_warps=4)}
 WIDEST = 256                # channels of a head
 MOST_ROWS = 2**31 - 2**15   # heads in all: they are counted in int32, those past the end of the last program too
-# else there is none, or the interpreter, which triton_op cannot trace
-COMPILED = triton is not None and isinstance(_norm_rotary_fwd_kernel, triton.JITFunction)
-register, wrap_triton = (torch.library.triton_op, torch.library.wrap_triton) if COMPILED else (torch.library.custom_op,
-        lambda kernel: kernel)
 
 
 def _launch(D: int, capability: int) -> dict:
-    """The launch for heads of D channels on a card of that compute capability (90 for 9.0)."""
-    launch, half = LAUNCH.get(capability // 10, LAUNCH[0]), triton.next_power_of_2(D // 2)
+    """Returns the launch for heads of D channels on a card of that compute capability (90 for 9.0)."""
+    launch = LAUNCH.get(capability // 10, LAUNCH[0])
+    half = triton.next_power_of_2(D // 2)
     return dict(ROWS=32 * launch["num_warps"] * launch["pairs"] // half, HALF=half, num_warps=launch["num_warps"])
 
 
 def _operands(x: Tensor, *tables: Tensor) -> tuple:
-    """x with neighbouring channels, contiguous tables, the grid, (N, T), and the kernel's constants."""
+    """
+    Returns x with neighbouring channels, contiguous tables, the grid, (N, T), and the kernel's constants.
+    """
+    # sizes, never symbols: the kernel is compiled for H, D and P
     B, T = x.shape[:2]
-    H, D, P = map(int, (*x.shape[2:], tables[0].shape[1]))  # never symbols: the kernel is compiled for them
-    launch = _launch(D, 10 * torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 0)
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return x, *(table.contiguous() for table in tables), (-(-(B * T * H) // launch["ROWS"]),), (B * T * H, T), dict(H=H,
-            D=D, P=P, **launch)
+    H, D, P = map(int, (*x.shape[2:], tables[0].shape[1]))
+    N = B * T * H
+
+    # the launch
+    capability = 10 * torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 0
+    constants = dict(H=H, D=D, P=P, **_launch(D, capability))
+    grid = (-(-N // constants["ROWS"]),)
+
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    return x, *(table.contiguous() for table in tables), grid, (N, T), constants
 
 
 def _empty_results(x: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(x.shape[:3], dtype=torch.float32,
-                                                                             device=x.device)
+    """Returns empty tensors for y (B, T, H, D) and rho (B, T, H)."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return y, torch.empty(x.shape[:3], dtype=torch.float32, device=x.device)
 
 
 # ---- Host functions, each the body of its registration ----------------------
 
-@register("knotgpt::norm_rotary", mutates_args=())
+@triton_operation("knotgpt::norm_rotary", mutates_args=())
 def _forward_op(x: Tensor, cosine: Tensor, sine: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """y, rho (B, T, H)"""
-    (y, rho), (x, cosine, sine, grid, sizes, constants) = _empty_results(x), _operands(x, cosine, sine)
+    """Returns y and rho (B, T, H)."""
+    y, rho = _empty_results(x)
+    x, cosine, sine, grid, sizes, constants = _operands(x, cosine, sine)
     with torch.cuda.device_of(x):
         wrap_triton(_norm_rotary_fwd_kernel)[grid](x, cosine, sine, y, rho, *x.stride()[:3], *sizes, eps, **constants)
     return y, rho
@@ -185,9 +213,11 @@ def _(x, cosine, sine, eps):
     return _empty_results(x)
 
 
-@register("knotgpt::norm_rotary_backward", mutates_args=())
+@triton_operation("knotgpt::norm_rotary_backward", mutates_args=())
 def _backward_op(g: Tensor, y: Tensor, cosine: Tensor, sine: Tensor, rho: Tensor) -> Tensor:
-    dx, (g, cosine, sine, grid, sizes, constants) = _empty_results(y)[0], _operands(g, cosine, sine)
+    """Returns dx."""
+    dx = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    g, cosine, sine, grid, sizes, constants = _operands(g, cosine, sine)
     with torch.cuda.device_of(g):
         wrap_triton(_norm_rotary_bwd_kernel)[grid](g, y, cosine, sine, rho, dx, *g.stride()[:3], *sizes, **constants)
     return dx
@@ -195,7 +225,7 @@ def _backward_op(g: Tensor, y: Tensor, cosine: Tensor, sine: Tensor, rho: Tensor
 
 @_backward_op.register_fake
 def _(g, y, cosine, sine, rho):
-    return _empty_results(y)[0]
+    return torch.empty(y.shape, dtype=y.dtype, device=y.device)
 
 
 def _save(ctx, inputs, output):
@@ -210,34 +240,37 @@ def _backward(ctx, g, _):
 _forward_op.register_autograd(_backward, setup_context=_save)
 
 
-# ---- The CPU's loops: a token a task, two passes over each head while the first-level cache holds it 
+# ---- The CPU's loops --------------------------------------------------------
+# A token is a task. Each head is gone over twice, while the first-level cache holds it.
 
 def _forward_body(x: Tensor, cosine: Tensor, sine: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """y, rho (B, T, H)"""
+    """Returns y and rho (B, T, H)."""
     y, rho = _empty_loops(x)
     rows, strides = strided_array(x)
-    parallel_loops("norm_rotary_loops").forward(rows, *strides, _table(cosine, y, 1.0), _table(sine, y, 0.0), eps,
-                                                y.numpy(), rho.numpy())
+    c, s = _table(cosine, y, 1.0), _table(sine, y, 0.0)
+    parallel_loops("norm_rotary.cpu").forward(rows, *strides, c, s, eps, y.numpy(), rho.numpy())
     return y.to(x.dtype), rho
 
 
 def _backward_body(g: Tensor, y: Tensor, cosine: Tensor, sine: Tensor, rho: Tensor) -> Tensor:
+    """Returns dx."""
     dx = torch.empty(y.shape, dtype=rho.dtype)
     rows, strides = strided_array(g)
-    parallel_loops("norm_rotary_loops").backward(rows, *strides, array(y), _table(cosine, dx, 1.0),
-                                                 _table(sine, dx, 0.0), rho.numpy(), dx.numpy())
+    c, s = _table(cosine, dx, 1.0), _table(sine, dx, 0.0)
+    parallel_loops("norm_rotary.cpu").backward(rows, *strides, array(y), c, s, rho.numpy(), dx.numpy())
     return dx.to(y.dtype)
 
 
 def _table(table: Tensor, rows: Tensor, still: float):
     """
-    A table for all pairs of the loops over `rows`, `still` for those that stay: a loop over few pairs is not
+    Returns a table for all pairs of the loops over `rows`, `still` for those that stay: a loop over few pairs is not
     vectorised.
     """
     return F.pad(table.to(rows.dtype), (0, rows.shape[-1] // 2 - table.shape[1]), value=still).numpy()
 
 
 def _empty_loops(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns empty tensors for the loops' y and rho."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.empty(x.shape, dtype=dtype), torch.empty(x.shape[:3], dtype=dtype)
 
@@ -247,22 +280,27 @@ def _fake_loops(x, cosine, sine, eps):
     return y.to(x.dtype), rho
 
 
-_backward_loops = cpu_operation("knotgpt::norm_rotary_loops_backward", _backward_body, lambda g, y,
-                                *_: torch.empty(y.shape, dtype=y.dtype))
-_forward_loops = cpu_operation("knotgpt::norm_rotary_loops", _forward_body, _fake_loops, _save,
-                               lambda ctx, g, _: (_backward_loops(g, *ctx.saved_tensors), None, None, None))
+def _fake_backward_loops(g, y, *_):
+    return torch.empty(y.shape, dtype=y.dtype)
+
+
+def _gradients_loops(ctx, g, _):
+    return _backward_loops(g, *ctx.saved_tensors), None, None, None
+
+
+_backward_loops = cpu_operation("knotgpt::norm_rotary_loops_backward", _backward_body, _fake_backward_loops)
+_forward_loops = cpu_operation("knotgpt::norm_rotary_loops", _forward_body, _fake_loops, _save, _gradients_loops)
 
 
 # ---- Public function --------------------------------------------------------
 
 BACKENDS = ("auto", "reference", "loops", "triton")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def norm_rotary(x: Tensor, cosine: Tensor, sine: Tensor, eps: float = 1e-6, backend: str = "auto") -> Tensor:
     """
-    y (B, T, H, D), contiguous, in x's dtype: the heads of x, each divided by sqrt(mean(x^2) + eps), then turned by
-    their positions.
+    Returns y (B, T, H, D), contiguous, in x's dtype: the heads of x, each divided by sqrt(mean(x^2) + eps), then turned
+    by their positions.
 
     x              (B, T, H, D)  bfloat16, float16, float32 or float64, D even; any strides, so q or k may be a view of
                                  a joined projection (a last axis that is not contiguous is copied)
@@ -279,50 +317,49 @@ def norm_rotary(x: Tensor, cosine: Tensor, sine: Tensor, eps: float = 1e-6, back
     """
     _check(x, cosine, sine, eps, backend)
     if backend == "auto":
-        backend = "triton" if x.is_cuda and triton is not None and _fits(x) else "loops" if loops_serve(
-            x) else "reference"
+        backend = _choose(x)
     if backend == "reference":
         return norm_rotary_reference(x, cosine, sine, eps)
     operation = _forward_loops if backend == "loops" else _forward_op
     return operation(x, cosine, sine, float(eps))[0]
 
 
+def _choose(x: Tensor) -> str:
+    """Returns the backend of "auto"."""
+    if x.is_cuda and triton is not None and _fits(x):
+        return "triton"
+    return "loops" if loops_serve(x) else "reference"
+
+
 def _fits(x: Tensor) -> bool:
+    """Returns whether the Triton kernels are made for heads of this width, number and dtype."""
     return x.shape[-1] <= WIDEST and prod(x.shape[:3]) < MOST_ROWS and x.dtype != torch.float64
 
 
 def _check(x, cosine, sine, eps, backend):
-    if not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0 or x.shape[-1] % 2:
-        raise ValueError(f"x must be a tensor (B, T, H, D), D even, not empty; got {_describe(x)}")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x must be bfloat16, float16, float32 or float64; got {x.dtype}")
+    """Raises norm_rotary's ValueErrors."""
+    # x
+    check_shape("x", x, "(B, T, H, D)", (None, None, None, None))
+    if x.shape[-1] % 2:
+        raise ValueError(f"x must be a tensor (B, T, H, D), D even; got {describe(x)}")
+    check_dtype("x", x)
+
+    # tables
     T, D = x.shape[1], x.shape[3]
     for name, table in (("cosine", cosine), ("sine", sine)):
         if not isinstance(table, Tensor) or table.dim() != 2 or table.shape[0] != T or table.shape[1] > D // 2:
-            raise ValueError(f"{name} must be a tensor (T, P), T = {T}, P <= D / 2 = {D // 2}; got {_describe(table)}")
-        if table.dtype not in (torch.float32, x.dtype):
-            raise ValueError(f"{name} must be float32 or x's dtype, {x.dtype}; got {table.dtype}")
-        if table.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}; got {table.device}")
+            raise ValueError(f"{name} must be a tensor (T, P), T = {T}, P <= D / 2 = {D // 2}; got {describe(table)}")
+        check_dtype(name, table, (torch.float32, x.dtype), like="x")
+        check_device(name, table, "x", x)
         if table.requires_grad:
-            raise ValueError(
-                f"{name} gets no gradient; got one that requires it: detach it, or call norm_rotary_reference")
+            raise ValueError(f"{name} gets no gradient; got one that requires it: detach it, or call "
+                             "norm_rotary_reference")
     if cosine.shape != sine.shape:
-        raise ValueError(f"cosine and sine must have one shape; got {_describe(cosine)} and {_describe(sine)}")
-    if not 0 < eps < float("inf"):
-        raise ValueError(f"eps must be above 0 and finite; got {eps}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    if backend == "triton" and (triton is None or COMPILED and not x.is_cuda):
-        raise ValueError(
-            f"backend 'triton' needs CUDA tensors and Triton; got tensors on {x.device}: use 'reference' or 'auto'")
-    if backend == "loops" and not loops_serve(x):
-        raise ValueError(
-            f"backend 'loops' needs tensors on a CPU and Numba; got tensors on {x.device}: use 'reference' or 'auto'")
+        raise ValueError(f"cosine and sine must have one shape; got {describe(cosine)} and {describe(sine)}")
+
+    # options
+    check_positive("eps", eps)
+    check_backend(backend, BACKENDS, x)
     if backend == "triton" and not _fits(x):
-        raise ValueError(
-            f"backend 'triton' takes D <= {WIDEST}, fewer than {MOST_ROWS} heads in all and no float64; got {_describe(x)} and {x.dtype}: " "use 'reference' or 'auto'")
-
-
-def _describe(x) -> str:
-    return str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"backend 'triton' takes D <= {WIDEST}, fewer than {MOST_ROWS} heads in all and no float64; "
+                         f"got {describe(x)}: use 'reference' or 'auto'")

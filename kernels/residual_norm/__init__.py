@@ -31,34 +31,44 @@ interpreter and compiled ahead of time, and their launch table is a choice, not 
 
 import math
 from functools import reduce
-from types import SimpleNamespace
 from typing import Optional
 
 import torch
 from torch import Tensor
 
-from kernels.backend import array, cpu_operation, loops_serve, parallel_loops
-
-try:
-    import triton
-    import triton.language as tl
-    jit = triton.jit
-except ImportError:  # no Triton for this platform: the reference serves it
-    triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda function: function
+from kernels.backend import (
+    FLOATS,
+    array,
+    check_backend,
+    check_device,
+    check_dtype,
+    check_option,
+    check_positive,
+    check_shape,
+    cpu_operation,
+    describe,
+    jit,
+    loops_serve,
+    parallel_loops,
+    tl,
+    triton,
+)
 
 
 def residual_norm_reference(x: Tensor, y: Tensor, alpha: Tensor | None = None, beta: Tensor | None = None,
                             weight: Tensor | None = None, stream_scale: Tensor | None = None, eps: float = 1e-8,
                             eps_norm: float = 1e-6, eps_mode: str = "clamp") -> tuple[Tensor, Tensor]:
     """
-    (z, h) term by term: any device, any floating dtype, differentiable by autograd. Arguments as residual_norm's.
-
-    Runs in the widest dtype among the arguments, float32 at least; z is rounded to x's before h is made of it.
+    Returns residual_norm's (z, h), computed term by term: on any device, in any floating dtype, differentiable by
+    autograd. It runs in the widest dtype among the arguments, float32 at least; z is rounded to x's before h is made of
+    it.
     """
-    dtype = reduce(torch.promote_types,
-                   (gain.dtype for gain in (alpha, beta, weight, stream_scale) if gain is not None),
-                   torch.promote_types(x.dtype, torch.float32))
+    # the dtype
+    gains = [gain for gain in (alpha, beta, weight, stream_scale) if gain is not None]
+    dtype = reduce(torch.promote_types, (gain.dtype for gain in gains), torch.promote_types(x.dtype, torch.float32))
     stream, branch = x.to(dtype), y.to(dtype)
+
+    # z
     if alpha is None and beta is None:
         z = branch + (stream if stream_scale is None else stream_scale * stream)
     else:
@@ -67,6 +77,8 @@ def residual_norm_reference(x: Tensor, y: Tensor, alpha: Tensor | None = None, b
         c = (stream * branch).sum(-1, keepdim=True) / (n + eps if eps_mode == "add" else n.clamp_min(eps))
         z = (scale + c * (b - a)) * stream + a * branch
     z = z.to(x.dtype)
+
+    # h
     wide = z.to(dtype)
     h = wide * (wide.square().mean(-1, keepdim=True) + eps_norm).rsqrt()
     return z, (h if weight is None else weight * h).to(x.dtype)
@@ -74,7 +86,8 @@ def residual_norm_reference(x: Tensor, y: Tensor, alpha: Tensor | None = None, b
 
 def scaled_sum_norm_reference(x: Tensor, y: Tensor, scales: Tensor, eps_norm: float = 1e-6) -> tuple[Tensor, Tensor]:
     """
-    (scales[0] x + scales[1] y, its norm) term by term, in the dtypes and with the rounding of residual_norm_reference.
+    Returns (scales[0] x + scales[1] y, its norm), computed term by term, in the dtypes and with the rounding of
+    residual_norm_reference.
     """
     dtype = torch.promote_types(torch.promote_types(x.dtype, scales.dtype), torch.float32)
     z = (scales[0] * x.to(dtype) + scales[1] * y.to(dtype)).to(x.dtype)
@@ -90,7 +103,7 @@ def scaled_sum_norm_reference(x: Tensor, y: Tensor, scales: Tensor, eps_norm: fl
 
 @jit
 def _place(i: tl.constexpr, offs_r, stride, N, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Offsets of tile i of the rows in their matrix, and which of them exist."""
+    """Returns the offsets of tile i of the rows in their matrix, and which of them exist."""
     offs_d = i * BLOCK + tl.arange(0, BLOCK)
     mask = (offs_r < N)[:, None]
     if D % BLOCK != 0:
@@ -99,24 +112,25 @@ def _place(i: tl.constexpr, offs_r, stride, N, D: tl.constexpr, BLOCK: tl.conste
 
 
 @jit
-def _tile(ptr, i: tl.constexpr, offs_r, stride, N, D: tl.constexpr, BLOCK: tl.constexpr, POLICY: tl.constexpr):
+def _load_tile(ptr, i: tl.constexpr, offs_r, stride, N, D: tl.constexpr, BLOCK: tl.constexpr, POLICY: tl.constexpr):
+    """Returns tile i of the rows of a matrix, 0 where there is none."""
     offs, mask = _place(i, offs_r, stride, N, D, BLOCK)
     return tl.load(ptr + offs, mask=mask, other=0.0, eviction_policy=POLICY)
 
 
 @jit
 def _store_tile(ptr, b_tile, i: tl.constexpr, offs_r, N, D: tl.constexpr, BLOCK: tl.constexpr):
-    """To rows of a contiguous matrix."""
+    """Writes tile i of the rows of a contiguous matrix."""
     offs, mask = _place(i, offs_r, D, N, D, BLOCK)
     tl.store(ptr + offs, b_tile.to(ptr.dtype.element_ty), mask=mask)
 
 
 @jit
-def _gain(ptr, i: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-          POLICY: tl.constexpr):
+def _load_gain(ptr, i: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+               POLICY: tl.constexpr):
     """
-    A gain's part of tile i: 1 without one, a number (COLUMNS = 1), or (ROWS, BLOCK), as a tile of other shape would be
-    laid out otherwise.
+    Returns a gain for tile i: 1 without one, a number (COLUMNS = 1), or (ROWS, BLOCK), as a tile of other shape would
+    be laid out otherwise.
     """
     if ptr is None:
         return 1.0
@@ -132,15 +146,17 @@ def _gain(ptr, i: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl
 
 
 @jit
-def _gates(alpha_ptr, beta_ptr, i: tl.constexpr, D: tl.constexpr, ALPHA_COLUMNS: tl.constexpr,
-           BETA_COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, POLICY: tl.constexpr):
-    return _gain(alpha_ptr, i, D, ALPHA_COLUMNS, ROWS, BLOCK, POLICY), _gain(beta_ptr, i, D, BETA_COLUMNS, ROWS, BLOCK,
-                                                                             POLICY)
+def _load_gates(alpha_ptr, beta_ptr, i: tl.constexpr, D: tl.constexpr, ALPHA_COLUMNS: tl.constexpr,
+                BETA_COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, POLICY: tl.constexpr):
+    """Returns alpha and beta for tile i."""
+    b_alpha = _load_gain(alpha_ptr, i, D, ALPHA_COLUMNS, ROWS, BLOCK, POLICY)
+    b_beta = _load_gain(beta_ptr, i, D, BETA_COLUMNS, ROWS, BLOCK, POLICY)
+    return b_alpha, b_beta
 
 
 @jit
-def _mixed(b_x, b_y, b_c, b_scale, b_alpha, b_beta, MIX: tl.constexpr):
-    """z in float32."""
+def _mix(b_x, b_y, b_c, b_scale, b_alpha, b_beta, MIX: tl.constexpr):
+    """Returns z in float32."""
     if MIX:
         return (b_scale + b_c[:, None] * (b_beta - b_alpha)) * b_x.to(tl.float32) + b_alpha * b_y.to(tl.float32)
     else:
@@ -152,42 +168,47 @@ def _residual_norm_fwd_kernel(x_ptr, y_ptr, alpha_ptr, beta_ptr, weight_ptr, sca
                               x_row, y_row, N, eps, eps_norm, D: tl.constexpr, ALPHA_COLUMNS: tl.constexpr,
                               BETA_COLUMNS: tl.constexpr, MIX: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
                               BLOCK: tl.constexpr):
-    """z, h and of every row c and rho. MIX: the residual is not plain."""
+    """Writes z, h and of every row c and rho. MIX: the residual is not plain."""
     TILES: tl.constexpr = (D + BLOCK - 1) // BLOCK
     offs_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    b_scale = _gain(scale_ptr, 0, D, 1, ROWS, BLOCK, "")
+    b_scale = _load_gain(scale_ptr, 0, D, 1, ROWS, BLOCK, "")
+
+    # c
     b_c = tl.zeros((ROWS,), tl.float32)
     if MIX:
         b_xx, b_xy = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
         for i in tl.static_range(TILES):
-            b_x = _tile(x_ptr, i, offs_r, x_row, N, D, BLOCK, "").to(tl.float32)
+            b_x = _load_tile(x_ptr, i, offs_r, x_row, N, D, BLOCK, "").to(tl.float32)
             b_xx += b_x * b_x
-            b_xy += b_x * _tile(y_ptr, i, offs_r, y_row, N, D, BLOCK, "").to(tl.float32)
+            b_xy += b_x * _load_tile(y_ptr, i, offs_r, y_row, N, D, BLOCK, "").to(tl.float32)
         b_n = tl.sum(b_xx, 1)
         b_c = tl.sum(b_xy, 1) / (b_n + eps if ADD else tl.maximum(b_n, eps))
         tl.store(c_ptr + offs_r, b_c, mask=offs_r < N)
 
+    # z
     z, b_square = (), tl.zeros((ROWS, BLOCK), tl.float32)
     for i in tl.static_range(TILES):
-        b_alpha, b_beta = _gates(alpha_ptr, beta_ptr, i, D, ALPHA_COLUMNS, BETA_COLUMNS, ROWS, BLOCK, "")
-        b_x, b_y = _tile(x_ptr, i, offs_r, x_row, N, D, BLOCK, "evict_first"), _tile(y_ptr, i, offs_r, y_row, N, D,
-                BLOCK, "evict_first")
-        z += (_mixed(b_x, b_y, b_c, b_scale, b_alpha, b_beta, MIX).to(z_ptr.dtype.element_ty),)
+        b_alpha, b_beta = _load_gates(alpha_ptr, beta_ptr, i, D, ALPHA_COLUMNS, BETA_COLUMNS, ROWS, BLOCK, "")
+        b_x = _load_tile(x_ptr, i, offs_r, x_row, N, D, BLOCK, "evict_first")
+        b_y = _load_tile(y_ptr, i, offs_r, y_row, N, D, BLOCK, "evict_first")
+        z += (_mix(b_x, b_y, b_c, b_scale, b_alpha, b_beta, MIX).to(z_ptr.dtype.element_ty),)
         _store_tile(z_ptr, z[i], i, offs_r, N, D, BLOCK)
         b_z = z[i].to(tl.float32)
         b_square += b_z * b_z
+
+    # h
     b_rho = tl.rsqrt(tl.sum(b_square, 1) / D + eps_norm)
     tl.store(rho_ptr + offs_r, b_rho, mask=offs_r < N)
     for i in tl.static_range(TILES):
-        _store_tile(h_ptr, z[i].to(tl.float32) * b_rho[:, None] * _gain(weight_ptr, i, D, D, ROWS, BLOCK, ""), i,
-                    offs_r, N, D, BLOCK)
+        b_h = z[i].to(tl.float32) * b_rho[:, None] * _load_gain(weight_ptr, i, D, D, ROWS, BLOCK, "")
+        _store_tile(h_ptr, b_h, i, offs_r, N, D, BLOCK)
 
 
 @jit
-def _no_sums(ptr, D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _begin_sums(ptr, D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """
-    Sums over a program's rows so far, of nothing: a tile for each of the row's; one for all of them where COLUMNS = 1;
-    none without ptr.
+    Returns sums over a program's rows that begin at 0: a tile for each of a row's; one for all of them where
+    COLUMNS = 1; none without ptr.
     """
     sums = ()
     if ptr is not None:
@@ -197,8 +218,8 @@ def _no_sums(ptr, D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BL
 
 
 @jit
-def _added(sums, b_tile, i: tl.constexpr, COLUMNS: tl.constexpr):
-    """sums with tile i's summand added."""
+def _add_tile(sums, b_tile, i: tl.constexpr, COLUMNS: tl.constexpr):
+    """Returns the sums with tile i's summand added."""
     result = ()
     for j in tl.static_range(len(sums)):
         if COLUMNS == 1:
@@ -210,7 +231,7 @@ def _added(sums, b_tile, i: tl.constexpr, COLUMNS: tl.constexpr):
 
 @jit
 def _store_sums(ptr, sums, stride, D: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """The program's row of partial sums."""
+    """Writes the program's row of partial sums."""
     if ptr is not None:
         ptr += tl.program_id(0) * stride
         if COLUMNS == 1:
@@ -228,68 +249,73 @@ def _residual_norm_bwd_kernel(gz_ptr, gh_ptr, x_ptr, y_ptr, z_ptr, alpha_ptr, be
                               BETA_COLUMNS: tl.constexpr, MIX: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
                               BLOCK: tl.constexpr):
     """
-    dx, dy and of every program a row of partial sums for the gains (those with a pointer). With MIX z comes from x, y
-    and c; else z_ptr has it, and x is read for dscale. Without dy_ptr dx is dy's, too. gz_ptr: None where z has no
-    gradient.
+    Writes dx, dy and of every program a row of partial sums for the gains (those with a pointer). With MIX z comes from
+    x, y and c; else z_ptr has it, and x is read for dscale. Without dy_ptr dx is dy's, too. gz_ptr is None where z has
+    no gradient.
     """
     TILES: tl.constexpr = (D + BLOCK - 1) // BLOCK
-    b_scale = _gain(scale_ptr, 0, D, 1, ROWS, BLOCK, "")
-    dalpha = _no_sums(dalpha_ptr, D, ALPHA_COLUMNS, ROWS, BLOCK)
-    dbeta = _no_sums(dbeta_ptr, D, BETA_COLUMNS, ROWS, BLOCK)
-    dweight = _no_sums(dweight_ptr, D, D, ROWS, BLOCK)
-    dscale = _no_sums(dscale_ptr, D, 1, ROWS, BLOCK)
+    b_scale = _load_gain(scale_ptr, 0, D, 1, ROWS, BLOCK, "")
+    dalpha = _begin_sums(dalpha_ptr, D, ALPHA_COLUMNS, ROWS, BLOCK)
+    dbeta = _begin_sums(dbeta_ptr, D, BETA_COLUMNS, ROWS, BLOCK)
+    dweight = _begin_sums(dweight_ptr, D, D, ROWS, BLOCK)
+    dscale = _begin_sums(dscale_ptr, D, 1, ROWS, BLOCK)
     for step in range(tl.cdiv(N, ROWS * tl.num_programs(0))):
         offs_r = (tl.program_id(0).to(tl.int64) + step * tl.num_programs(0)) * ROWS + tl.arange(0, ROWS)
         b_rho = tl.load(rho_ptr + offs_r, mask=offs_r < N, other=0.0)
         if MIX:
             b_c = tl.load(c_ptr + offs_r, mask=offs_r < N, other=0.0)
-        part, b_uz, b_n = (), tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
-        for i in tl.static_range(TILES):
-            b_gh = _tile(gh_ptr, i, offs_r, gh_row, N, D, BLOCK, "").to(tl.float32)
-            if MIX:
-                b_x = _tile(x_ptr, i, offs_r, x_row, N, D, BLOCK, "").to(tl.float32)
-                b_y = _tile(y_ptr, i, offs_r, y_row, N, D, BLOCK, "")
-                b_n += b_x * b_x
-                b_alpha, b_beta = _gates(alpha_ptr, beta_ptr, i, D, ALPHA_COLUMNS, BETA_COLUMNS, ROWS, BLOCK, "")
-                b_z = _mixed(b_x, b_y, b_c, b_scale, b_alpha, b_beta, MIX).to(gh_ptr.dtype.element_ty).to(tl.float32)
-            else:
-                b_z = _tile(z_ptr, i, offs_r, D, N, D, BLOCK, "").to(tl.float32)
-            b_u = b_gh * _gain(weight_ptr, i, D, D, ROWS, BLOCK, "")
-            b_uz += b_u * b_z
-            dweight = _added(dweight, b_gh * (b_z * b_rho[:, None]), i, D)
-            b_part = b_u * b_rho[:, None]
-            if gz_ptr is not None:
-                b_part += _tile(gz_ptr, i, offs_r, gz_row, N, D, BLOCK, "").to(tl.float32)
-            part += (b_part,)
 
+        # gz + rho u, <u, z> and <x, x>
+        without_norm, b_uz, b_n = (), tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
+        for i in tl.static_range(TILES):
+            b_gh = _load_tile(gh_ptr, i, offs_r, gh_row, N, D, BLOCK, "").to(tl.float32)
+            if MIX:
+                b_x = _load_tile(x_ptr, i, offs_r, x_row, N, D, BLOCK, "").to(tl.float32)
+                b_y = _load_tile(y_ptr, i, offs_r, y_row, N, D, BLOCK, "")
+                b_n += b_x * b_x
+                b_alpha, b_beta = _load_gates(alpha_ptr, beta_ptr, i, D, ALPHA_COLUMNS, BETA_COLUMNS, ROWS, BLOCK, "")
+                b_z = _mix(b_x, b_y, b_c, b_scale, b_alpha, b_beta, MIX).to(gh_ptr.dtype.element_ty).to(tl.float32)
+            else:
+                b_z = _load_tile(z_ptr, i, offs_r, D, N, D, BLOCK, "").to(tl.float32)
+            b_u = b_gh * _load_gain(weight_ptr, i, D, D, ROWS, BLOCK, "")
+            b_uz += b_u * b_z
+            dweight = _add_tile(dweight, b_gh * (b_z * b_rho[:, None]), i, D)
+            b_without = b_u * b_rho[:, None]
+            if gz_ptr is not None:
+                b_without += _load_tile(gz_ptr, i, offs_r, gz_row, N, D, BLOCK, "").to(tl.float32)
+            without_norm += (b_without,)
+
+        # g and gc
         g, b_gc, b_along = (), tl.zeros((ROWS, BLOCK), tl.float32), tl.sum(b_uz, 1) * b_rho * b_rho * b_rho / D
         for i in tl.static_range(TILES):
             if x_ptr is not None:
-                b_x = _tile(x_ptr, i, offs_r, x_row, N, D, BLOCK, "evict_last").to(tl.float32)
+                b_x = _load_tile(x_ptr, i, offs_r, x_row, N, D, BLOCK, "evict_last").to(tl.float32)
             if MIX:
-                b_y = _tile(y_ptr, i, offs_r, y_row, N, D, BLOCK, "evict_last").to(tl.float32)
-                b_alpha, b_beta = _gates(alpha_ptr, beta_ptr, i, D, ALPHA_COLUMNS, BETA_COLUMNS, ROWS, BLOCK,
+                b_y = _load_tile(y_ptr, i, offs_r, y_row, N, D, BLOCK, "evict_last").to(tl.float32)
+                b_alpha, b_beta = _load_gates(alpha_ptr, beta_ptr, i, D, ALPHA_COLUMNS, BETA_COLUMNS, ROWS, BLOCK,
                                          "evict_last")
-                b_z = _mixed(b_x, b_y, b_c, b_scale, b_alpha, b_beta, MIX).to(gh_ptr.dtype.element_ty).to(tl.float32)
+                b_z = _mix(b_x, b_y, b_c, b_scale, b_alpha, b_beta, MIX).to(gh_ptr.dtype.element_ty).to(tl.float32)
             else:
-                b_z = _tile(z_ptr, i, offs_r, D, N, D, BLOCK, "evict_last").to(tl.float32)
-            b_g = part[i] - b_z * b_along[:, None]
+                b_z = _load_tile(z_ptr, i, offs_r, D, N, D, BLOCK, "evict_last").to(tl.float32)
+            b_g = without_norm[i] - b_z * b_along[:, None]
             g += (b_g,)
             if x_ptr is not None:
                 b_gx = b_g * b_x
-                dscale = _added(dscale, b_gx, i, 1)
+                dscale = _add_tile(dscale, b_gx, i, 1)
             if MIX:
-                dalpha = _added(dalpha, b_g * (b_y - b_c[:, None] * b_x), i, ALPHA_COLUMNS)
-                dbeta = _added(dbeta, b_gx * b_c[:, None], i, BETA_COLUMNS)
+                dalpha = _add_tile(dalpha, b_g * (b_y - b_c[:, None] * b_x), i, ALPHA_COLUMNS)
+                dbeta = _add_tile(dbeta, b_gx * b_c[:, None], i, BETA_COLUMNS)
                 b_gc += b_gx * (b_beta - b_alpha)
+
+        # dx and dy
         if MIX:
             b_n = tl.sum(b_n, 1)
             b_q = tl.sum(b_gc, 1) / (b_n + eps if ADD else tl.maximum(b_n, eps))
             b_back = 2.0 * b_q * b_c if ADD else tl.where(b_n > eps, 2.0 * b_q * b_c, 0.0)
             for i in tl.static_range(TILES):
-                b_x = _tile(x_ptr, i, offs_r, x_row, N, D, BLOCK, "evict_first").to(tl.float32)
-                b_y = _tile(y_ptr, i, offs_r, y_row, N, D, BLOCK, "evict_first").to(tl.float32)
-                b_alpha, b_beta = _gates(alpha_ptr, beta_ptr, i, D, ALPHA_COLUMNS, BETA_COLUMNS, ROWS, BLOCK,
+                b_x = _load_tile(x_ptr, i, offs_r, x_row, N, D, BLOCK, "evict_first").to(tl.float32)
+                b_y = _load_tile(y_ptr, i, offs_r, y_row, N, D, BLOCK, "evict_first").to(tl.float32)
+                b_alpha, b_beta = _load_gates(alpha_ptr, beta_ptr, i, D, ALPHA_COLUMNS, BETA_COLUMNS, ROWS, BLOCK,
                                          "evict_first")
                 _store_tile(dy_ptr, b_alpha * g[i] + b_q[:, None] * b_x, i, offs_r, N, D, BLOCK)
                 b_dx = (b_scale + b_c[:, None] * (b_beta - b_alpha)) * g[i] + b_q[:, None] * b_y - b_back[:, None] * b_x
@@ -299,6 +325,8 @@ def _residual_norm_bwd_kernel(gz_ptr, gh_ptr, x_ptr, y_ptr, z_ptr, alpha_ptr, be
                 _store_tile(dx_ptr, b_scale * g[i], i, offs_r, N, D, BLOCK)
                 if dy_ptr is not None:
                     _store_tile(dy_ptr, g[i], i, offs_r, N, D, BLOCK)
+
+    # the gains' sums
     _store_sums(dalpha_ptr, dalpha, sums_row, D, ALPHA_COLUMNS, BLOCK)
     _store_sums(dbeta_ptr, dbeta, sums_row, D, BETA_COLUMNS, BLOCK)
     _store_sums(dweight_ptr, dweight, sums_row, D, D, BLOCK)
@@ -308,28 +336,35 @@ def _residual_norm_bwd_kernel(gz_ptr, gh_ptr, x_ptr, y_ptr, z_ptr, alpha_ptr, be
 # ---- Launches ---------------------------------------------------------------
 
 WIDEST = 4096       # most channels that a program's registers hold
-PROGRAMS = 4        # of the backward pass, for each multiprocessor: each adds up its rows' part of the column sums
+PROGRAMS = 4        # of the backward pass, for each multiprocessor: each adds up the column sums of its rows
 
 
 def _launch(D: int, crowded: bool = False) -> dict:
     """
-    Three tiles a row at most, eight channels of each in a thread: at D = 768 a warp holds a row. Two where registers
-    hold the weight's sums beside others.
+    Returns the launch: three tiles a row at most, eight channels of each in a thread, so that at D = 768 a warp holds a
+    row. crowded: two tiles, where registers hold the weight's sums beside others.
     """
     block = max(triton.next_power_of_2(-(-D // (2 if crowded else 3))), min(triton.next_power_of_2(D), 256))
     return dict(ROWS=max(1, 1024 // block), BLOCK=block, num_warps=max(4, block // 256))
 
 
 def _constants(D: int, alpha: Tensor | None, beta: Tensor | None, add: bool) -> dict:
-    columns = lambda gain: 1 if gain is None else gain.numel()
-    return dict(D=D, ALPHA_COLUMNS=columns(alpha), BETA_COLUMNS=columns(beta), MIX=not (alpha is None and beta is None),
-                ADD=add)
+    """Returns the kernels' sizes and switches."""
+    return dict(
+        D=D,
+        ALPHA_COLUMNS=1 if alpha is None else alpha.numel(),
+        BETA_COLUMNS=1 if beta is None else beta.numel(),
+        MIX=not (alpha is None and beta is None),
+        ADD=add,
+    )
 
 
 def _matrix(x: Tensor | None) -> Tensor | None:
-    """(N, D) with any row stride and neighbouring channels, in place where that is possible."""
-    x = x if x is None else x.reshape(-1, x.shape[-1])
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+    """Returns x as (N, D), with any row stride and neighbouring channels, in place where that is possible."""
+    if x is None:
+        return None
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _vectors(*gains: Tensor | None) -> list[Tensor | None]:
@@ -341,21 +376,24 @@ def _stride(x: Tensor | None) -> int:
 
 
 def _empty_results(x: Tensor, alpha: Tensor | None, beta: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns empty tensors for z, h, c (without numbers where the residual is plain) and rho."""
     # .numel() would tie a compiled graph to one number of rows
-    rows, plain = math.prod(x.shape[:-1]), alpha is None and beta is None
+    rows = math.prod(x.shape[:-1])
+    plain = alpha is None and beta is None
     z, h = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     return z, h, x.new_empty(0 if plain else rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
 
 
 def _sizes(gains: tuple[Tensor | None, ...], wanted: list[bool]) -> list[int]:
-    """Columns of the sums for each gain whose gradient is wanted."""
-    return [gain.numel() for gain, own in zip(gains, wanted) if own]
+    """Returns the columns of the sums for each gain whose gradient is wanted."""
+    return [gain.numel() for gain, is_wanted in zip(gains, wanted) if is_wanted]
 
 
 def _empty_gradients(gh: Tensor, x: Tensor | None, gains: tuple[Tensor | None, ...],
                      wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dy = (torch.empty(shape, dtype=gh.dtype, device=gh.device)
-              for shape in (gh.shape, 0 if x is None else gh.shape))
+    """Returns empty tensors for dx, dy (without numbers where it is dx) and the gains' sums."""
+    dx = torch.empty(gh.shape, dtype=gh.dtype, device=gh.device)
+    dy = torch.empty(0 if x is None else gh.shape, dtype=gh.dtype, device=gh.device)
     return dx, dy, gh.new_empty(sum(_sizes(gains, wanted)), dtype=torch.float32)
 
 
@@ -363,18 +401,21 @@ def _empty_gradients(gh: Tensor, x: Tensor | None, gains: tuple[Tensor | None, .
 
 @torch.library.custom_op("knotgpt::residual_norm", mutates_args=())
 def _forward_op(x: Tensor, y: Tensor, alpha: Optional[Tensor], beta: Optional[Tensor], weight: Optional[Tensor],
-                scale: Optional[Tensor], eps: float, eps_norm: float, add: bool) -> tuple[Tensor, Tensor, Tensor,
-        Tensor]:
-    """z, h, c, rho"""
-    D, results = x.shape[-1], _empty_results(x, alpha, beta)
-    x, y, launch, constants, (z, h, c, rho) = _matrix(x), _matrix(y), _launch(D), _constants(D, alpha, beta,
-            add), results
+                scale: Optional[Tensor], eps: float, eps_norm: float,
+                add: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns z, h, c and rho."""
+    D = x.shape[-1]
+    z, h, c, rho = _empty_results(x, alpha, beta)
+    x, y = _matrix(x), _matrix(y)
+
+    launch = _launch(D)
+    constants = _constants(D, alpha, beta, add)
+    grid = (triton.cdiv(len(x), launch["ROWS"]),)
     with torch.cuda.device_of(x):
-        _residual_norm_fwd_kernel[(triton.cdiv(len(x), launch["ROWS"]),)](x, y, *_vectors(alpha, beta, weight, scale),
-                                                                          z, h, c if constants["MIX"] else None, rho,
-                                                                          _stride(x), _stride(y), len(x), eps, eps_norm,
-                                                                          **constants, **launch)
-    return results
+        _residual_norm_fwd_kernel[grid](
+            x, y, *_vectors(alpha, beta, weight, scale), z, h, c if constants["MIX"] else None, rho, _stride(x),
+            _stride(y), len(x), eps, eps_norm, **constants, **launch)
+    return z, h, c, rho
 
 
 @_forward_op.register_fake
@@ -386,26 +427,33 @@ def _(x, y, alpha, beta, weight, scale, eps, eps_norm, add):
 def _backward_op(gz: Optional[Tensor], gh: Tensor, x: Optional[Tensor], y: Optional[Tensor], z: Optional[Tensor],
                  alpha: Optional[Tensor], beta: Optional[Tensor], weight: Optional[Tensor], scale: Optional[Tensor],
                  c: Tensor, rho: Tensor, eps: float, add: bool, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dy (empty where it is dx), sums over the rows for the gains whose gradient is wanted"""
+    """Returns dx, dy (empty where it is dx) and the sums over the rows for the gains whose gradient is wanted."""
+    # arguments and results
     gains = alpha, beta, weight, scale
-    D, results, sizes = gh.shape[-1], _empty_gradients(gh, x, gains, wanted), _sizes(gains, wanted)
-    gz, gh, x, y, N, (dx, dy, sums) = _matrix(gz), _matrix(gh), _matrix(x), _matrix(y), len(rho), results
-    launch, constants = _launch(D, wanted[2] and len(sizes) > 1), _constants(D, alpha, beta, add)
+    sizes = _sizes(gains, wanted)
+    dx, dy, sums = _empty_gradients(gh, x, gains, wanted)
+    gz, gh, x, y = _matrix(gz), _matrix(gh), _matrix(x), _matrix(y)
+    N, D = len(rho), gh.shape[-1]
+
+    # the launch
+    launch = _launch(D, crowded=wanted[2] and len(sizes) > 1)
+    constants = _constants(D, alpha, beta, add)
     programs = triton.cdiv(N, launch["ROWS"])
     if sizes:
-        programs = min(programs, PROGRAMS * (torch.cuda.get_device_properties(gh.device).multi_processor_count
-                                             if gh.is_cuda else 1))
+        processors = torch.cuda.get_device_properties(gh.device).multi_processor_count if gh.is_cuda else 1
+        programs = min(programs, PROGRAMS * processors)
+
+    # every program's sums, side by side for the gains
     partial = torch.empty(programs, len(sums), dtype=torch.float32, device=gh.device)
-    parts = iter(partial.split(sizes, 1))
+    columns = iter(partial.split(sizes, 1))
     with torch.cuda.device_of(gh):
-        _residual_norm_bwd_kernel[(programs,)](gz, gh, x, y, z, *_vectors(*gains), c if constants["MIX"] else None, rho,
-                                               dx, dy if len(dy) else None,
-                                               *(next(parts) if own else None for own in wanted), _stride(gz),
-                                               _stride(gh), _stride(x), _stride(y), len(sums), N, eps, **constants,
-                                               **launch)
+        _residual_norm_bwd_kernel[(programs,)](
+            gz, gh, x, y, z, *_vectors(*gains), c if constants["MIX"] else None, rho, dx, dy if len(dy) else None,
+            *(next(columns) if is_wanted else None for is_wanted in wanted), _stride(gz), _stride(gh), _stride(x),
+            _stride(y), len(sums), N, eps, **constants, **launch)
         if sizes:
             torch.sum(partial, 0, out=sums)
-    return results
+    return dx, dy, sums
 
 
 @_backward_op.register_fake
@@ -417,8 +465,10 @@ def _save(ctx, inputs, output):
     x, y, *gains, ctx.eps, _, ctx.add = inputs
     z, _, c, rho = output
     plain = gains[0] is None and gains[1] is None
-    ctx.save_for_backward(None if plain and gains[3] is None else x, None if plain else y, z if plain else None, *gains,
-                          c, rho)
+    if plain:
+        ctx.save_for_backward(None if gains[3] is None else x, None, z, *gains, c, rho)
+    else:
+        ctx.save_for_backward(x, y, None, *gains, c, rho)
     ctx.set_materialize_grads(False)
 
 
@@ -426,48 +476,58 @@ def _backward(ctx, gz, gh, *_):
     if gz is None and gh is None:
         return (None,) * 9
     *tensors, c, rho = ctx.saved_tensors
-    gains, wanted = tensors[3:], list(ctx.needs_input_grad[2:6])
-    dx, dy, sums = _backward_op(gz, torch.zeros_like(gz) if gh is None else gh, *tensors, c, rho, ctx.eps, ctx.add,
-                                wanted)
-    parts = iter(sums.split(_sizes(gains, wanted)))
-    dgains = (next(parts).reshape(gain.shape).to(gain.dtype) if own else None for gain, own in zip(gains, wanted))
+    gains = tensors[3:]
+    wanted = list(ctx.needs_input_grad[2:6])
+    if gh is None:
+        gh = torch.zeros_like(gz)
+    dx, dy, sums = _backward_op(gz, gh, *tensors, c, rho, ctx.eps, ctx.add, wanted)
+
+    # the sums of every gain in its shape and dtype
+    columns = iter(sums.split(_sizes(gains, wanted)))
+    dgains = [next(columns).reshape(gain.shape).to(gain.dtype) if is_wanted else None
+              for gain, is_wanted in zip(gains, wanted)]
     return dx, dx if tensors[0] is None else dy, *dgains, None, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_save)
 
 
-# ---- The CPU's loops: z = s_0 x + s_1 y, plain (1, 1) or with learned scales, and its norm 
+# ---- The CPU's loops --------------------------------------------------------
+# z = s_0 x + s_1 y, plain (1, 1) or with learned scales, and its norm.
 
 def _sum_body(x: Tensor, y: Tensor, scales: Optional[Tensor], eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """z, h and rho (N)"""
+    """Returns z, h and rho (N)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     z, h = (torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format) for _ in range(2))
     rho = z.new_empty(math.prod(x.shape[:-1]))
-    parallel_loops("residual_norm_loops").forward(*_row_arrays(x, y), _scale_array(scales, z), eps, *_row_arrays(z, h),
-                                                  rho.numpy())
+    parallel_loops("residual_norm.cpu").forward(
+        *_row_arrays(x, y), _scale_array(scales, z), eps, *_row_arrays(z, h), rho.numpy())
     return z.to(x.dtype), h.to(x.dtype), rho
 
 
 def _sum_backward_body(gz: Optional[Tensor], gh: Tensor, x: Optional[Tensor], y: Optional[Tensor],
                        scales: Optional[Tensor], h: Tensor, rho: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dy and dscales; of a plain sum dx is both, and the others are empty"""
-    dx, dy = torch.empty(gh.shape, dtype=rho.dtype), torch.empty(gh.shape if scales is not None else (0, gh.shape[-1]),
-                                                                 dtype=rho.dtype)
+    """Returns dx, dy and dscales. Of a plain sum dx is both gradients, and the others are empty."""
+    dx = torch.empty(gh.shape, dtype=rho.dtype)
+    dy = torch.empty(gh.shape if scales is not None else (0, gh.shape[-1]), dtype=rho.dtype)
     dscales = torch.empty(len(rho) if scales is not None else 0, 2, dtype=rho.dtype)
     gz, x, y = (dx.new_empty(0, gh.shape[-1]) if tensor is None else tensor for tensor in (gz, x, y))
-    parallel_loops("residual_norm_loops").backward(*_row_arrays(gz, gh, x, y), _scale_array(scales, dx),
-                                                   *_row_arrays(h), rho.numpy(), *_row_arrays(dx, dy), dscales.numpy())
+    parallel_loops("residual_norm.cpu").backward(
+        *_row_arrays(gz, gh, x, y), _scale_array(scales, dx), *_row_arrays(h), rho.numpy(), *_row_arrays(dx, dy),
+        dscales.numpy())
     return dx.to(gh.dtype), dy.to(gh.dtype), dscales.sum(0)
 
 
 def _row_arrays(*tensors: Tensor) -> list:
-    """Each as an array of rows."""
+    """Returns each as an array of rows."""
     return [array(x.reshape(-1, x.shape[-1])) for x in tensors]
 
 
 def _scale_array(scales: Tensor | None, like: Tensor):
-    return array((torch.ones(2) if scales is None else scales).to(like.dtype))
+    """Returns the scales, ones where there are none, as an array of like's dtype."""
+    if scales is None:
+        scales = torch.ones(2)
+    return array(scales.to(like.dtype))
 
 
 def _fake_sum(x, y, scales, eps):
@@ -476,8 +536,8 @@ def _fake_sum(x, y, scales, eps):
 
 
 def _fake_sum_backward(gz, gh, x, y, scales, h, rho):
-    dx, dy = torch.empty(gh.shape, dtype=gh.dtype), torch.empty(gh.shape if scales is not None else (0, gh.shape[-1]),
-                                                                dtype=gh.dtype)
+    dx = torch.empty(gh.shape, dtype=gh.dtype)
+    dy = torch.empty(gh.shape if scales is not None else (0, gh.shape[-1]), dtype=gh.dtype)
     return dx, dy, torch.empty(2, dtype=rho.dtype)
 
 
@@ -492,7 +552,9 @@ def _sum_gradients(ctx, gz, gh, _):
     *inputs, scales, h, rho = ctx.saved_tensors
     if gz is None and gh is None:
         return (None,) * 4
-    dx, dy, dscales = _sum_backward_loops(gz, torch.zeros_like(gz) if gh is None else gh, *inputs, scales, h, rho)
+    if gh is None:
+        gh = torch.zeros_like(gz)
+    dx, dy, dscales = _sum_backward_loops(gz, gh, *inputs, scales, h, rho)
     return (dx, dx, None, None) if scales is None else (dx, dy, dscales.to(scales.dtype), None)
 
 
@@ -505,8 +567,8 @@ _sum_loops = cpu_operation("knotgpt::scaled_sum_norm_loops", _sum_body, _fake_su
 def scaled_sum_norm(x: Tensor, y: Tensor, scales: Tensor | None = None, eps_norm: float = 1e-6,
                     backend: str = "auto") -> tuple[Tensor, Tensor]:
     """
-    (z, z / sqrt(mean(z^2) + eps_norm) of every row), z = scales[0] x + scales[1] y: residual_norm's z without c, two
-    scalars in the place of its gains.
+    Returns (z, z / sqrt(mean(z^2) + eps_norm) of every row) with z = scales[0] x + scales[1] y: residual_norm's z
+    without c, two scalars in the place of its gains.
 
     x, y      (..., D)   bfloat16, float16, float32 or float64, of one dtype; any strides (what is not contiguous is
                          copied)
@@ -518,11 +580,10 @@ def scaled_sum_norm(x: Tensor, y: Tensor, scales: Tensor | None = None, eps_norm
     the argument for a wrong shape, dtype or option.
     """
     _check(x, y, None, None, None, None, 1.0, eps_norm, "clamp", "auto" if backend == "loops" else backend)
-    if scales is not None and (not isinstance(scales, Tensor) or scales.shape != (2,) or scales.dtype not in DTYPES):
-        raise ValueError(f"scales must be None or a tensor of shape (2,); got {_describe(scales)}")
-    if backend == "loops" and not loops_serve(x):
-        raise ValueError(
-            f"backend 'loops' needs tensors on a CPU and Numba; got tensors on {x.device}: use 'reference' or 'auto'")
+    if scales is not None and (not isinstance(scales, Tensor) or scales.shape != (2,) or scales.dtype not in FLOATS):
+        raise ValueError(f"scales must be None or a float tensor of shape (2,); got {describe(scales)}")
+    if backend == "loops":
+        check_backend(backend, ("loops",), x)
     if backend == "loops" or backend == "auto" and loops_serve(x):
         return _sum_loops(x, y, scales, float(eps_norm))[:2]
     if scales is None:
@@ -532,20 +593,20 @@ def scaled_sum_norm(x: Tensor, y: Tensor, scales: Tensor | None = None, eps_norm
 
 BACKENDS = ("auto", "reference", "triton")
 EPS_MODES = ("clamp", "add")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def residual_norm(x: Tensor, y: Tensor, alpha: Tensor | None = None, beta: Tensor | None = None,
                   weight: Tensor | None = None, stream_scale: Tensor | None = None, eps: float = 1e-8,
                   eps_norm: float = 1e-6, eps_mode: str = "clamp", backend: str = "auto") -> tuple[Tensor, Tensor]:
     """
-    (z, h): z = lam x + alpha . (y - c x) + beta . c x with c = <x, y> / n', and h = weight . z / sqrt(mean(z^2) +
-    eps_norm), of every row of D numbers.
+    Returns (z, h) of every row of D numbers, in x's dtype and shape:
+        z = lam x + alpha . (y - c x) + beta . c x with c = <x, y> / n'      h = weight . z / sqrt(mean(z^2) + eps_norm)
 
     x, y           (..., D)      the residual stream and what joins it, of one dtype: bfloat16, float16, float32 or
                                  float64; any strides (a last axis that is not contiguous is copied)
-    alpha, beta    one number    gain of y's part across x and along x, 0-dim or (1,), or (D,) for one a channel; None:
-                                 1. Both None: z = lam x + y, which needs no c; gains of 1 give the same z, bit for bit
+    alpha, beta    one number    gain of what is across x and along x in y, 0-dim or (1,), or (D,) for one a channel;
+                                 None: 1. Both None: z = lam x + y, which needs no c; gains of 1 give the same z, bit
+                                 for bit
     weight         (D,)          the norm's gain; None: 1
     stream_scale   one number    lam; None: 1
     eps            > 0           n' = max(<x, x>, eps) for eps_mode "clamp", <x, x> + eps for "add": rows of zeros give
@@ -553,14 +614,14 @@ def residual_norm(x: Tensor, y: Tensor, alpha: Tensor | None = None, beta: Tenso
     backend        "reference": PyTorch; "triton": fused, D <= 4096, no float64; "auto": triton for CUDA tensors where
                    it can, else reference
 
-    Returns z and h in x's dtype and shape. The gains are best float32, whatever x is. Sums run in float32, in the
+    The gains are best float32, whatever x is. Sums run in float32, in the
     reference in float64 where an argument has it. Gradients for x, y and the four gains, once. Both backends work under
     torch.compile(fullgraph=True). ValueError that names the argument for a wrong shape, dtype, device or option.
     """
     _check(x, y, alpha, beta, weight, stream_scale, eps, eps_norm, eps_mode, backend)
     if backend == "auto":
-        backend = "triton" if x.is_cuda and triton is not None and x.shape[-1] <= WIDEST and not _has_float64(x, alpha,
-                beta, weight, stream_scale) else "reference"
+        fits = x.shape[-1] <= WIDEST and not _has_float64(x, alpha, beta, weight, stream_scale)
+        backend = "triton" if x.is_cuda and triton is not None and fits else "reference"
     if backend == "reference":
         return residual_norm_reference(x, y, alpha, beta, weight, stream_scale, eps, eps_norm, eps_mode)
     z, h, _, _ = _forward_op(x, y, alpha, beta, weight, stream_scale, float(eps), float(eps_norm), eps_mode == "add")
@@ -572,41 +633,31 @@ def _has_float64(*tensors: Tensor | None) -> bool:
 
 
 def _check(x, y, alpha, beta, weight, stream_scale, eps, eps_norm, eps_mode, backend):
-    if not isinstance(x, Tensor) or x.dim() < 1 or x.numel() == 0:
-        raise ValueError(f"x must be a tensor (..., D), not empty; got {_describe(x)}")
-    if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype:
-        raise ValueError(
-            f"y must have x's shape and dtype, {tuple(x.shape)} and {x.dtype}; got {_describe(y)}{f' and {y.dtype}' if isinstance(y, Tensor) else ''}")
-    D, number = x.shape[-1], ((), (1,))
-    for name, gain, shapes in (("alpha", alpha, (*number, (D,))), ("beta", beta, (*number, (D,))),
-                               ("weight", weight, ((D,),)), ("stream_scale", stream_scale, number)):
-        if gain is not None and (not isinstance(gain, Tensor) or tuple(gain.shape) not in shapes):
-            raise ValueError(
-                f"{name} must be None or a tensor of shape {' or '.join(map(str, shapes))}; got {_describe(gain)}")
-    for name, tensor in (("x", x), ("y", y), ("alpha", alpha), ("beta", beta), ("weight", weight),
-                         ("stream_scale", stream_scale)):
-        if tensor is not None and tensor.dtype not in DTYPES:
-            raise ValueError(f"{name} must be bfloat16, float16, float32 or float64; got {tensor.dtype}")
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}; got {tensor.device}")
-    for name, value in (("eps", eps), ("eps_norm", eps_norm)):
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{name} must be above 0 and finite; got {value}")
-    if eps_mode not in EPS_MODES:
-        raise ValueError(f"eps_mode must be {' or '.join(EPS_MODES)}; got {eps_mode!r}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    if backend == "triton" and (triton is None or not (x.is_cuda or _interpreted())):
-        raise ValueError(
-            f"backend 'triton' needs CUDA tensors and Triton; got tensors on {x.device}: use 'reference' or 'auto'")
-    if backend == "triton" and (D > WIDEST or _has_float64(x, alpha, beta, weight, stream_scale)):
-        raise ValueError(
-            f"backend 'triton' takes at most {WIDEST} channels and no float64; got D = {D} and {x.dtype}: use 'reference' or 'auto'")
+    """Raises residual_norm's ValueErrors."""
+    # x and y
+    check_shape("x", x, "(..., D)", (..., None))
+    check_shape("y", y, "(..., D)", tuple(x.shape))
+    check_dtype("y", y, (x.dtype,), like="x")
 
+    # gains
+    D = x.shape[-1]
+    number = [(), (1,)]
+    shapes = dict(alpha=[*number, (D,)], beta=[*number, (D,)], weight=[(D,)], stream_scale=number)
+    gains = dict(alpha=alpha, beta=beta, weight=weight, stream_scale=stream_scale)
+    for name, gain in gains.items():
+        if gain is not None and (not isinstance(gain, Tensor) or tuple(gain.shape) not in shapes[name]):
+            expected = " or ".join(map(str, shapes[name]))
+            raise ValueError(f"{name} must be None or a tensor of shape {expected}; got {describe(gain)}")
+    for name, tensor in dict(x=x, y=y, **gains).items():
+        if tensor is not None:
+            check_dtype(name, tensor)
+            check_device(name, tensor, "x", x)
 
-def _interpreted() -> bool:
-    return not isinstance(_residual_norm_fwd_kernel, triton.JITFunction)
-
-
-def _describe(x) -> str:
-    return str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
+    # options
+    check_positive("eps", eps)
+    check_positive("eps_norm", eps_norm)
+    check_option("eps_mode", eps_mode, EPS_MODES)
+    check_backend(backend, BACKENDS, x)
+    if backend == "triton" and (D > WIDEST or _has_float64(x, *gains.values())):
+        raise ValueError(f"backend 'triton' takes at most {WIDEST} channels and no float64; got D = {D} and {x.dtype}: "
+                         "use 'reference' or 'auto'")

@@ -2,7 +2,8 @@
 Cross-entropy of softcapped logits, summed over N tokens, from the last layer's input: the loss and both gradients in
 one pass, some tokens at a time.
 
-    s = W x      z = c tanh(s / c)      loss = sum over tokens of log sum_v e^{z_v} - z_target      x (N, D), W (V, D), targets (N,); c = 0: z = s
+    s = W x      z = c tanh(s / c)      loss = sum over tokens of log sum_v e^{z_v} - z_target
+    x (N, D), W (V, D), targets (N,); c = 0: z = s
     d = (p - onehot(target)) . (1 - (z / c)^2), p = softmax(z), is the gradient of s      dx = d W      dW = d' x
 
 Every row of W counts in the normaliser, padding of the vocabulary too. For n = chunk tokens at a time: s by one
@@ -33,26 +34,33 @@ Status: the CPU's loops are measured in benchmarks/results/; never run on a GPU;
 interpreter and compiled ahead of time, and its launch table is a choice, not a measurement.
 """
 
-from types import SimpleNamespace
+import math
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.backend import cpu_operation, loops_serve, parallel_loops, wide
-
-try:
-    import triton
-    import triton.language as tl
-    jit = triton.jit
-except ImportError:  # no Triton for this platform: the reference serves it
-    triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda function: function
+from kernels.backend import (
+    INTERPRETED,
+    check_backend,
+    check_device,
+    check_dtype,
+    check_no_float64,
+    check_shape,
+    cpu_operation,
+    jit,
+    loops_serve,
+    parallel_loops,
+    tl,
+    triton,
+    wide,
+)
 
 
 def softcapped_cross_entropy_reference(x: Tensor, weight: Tensor, targets: Tensor, softcap: float = 15.0) -> Tensor:
     """
-    The loss with all (N, V) logits at once: any device, any floating dtype, differentiable by autograd. float32 from
-    the logits on; float64 stays float64.
+    Returns the loss with all (N, V) logits at once: on any device, in any floating dtype, differentiable by autograd.
+    It runs in float32 from the logits on; float64 stays float64.
     """
     logits = x @ weight.to(x.dtype).T
     logits = logits.to(torch.promote_types(x.dtype, torch.float32))
@@ -66,8 +74,8 @@ def softcapped_cross_entropy_reference(x: Tensor, weight: Tensor, targets: Tenso
 # ends. Row offsets are int64.
 
 @jit
-def _capped(b_s, softcap, CAPPED: tl.constexpr):
-    """(c tanh(s / c), 1 - tanh^2) in float32."""
+def _cap(b_s, softcap, CAPPED: tl.constexpr):
+    """Returns (c tanh(s / c), 1 - tanh^2) in float32."""
     b_s = b_s.to(tl.float32)
     if CAPPED:
         b_e = tl.exp(tl.abs(b_s) * (-2.0 / softcap))
@@ -83,22 +91,24 @@ def _softcapped_cross_entropy_kernel(s_ptr, targets_ptr, loss_ptr, d_ptr, softca
                                      CAPPED: tl.constexpr, BOUNDED: tl.constexpr, D_SCALE: tl.constexpr,
                                      BLOCK: tl.constexpr):
     """
-    Of a row of s (n, V) the loss and, with d_ptr, D_SCALE times its gradient; d_ptr may be s_ptr. BOUNDED: e^{z - c}
-    does not underflow.
+    Writes of a row of s (n, V) the loss and, with d_ptr, D_SCALE times its gradient; d_ptr may be s_ptr. BOUNDED:
+    e^{z - c} does not underflow.
     """
+    # the target's logit, before any of the row is overwritten
     row = tl.program_id(0).to(tl.int64)
     s_ptr += row * V
     target = tl.load(targets_ptr + row)
     inside = (target >= 0) & (target < V)
-    # before any of the row is overwritten
-    b_own = _capped(tl.load(s_ptr + target, mask=inside, other=0.0), softcap, CAPPED)[0]
+    b_target = _cap(tl.load(s_ptr + target, mask=inside, other=0.0), softcap, CAPPED)[0]
+
+    # the normaliser
     b_sum, b_max = tl.zeros((BLOCK,), tl.float32), tl.full((), float("-inf"), tl.float32)
     if BOUNDED:
         b_max = softcap
     for start in range(0, V, BLOCK):
         offs_v = start + tl.arange(0, BLOCK)
-        b_z = _capped(tl.load(s_ptr + offs_v, mask=offs_v < V, other=0.0, eviction_policy="evict_last"), softcap,
-                      CAPPED)[0]
+        b_s = tl.load(s_ptr + offs_v, mask=offs_v < V, other=0.0, eviction_policy="evict_last")
+        b_z = _cap(b_s, softcap, CAPPED)[0]
         b_z = tl.where(offs_v < V, b_z, float("-inf"))
         if not BOUNDED:
             b_larger = tl.maximum(b_max, tl.max(b_z, 0))
@@ -106,14 +116,15 @@ def _softcapped_cross_entropy_kernel(s_ptr, targets_ptr, loss_ptr, d_ptr, softca
             b_max = b_larger
         b_sum += tl.exp(b_z - b_max)
     b_normaliser = b_max + tl.log(tl.sum(b_sum, 0))
-    tl.store(loss_ptr + row, tl.where(inside, b_normaliser - b_own, float("nan")))
+    tl.store(loss_ptr + row, tl.where(inside, b_normaliser - b_target, float("nan")))
 
+    # the gradient
     if d_ptr is not None:
         d_ptr += row * V
         for start in range(0, V, BLOCK):
             offs_v = start + tl.arange(0, BLOCK)
-            b_z, b_slope = _capped(tl.load(s_ptr + offs_v, mask=offs_v < V, other=0.0, eviction_policy="evict_first"),
-                                   softcap, CAPPED)
+            b_s = tl.load(s_ptr + offs_v, mask=offs_v < V, other=0.0, eviction_policy="evict_first")
+            b_z, b_slope = _cap(b_s, softcap, CAPPED)
             b_d = (tl.exp(b_z - b_normaliser) - tl.where(offs_v == target, 1.0, 0.0)) * b_slope
             tl.store(d_ptr + offs_v, (b_d * D_SCALE).to(d_ptr.dtype.element_ty), mask=offs_v < V)
 
@@ -126,19 +137,20 @@ D_SCALE = 2.0 ** 15     # of d, within [-1, 1], for float8_e5m2, which ends at 5
 
 def _launch(V: int) -> dict:
     """
-    Eight logits a thread, one load of 16 bytes in bfloat16; large programs, so that the rows at work (100 kB each at V
-    = 50,304) fit in L2.
+    Returns the launch: eight logits a thread, one load of 16 bytes in bfloat16; large programs, so that the rows at
+    work (100 kB each at V = 50,304) fit in L2.
     """
     block = min(triton.next_power_of_2(V), 4096)
     return dict(BLOCK=block, num_warps=max(1, min(16, block // 256)))
 
 
 def _constants(V: int, softcap: float, fp8: bool) -> dict:
+    """Returns the kernel's sizes and switches."""
     return dict(V=V, CAPPED=softcap > 0, BOUNDED=0 < softcap <= WIDEST_BOUND, D_SCALE=D_SCALE if fp8 else 1.0)
 
 
-def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(q in float8_e4m3fn, scale in float32, 0-dim) with x about q scale."""
+def _quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (q in float8_e4m3fn, scale in float32, 0-dim) with x about q scale."""
     scale = torch.linalg.vector_norm(x, float("inf")).float().clamp_min(1e-30) / torch.finfo(torch.float8_e4m3fn).max
     return (x / scale).to(torch.float8_e4m3fn), scale
 
@@ -146,14 +158,14 @@ def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
 def _fp8_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype,
                  fast: bool = False) -> Tensor:
     """
-    a b in dtype, of a (M, K) and b (K, N) in float8, laid out as the cards' products take them: a by rows, b by
+    Returns a b in dtype, of a (M, K) and b (K, N) in float8, laid out as the cards' products take them: a by rows, b by
     columns.
     """
     return torch._scaled_mm(a.contiguous(), b.T.contiguous().T, a_scale, b_scale, out_dtype=dtype, use_fast_accum=fast)
 
 
 def _add_product(sums: Tensor, a: Tensor, b: Tensor):
-    """sums += a b in float32."""
+    """Adds a b to sums, in float32."""
     if a.is_cuda and a.dtype != torch.float32:
         torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
     else:  # the CPU has no product of 16-bit numbers with a float32 result
@@ -165,41 +177,56 @@ def _add_product(sums: Tensor, a: Tensor, b: Tensor):
 @torch.library.custom_op("knotgpt::softcapped_cross_entropy", mutates_args=())
 def _loss_op(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, chunk: int, fp8: bool,
              wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """loss, dx, dW; a gradient that is not wanted is empty."""
-    (N, V), targets, (dx_wanted, dw_wanted) = (len(x), len(weight)), targets.contiguous(), wanted
-    loss, dx = torch.empty(N, dtype=torch.float32, device=x.device), torch.empty(x.shape if dx_wanted else 0,
-                                                                                 dtype=x.dtype, device=x.device)
+    """Returns loss, dx and dW; a gradient that is not wanted is empty."""
+    dx_wanted, dw_wanted = wanted
+    N, V = len(x), len(weight)
+    targets = targets.contiguous()
+    loss = torch.empty(N, dtype=torch.float32, device=x.device)
+    dx = torch.empty(x.shape if dx_wanted else 0, dtype=x.dtype, device=x.device)
     dw = torch.zeros(weight.shape if dw_wanted else 0, dtype=torch.float32, device=x.device)
+
+    # what the products take
     if fp8:
-        (x8, x_scale), (w8, w_scale), d_scale = _quantised(x), _quantised(weight), torch.full((), 1 / D_SCALE,
-                device=x.device)
+        x8, x_scale = _quantise(x)
+        w8, w_scale = _quantise(weight)
+        d_scale = torch.full((), 1 / D_SCALE, device=x.device)
         w8_columns = w8.T.contiguous().T if dx_wanted else None
         buffer = torch.empty(min(chunk, N), V, dtype=torch.float8_e5m2, device=x.device)
     else:
-        w, buffer = weight.to(x.dtype), x.new_empty(min(chunk, N), V)
+        w = weight.to(x.dtype)
+        buffer = x.new_empty(min(chunk, N), V)
+
     constants = _constants(V, softcap, fp8) | _launch(V)
     for start in range(0, N, chunk):
-        part = slice(start, min(start + chunk, N))
-        d = buffer[:part.stop - start]
-        s = _fp8_product(x8[part], w8.T, x_scale, w_scale, x.dtype, fast=True) if fp8 else torch.mm(x[part], w.T, out=d)
+        # logits of some tokens, in d's place but for float8
+        tokens = slice(start, min(start + chunk, N))
+        d = buffer[:tokens.stop - start]
+        if fp8:
+            s = _fp8_product(x8[tokens], w8.T, x_scale, w_scale, x.dtype, fast=True)
+        else:
+            s = torch.mm(x[tokens], w.T, out=d)
+
+        # their loss and gradient
         with torch.cuda.device_of(x):
-            _softcapped_cross_entropy_kernel[(len(d),)](s, targets[part], loss[part], d if any(wanted) else None,
-                                                        softcap, **constants)
+            _softcapped_cross_entropy_kernel[(len(d),)](
+                s, targets[tokens], loss[tokens], d if any(wanted) else None, softcap, **constants)
+
+        # the gradients of x and W
         if dx_wanted and fp8:
-            dx[part] = _fp8_product(d, w8_columns, d_scale, w_scale, x.dtype)
+            dx[tokens] = _fp8_product(d, w8_columns, d_scale, w_scale, x.dtype)
         elif dx_wanted:
-            torch.mm(d, w, out=dx[part])
+            torch.mm(d, w, out=dx[tokens])
         if dw_wanted and fp8:
-            dw += _fp8_product(d.T, x8[part], d_scale, x_scale, torch.float32)
+            dw += _fp8_product(d.T, x8[tokens], d_scale, x_scale, torch.float32)
         elif dw_wanted:
-            _add_product(dw, d.T, x[part])
+            _add_product(dw, d.T, x[tokens])
     return loss.sum(), dx, dw.to(weight.dtype)
 
 
 @_loss_op.register_fake
 def _(x, weight, targets, softcap, chunk, fp8, wanted):
-    dx, dw = (torch.empty(tensor.shape if own else 0, dtype=tensor.dtype, device=x.device) for tensor,
-              own in zip((x, weight), wanted))
+    dx, dw = (torch.empty(tensor.shape if is_wanted else 0, dtype=tensor.dtype, device=x.device)
+              for tensor, is_wanted in zip((x, weight), wanted))
     return torch.empty((), dtype=torch.float32, device=x.device), dx, dw
 
 
@@ -212,7 +239,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 7
-    dx, dw = (grad.to(d.dtype) * d if own else None for d, own in zip(ctx.saved_tensors, ctx.wanted))
+    dx, dw = (grad.to(d.dtype) * d if is_wanted else None for d, is_wanted in zip(ctx.saved_tensors, ctx.wanted))
     return dx, dw, None, None, None, None, None
 
 
@@ -224,34 +251,46 @@ def _flops(x, weight, targets, softcap, chunk, fp8, wanted, *_, out_shape=None, 
     return 2 * x[0] * x[1] * weight[0] * (1 + sum(wanted))
 
 
-# ---- The CPU's loops: between the products, PyTorch's, one pass over the logits of some tokens, in their place 
+# ---- The CPU's loops --------------------------------------------------------
+# Between the products, which are PyTorch's, one pass over the logits of some tokens, in their place.
 
 def _loss_body(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, chunk: int,
                wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """loss, dx, dW; a gradient that is not wanted is empty. Half precision is computed in float32."""
-    rows, w, targets = wide(x), wide(weight.to(x.dtype)), targets.contiguous().numpy()
-    loss, buffer = torch.empty(len(rows), dtype=rows.dtype), rows.new_empty(min(chunk, len(rows)), len(w))
-    dx = rows.new_empty(rows.shape if wanted[0] else 0)
-    dw = torch.zeros(w.shape if wanted[1] else 0, dtype=rows.dtype)
+    """
+    Returns loss, dx and dW; a gradient that is not wanted is empty. Half precision is computed in float32.
+    """
+    dx_wanted, dw_wanted = wanted
+    rows, w = wide(x), wide(weight.to(x.dtype))
+    targets = targets.contiguous().numpy()
+    loss = torch.empty(len(rows), dtype=rows.dtype)
+    dx = rows.new_empty(rows.shape if dx_wanted else 0)
+    dw = torch.zeros(w.shape if dw_wanted else 0, dtype=rows.dtype)
+
+    buffer = rows.new_empty(min(chunk, len(rows)), len(w))
+    loops = parallel_loops("softcapped_cross_entropy.cpu")
     for start in range(0, len(rows), chunk):
-        part = slice(start, min(start + chunk, len(rows)))
-        d = torch.mm(rows[part], w.T, out=buffer[:part.stop - start])
-        parallel_loops("softcapped_cross_entropy_loops").loss_and_gradient(d.numpy(), targets[part], softcap,
-                                                                           any(wanted), loss.numpy()[part])
-        if wanted[0]:
-            torch.mm(d, w, out=dx[part])
-        if wanted[1]:
-            dw.addmm_(d.T, rows[part])
+        tokens = slice(start, min(start + chunk, len(rows)))
+        d = torch.mm(rows[tokens], w.T, out=buffer[:tokens.stop - start])
+        loops.loss_and_gradient(d.numpy(), targets[tokens], softcap, any(wanted), loss.numpy()[tokens])
+        if dx_wanted:
+            torch.mm(d, w, out=dx[tokens])
+        if dw_wanted:
+            dw.addmm_(d.T, rows[tokens])
     return loss.sum(), dx.to(x.dtype), dw.to(weight.dtype)
 
 
 def _fake_loops(x, weight, targets, softcap, chunk, wanted):
-    dx, dw = (torch.empty(tensor.shape if own else 0, dtype=tensor.dtype) for tensor, own in zip((x, weight), wanted))
+    dx, dw = (torch.empty(tensor.shape if is_wanted else 0, dtype=tensor.dtype)
+              for tensor, is_wanted in zip((x, weight), wanted))
     return torch.empty((), dtype=torch.float32), dx, dw
 
 
-_loss_loops = cpu_operation("knotgpt::softcapped_cross_entropy_loops", _loss_body, _fake_loops, _save, lambda ctx,
-                            *grads: _backward(ctx, *grads)[:-1])
+def _backward_loops(ctx, *gradients):
+    return _backward(ctx, *gradients)[:-1]
+
+
+_loss_loops = cpu_operation(
+    "knotgpt::softcapped_cross_entropy_loops", _loss_body, _fake_loops, _save, _backward_loops)
 
 
 @register_flop_formula(torch.ops.knotgpt.softcapped_cross_entropy_loops)
@@ -262,14 +301,13 @@ def _(x, weight, targets, softcap, chunk, wanted, *_, out_shape=None, **__) -> i
 # ---- Public function --------------------------------------------------------
 
 BACKENDS = ("auto", "reference", "loops", "triton")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def softcapped_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float = 15.0, chunk: int = 4096,
                              backend: str = "auto", fp8: bool = False) -> Tensor:
     """
-    Sum over N tokens of the cross-entropy, in nats, of softcap tanh(x W' / softcap) at the targets: a float32 scalar
-    (float64 where x is).
+    Returns the sum over N tokens of the cross-entropy, in nats, of softcap tanh(x W' / softcap) at the targets: a
+    float32 scalar (float64 where x is).
 
     x        (N, D)        bfloat16, float16, float32 or float64
     weight   (V, D)        of any of these dtypes; cast to x's, while its gradient has its own: keep master weights in
@@ -288,9 +326,7 @@ def softcapped_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap
     """
     _check(x, weight, targets, softcap, chunk, backend, fp8)
     if backend == "auto":
-        fused = x.dtype != torch.float64
-        backend = "triton" if fp8 or fused and x.is_cuda and triton is not None else "loops" if fused and loops_serve(
-            x) else "reference"
+        backend = _choose(x, fp8)
     if backend == "reference":
         return softcapped_cross_entropy_reference(x, weight, targets, softcap)
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight)]
@@ -299,53 +335,53 @@ def softcapped_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap
     return _loss_op(x, weight, targets, float(softcap), chunk, fp8, wanted)[0]
 
 
+def _choose(x: Tensor, fp8: bool) -> str:
+    """Returns the backend of "auto"."""
+    if fp8:
+        return "triton"
+    if x.dtype == torch.float64:
+        return "reference"
+    if x.is_cuda and triton is not None:
+        return "triton"
+    return "loops" if loops_serve(x) else "reference"
+
+
 def _check(x, weight, targets, softcap, chunk, backend, fp8):
-    for name, tensor, form in (("x", x, "(N, D)"), ("weight", weight, "(V, D)")):
-        if not isinstance(tensor, Tensor) or tensor.dim() != 2 or tensor.numel() == 0:
-            raise ValueError(f"{name} must be a tensor {form}, not empty; got {_describe(tensor)}")
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name} must be bfloat16, float16, float32 or float64; got {tensor.dtype}")
-    if weight.shape[1] != x.shape[1]:
-        raise ValueError(f"weight must be (V, {x.shape[1]}) for x {tuple(x.shape)}; got {_describe(weight)}")
-    if not isinstance(targets, Tensor) or targets.shape != x.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(
-            f"targets must be ({x.shape[0]},) int64; got {_describe(targets)}{f' {targets.dtype}' if isinstance(targets, Tensor) else ''}")
-    for name, tensor in (("weight", weight), ("targets", targets)):
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}; got {tensor.device}")
-    if not 0 <= softcap < float("inf"):
+    """Raises softcapped_cross_entropy's ValueErrors."""
+    # tensors
+    check_shape("x", x, "(N, D)", (None, None))
+    check_dtype("x", x)
+    check_shape("weight", weight, "(V, D)", (None, x.shape[1]))
+    check_dtype("weight", weight)
+    check_shape("targets", targets, "(N,)", (x.shape[0],))
+    check_dtype("targets", targets, (torch.int64,))
+    check_device("weight", weight, "x", x)
+    check_device("targets", targets, "x", x)
+
+    # options
+    if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be finite and not below 0 (0: no cap); got {softcap}")
     if not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"chunk must be a whole number of tokens, at least 1; got {chunk!r}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    if backend == "triton" and (triton is None or not (x.is_cuda or _interpreted())):
-        raise ValueError(
-            f"backend 'triton' needs CUDA tensors and Triton; got tensors on {x.device}: use 'reference' or 'auto'")
-    if backend == "loops" and not loops_serve(x):
-        raise ValueError(
-            f"backend 'loops' needs tensors on a CPU and Numba; got tensors on {x.device}: use 'reference' or 'auto'")
-    if backend in ("loops", "triton") and x.dtype == torch.float64:
-        raise ValueError(f"backend {backend!r} has no float64; use 'reference' or 'auto'")
+    check_backend(backend, BACKENDS, x)
+    if backend in ("loops", "triton"):
+        check_no_float64(backend, [x.dtype])
     if fp8:
         _check_fp8(x, weight, chunk, backend)
 
 
 def _check_fp8(x, weight, chunk, backend):
+    """Raises ValueError where products in float8 cannot be had."""
     if backend == "reference" or triton is None or x.dtype == torch.float64:
         raise ValueError(
             f"fp8 needs backend 'triton' and no float64; got backend {backend!r} and {x.dtype}: leave fp8 off")
-    if not _interpreted() and not (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9)):
-        found = f"compute capability {'.'.join(map(str, torch.cuda.get_device_capability(x.device)))}" if x.is_cuda else f"tensors on {x.device}"
-        raise ValueError(f"fp8 needs a GPU of compute capability 8.9 or newer; got {found}: leave fp8 off")
+    if not INTERPRETED and not x.is_cuda:
+        raise ValueError(f"fp8 needs a GPU of compute capability 8.9 or newer; got tensors on {x.device}: "
+                         "leave fp8 off")
+    if not INTERPRETED and torch.cuda.get_device_capability(x.device) < (8, 9):
+        major, minor = torch.cuda.get_device_capability(x.device)
+        raise ValueError(f"fp8 needs a GPU of compute capability 8.9 or newer; got compute capability {major}.{minor}: "
+                         "leave fp8 off")
     for name, size in (("D", x.shape[1]), ("V", len(weight)), ("N", len(x)), ("chunk", chunk)):
         if size % 16:
             raise ValueError(f"fp8 needs multiples of 16; got {name} = {size}: pad it, or leave fp8 off")
-
-
-def _interpreted() -> bool:
-    return not isinstance(_softcapped_cross_entropy_kernel, triton.JITFunction)
-
-
-def _describe(x) -> str:
-    return str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__

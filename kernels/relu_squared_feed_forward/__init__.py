@@ -12,14 +12,11 @@ one above 65,504, of products above 255.9, is infinite. bfloat16 and float32 hav
 
 For N rows, e bytes a number and A = N H e bytes, passes over (N, H) matrices (those over x, y, dy, dx and the weights
 are the same for both):
-                                           fused                                          compiled from PyTorch's
-                                                                                          operations
-    forward    2 N H (D + D_out) FLOPs     2A: write s; read s                            4A: write x fc'; read it,
-                                                                                          write s; read s
-    backward   4 N H (D + D_out) FLOPs     5A: read s, write d; read d, d and s           7A: write dy proj; read it and
-                                                                                          x fc', write d; read d, d and
-                                                                                          s
-    kept                                   A and x                                        2A and x: x fc' and s
+                 FLOPs                   fused                          compiled from PyTorch's operations
+    forward      2 N H (D + D_out)       2A: write s; read s            4A: write x fc'; read it, write s; read s
+    backward     4 N H (D + D_out)       5A: read s, write d;           7A: write dy proj; read it and x fc', write d;
+                                             read d, d and s                read d, d and s
+    kept                                 A and x                        2A and x: x fc' and s
 A pass takes e rate / (2 D bandwidth) of a product's time, 0.4 at D = 768 in bfloat16 on a card of 300 FLOPs a byte: two
 passes less, in each direction, pay for a product up to 1.8 times as slow as the library's.
 
@@ -29,27 +26,35 @@ interpreter and compiled ahead of time, and their launch table is a choice, not 
 """
 
 from math import prod
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.backend import array, cpu_operation, loops_serve, parallel_loops, wide
-
-try:
-    import triton
-    import triton.language as tl
-    jit = triton.jit
-except ImportError:  # no Triton for this platform: the reference serves it
-    triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda function: function
+from kernels.backend import (
+    array,
+    check_backend,
+    check_device,
+    check_dtype,
+    check_no_float64,
+    check_shape,
+    cpu_operation,
+    jit,
+    loops_serve,
+    parallel_loops,
+    tl,
+    triton,
+    triton_operation,
+    wide,
+    wrap_triton,
+)
 
 
 def relu_squared_feed_forward_reference(x: Tensor, fc: Tensor, proj: Tensor) -> Tensor:
     """
-    y in PyTorch's own operations: any device, any floating dtype, differentiable by autograd. Arguments as
-    relu_squared_feed_forward's.
+    Returns relu_squared_feed_forward's y by PyTorch's operations: on any device, in any floating dtype, differentiable
+    by autograd.
     """
     return F.linear(F.relu(F.linear(x, fc)).square(), proj)
 
@@ -62,8 +67,8 @@ def relu_squared_feed_forward_reference(x: Tensor, fc: Tensor, proj: Tensor) -> 
 @jit
 def _place(N, H: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
     """
-    Rows and columns of this program's tile. GROUP rows of tiles are gone through column by column: programs that run
-    together share operands in L2.
+    Returns rows and columns of this program's tile. GROUP rows of tiles are gone through column by column: programs
+    that run together share operands in L2.
     """
     rows, columns = tl.cdiv(N, ROWS), (H + COLUMNS - 1) // COLUMNS
     i, j = tl.swizzle2d(tl.program_id(0) // columns, tl.program_id(0) % columns, rows, columns, GROUP)
@@ -143,68 +148,68 @@ LAUNCH = {
 
 
 def _launch(capability: int, dtype: torch.dtype) -> dict:
-    """For a compute capability (90 for 9.0)."""
+    """Returns the launch for a compute capability (90 for 9.0)."""
     return LAUNCH.get((capability // 10, dtype.itemsize), LAUNCH[8, dtype.itemsize])
 
 
 def _plan(result: Tensor, K: int) -> tuple[tuple[int], dict]:
     """
-    (grid, constants and options) of a kernel for a contiguous (N, H) result. Widths are numbers where torch.compile has
-    symbols for them.
+    Returns (grid, constants and options) of a kernel for a contiguous (N, H) result. Widths are numbers where
+    torch.compile has symbols for them.
     """
+    # the launch
     major, minor = torch.cuda.get_device_capability(result.device) if result.is_cuda else (0, 0)
-    launch, (N, H) = _launch(10 * major + minor, result.dtype), result.shape
+    launch = _launch(10 * major + minor, result.dtype)
+
+    # the grid
+    N, H = result.shape[0], int(result.shape[1])
+    grid = (triton.cdiv(N, launch["ROWS"]) * triton.cdiv(H, launch["COLUMNS"]),)
+
     # of float32 operands, as in PyTorch's products
     precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-    return (triton.cdiv(N, launch["ROWS"]) * triton.cdiv(int(H), launch["COLUMNS"]),), dict(H=int(H), K=int(K),
-            PRECISION=precision, **launch)
+    return grid, dict(H=H, K=int(K), PRECISION=precision, **launch)
 
 
 def _matrix(x: Tensor) -> Tensor:
-    """(N, D) with any row stride and neighbouring channels, in place where that is possible."""
+    """Returns x as (N, D), with any row stride and neighbouring channels, in place where that is possible."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 # ---- Host functions, each the body of its registration ----------------------
 
-COMPILED = triton is not None and isinstance(_relu_squared_feed_forward_fwd_kernel, triton.JITFunction)
-# torch.compile cannot look into an interpreted kernel
-operator = torch.library.triton_op if COMPILED else torch.library.custom_op
-wrap_triton = torch.library.wrap_triton if COMPILED else lambda kernel: kernel
-
-
-@operator("knotgpt::relu_squared_feed_forward", mutates_args=())
+@triton_operation("knotgpt::relu_squared_feed_forward", mutates_args=())
 def _forward_op(x: Tensor, fc: Tensor, proj: Tensor) -> tuple[Tensor, Tensor]:
-    """y, s"""
+    """Returns y and s."""
     rows, fc = _matrix(x), _matrix(fc)
     s = x.new_empty(rows.shape[0], fc.shape[0])
     grid, constants = _plan(s, x.shape[-1])
     with torch.cuda.device_of(x):
-        wrap_triton(_relu_squared_feed_forward_fwd_kernel)[grid](rows, fc, s, rows.stride(0), fc.stride(0),
-                                                                 rows.shape[0], **constants)
+        kernel = wrap_triton(_relu_squared_feed_forward_fwd_kernel)
+        kernel[grid](rows, fc, s, rows.stride(0), fc.stride(0), rows.shape[0], **constants)
     return (s @ proj.T).view(*x.shape[:-1], proj.shape[0]), s
 
 
 @_forward_op.register_fake
-def _(x, fc, proj):
+def _fake_forward(x, fc, proj):
     # Size.numel() would tie a compiled call to one N
     return x.new_empty(*x.shape[:-1], proj.shape[0]), x.new_empty(prod(x.shape[:-1]), fc.shape[0])
 
 
-@operator("knotgpt::relu_squared_feed_forward_backward", mutates_args=())
+@triton_operation("knotgpt::relu_squared_feed_forward_backward", mutates_args=())
 def _backward_op(dy: Tensor, proj: Tensor, s: Tensor) -> Tensor:
-    """d, of dy (N, D_out)"""
-    dy, proj, d = _matrix(dy), _matrix(proj), torch.empty_like(s)
+    """Returns d of dy (N, D_out)."""
+    dy, proj = _matrix(dy), _matrix(proj)
+    d = torch.empty_like(s)
     grid, constants = _plan(d, dy.shape[1])
     with torch.cuda.device_of(dy):
-        wrap_triton(_relu_squared_feed_forward_bwd_kernel)[grid](dy, proj, s, d, dy.stride(0), proj.stride(0),
-                                                                 dy.shape[0], **constants)
+        kernel = wrap_triton(_relu_squared_feed_forward_bwd_kernel)
+        kernel[grid](dy, proj, s, d, dy.stride(0), proj.stride(0), dy.shape[0], **constants)
     return d
 
 
 @_backward_op.register_fake
-def _(dy, proj, s):
+def _fake_backward(dy, proj, s):
     return torch.empty_like(s)
 
 
@@ -214,15 +219,25 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, backward, dy, _):
-    """Those of x, fc and proj. backward: what makes d."""
+    """Returns the gradients of x, fc and proj, None where one is not needed. backward(dy, proj, s) makes d."""
     x, fc, proj, s = ctx.saved_tensors
-    of_x, of_fc, of_proj = ctx.needs_input_grad
+    needs_x, needs_fc, needs_proj = ctx.needs_input_grad
     dy = _matrix(dy)
-    d = backward(dy, proj, s) if of_x or of_fc else None
-    return (d @ fc).view(x.shape) if of_x else None, d.T @ _matrix(x) if of_fc else None, dy.T @ s if of_proj else None
+    dx = dfc = dproj = None
+    if needs_x or needs_fc:
+        d = backward(dy, proj, s)
+        dx = (d @ fc).view(x.shape) if needs_x else None
+        dfc = d.T @ _matrix(x) if needs_fc else None
+    if needs_proj:
+        dproj = dy.T @ s
+    return dx, dfc, dproj
 
 
-_forward_op.register_autograd(lambda ctx, *gradients: _gradients(ctx, _backward_op, *gradients), setup_context=_save)
+def _backward(ctx, *gradients):
+    return _gradients(ctx, _backward_op, *gradients)
+
+
+_forward_op.register_autograd(_backward, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.knotgpt.relu_squared_feed_forward)
@@ -235,31 +250,31 @@ def _backward_flops(dy, proj, *_, out_shape=None, **__) -> int:
     return 2 * dy[0] * proj[0] * proj[1]
 
 
-# ---- The CPU's loops: the products are PyTorch's, and what follows each of two of them is done in its place, in one pass 
+# ---- The CPU's loops --------------------------------------------------------
+# The products are PyTorch's. What follows each of two of them is done in its place, in one pass.
 
 def _forward_body(x: Tensor, fc: Tensor, proj: Tensor) -> tuple[Tensor, Tensor]:
-    """y, s"""
+    """Returns y and s."""
     s = wide(_matrix(x) @ fc.T)
-    parallel_loops("relu_squared_feed_forward_loops").square_positive(array(s))
+    parallel_loops("relu_squared_feed_forward.cpu").square_positive(array(s))
     s = s.to(x.dtype)
     return (s @ proj.T).view(*x.shape[:-1], proj.shape[0]), s
 
 
 def _backward_body(dy: Tensor, proj: Tensor, s: Tensor) -> Tensor:
-    """d, of dy (N, D_out)"""
+    """Returns d of dy (N, D_out)."""
     d = wide(dy @ proj)
-    parallel_loops("relu_squared_feed_forward_loops").times_slope(array(d), array(s))
+    parallel_loops("relu_squared_feed_forward.cpu").times_slope(array(d), array(s))
     return d.to(s.dtype)
 
 
-def _fake_forward(x, fc, proj):
-    return x.new_empty(*x.shape[:-1], proj.shape[0]), x.new_empty(prod(x.shape[:-1]), fc.shape[0])
+def _gradients_loops(ctx, *gradients):
+    return _gradients(ctx, _backward_loops, *gradients)
 
 
-_backward_loops = cpu_operation("knotgpt::relu_squared_feed_forward_loops_backward", _backward_body, lambda dy, proj,
-                                s: torch.empty_like(s))
-_forward_loops = cpu_operation("knotgpt::relu_squared_feed_forward_loops", _forward_body, _fake_forward, _save,
-                               lambda ctx, *gradients: _gradients(ctx, _backward_loops, *gradients))
+_backward_loops = cpu_operation("knotgpt::relu_squared_feed_forward_loops_backward", _backward_body, _fake_backward)
+_forward_loops = cpu_operation(
+    "knotgpt::relu_squared_feed_forward_loops", _forward_body, _fake_forward, _save, _gradients_loops)
 register_flop_formula(torch.ops.knotgpt.relu_squared_feed_forward_loops)(_forward_flops)
 register_flop_formula(torch.ops.knotgpt.relu_squared_feed_forward_loops_backward)(_backward_flops)
 
@@ -267,12 +282,11 @@ register_flop_formula(torch.ops.knotgpt.relu_squared_feed_forward_loops_backward
 # ---- Public function --------------------------------------------------------
 
 BACKENDS = ("auto", "reference", "loops", "triton")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def relu_squared_feed_forward(x: Tensor, fc: Tensor, proj: Tensor, backend: str = "auto") -> Tensor:
     """
-    max(x fc', 0)^2 proj' of every row of x, in x's dtype.
+    Returns max(x fc', 0)^2 proj' of every row of x, (..., D_out), in x's dtype.
 
     x         (..., D)      bfloat16, float16, float32 or float64; any strides (a last axis that is not contiguous is
                             copied)
@@ -281,7 +295,7 @@ def relu_squared_feed_forward(x: Tensor, fc: Tensor, proj: Tensor, backend: str 
     backend   "reference": PyTorch's operations; "loops": the CPU's; "triton": fused, no float64; "auto": triton for
               CUDA tensors where it can, loops for a CPU's where Numba is, else reference
 
-    Returns (..., D_out). The fused backends square in float32 at least and round once, to the activation that they keep
+    The fused backends square in float32 at least and round once, to the activation that they keep
     for the backward pass: in float16 the gradient of one below 3e-8 is lost. float32 products use TF32 where
     torch.backends.cuda.matmul.allow_tf32 says so. Gradients for all three, once, and only those asked for. All backends
     work under torch.compile(fullgraph=True). ValueError that names the argument for a wrong shape, dtype, device or
@@ -289,38 +303,29 @@ def relu_squared_feed_forward(x: Tensor, fc: Tensor, proj: Tensor, backend: str 
     """
     _check(x, fc, proj, backend)
     if backend == "auto":
-        backend = "triton" if x.is_cuda and triton is not None and x.dtype != torch.float64 else "loops" if loops_serve(
-            x) else "reference"
+        backend = _choose(x)
     if backend == "reference":
         return relu_squared_feed_forward_reference(x, fc, proj)
     operation = _forward_loops if backend == "loops" else _forward_op
     return operation(x, fc, proj)[0]
 
 
+def _choose(x: Tensor) -> str:
+    """Returns the backend of "auto"."""
+    if x.is_cuda and triton is not None and x.dtype != torch.float64:
+        return "triton"
+    return "loops" if loops_serve(x) else "reference"
+
+
 def _check(x, fc, proj, backend):
-    if not isinstance(x, Tensor) or x.dim() < 1 or x.numel() == 0:
-        raise ValueError(f"x must be a tensor (..., D), not empty; got {_describe(x)}")
-    if not isinstance(fc, Tensor) or fc.dim() != 2 or fc.shape[1] != x.shape[-1] or fc.shape[0] == 0:
-        raise ValueError(f"fc must be a tensor (H, D) with x's D = {x.shape[-1]}; got {_describe(fc)}")
-    if not isinstance(proj, Tensor) or proj.dim() != 2 or proj.shape[1] != fc.shape[0] or proj.shape[0] == 0:
-        raise ValueError(f"proj must be a tensor (D_out, H) with fc's H = {fc.shape[0]}; got {_describe(proj)}")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x must be bfloat16, float16, float32 or float64; got {x.dtype}")
+    """Raises relu_squared_feed_forward's ValueErrors."""
+    check_shape("x", x, "(..., D)", (..., None))
+    check_shape("fc", fc, "(H, D)", (None, x.shape[-1]))
+    check_shape("proj", proj, "(D_out, H)", (None, fc.shape[0]))
+    check_dtype("x", x)
     for name, weight in (("fc", fc), ("proj", proj)):
-        if weight.dtype != x.dtype or weight.device != x.device:
-            raise ValueError(
-                f"{name} must have x's dtype and device, {x.dtype} on {x.device}; got {weight.dtype} on {weight.device}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    if backend == "triton" and (triton is None or not x.is_cuda and COMPILED):
-        raise ValueError(
-            f"backend 'triton' needs CUDA tensors and Triton; got tensors on {x.device}: use 'reference' or 'auto'")
-    if backend == "loops" and not loops_serve(x):
-        raise ValueError(
-            f"backend 'loops' needs tensors on a CPU and Numba; got tensors on {x.device}: use 'reference' or 'auto'")
-    if backend == "triton" and x.dtype == torch.float64:
-        raise ValueError("backend 'triton' takes no float64: use 'reference' or 'auto'")
-
-
-def _describe(x) -> str:
-    return str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
+        check_dtype(name, weight, (x.dtype,), like="x")
+        check_device(name, weight, "x", x)
+    check_backend(backend, BACKENDS, x)
+    if backend == "triton":
+        check_no_float64(backend, [x.dtype])
