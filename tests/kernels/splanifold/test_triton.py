@@ -3,7 +3,6 @@ splanifold_triton against the reference in float64: its kernels in the interpret
 there is one, on a GPU. Gradients are always those of r and the four tensors of controls for a random gradient of the
 output.
 """
-import importlib
 import math
 import subprocess
 import sys
@@ -14,12 +13,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels.splanifold import SplanifoldControls, splanifold_reference
-from kernels.splanifold_triton import Tiles, splanifold_triton
+from kernels.splanifold import SplanifoldControls, basis_triton, products_triton, small_triton, splanifold_reference
+from kernels.splanifold.fused import splanifold_triton
+from kernels.splanifold.products_triton import Tiles
 from tests.errors import float_bound, reference_bound, rounding_bound
 from tests.kernels.poison import poisoned_memory
 
-module = importlib.import_module("kernels.splanifold_triton")
+ROOT = Path(__file__).resolve().parents[3]
 NAMES = ("out", "r", "points", "bases", "point_tangents", "base_tangents")
 
 
@@ -33,9 +33,12 @@ class Settings(NamedTuple):
 
 
 def make_inputs(M, G, K, n, S, settings, low=0.0, high=1.0, seed=0):
-    """[r, the four controls, gradient] in float64; r uniform in [low, high]."""
+    """Returns [r, the four controls, gradient] in float64; r uniform in [low, high]."""
     generator = torch.Generator().manual_seed(seed)
-    randn = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    def randn(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
     r = low + (high - low) * torch.rand(M, G, K, dtype=torch.float64, generator=generator)
     return [r, randn(G, S, n), randn(G, S, n, K), randn(G, S, n, K), randn(G, S, n, K),
             randn(M, n if settings.mix == "sum" else G * n)]
@@ -46,7 +49,7 @@ def rounded(inputs, dtype):
 
 
 def run(inputs, settings, function=splanifold_triton, dtype=torch.float64, device="cpu"):
-    """[out, gradients of r and the controls]"""
+    """Returns [out, gradients of r and the controls]."""
     *tensors, grad = (x.detach().to(device, dtype) for x in inputs)
     r, *controls = (x.requires_grad_() for x in tensors)
     out = function(r, SplanifoldControls(*controls), *settings)
@@ -58,35 +61,36 @@ def expected(inputs, settings):
 
 
 def shrink(threshold=None):
-    """Small tiles and splits, so that small inputs have many."""
-    module.LAUNCH = {key: dict.fromkeys(("fwd", "fwd_groups", "bwd_r", "bwd_controls"), Tiles(16, 16, 32, 4, 2))
-                     for key in module.LAUNCH}
-    module.SPLIT_TOKENS, module.SMALL_FORWARD_TOKENS, module.SMALL_BACKWARD_TOKENS, module.SMALL_SPLIT_TOKENS = 16, 4, 4, 4
+    """Makes tiles and splits small, so that small inputs have many."""
+    tiles = dict.fromkeys(("fwd", "fwd_groups", "bwd_r", "bwd_controls"), Tiles(16, 16, 32, 4, 2))
+    products_triton.LAUNCH = dict.fromkeys(products_triton.LAUNCH, tiles)
+    products_triton.SPLIT_TOKENS = 16
+    small_triton.FORWARD_TOKENS = small_triton.BACKWARD_TOKENS = small_triton.SPLIT_TOKENS = 4
     if threshold is not None:
-        module.THRESHOLD = dict.fromkeys(module.THRESHOLD, threshold)
+        basis_triton.THRESHOLD = dict.fromkeys(basis_triton.THRESHOLD, threshold)
 
 
 def interpreted(inputs, settings, dtype=torch.float32, threshold=None):
-    """run, called in the interpreter's process."""
-    before = dict(module.THRESHOLD)
+    """Returns run's result, called in the interpreter's process."""
+    before = dict(basis_triton.THRESHOLD)
     shrink(threshold)
     try:
         with poisoned_memory():
             return run(inputs, settings, dtype=dtype)
     finally:
-        module.THRESHOLD = before
+        basis_triton.THRESHOLD = before
 
 
 def errors(results, reference, relative_rms):
-    """Relative RMS errors by name."""
+    """Returns relative RMS errors by name."""
     assert len(results) == len(reference) == len(NAMES)
     return {name: relative_rms(x, y, floor=1e-12) for name, x, y in zip(NAMES, results, reference)}
 
 
 def bounds(inputs, settings, reference, device="cpu", factor=4.0):
     """
-    Float32's tolerances by name: what the reference loses in float32, to which 1 / Sigma adds, and sums over tokens,
-    outputs and six matrices.
+    Returns float32's tolerances by name: what the reference loses in float32, to which 1 / Sigma adds, and sums over
+    tokens, outputs and six matrices.
     """
     (M, G, K), n = inputs[0].shape, inputs[1].shape[-1]
     terms = M + 6 * G * K + n
@@ -276,9 +280,13 @@ def test_flops_are_counted(S, delta_max, columns):
 
 
 def test_imports_without_triton():
-    script = "import sys\nsys.modules['triton'] = None\nfrom kernels.splanifold_triton import splanifold_triton\nprint(splanifold_triton.__name__)"
-    result = subprocess.run([sys.executable, "-c", script], cwd=Path(module.__file__).parents[1], capture_output=True,
-                            text=True)
+    script = """
+import sys
+sys.modules["triton"] = None
+from kernels.splanifold.fused import splanifold_triton
+print(splanifold_triton.__name__)
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.strip() == "splanifold_triton", result.stderr
 
 
@@ -287,45 +295,57 @@ def test_imports_without_triton():
 def compile_ahead(aot, name, capability, G, K, n, S=2, delta_max=math.inf, mix="sum", dtype=torch.bfloat16, kind=None,
                   given=()):
     """A kernel as a training step launches it; kind: which of bwd_controls' launches; given: further constants."""
-    layout = module._layout(torch.empty(1, G, K, device="meta"), torch.empty(G, S, n, device="meta"), delta_max, mix)
-    kernel = getattr(module, f"_splanifold_{name}_kernel")
+    # constants, warps and stages
+    r, points = torch.empty(1, G, K, device="meta"), torch.empty(G, S, n, device="meta")
+    layout = basis_triton.layout_of(r, points, delta_max, mix)
+    module = small_triton if name.startswith("small") else products_triton
     if name.startswith("small"):
-        constants = module._small_launch(layout, name)
+        tokens = small_triton.FORWARD_TOKENS if name == "small_fwd" else small_triton.BACKWARD_TOKENS
+        constants = small_triton._launch(layout, tokens)
         warps, stages = constants.pop("num_warps"), 3
     elif name in ("stats", "bwd_rows"):
-        constants, warps, stages = layout._asdict() | dict(BLOCK_M=module.ROWS, BLOCK_K=module.COLUMNS, CHUNKS=12), 4, 3
+        constants = layout._asdict() | dict(BLOCK_M=module.ROWS, BLOCK_K=module.COLUMNS, CHUNKS=12)
+        warps, stages = 4, 3
     else:
         tiles = module._tiles(name, layout, capability, dtype)
-        constants, (*_, warps, stages) = module._constants(layout, dtype, tiles), tiles
-        constants["BLOCK_F"] = module._features(layout,
-                                                constants["BLOCK_K"]) if name == "bwd_r" else module._spine_columns(
-            layout)
+        constants = module._constants(layout, dtype, tiles)
+        warps, stages = tiles.warps, tiles.stages
+        if name == "bwd_r":
+            constants["BLOCK_F"] = module._features(layout, constants["BLOCK_K"])
+        else:
+            constants["BLOCK_F"] = module._spine_columns(layout)
     if kind is not None:
-        _, count, width, nodes = next(row for row in (*module._kinds(layout), (module.SPINE.value, 1, 1, 1))
-                                      if row[0] == kind)
+        kinds = [*module._kinds(layout), (SPINE, 1, 1, 1)]
+        _, count, width, nodes = next(row for row in kinds if row[0] == kind)
         constants |= dict(KIND=kind, COUNT=count, WIDTH=width, NODES=nodes, MATRICES=6)
-        if kind == module.SPINE.value:
+        if kind == SPINE:
             constants["BLOCK_K"] = module._spine_columns(layout)
     if layout.J > 1:
         constants["sums_ptr"] = None
+
+    # arguments
+    kernel = getattr(module, f"_splanifold_{name}_kernel")
     constants = {argument: value for argument, value in (constants | dict(given)).items()
                  if argument in kernel.arg_names}
     element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
-    kinds = dict.fromkeys(("stats_ptr", "partial_ptr", "table_ptr", "sums_ptr"),
-                          "*fp32") | dict.fromkeys(("scale", "shift", "eps2", "threshold", "inverse_delta_max2"),
-                                                   "fp32")
+    kinds = dict.fromkeys(("stats_ptr", "partial_ptr", "table_ptr", "sums_ptr"), "*fp32")
+    kinds |= dict.fromkeys(("scale", "shift", "eps2", "threshold", "inverse_delta_max2"), "fp32")
     signature = {argument: kinds.get(argument, element if argument.endswith("_ptr") else "i32")
                  for argument in kernel.arg_names if argument not in constants}
     aligned = [argument for argument in signature if argument.endswith("_ptr") or argument in ("M", "items")]
     return aot(kernel, signature, constants, capability, warps, stages, aligned)
 
 
+SPINE = basis_triton.SPINE.value
 PRODUCTS = ("fwd", "bwd_r", "bwd_controls")
 # G, K, n: K >= 16
 PRESETS = [(1, 128, 128), (1, 256, 256), (1, 768, 768), (1, 32, 128), (2, 32, 128), (4, 32, 128)]
 PACKED = [(32, 2, 128), (32, 3, 128), (32, 4, 128), (64, 2, 128), (64, 3, 128), (64, 4, 128)]
 SMALL = [(32, 2, 2), (32, 3, 3), (32, 4, 4), (64, 2, 2), (64, 3, 3), (64, 4, 4)]
-slow = lambda *rows: [pytest.param(*row, marks=pytest.mark.slow) for row in rows]
+
+
+def slow(*rows):
+    return [pytest.param(*row, marks=pytest.mark.slow) for row in rows]
 
 
 def assert_fits(result):
@@ -451,9 +471,8 @@ def test_gpu_compiled_equals_eager(case, dtype):
     settings = Settings(expansion, delta_max, mix=mix)
     inputs = make_inputs(*shape, settings)
     compiled = torch.compile(splanifold_triton, fullgraph=True)
-    assert all(torch.equal(a, b) for a,
-               b in zip(*(run(inputs, settings, function, dtype, "cuda")
-                          for function in (splanifold_triton, compiled))))
+    eager, graph = (run(inputs, settings, function, dtype, "cuda") for function in (splanifold_triton, compiled))
+    assert all(torch.equal(x, y) for x, y in zip(eager, graph))
 
 
 @pytest.mark.gpu
@@ -462,8 +481,8 @@ def test_gpu_runs_repeat_bit_for_bit(case):
     *shape, expansion, delta_max, mix = case
     settings = Settings(expansion, delta_max, mix=mix)
     inputs = make_inputs(*shape, settings)
-    assert all(torch.equal(a, b) for a,
-               b in zip(*(run(inputs, settings, dtype=torch.bfloat16, device="cuda") for _ in range(2))))
+    first, second = (run(inputs, settings, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second))
 
 
 @pytest.mark.gpu
@@ -479,6 +498,6 @@ def test_gpu_offsets_beyond_32_bits(K, G, n, mix, relative_rms):
     wide[-last:], wide_grad[-last:] = r, grad
     out = splanifold_triton(wide.requires_grad_(), controls, *settings)
     d_wide, = torch.autograd.grad(out, wide, wide_grad)
-    own = run(inputs, settings, dtype=torch.bfloat16, device="cuda")
-    assert relative_rms(out[-last:].float(), own[0].float(), floor=0.0) < 6e-3 and relative_rms(d_wide[-last:].float(),
-            own[1].float(), floor=0.0) < 6e-3
+    alone = run(inputs, settings, dtype=torch.bfloat16, device="cuda")
+    assert relative_rms(out[-last:].float(), alone[0].float(), floor=0.0) < 6e-3
+    assert relative_rms(d_wide[-last:].float(), alone[1].float(), floor=0.0) < 6e-3
