@@ -471,7 +471,8 @@ def test_what_code_belongs_to_an_arm():
     baseline, swiglu, both = (set(compare.source_of([compare.Arm(0, "", name, [], [1])])) for name in names)
     assert baseline == {"train_gpt.py"}
     assert swiglu == {"train_gpt.py", "variants/__init__.py", "variants/swiglu_mlp.py"}
-    assert both > swiglu | {"variants/orthogonal_residual.py", "kernels/residual_norm.py", "kernels/__init__.py"}
+    kernels = {"kernels/residual_norm/__init__.py", "kernels/__init__.py"}
+    assert both > swiglu | kernels | {"variants/orthogonal_residual.py"}
     assert not any("routed_skips" in file for file in both)
     assert all(compare.module_file(module_of(file)) == ROOT / file for file in both)
 
