@@ -21,7 +21,7 @@ import torch
 import compare
 import train_gpt
 import variants
-from data import manifold
+import manifold
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *(ROOT / f"{name}/README.md" for name in ("variants", "records", "benchmarks")),

@@ -12,7 +12,7 @@ import pytest
 
 import train_gpt
 import visualize
-from data.manifold import Graph, Manifold, from_chain, from_corpus, from_random
+from manifold import Graph, Manifold, from_chain, from_corpus, from_random
 from data.shards import write_meta, write_shard
 
 SCRIPT = Path(visualize.__file__)
@@ -127,7 +127,7 @@ def test_faults(files, tmp_path, capsys):
     for command, expected in {
         (tmp_path / "half.npz",): f"{tmp_path / 'half.npz'} cannot be read (BadZipFile)",
         (tmp_path / "none.npz",): f"{tmp_path / 'none.npz'} cannot be read (FileNotFoundError)",
-        (tmp_path / "bare.npz",): f"{tmp_path / 'bare.npz'} was not made by data/manifold.py, or is damaged (KeyError); make it again",
+        (tmp_path / "bare.npz",): f"{tmp_path / 'bare.npz'} was not made by manifold.py, or is damaged (KeyError); make it again",
         (files["two"],): f"{files['two']} has 2 nodes, and the third eigenvector needs 3",
         (files["checkpoint"], "--data", words): "--data counts tokens, and the vectors of this file are not those of tokens; leave it out",
         (files["chain"], "--data", words): "--data counts tokens, and the vectors of this file are not those of tokens; leave it out",

@@ -11,7 +11,7 @@ a, b, F, c (B, T, H) float32: coordinates of queries and keys, running sum of th
     laplacian      L (D, D): chain (-1 between neighbouring channels, degrees on the diagonal); learned (a positive weight, by softplus, between any two
                    channels, starting near the chain); domain:FILE, an .npz file with the arrays laplacian (D, D) and provenance, a JSON object that says what
                    it was made from. The checkpoint keeps a copy of L, but to build the model the file must be there
-    tau            fixed: 1; file: the file's array tau, a typical E of the vectors that L was made from (data/manifold.py)
+    tau            fixed: 1; file: the file's array tau, a typical E of the vectors that L was made from (manifold.py)
     temperature    fixed: t = 1; per_head: learned, starting there
     decay          none: F = 0; per_head: a learned slope a head; data: a forget gate, F_i = sum over t <= i of log sigmoid(w.x_t + d) with w starting at zero.
                    Both start from the slopes 2^(-8 h / H), h = 1 .. H
@@ -136,7 +136,7 @@ def read_tau(path: str) -> float:
     with np.load(path) as file:
         tau = float(file["tau"]) if "tau" in file and file["tau"].shape == () else 0.0
     if not 0 < tau < math.inf:
-        raise ValueError(f"laplacian=domain:{path} holds no tau above 0; make it by data/manifold.py or leave tau=file out")
+        raise ValueError(f"laplacian=domain:{path} holds no tau above 0; make it by manifold.py or leave tau=file out")
     return tau
 
 def shape_of_heads(config: Config, layer: int, options: Options) -> tuple[int, int]:

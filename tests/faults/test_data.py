@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 
 from data import manifold, recall, symbolic_language, tokenize_text
-from data.recall import Recall
+from tasks.recall import Recall
 from data.shards import check_folder, encoder, read_merges, read_meta, write_folder, write_merges
-from data.symbolic_language import Task
+from tasks.symbolic_language import Task
 from train_gpt import Config, RunError, open_shard
 from variants import topological_attention
 
@@ -243,7 +243,7 @@ def test_text_to_tokenize(tmp_path, count, name):
 
 @pytest.fixture
 def laplacian(tmp_path) -> Path:
-    """A file of data/manifold.py with all its arrays."""
+    """A file of manifold.py with all its arrays."""
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((30, 6)).astype(np.float32) + 1
     matrix = manifold.laplacian_of(manifold.weights(manifold.cosines(vectors), manifold.Graph()))

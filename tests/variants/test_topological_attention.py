@@ -344,7 +344,7 @@ def test_tau_of_the_file(tmp_path):
     assert error_of("tau=2") == "tau=2 is none of fixed and file"
     assert error_of("tau=file") == "tau=file is read with the Laplacian; give laplacian=domain:FILE too"
     options = store(tmp_path / "b.npz", ring(16))
-    assert error_of(options + ",tau=file") == options + " holds no tau above 0; make it by data/manifold.py or leave tau=file out"
+    assert error_of(options + ",tau=file") == options + " holds no tau above 0; make it by manifold.py or leave tau=file out"
 
 def test_files_that_are_no_laplacian(tmp_path):
     (tmp_path / "text.npz").write_text("text")

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import train_gpt
-from data import symbolic_language as language, symbolic_proofs as proofs
-from data.symbolic_language import FAMILIES, Task, complete, drawn, evaluate, held_out, make, marked, packed, problems, read_tests, solve, tables, wilson
-from data.symbolic_proofs import IDS, PAD, TEMPLATES, VOCAB_SIZE, VOCABULARY, Parser, check, normalised, rendered, split_of, split_words, symbolic_words, written
+from tasks import symbolic_language as language
+from tasks import symbolic_proofs as proofs
+from tasks.symbolic_language import FAMILIES, Task, complete, draw_problem, evaluate, held_out, make, mark, pack, problems, read_tests, solve, tables, wilson
+from tasks.symbolic_proofs import IDS, PAD, TEMPLATES, VOCAB_SIZE, VOCABULARY, Parser, check, normalise, render_program, split_of, split_words, to_symbolic, to_words
 from train_gpt import Config, RunError, TokenLoader, open_shard, validation_batches, write_checkpoint
 
 SCRIPT = Path(language.__file__)
@@ -29,7 +30,7 @@ def parse(text: str, digit_order: str = "most") -> tuple:
 def some_problems(count: int, most: int = 6, seed: int = 0):
     """Problems of every family, of difficulties from 1 to `most`."""
     rng = random.Random(seed)
-    return [drawn(family, rng, 1 + i % most) for family in FAMILIES for i in range(count)]
+    return [draw_problem(family, rng, 1 + i % most) for family in FAMILIES for i in range(count)]
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------------
 # Words and syntax
@@ -69,7 +70,7 @@ def test_expressions_are_read_as_they_were_written(digit_order):
     for number in range(6000):
         prop = random_prop(rng, 1 + number % 4)
         try:
-            words = written(prop, digit_order)
+            words = to_words(prop, digit_order)
         except ValueError as error:  # a term that needs parentheses
             assert "would need parentheses, and terms have none" in str(error)
             continue
@@ -87,7 +88,7 @@ def test_expressions_are_read_as_they_were_written(digit_order):
     ("prod i : S0 , i + 1 = 6", ("=", ("prod", "i", "S0", ("+", "i", 1)), 6)), ("3 notin { i : Nat st i divides 9 }", ("notin", 3, ("st", "i", "Nat", ("divides", "i", 9))))])
 def test_precedence(text, node):
     assert Parser(["show", *text.split(), "."]).statement() == ("show", node)
-    assert " ".join(written(node)) == text
+    assert " ".join(to_words(node)) == text
 
 
 @pytest.mark.parametrize("text, message", [
@@ -122,9 +123,9 @@ def test_renderings_are_read_as_they_were_written(rendering, digit_order):
     task = Task(rendering=rendering, digit_order=digit_order)
     for problem in some_problems(12):
         prompt, solution = problem.text(task)
-        assert {*prompt, *solution} <= IDS.keys() and prompt == rendered((problem.program[0], ()), rendering, digit_order)[0]
+        assert {*prompt, *solution} <= IDS.keys() and prompt == render_program((problem.program[0], ()), rendering, digit_order)[0]
         text = " ".join(prompt + solution)
-        program = Parser(symbolic_words(split_words(text), rendering), digit_order).program()
+        program = Parser(to_symbolic(split_words(text), rendering), digit_order).program()
         if rendering == "shuffled_trace":
             assert sorted(map(repr, program[1])) == sorted(map(repr, problem.program[1])) and program[1][-1] == problem.program[1][-1]
         else:
@@ -137,15 +138,15 @@ def test_renderings_are_read_as_they_were_written(rendering, digit_order):
 def test_a_statement_with_a_binding(rendering):
     program = (("hyp", "h1", ("forall", "i", "Nat", ("=>", ("apply", "p1", "i"), ("apply", "p2", "i")))), ("hyp", "h2", ("apply", "p1", 3))), (
         ("step", ("apply", "p1", 3), ("apply", "p2", 3), ("i", 3), "deduce"), ("show", ("apply", "p2", 3)))
-    words = [word for part in rendered(program, rendering) for word in part]
-    assert Parser(symbolic_words(words, rendering)).program() == program and check(program).shown
+    words = [word for part in render_program(program, rendering) for word in part]
+    assert Parser(to_symbolic(words, rendering)).program() == program and check(program).shown
 
 
 def test_the_same_problem_in_five_renderings():
     texts = {rendering: [" ".join(sum(problem.text(Task(rendering=rendering)), [])) for problem in problems(Task(), "train", 40, 1)] for rendering in TEMPLATES}
     assert len({tuple(text) for text in texts.values()}) == len(texts)
-    assert EXAMPLE == " ".join(sum(rendered(parse(EXAMPLE), "symbolic"), []))
-    assert " ".join(sum(rendered(parse(EXAMPLE), "symbolic", "least"), [])).startswith("let x := 7 4 + 5 8 . { step 7 + 5 + 0 ~> 2 1 .")
+    assert EXAMPLE == " ".join(sum(render_program(parse(EXAMPLE), "symbolic"), []))
+    assert " ".join(sum(render_program(parse(EXAMPLE), "symbolic", "least"), [])).startswith("let x := 7 4 + 5 8 . { step 7 + 5 + 0 ~> 2 1 .")
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------------
 # The checker
@@ -243,7 +244,7 @@ def test_a_corrupted_step_fails():
 def test_nothing_breaks_the_checker(rendering):
     """Programs with words exchanged, left out or doubled, as models write them: read or refused, with a verdict."""
     rng, read = random.Random(2), 0
-    texts = [sum(problem.text(Task(rendering=rendering)), []) for problem in some_problems(4)] + [word for text in PROVEN for word in [sum(rendered(parse(text), rendering), [])]]
+    texts = [sum(problem.text(Task(rendering=rendering)), []) for problem in some_problems(4)] + [word for text in PROVEN for word in [sum(render_program(parse(text), rendering), [])]]
     pool = sorted({word for text in texts for word in text})
     for _ in range(1500):
         words = list(rng.choice(texts))
@@ -251,7 +252,7 @@ def test_nothing_breaks_the_checker(rendering):
             place = rng.randrange(len(words))
             words[place:place + rng.randint(0, 2)] = [rng.choice(pool)] * rng.randint(0, 2)
         try:
-            program = Parser(symbolic_words(words, rendering)).program()
+            program = Parser(to_symbolic(words, rendering)).program()
         except ValueError:
             continue
         for ordered in (True, False):
@@ -293,7 +294,7 @@ def test_answers(family):
     """Each answer is the only right one, found here in another way than by its trace."""
     rng, truths = random.Random(1), set()
     for difficulty in [1, 2, 3, 5, 8, 12] * 20:
-        problem = drawn(family, rng, difficulty)
+        problem = draw_problem(family, rng, difficulty)
         facts, block = problem.program
         assert [line[0] for line in block].count("show") == 1 and block[-1][0] == "show" and problem.choices >= 2
         answer = block[-1][1]
@@ -333,7 +334,7 @@ def test_calculations_lead_to_the_answer():
     rng = random.Random(3)
     for difficulty in [1, 2, 3, 5, 8] * 20:
         for family in ("add", "mul"):
-            problem = drawn(family, rng, difficulty)
+            problem = draw_problem(family, rng, difficulty)
             (_, _, (_, a, b)), = problem.program[0]
             results = [line[2] for line in problem.program[1][:-1]]
             width = difficulty if family == "add" else len(str(a))
@@ -342,14 +343,14 @@ def test_calculations_lead_to_the_answer():
                 for i, result in enumerate(results[start:start + width], start // width):
                     columns[i], columns[i + 1] = result % 10, result // 10
             assert sum(digit * 10 ** i for i, digit in enumerate(columns)) == problem.program[1][-1][1][2] == (a + b if family == "add" else a * b)
-        mod, div = (drawn(family, rng, difficulty).program for family in ("mod", "div"))
+        mod, div = (draw_problem(family, rng, difficulty).program for family in ("mod", "div"))
         assert mod[1][-2][2] == mod[1][-1][1][2] and {line[4] for line in mod[1][:-1]} == {"calc"}
         (_, _, m), (_, _, n) = div[0]
         assert div[1][-2][1:3] == ("y", ("+", ("*", "x", n // m), n % m))
 
 
 def test_normalised():
-    same = lambda a, b: normalised(parse(a + " { } qed .")[0]) == normalised(parse(b + " { } qed .")[0])
+    same = lambda a, b: normalise(parse(a + " { } qed .")[0]) == normalise(parse(b + " { } qed .")[0])
     assert same("hyp h1 : p1 => p2 . hyp h2 : p1 .", "hyp h7 : p1 . hyp h3 : p1 => p2 .") and not same("hyp h1 : p1 => p2 .", "hyp h1 : p2 => p1 .")
     assert same("let x := 1 2 + 7 + 3 .", "let x := 3 + 1 2 + 7 .") and same("let x := 2 * 3 mod 5 .", "let x := 3 * 2 mod 5 .") and not same("let x := 3 mod 5 .", "let x := 5 mod 3 .")
     assert same("let S0 := { 1 , 2 } . let x := 2 .", "let x := 2 . let S0 := { 2 , 1 } .") and not same("let x := 2 . let y := 3 .", "let x := 3 . let y := 2 .")
@@ -360,20 +361,20 @@ def test_no_problem_is_in_two_splits():
     task, found = Task(digits=3, depth=2), {}
     for split in ("train", "val"):
         for seed in (1, 2):
-            found.setdefault(split, set()).update(normalised(problem.program[0]) for problem in problems(task, split, 400, seed))
+            found.setdefault(split, set()).update(normalise(problem.program[0]) for problem in problems(task, split, 400, seed))
     tests = [(part, problem) for seed in (1, 2) for part, problem in held_out(task, 30, seed)]
-    found["test"] = {normalised(problem.program[0]) for part, problem in tests}
+    found["test"] = {normalise(problem.program[0]) for part, problem in tests}
     assert not found["train"] & found["val"] and not found["test"] & (found["train"] | found["val"])
     assert {split_of(problem.program[0]) for part, problem in tests if part == "test"} == {"test"}
     assert {part: {problem.difficulty for other, problem in tests if other == part and problem.family == "chain"} for part in ("test", "x1.5", "x2")} == {"test": {1, 2}, "x1.5": {3}, "x2": {4}}
-    once = [(part, problem.family, normalised(problem.program[0])) for part, problem in held_out(task, 30, 1)]
+    once = [(part, problem.family, normalise(problem.program[0])) for part, problem in held_out(task, 30, 1)]
     assert len(set(once)) == len(once) == 30 * 3 * 8
 
 
 def test_longest_length_sets_have_enough_names():
     for family, depth in language.MOST.items():
         for seed in range(20):
-            verdict = check(drawn(family, random.Random(seed), 2 * Task(families=(family,), depth=depth).most(family)).program)
+            verdict = check(draw_problem(family, random.Random(seed), 2 * Task(families=(family,), depth=depth).most(family)).program)
             assert verdict.shown, verdict
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------------
@@ -419,16 +420,16 @@ def test_the_folder_trains(tmp_path, rendering):
 
 def test_packing():
     task = Task(families=("add",), digits=1, sequence_length=40)
-    rows = list(packed(task, "train", problems(task, "train", 7, 1)))
+    rows = list(pack(task, "train", problems(task, "train", 7, 1)))
     lengths = [len(tokens) + 1 for _, tokens, _, _ in rows]
     assert sum(lengths) % 40 == 0 and len(rows) == 7 and all(begins for *_, begins in rows)
     plain = [sum(problem.text(task), []) for problem in problems(task, "train", 7, 1)]
     assert [size for _, _, size, _ in rows] == [len(" ".join(words)) for words in plain]
     equal = Task(families=("order",), depth=1)  # two documents fill a row exactly
     length = 1 + len(sum(next(problems(equal, "train", 1, 1)).text(equal), []))
-    assert {len(tokens) + 1 for _, tokens, _, _ in packed(Task(families=("order",), depth=1, sequence_length=2 * length), "train", problems(equal, "train", 6, 1))} == {length}
+    assert {len(tokens) + 1 for _, tokens, _, _ in pack(Task(families=("order",), depth=1, sequence_length=2 * length), "train", problems(equal, "train", 6, 1))} == {length}
     with pytest.raises(RunError, match=r"a document of chain has \d+ tokens and a row 40: raise --sequence_length, or lower --digits or --depth"):
-        list(packed(Task(families=("chain",), sequence_length=40), "train", problems(Task(families=("chain",)), "train", 50, 1)))
+        list(pack(Task(families=("chain",), sequence_length=40), "train", problems(Task(families=("chain",)), "train", 50, 1)))
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------------
 # Marks
@@ -506,8 +507,8 @@ def test_wrong_models(tmp_path):
 
 def test_levels_of_chance():
     task, base = Task(families=("set", "add")), dict(part="test", difficulty=1, prompt="let S0 := { 1 } . let x := 3 . {")
-    tests = [marked(task, base | dict(family="set", choices=2, solution=f"show x {answer} S0 . }} qed ."), []) for answer in ("in", "in", "notin")]
-    tests += [marked(task, base | dict(family="add", choices=10, solution="show x = 3 . } qed ."), [])]
+    tests = [mark(task, base | dict(family="set", choices=2, solution=f"show x {answer} S0 . }} qed ."), []) for answer in ("in", "in", "notin")]
+    tests += [mark(task, base | dict(family="add", choices=10, solution="show x = 3 . } qed ."), [])]
     found = tables(tests, task)
     assert (found["set", "test"]["majority"], found["set", "test"]["random"]) == (2 / 3, 0.5)
     assert (found["all", "test"]["majority"], found["all", "test"]["random"]) == (3 / 4, pytest.approx(1.6 / 4)) and found["all", "test"]["exact"][0] == 0
@@ -593,7 +594,7 @@ def test_a_whole_pass_decodes_as_the_cache_does(tmp_path, monkeypatch):
 def test_a_folder_without_a_task(tmp_path, change):
     make(tmp_path, Task(families=("add",), digits=2, depth=2), 2, 2, 2, 1)
     change(tmp_path)
-    with pytest.raises(RunError, match="does not hold a task of the symbolic language; give --data a folder that data/symbolic_language.py made"):
+    with pytest.raises(RunError, match="does not hold a task of the symbolic language; give --data a folder that tasks/symbolic_language.py made"):
         read_tests(tmp_path, 10, 1)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import ngram_loss
-from data.ngram_loss import bigram, unigram
+from studies import ngram_loss
+from studies.ngram_loss import bigram, unigram
 from data.shards import write_meta, write_shard
 
 SCRIPT = Path(ngram_loss.__file__)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import train_gpt
-from data import recall
-from data.recall import Recall, batches, evaluate, make, score, sequences
+from tasks import recall
+from tasks.recall import Recall, batches, evaluate, make, score, sequences
 from tests.errors import float_bound
 from train_gpt import Config, RunError, TokenLoader, open_shard, validation_batches
 
@@ -157,7 +157,7 @@ def test_a_folder_without_a_task(tmp_path):
     checkpoint = trained(tmp_path, task=Recall(2, 3, 2, 1), steps=1)
     for meta in ('{"vocab_size": 7}', '{"recall": {"pear": 1}}', '{"recall": 3}', "text"):
         (tmp_path / "meta.json").write_text(meta)
-        with pytest.raises(RunError, match="meta.json does not describe a recall task; give --data a folder that data/recall.py made"):
+        with pytest.raises(RunError, match="meta.json does not describe a recall task; give --data a folder that tasks/recall.py made"):
             evaluate(str(checkpoint))
 
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import symbolic_language as benchmark
-from data import symbolic_language as language, symbolic_proofs as proofs
+from tasks import symbolic_language as language
+from tasks import symbolic_proofs as proofs
 from train_gpt import RunError, open_shard
 
 TINY = language.Task(families=("add", "order"), digits=2, depth=3, sequence_length=512)

@@ -13,8 +13,8 @@ from scipy import sparse
 
 import train_gpt
 import variants
-from data import manifold as script
-from data.manifold import (Graph, Tau, cooccurrences, cosines, from_chain, from_checkpoint, from_corpus, from_random, laplacian_of, mutual_information, quantile,
+import manifold as script
+from manifold import (Graph, Tau, cooccurrences, cosines, from_chain, from_checkpoint, from_corpus, from_random, laplacian_of, mutual_information, quantile,
                            random_laplacian, rayleigh_quotients, read_manifold, singular_vectors, varimax, weights)
 from data.shards import write_merges, write_meta, write_shard
 from tests.errors import float_bound, relative_rms
@@ -396,7 +396,7 @@ def test_faults_of_files(corpus, tmp_path, capsys):
     for command, expected in {
         ("random", tmp_path / "half.npz"): f"{tmp_path / 'half.npz'} cannot be read (BadZipFile)",
         ("random", tmp_path / "none.npz"): f"{tmp_path / 'none.npz'} cannot be read (FileNotFoundError)",
-        ("random", tmp_path / "bare.npz"): f"{tmp_path / 'bare.npz'} was not made by data/manifold.py, or is damaged (KeyError); make it again",
+        ("random", tmp_path / "bare.npz"): f"{tmp_path / 'bare.npz'} was not made by manifold.py, or is damaged (KeyError); make it again",
         ("random", tmp_path / "random.npz"): f"{tmp_path / 'random.npz'} is such a control already; give the file that it was made from, with another --seed",
         ("checkpoint", tmp_path / "text.pt"): f"{tmp_path / 'text.pt'} is not a whole checkpoint of this trainer",
         ("checkpoint", checkpoint, "--layer", 2): "--layer 2 is none of the checkpoint's 2 layers",
