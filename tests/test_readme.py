@@ -109,8 +109,10 @@ def scratch(tmp_path_factory):
     (folder / "data/python_bytes").mkdir(parents=True)
     for name in ("run.sh", "requirements.txt"):
         shutil.copy(ROOT / name, folder)
-    for file in (ROOT / "data").glob("*.py"):
-        shutil.copy(file, folder / "data")
+    for name in ("data", "tasks", "studies", "benchmarks"):
+        (folder / name).mkdir(exist_ok=True)
+        for file in (ROOT / name).glob("*.py"):
+            shutil.copy(file, folder / name)
     (folder / "data/python_bytes/meta.json").write_text("{}")
     shutil.copy(ROOT / "requirements.txt", folder / ".venv/requirements.installed.txt")
     (folder / ".venv/bin/python").write_text(STAND_IN)

@@ -15,10 +15,10 @@ import pytest
 import train_gpt
 
 from data import cached_fineweb10B as cached
-from data.shards import check_folder, read_merges, sha256_of, write_shard
-from train_gpt import Config, RunError, adopt_vocabulary, find_shards, open_shard
+from data.shards import check_folder, sha256_of, write_shard
+from train_gpt import Config, RunError, adopt_vocabulary, find_shards, open_shard, read_merges
 
-SCRIPT = Path(cached.__file__)
+ROOT = Path(cached.__file__).parent.parent
 END = 50256
 
 
@@ -248,6 +248,6 @@ def test_an_interrupt(tmp_path, hub, capsys):
 
 
 def test_exit_code_and_one_line(tmp_path):
-    result = subprocess.run([sys.executable, SCRIPT, "104", "-o", tmp_path], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", "data.cached_fineweb10B", "104", "-o", tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr == "cached_fineweb10B.py: error: fineweb10B has 1 to 103 training shards to fetch, got 104\n"

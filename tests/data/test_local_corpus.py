@@ -12,7 +12,7 @@ from data import local_corpus
 from data.shards import check_folder
 from train_gpt import Config, RunError, TokenLoader, open_shard, validation_batches
 
-SCRIPT = Path(local_corpus.__file__)
+ROOT = Path(local_corpus.__file__).parent.parent
 
 
 def make_library(root: Path, modules: int = 120) -> dict[str, bytes]:
@@ -80,5 +80,5 @@ def test_a_python_without_library(tmp_path, capsys, monkeypatch):
 
 def test_exit_code_and_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
-    run = subprocess.run([sys.executable, SCRIPT, "-o", tmp_path / "file"], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "data.local_corpus", "-o", tmp_path / "file"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.count("\n") == 1 and run.stderr.startswith("local_corpus.py: error: cannot write to")

@@ -8,9 +8,9 @@ import struct
 import numpy as np
 import pytest
 
-from data.shards import (ShardWriter, check_folder, claim_folder, encode_bytes, read_merges, read_meta, sha256_of,
-                         write_folder, write_merges, write_meta, write_shard)
-from train_gpt import RunError, open_shard
+from data.shards import ShardWriter, check_folder, claim_folder, sha256_of, write_folder, write_meta, write_shard
+from data.tokenizer import encode_bytes, write_merges
+from train_gpt import RunError, open_shard, read_merges, read_meta
 
 ONE_EACH = [("train", [1, 2, 3], 3, True), ("val", [4, 5], 2, True)]
 

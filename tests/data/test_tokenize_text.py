@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 
 from data import tokenize_text
-from data.shards import read_merges, write_merges
-from data.tokenize_text import encoder, main, pieces
-from train_gpt import Config, TokenLoader, open_shard, token_bytes, validation_batches
+from data.tokenize_text import main, pieces
+from data.tokenizer import build_encoder, write_merges
+from train_gpt import Config, TokenLoader, open_shard, read_merges, token_bytes, validation_batches
 
-SCRIPT = Path(tokenize_text.__file__)
-GPT2 = SCRIPT.parent.parent.parent / "shared" / "corpus" / "gpt2.tiktoken"
+ROOT = Path(tokenize_text.__file__).parent.parent
+SCRIPT = [sys.executable, "-m", "data.tokenize_text"]
+GPT2 = ROOT.parent / "shared" / "corpus" / "gpt2.tiktoken"
 TEXTS = [f"The {word} of the inn.\n\nIt's line {i}, 中文 é 🙂 <|endoftext|>\r\n\tend " + "the " * (i % 9)
          for i, word in enumerate("sea sky sun rain wind".split() * 60)]
 
@@ -281,7 +282,7 @@ def test_a_decompression_bomb_is_not_unpacked_whole(tmp_path, capsys, monkeypatc
 
 
 def test_pieces_have_the_whole_texts_tokens(tiny_merges):
-    encode, generator = encoder(read_merges(GPT2) if GPT2.exists() else tiny_merges), random.Random(0)
+    encode, generator = build_encoder(read_merges(GPT2) if GPT2.exists() else tiny_merges), random.Random(0)
     parts = ["a", "The", "\n", "\n", " ", "  ", "'s", "'", " \n", "\n\n", "é", "\u3000", "\u00a0", "\x85", "\x1c", "1", "!", "中", "\t", "\r\n",
              "\u2028", "b c"]
     cuts = 0
@@ -408,7 +409,7 @@ def test_a_run_of_blanks_that_tiktoken_cannot_take(tmp_path, tiny_tiktoken, capf
 
 
 def test_exit_codes_and_one_line(tmp_path):
-    run = subprocess.run([sys.executable, SCRIPT, tmp_path / "missing", "-o", tmp_path / "out"], capture_output=True, text=True,
+    run = subprocess.run([*SCRIPT, tmp_path / "missing", "-o", tmp_path / "out"], cwd=ROOT, capture_output=True, text=True,
                          env=os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"})
     assert run.returncode == 1 and run.stdout == "" and run.stderr.count("\n") == 1
     assert run.stderr.startswith("tokenize_text.py: error: tiktoken cannot get GPT-2's merges")
@@ -416,8 +417,8 @@ def test_exit_codes_and_one_line(tmp_path):
 
 def test_an_interrupt(tmp_path):
     os.mkfifo(tmp_path / "endless.jsonl")
-    command = [sys.executable, SCRIPT, tmp_path / "endless.jsonl", "-o", tmp_path / "out", "--tokenizer", "bytes", "--shard_tokens", "1000000"]
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    command = [*SCRIPT, tmp_path / "endless.jsonl", "-o", tmp_path / "out", "--tokenizer", "bytes", "--shard_tokens", "1000000"]
+    run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     line = (json.dumps({"text": "x" * 100_000}) + "\n").encode()
     with open(tmp_path / "endless.jsonl", "wb", buffering=0) as pipe:
         while not list(tmp_path.glob("out/*.part")):  # until it is writing shards

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import nn
 
-from benchmarks import gradient_conditioning as check
+from studies import gradient_conditioning as check
 from train_gpt import RunError
 
 

@@ -12,7 +12,7 @@ from studies import ngram_loss
 from studies.ngram_loss import bigram, unigram
 from data.shards import write_meta, write_shard
 
-SCRIPT = Path(ngram_loss.__file__)
+ROOT = Path(ngram_loss.__file__).parent.parent
 
 
 def slow_bigram(train, v, w, p):
@@ -97,5 +97,5 @@ def test_a_token_outside_the_vocabulary(tmp_path, capsys):
 
 
 def test_exit_code_and_one_line(tmp_path):
-    run = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "studies.ngram_loss", tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.count("\n") == 1 and run.stderr.startswith("ngram_loss.py: error: no train shards")

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import probability_maps as benchmark
+from studies import probability_maps as study
 
 pytest.importorskip("sklearn")
 
@@ -15,19 +15,19 @@ pytest.importorskip("sklearn")
 def test_calibration_error():
     confidence = torch.tensor([0.6] * 10 + [0.9] * 10)
     right = torch.tensor([1.0] * 6 + [0.0] * 4 + [1.0] * 5 + [0.0] * 5)
-    assert benchmark.calibration_error(confidence, right, bins=2) == pytest.approx(0.5 * 0.0 + 0.5 * 0.4, abs=1e-6)
+    assert study.calibration_error(confidence, right, bins=2) == pytest.approx(0.5 * 0.0 + 0.5 * 0.4, abs=1e-6)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
-    assert benchmark.calibration_error(confidence[order], right[order], bins=2) == pytest.approx(0.2, abs=1e-6)
-    assert benchmark.calibration_error(confidence, right, bins=1) == pytest.approx(0.75 - 0.55, abs=1e-6)
+    assert study.calibration_error(confidence[order], right[order], bins=2) == pytest.approx(0.2, abs=1e-6)
+    assert study.calibration_error(confidence, right, bins=1) == pytest.approx(0.75 - 0.55, abs=1e-6)
 
 
 def test_auroc():
-    assert benchmark.auroc(torch.tensor([0.9, 0.8]), torch.tensor([0.1, 0.2])) == 1 and benchmark.auroc(torch.tensor([0.5]), torch.tensor([0.5, 0.1])) == 0.75
+    assert study.auroc(torch.tensor([0.9, 0.8]), torch.tensor([0.1, 0.2])) == 1 and study.auroc(torch.tensor([0.5]), torch.tensor([0.5, 0.1])) == 0.75
 
 
 def test_losses():
     p, classes = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]), torch.tensor([0, 1])
-    found = {name: benchmark.loss_of(name, p, classes).item() for name in benchmark.LOSSES}
+    found = {name: study.loss_of(name, p, classes).item() for name in study.LOSSES}
     own, u = np.array([0.7, 0.3]), 1 / 3
     q = p.double().numpy()
     m = (q + u) / 2
@@ -37,8 +37,8 @@ def test_losses():
 
 
 def test_fitted_temperature_is_the_best_one():
-    model = benchmark.Classifier(benchmark.HONEST, "cross-entropy", 3e-3, 1, 2)
-    images, classes = benchmark.digits(1)["choice"]
+    model = study.Classifier(study.HONEST, "cross-entropy", 3e-3, 1, 2)
+    images, classes = study.digits(1)["choice"]
     model.fit_temperature(images, classes)
     with torch.no_grad():
         loss = lambda t: F.cross_entropy(model.network(images) * np.exp(-t), classes).item()
@@ -48,25 +48,25 @@ def test_fitted_temperature_is_the_best_one():
 
 
 def test_parts_share_no_image_and_seeds_draw_anew():
-    parts = benchmark.digits(3)
+    parts = study.digits(3)
     assert [len(images) for images, _ in parts.values()] == [1000, 297, 500] and parts["train"][0].abs().max() <= 1
-    assert not torch.equal(parts["test"][1], benchmark.digits(4)["test"][1]) and torch.equal(parts["test"][0], benchmark.digits(3)["test"][0])
+    assert not torch.equal(parts["test"][1], study.digits(4)["test"][1]) and torch.equal(parts["test"][0], study.digits(3)["test"][0])
 
 
 def test_reduced_run(tmp_path, monkeypatch, capsys):
     required = []
-    monkeypatch.setattr(benchmark, "require_tests", lambda *paths: required.append(paths))
-    monkeypatch.setattr(benchmark, "arms", lambda: [(benchmark.HONEST, "cross-entropy"), (benchmark.FITTED, "cross-entropy"), (benchmark.LEARNED, "cross-entropy"), ("sparsemax", "Brier")])
-    assert benchmark.main(["--quick", "--output", str(tmp_path / "a.json")]) == 0
+    monkeypatch.setattr(study, "require_tests", lambda *paths: required.append(paths))
+    monkeypatch.setattr(study, "arms", lambda: [(study.HONEST, "cross-entropy"), (study.FITTED, "cross-entropy"), (study.LEARNED, "cross-entropy"), ("sparsemax", "Brier")])
+    assert study.main(["--quick", "--output", str(tmp_path / "a.json")]) == 0
     results, printed = json.loads((tmp_path / "a.json").read_text()), capsys.readouterr().out
-    assert required == [tuple(benchmark.TESTS)] and results["quick"] and len(results["confidence"]) == 4 and len(results["speed"]) == 2 * len(benchmark.MAPS)
+    assert required == [tuple(study.TESTS)] and results["quick"] and len(results["confidence"]) == 4 and len(results["speed"]) == 2 * len(study.MAPS)
     honest, fitted = results["confidence"][:2]
     assert honest["accuracy"] == fitted["accuracy"] and honest["nll"] != fitted["nll"] and fitted["against_fitted"]["nll"] == dict(mean=0.0, low=0.0, high=0.0)
     assert "| sparsemax | Brier |" in printed and "in loss and calibration error: none" in printed
 
 
 def test_faults(monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "require_tests", lambda *paths: None)
-    assert benchmark.main(["--seeds", "1"]) == 1 and "--seeds must be at least 2" in capsys.readouterr().err
+    monkeypatch.setattr(study, "require_tests", lambda *paths: None)
+    assert study.main(["--seeds", "1"]) == 1 and "--seeds must be at least 2" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    assert benchmark.main(["--quick"]) == 1 and "pip install scikit-learn" in capsys.readouterr().err
+    assert study.main(["--quick"]) == 1 and "pip install scikit-learn" in capsys.readouterr().err

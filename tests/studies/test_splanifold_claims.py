@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import splanifold_claims as claims
+from studies import splanifold_claims as claims
 from kernels.splanifold import SplanifoldControls, splanifold_reference
 from train_gpt import RunError
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import symbolic_language as benchmark
+from studies import symbolic_language as study
 from tasks import symbolic_language as language
 from tasks import symbolic_proofs as proofs
 from train_gpt import RunError, open_shard
@@ -15,7 +15,7 @@ TINY = language.Task(families=("add", "order"), digits=2, depth=3, sequence_leng
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpora")
-    return folder, benchmark.corpora(folder, TINY, 150, 20, quick=True)
+    return folder, study.corpora(folder, TINY, 150, 20, quick=True)
 
 
 def documents(folder, task) -> list[str]:
@@ -23,7 +23,7 @@ def documents(folder, task) -> list[str]:
     file, = folder.glob("*train*.bin")
     words = [proofs.VOCABULARY[token] if token < len(proofs.VOCABULARY) else "|" for token in open_shard(file)]
     texts = [text.split() for text in " ".join(word for word in words if word != proofs.PAD).split("|") if text.strip()]
-    return [proofs.normalised(proofs.Parser(proofs.symbolic_words(text, task.rendering), task.digit_order).program()[0]) for text in texts]
+    return [proofs.normalise(proofs.Parser(proofs.to_symbolic(text, task.rendering), task.digit_order).program()[0]) for text in texts]
 
 
 def test_equal_problems_and_equal_tokens(made):
@@ -44,20 +44,20 @@ def test_equal_problems_and_equal_tokens(made):
 def test_one_run_is_trained_and_marked(made, rendering):
     folder, facts = made
     settings = ["--layers", "1", "--model_dim", "16", "--heads", "1", "--head_dim", "16", "--mlp_hidden", "16", "--value_embeddings", "0", "--sequence_length", "512"]
-    run = benchmark.train_and_mark(folder, (rendering, "problems"), facts[rendering, "problems"]["tokens"], 3, (4, 2), settings, 1)
+    run = study.train_and_mark(folder, (rendering, "problems"), facts[rendering, "problems"]["tokens"], 3, (4, 2), settings, 1)
     assert run["seed"] == 3 and run["tokens"] == 2048 * run["steps"] <= facts[rendering, "problems"]["tokens"] and 0 < run["val_loss"] < 6
     marks = run["marks"]["add"]
     assert marks["test"]["count"] == 4 and marks["x2"]["count"] == 2 and run["marks"]["all"]["test"]["count"] == 8
     assert (marks["test"]["joint"] is None) is (rendering == "answer_only") and 0 <= marks["test"]["exact"] <= 4 and 0 < marks["test"]["majority"] < 1
     assert not list(folder.glob("*.pt"))
     with pytest.raises(RunError, match="-problems-3 failed: .*--layers must be from 1 to 1,024"):
-        benchmark.train_and_mark(folder, (rendering, "problems"), 4096, 3, (4, 2), ["--layers", "0"], 1)
+        study.train_and_mark(folder, (rendering, "problems"), 4096, 3, (4, 2), ["--layers", "0"], 1)
 
 
 def runs_of(table: dict) -> list[dict]:
     """Runs from {(rendering, budget): {mark: right answers of 100 by seed}}."""
-    return [dict(rendering=rendering, budget=budget, seed=seed + 1, tokens=2048, marks={family: {part: {mark: right.get(mark, [None] * 3)[seed] for mark in benchmark.MARKS}
-                 | dict(count=100, majority=0.1, random=0.2, tokens=30) for part in benchmark.PARTS} for family in ("all", "add")})
+    return [dict(rendering=rendering, budget=budget, seed=seed + 1, tokens=2048, marks={family: {part: {mark: right.get(mark, [None] * 3)[seed] for mark in study.MARKS}
+                 | dict(count=100, majority=0.1, random=0.2, tokens=30) for part in ("test", *study.LONGER)} for family in ("all", "add")})
             for (rendering, budget), right in table.items() for seed in range(3)]
 
 
@@ -75,28 +75,28 @@ def table(english=(40, 41, 42), lean_like=(42, 43, 44), answer_only=(20, 21, 22)
     (dict(lean_like=(30, 51, 60)), "undecided"),
 ])
 def test_the_rule(changes, verdict):
-    leads = benchmark.leads_of(runs_of(table(**changes)))
+    leads = study.leads_of(runs_of(table(**changes)))
     assert [(lead["over"], lead["mark"], lead["equal"]) for lead in leads[:3]] == [("english", "joint", "problems"), ("lean_like", "joint", "problems"), ("answer_only", "exact", "problems")]
-    assert benchmark.verdict_of(leads) == verdict
+    assert study.verdict_of(leads) == verdict
     if not changes:
         assert [round(lead["difference"], 3) for lead in leads] == [0.1, 0.08, 0.3] * 2
 
 
 def test_one_seed_decides_nothing():
-    assert benchmark.verdict_of(benchmark.leads_of([run for run in runs_of(table()) if run["seed"] == 1])) == "undecided"
+    assert study.verdict_of(study.leads_of([run for run in runs_of(table()) if run["seed"] == 1])) == "undecided"
 
 
 def test_tables():
     runs = runs_of(table())
-    results = dict(runs=runs, seeds=[1, 2, 3], corpora={"-".join(arm): dict(problems=1234, tokens=2048) for arm in benchmark.ARMS}, leads=benchmark.leads_of(runs), verdict="supported")
-    text = benchmark.tables(json.loads(json.dumps(results)))
+    results = dict(runs=runs, seeds=[1, 2, 3], corpora={"-".join(arm): dict(problems=1234, tokens=2048) for arm in study.ARMS}, leads=study.leads_of(runs), verdict="supported")
+    text = study.tables(json.loads(json.dumps(results)))
     assert "| symbolic | both | 1,234 | 2,048 | 51.0 (50.0 to 52.0) |" in text and "| answer_only | tokens | 1,234 | 2,048 | 21.0 (20.0 to 22.0) | - | - |" in text
     assert "45.4 to 56.6" in text  # Wilson's interval of 153 right out of 300
     assert "| english | joint | problems | +10.0 | +10.0 to +10.0 |" in text and text.rstrip().endswith("Verdict: supported.")
 
 
 def test_faults_are_one_line(capsys):
-    assert benchmark.main(["--seeds", "0"]) == 1
+    assert study.main(["--seeds", "0"]) == 1
     assert capsys.readouterr().err == "symbolic_language.py: error: --seeds must be at least 1, got 0\n"
-    assert benchmark.main(["--quick", "--digits", "0"]) == 1
+    assert study.main(["--quick", "--digits", "0"]) == 1
     assert "--digits and --depth must be at least 1" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from tasks.recall import Recall, batches, evaluate, make, score, sequences
 from tests.errors import float_bound
 from train_gpt import Config, RunError, TokenLoader, open_shard, validation_batches
 
-SCRIPT = Path(recall.__file__)
+ROOT = Path(recall.__file__).parent.parent
 TASKS = [Recall(), Recall(4, 9, 5, 2), Recall(3, 3, 1, 3), Recall(1, 1, 2, 1), Recall(5, 20, 7, 3, 40), Recall(2, 3, 2, 1, 60)]
 
 
@@ -179,7 +179,7 @@ def test_faults(tmp_path, capsys, arguments, message):
 
 
 def test_command_line(tmp_path):
-    run = subprocess.run([sys.executable, SCRIPT, "make", "-o", tmp_path, "--count", "10", "--val_count", "3", "--pairs", "2", "--queries", "1"], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "tasks.recall", *f"make -o {tmp_path} --count 10 --val_count 3 --pairs 2 --queries 1".split()], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and run.stderr == "" and re.fullmatch(
         r"\S+: 10 training and 3 validation sequences of 7 tokens; loss \d\.\d{4} nats a token with every answer right, \d\.\d{4} by chance\n"
         r"train with --data \S+ --sequence_length 7 --align_documents --batch_tokens 448\n", run.stdout)

@@ -18,7 +18,7 @@ from tasks.symbolic_language import FAMILIES, Task, complete, draw_problem, eval
 from tasks.symbolic_proofs import IDS, PAD, TEMPLATES, VOCAB_SIZE, VOCABULARY, Parser, check, normalise, render_program, split_of, split_words, to_symbolic, to_words
 from train_gpt import Config, RunError, TokenLoader, open_shard, validation_batches, write_checkpoint
 
-SCRIPT = Path(language.__file__)
+ROOT = Path(language.__file__).parent.parent
 EXAMPLE = "let x := 4 7 + 8 5 . { step 7 + 5 + 0 ~> 1 2 . by calc . step 4 + 8 + 1 ~> 1 3 . by calc . show x = 1 3 2 . } qed ."
 WITH_TRACE = [rendering for rendering in TEMPLATES if rendering != "answer_only"]
 
@@ -643,7 +643,7 @@ def test_show_and_check(tmp_path, capsys):
 
 
 def test_command_line(tmp_path):
-    run = subprocess.run([sys.executable, SCRIPT, "make", "-o", tmp_path, "--count", "10", "--val_count", "3", "--test_count", "2", "--sequence_length", "1024"], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "tasks.symbolic_language", *f"make -o {tmp_path} --count 10 --val_count 3 --test_count 2 --sequence_length 1024".split()], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and run.stderr == "" and re.fullmatch(
         r"\S+: 10 training and 3 validation problems, \d+\.\d tokens a training problem with pads, 2 tests of each family and set\n"
         r"train with --data \S+ --sequence_length 1024 --align_documents --batch_tokens 8192\n", run.stdout)
