@@ -21,7 +21,8 @@ from data.shards import write_meta, write_shard
 ROOT = Path(__file__).resolve().parent.parent
 BASH = os.environ.get("RUN_SH_BASH", "bash")
 SPIN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
-VERBS = "train compare check variants generate visualize manifold runs board data task study bench test python help".split()
+VERBS = ("train compare check variants generate visualize manifold runs board data task study bench test "
+         "python help").split()
 FOLDERS = ("data", "tasks", "studies", "benchmarks")  # of scripts that run.sh names
 
 PIP = "-m pip install --quiet --disable-pip-version-check -r @/requirements.txt"
@@ -108,7 +109,8 @@ def give_corpus(folder):
         (folder / "data/python_bytes" / name).write_text("{}")
 
 
-# ---- training and comparing
+# ---- training and comparing -------------------------------------------------
+
 
 def test_alone_it_prepares_the_embedded_corpus_and_trains(checkout):
     assert call(checkout)[1] == ["-P -m data.local_corpus", "@/train_gpt.py"]
@@ -179,7 +181,8 @@ def test_the_exit_code_is_the_trainers(checkout):
     assert call(checkout, "python", "-m", "variants", EXIT="7")[:2] == (7, ["-m variants"])
 
 
-# ---- verbs
+# ---- verbs ------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("arguments, expected", {
     "generate --checkpoint a.pt": "@/generate.py --checkpoint a.pt",
@@ -239,7 +242,8 @@ def test_an_unknown_verb_is_one_line_before_anything_is_set_up(checkout, argumen
     assert not (checkout / ".venv").exists()
 
 
-# ---- the linter and the tests
+# ---- the linter and the tests -----------------------------------------------
+
 
 def test_test_runs_linter_and_tests(checkout):
     ruff = "-m ruff check @"
@@ -264,7 +268,8 @@ def test_tests_from_another_folder_are_the_checkouts_or_those_named(checkout, tm
         assert call(checkout, "test", *arguments.split(), folder=tmp_path / "mine")[1][-1] == f"{here} {expected}"
 
 
-# ---- folders and links
+# ---- folders and links ------------------------------------------------------
+
 
 @pytest.mark.parametrize("form", ["absolute", "relative", "chain", "folder"])
 def test_a_link_leads_to_the_checkout(checkout, tmp_path, form):
@@ -332,7 +337,8 @@ def test_waiting_threads_spin_for_a_bounded_time_unless_the_user_says_otherwise(
         assert [shown(checkout, other, **{name: value}) for other in SPIN] == expected
 
 
-# ---- the environment
+# ---- the environment --------------------------------------------------------
+
 
 def test_changed_requirements_are_installed_once(checkout):
     (checkout / "requirements.txt").write_text("torch==0\n")
@@ -495,7 +501,7 @@ def test_the_lock_is_not_held_while_the_work_goes_on(checkout, tmp_path):
     assert "run.sh.lock" not in errors.split("(once)")[1]
 
 
-# ---- the shell
+# ---- the shell --------------------------------------------------------------
 
 NEWER_THAN_3_2 = (r"declare -A|local -A|typeset -A|mapfile|readarray|coproc|\$\{!|&>>|\|&|;;&|;&|\$\{\w+[,^@]"
                   r"|\[\[? -v|wait -n|local -n|declare -n|exec \{|\{\d+\.\.\d+\.\.|printf '%\(|\bEPOCH|\*\*/")
@@ -532,7 +538,8 @@ def test_ci_says_what_it_runs_and_runs_the_readmes_command(tmp_path):
     assert (result.returncode, result.stdout) == (3, f"./run.sh test\ncalled: test in {tmp_path}\n")
 
 
-# ---- in earnest
+# ---- in earnest -------------------------------------------------------------
+
 
 @pytest.fixture
 def real(tmp_path):
