@@ -24,7 +24,7 @@ import variants
 import manifold
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", *(ROOT / f"{name}/README.md" for name in ("variants", "records", "benchmarks")),
+DOCUMENTS = [ROOT / "README.md", *(ROOT / f"{name}/README.md" for name in ("variants", "records", "benchmarks", "studies")),
              *sorted((ROOT / "data").glob("*.md")), *sorted((ROOT / "docs").glob("**/*.md"))]
 COMMAND = re.compile(r"(\./run\.sh|python3?|torchrun|pip|bash|git)(\s|$)")
 
