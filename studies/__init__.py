@@ -3,6 +3,7 @@ Experiments, `python -m studies.NAME`: how good, where benchmarks/ says how fast
 here is what several of them need.
 """
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,15 @@ from benchmarks import timing  # before PyTorch, see there
 from train_gpt import RunError
 
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """The options that every study has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a reduced run: proves that it runs, measures nothing")
+    parser.add_argument("--output", type=Path,
+                        help="JSON file, beside which tables go as .md (default: studies/results/)")
+    return parser
 
 
 def save(name: str, results: dict, output: Path | None = None, tables: str | None = None) -> Path:

@@ -28,7 +28,6 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,7 +36,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import describe, markdown, require_tests
 from command_line import run_script
-from studies import load_digits, save
+from studies import build_parser, load_digits, save
 from train_gpt import Config, Ranks
 from variants.gradient_conditioning import Options, build
 
@@ -467,11 +466,7 @@ def run(options: argparse.Namespace):
 
 def main() -> int:
     """Run the command line. Returns the exit code: 0, 1 for a fault (one line on stderr), 130 when interrupted."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a reduced run of every part")
-    parser.add_argument("--output", type=Path,
-                        help="JSON file, beside which the tables go as .md (default: studies/results/)")
-    options = parser.parse_args()
+    options = build_parser(__doc__).parse_args()
     return run_script("gradient_conditioning.py", lambda: run(options))
 
 

@@ -22,7 +22,6 @@ arxiv.org/abs/1706.04599; equal-mass bins: Nixon et al., 2019, arxiv.org/abs/190
 
 import argparse
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 from benchmarks.timing import describe, markdown, require_tests
 from command_line import run_script
 from kernels.probability_maps import MAPS, probability_map
-from studies import load_digits, save
+from studies import build_parser, load_digits, save
 from train_gpt import require
 
 TESTS = ["tests/kernels/test_probability_maps.py"]
@@ -247,11 +246,9 @@ def run(options: argparse.Namespace):
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line. Returns the exit code: 0, 1 for a fault (one line on stderr), 130 when interrupted."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a reduced run that proves nothing but that it runs")
+    parser = build_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=10, help="reported runs an arm (10)")
     parser.add_argument("--epochs", type=int, default=40, help="of a run (40)")
-    parser.add_argument("--output", type=Path, help="JSON file (default: studies/results/)")
     options = parser.parse_args(argv)
     return run_script("probability_maps.py", lambda: run(options))
 

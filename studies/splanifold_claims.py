@@ -39,7 +39,6 @@ import math
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -47,7 +46,7 @@ import torch
 from benchmarks.timing import describe, in_turn, markdown, require_tests
 from command_line import run_script
 from kernels.splanifold import SplanifoldControls, splanifold, splanifold_reference
-from studies import save
+from studies import build_parser, save
 from train_gpt import RunError
 
 TESTS = "tests/kernels/test_splanifold.py"
@@ -686,11 +685,8 @@ def run(options: argparse.Namespace):
 
 def main() -> int:
     """Run the command line. Returns the exit code: 0, 1 for a fault (one line on stderr), 130 when interrupted."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a reduced run of every part")
+    parser = build_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=1.0, help="of timing for each arm, K and batch (1)")
-    parser.add_argument("--output", type=Path,
-                        help="JSON file, beside which the tables go as .md (default: studies/results/)")
     options = parser.parse_args()
     return run_script("splanifold_claims.py", lambda: run(options))
 

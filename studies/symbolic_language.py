@@ -43,7 +43,7 @@ import torch
 from benchmarks.timing import ROOT, describe, markdown
 from command_line import run_script
 from records.statistics import paired, wilson
-from studies import save
+from studies import build_parser, save
 from tasks import symbolic_language as language
 from train_gpt import RunError, require
 
@@ -281,15 +281,11 @@ def study(options: argparse.Namespace):
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line. Returns the exit code: 0, 1 for a fault (one line on stderr), 130 when interrupted."""
-    parser = argparse.ArgumentParser(prog="symbolic_language.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a reduced run of every part")
+    parser = build_parser(__doc__)
     for name, (default, quick, text) in COUNTS.items():
         parser.add_argument(f"--{name}", type=int, help=f"{text} ({default}; quick: {quick})")
     parser.add_argument("--digits", type=int, default=TASK.digits, help="most digits of a number in training")
     parser.add_argument("--depth", type=int, default=TASK.depth, help="most deductions, steps or elements in training")
-    parser.add_argument("--output", type=Path,
-                        help="JSON file, beside which the tables go as .md (default: studies/results/)")
     parser.add_argument("settings", nargs="*", help="of the trainer, after --")
     options = parser.parse_args(argv)
     return run_script("symbolic_language.py", lambda: study(options))

@@ -19,12 +19,13 @@ import pytest
 import torch
 
 import compare
+import manifold
 import train_gpt
 import variants
-import manifold
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", *(ROOT / f"{name}/README.md" for name in ("variants", "records", "benchmarks", "studies")),
+FOLDERS = ("variants", "records", "benchmarks", "studies")
+DOCUMENTS = [ROOT / "README.md", *(ROOT / f"{name}/README.md" for name in FOLDERS),
              *sorted((ROOT / "data").glob("*.md")), *sorted((ROOT / "docs").glob("**/*.md"))]
 COMMAND = re.compile(r"(\./run\.sh|python3?|torchrun|pip|bash|git)(\s|$)")
 
