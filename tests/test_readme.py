@@ -19,12 +19,13 @@ import pytest
 import torch
 
 import compare
+import manifold
 import train_gpt
 import variants
-from data import manifold
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", *(ROOT / f"{name}/README.md" for name in ("variants", "records", "benchmarks")),
+FOLDERS = ("variants", "records", "benchmarks", "studies")
+DOCUMENTS = [ROOT / "README.md", *(ROOT / f"{name}/README.md" for name in FOLDERS),
              *sorted((ROOT / "data").glob("*.md")), *sorted((ROOT / "docs").glob("**/*.md"))]
 COMMAND = re.compile(r"(\./run\.sh|python3?|torchrun|pip|bash|git)(\s|$)")
 
@@ -109,8 +110,10 @@ def scratch(tmp_path_factory):
     (folder / "data/python_bytes").mkdir(parents=True)
     for name in ("run.sh", "requirements.txt"):
         shutil.copy(ROOT / name, folder)
-    for file in (ROOT / "data").glob("*.py"):
-        shutil.copy(file, folder / "data")
+    for name in ("data", "tasks", "studies", "benchmarks"):
+        (folder / name).mkdir(exist_ok=True)
+        for file in (ROOT / name).glob("*.py"):
+            shutil.copy(file, folder / name)
     (folder / "data/python_bytes/meta.json").write_text("{}")
     shutil.copy(ROOT / "requirements.txt", folder / ".venv/requirements.installed.txt")
     (folder / ".venv/bin/python").write_text(STAND_IN)

@@ -1,24 +1,28 @@
 """
 Multi-query associative recall: documents that list pairs of a key and a value, then ask for the values of some keys.
 
-    python data/recall.py make -o DIR [--pairs 16] [--keys 64] [--values 64] [--queries 16] [--sequence_length 0] [--count 100000] [--val_count 1024] [--seed 1]
-    python data/recall.py evaluate --checkpoint FILE... [--data DIR] [--count 512] [--seed 1] [--device auto]
+    python -m tasks.recall make -o DIR [--pairs 16] [--keys 64] [--values 64] [--queries 16] [--sequence_length 0]
+                                [--count 100000] [--val_count 1024] [--seed 1]
+    python -m tasks.recall evaluate --checkpoint FILE... [--data DIR] [--count 512] [--seed 1] [--device auto]
 
 make writes shards whose documents have sequence_length tokens each (0: as few as possible):
 
-    end of text, k1 v1 .. kP vP, then in random order and at random places Q queries "k v", and a filler token everywhere else
+    end of text, k1 v1 .. kP vP, then in random order and at random positions Q queries "k v", and a filler token
+    everywhere else
 
-The P keys differ and are drawn from `keys` ids, each value from `values` other ids with replacement; the Q keys that are asked for are drawn from the P,
-each once. Vocabulary: keys, values, the filler, the end of text. Train with rows of whole documents, as the last line of make says: --sequence_length
-and --align_documents.
+The P keys differ and are drawn from `keys` ids, each value from `values` other ids with replacement; the Q keys that
+are asked for are drawn from the P, each once. Vocabulary: keys, values, the filler, the end of text. Train with rows of
+whole documents, as the last line of make says: --sequence_length and --align_documents.
 
-Only the values after the queries, the answers, can be known; the rest is drawn at random, and no model gets below its entropy. meta.json holds, in nats
-a token as the trainer reports its loss, floor (every answer right) and chance (every answer one of all values, equally likely). Of a loss between them
-(loss - floor) sequence_length / queries is the loss of one answer.
+Only the values after the queries, the answers, can be known; the rest is drawn at random, and no model gets below its
+entropy. meta.json holds, in nats a token as the trainer reports its loss, floor (every answer right) and chance (every
+answer one of all values, equally likely). Of a loss between them (loss - floor) sequence_length / queries is the loss
+of one answer.
 
-evaluate prints the accuracy at the answers alone, on sequences drawn apart from both splits. The task is read from meta.json of the checkpoint's data folder,
-or of DIR. An answer is right if it has the largest logit of the whole vocabulary. A model that knows a document's values but not their keys scores about
-1 / pairs, and somewhat more by leaving out those already asked for. The standard error is that of the mean over sequences.
+evaluate prints the accuracy at the answers alone, on sequences drawn apart from both splits. The task is read from
+meta.json of the checkpoint's data folder, or of DIR. An answer is right if it has the largest logit of the whole
+vocabulary. A model that knows a document's values but not their keys scores about 1 / pairs, and somewhat more by
+leaving out those already asked for. The standard error is that of the mean over sequences.
 Exit code 1 and one line for a fault. Source: Arora et al., Zoology, 2023, arxiv.org/abs/2312.04927.
 """
 
@@ -29,15 +33,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_gpt
-import variants
-from data.shards import RunError, check_option, check_space, read_meta, require, run_script, write_folder
-from train_gpt import RANGES, Config, Ranks, check_value, find_checkpoint, find_shards, read_checkpoint
-
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+import train_gpt
+import variants
+from command_line import check_option, run_script
+from data.shards import check_space, write_folder
+from train_gpt import (
+    RANGES,
+    Config,
+    Ranks,
+    RunError,
+    check_value,
+    find_checkpoint,
+    find_shards,
+    read_checkpoint,
+    read_meta,
+    require,
+)
 
 STREAMS = dict(train=0, val=1, evaluate=2)  # of random numbers: no sequence of one is drawn for another
 
@@ -56,6 +71,7 @@ class Recall:
             check_value(int, value, f"--{name}", None)
         shortest = 1 + 2 * self.pairs + 2 * self.queries
         object.__setattr__(self, "sequence_length", self.sequence_length or shortest)
+
         require(1 <= self.pairs <= self.keys,
                 f"--pairs must lie between 1 and --keys {self.keys}, got {self.pairs}: the keys of a document differ")
         require(1 <= self.queries <= self.pairs,
@@ -77,16 +93,17 @@ class Recall:
         return self.keys + self.values + 2
 
     @property
-    def places(self) -> int:
-        """Queries and fillers after the pairs."""
+    def slots(self) -> int:
+        """Queries and fillers after the pairs, a query counted once."""
         return self.sequence_length - 1 - 2 * self.pairs - self.queries
 
     @property
     def floor(self) -> float:
         """The entropy of a document over its tokens, in nats: the loss of a model that answers everything."""
-        orders = sum(math.lgamma(n + 1) - math.lgamma(n - k + 1) for n, k in ((self.keys, self.pairs), (self.pairs, self.queries)))
-        choices = math.lgamma(self.places + 1) - math.lgamma(self.queries + 1) - math.lgamma(self.places - self.queries + 1)
-        return (orders + self.pairs * math.log(self.values) + choices) / self.sequence_length
+        keys = log_factorial(self.keys) - log_factorial(self.keys - self.pairs)         # which, in order
+        asked = log_factorial(self.pairs) - log_factorial(self.pairs - self.queries)
+        slots = log_factorial(self.slots) - log_factorial(self.queries) - log_factorial(self.slots - self.queries)
+        return (keys + asked + self.pairs * math.log(self.values) + slots) / self.sequence_length
 
     @property
     def chance(self) -> float:
@@ -94,20 +111,35 @@ class Recall:
         return self.floor + self.queries * math.log(self.values) / self.sequence_length
 
 
+def log_factorial(n: int) -> float:
+    """log n!"""
+    return math.lgamma(n + 1)
+
+
 def sequences(task: Recall, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """(documents (count, sequence_length) int64, where the answers stand: bool of the same shape)."""
-    def draw(n: int, k: int) -> np.ndarray:  # (count, k): k of 0..n-1, each at most once
+    def draw(n: int, k: int) -> np.ndarray:
+        """(count, k): k of 0..n-1, each at most once"""
         return rng.permuted(np.tile(np.arange(n), (count, 1)), axis=1)[:, :k]
+
+    # what is drawn, in this order
     first = 1 + 2 * task.pairs
     keys, values = draw(task.keys, task.pairs), task.keys + rng.integers(task.values, size=(count, task.pairs))
     asked = draw(task.pairs, task.queries)
-    place = first + np.sort(draw(task.places, task.queries), axis=1) + np.arange(task.queries)  # a query before makes a shift of one: it is two tokens
+    slots = np.sort(draw(task.slots, task.queries), axis=1)
+    position = first + slots + np.arange(task.queries)  # a query before makes a shift of one: it is two tokens
+
+    # the pairs, among fillers
     tokens = np.full((count, task.sequence_length), task.vocab_size - 2)
-    tokens[:, 0], tokens[:, 1:first:2], tokens[:, 2:first:2] = task.vocab_size - 1, keys, values
+    tokens[:, 0] = task.vocab_size - 1
+    tokens[:, 1:first:2] = keys
+    tokens[:, 2:first:2] = values
+
+    # the queries and their answers
     answers = np.zeros(tokens.shape, dtype=bool)
-    np.put_along_axis(tokens, place, np.take_along_axis(keys, asked, 1), 1)
-    np.put_along_axis(tokens, place + 1, np.take_along_axis(values, asked, 1), 1)
-    np.put_along_axis(answers, place + 1, True, 1)
+    np.put_along_axis(tokens, position, np.take_along_axis(keys, asked, 1), 1)
+    np.put_along_axis(tokens, position + 1, np.take_along_axis(values, asked, 1), 1)
+    np.put_along_axis(answers, position + 1, True, 1)
     return tokens, answers
 
 
@@ -115,7 +147,8 @@ def batches(task: Recall, count: int, seed: int, stream: str) -> Iterator[tuple[
     """`count` sequences of a stream, some at a time. RunError for a count below 1."""
     require(count >= 1, f"the number of sequences must be at least 1, got {count}")
     check_value(int, seed, "--seed", RANGES["seed"])
-    rng, size = np.random.default_rng([seed, STREAMS[stream]]), max(1, 2 ** 21 // (task.sequence_length + task.keys))
+    rng = np.random.default_rng([seed, STREAMS[stream]])
+    size = max(1, 2 ** 21 // (task.sequence_length + task.keys))
     for start in range(0, count, size):
         yield sequences(task, min(size, count - start), rng)
 
@@ -129,8 +162,8 @@ def make(folder: Path, task: Recall, count: int, val_count: int, seed: int) -> d
                 "ask for a lower --count or --val_count")
     documents = ((split, document[1:], 0, True) for split, number in (("train", count), ("val", val_count))
                  for tokens, _ in batches(task, number, seed, split) for document in tokens)
-    return write_folder(folder, "recall", documents, end_of_text=task.vocab_size - 1, tokenizer="recall", source="data/recall.py", recall=asdict(task), seed=seed,
-                        floor=task.floor, chance=task.chance)
+    return write_folder(folder, "recall", documents, end_of_text=task.vocab_size - 1, tokenizer="recall",
+                        source="tasks/recall.py", recall=asdict(task), seed=seed, floor=task.floor, chance=task.chance)
 
 
 def read_task(config: Config) -> Recall:
@@ -142,25 +175,29 @@ def read_task(config: Config) -> Recall:
         return Recall(**task)
     except RunError as error:
         raise RunError(f"{folder / 'meta.json'} does not describe a recall task; give --data a folder that "
-                       f"data/recall.py made ({error})") from None
+                       f"tasks/recall.py made ({error})") from None
 
 
 @torch.no_grad()
 def score(model: Callable, tokens: torch.Tensor, answers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    (which answers are right, their losses in nats), both (n, queries) on the CPU, of documents and places of answers (n, sequence_length).
-    model: tokens (n, T) -> logits (n, T, vocabulary), those of a token about the next one.
+    (which answers are right, their losses in nats), both (n, queries) on the CPU, of documents and the positions of
+    answers (n, sequence_length). model: tokens (n, T) -> logits (n, T, vocabulary), those of a token about the next
+    one.
     """
     n, asked = len(tokens), answers[:, 1:]
     logits, targets = model(tokens[:, :-1])[asked].float(), tokens[:, 1:][asked].long()
-    return (logits.argmax(-1) == targets).view(n, -1).cpu(), F.cross_entropy(logits, targets, reduction="none").view(n, -1).cpu()
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return (logits.argmax(-1) == targets).view(n, -1).cpu(), losses.view(n, -1).cpu()
 
 
 def evaluate(checkpoint: str, data: str = "", count: int = 512, seed: int = 1, device: str = "auto") -> dict:
     """
-    Accuracy of a checkpoint's model on `count` fresh sequences: dict(accuracy, standard_error, nats_per_answer, answers, chance). data: folder whose
-    meta.json has the task (default: the checkpoint's); device: auto, cpu or cuda. RunError if the checkpoint or the task cannot be read or do not fit.
+    Accuracy of a checkpoint's model on `count` fresh sequences: dict(accuracy, standard_error, nats_per_answer,
+    answers, chance). data: folder whose meta.json has the task (default: the checkpoint's); device: auto, cpu or cuda.
+    RunError if the checkpoint or the task cannot be read or do not fit.
     """
+    # the checkpoint and the task
     saved = read_checkpoint(find_checkpoint(checkpoint))
     config = Config(**saved["config"])
     config = replace(config, compile="off", device=device, data=data or config.data)
@@ -168,51 +205,72 @@ def evaluate(checkpoint: str, data: str = "", count: int = 512, seed: int = 1, d
     require(task.vocab_size == config.vocab_size,
             f"{checkpoint} was trained on {config.vocab_size} token ids, and the task in {config.data} has "
             f"{task.vocab_size}; give the --data of its run")
-    ranks, right, losses = Ranks.start(config), [], []
+
+    # the answers, some rows at a time
+    ranks = Ranks.start(config)
     rows = max(1, config.micro_batch_tokens // task.sequence_length)
+    scores = []
     with variants.applied(config.variant, config):
         model = train_gpt.trained_model(saved, config, ranks)
         for batch in batches(task, count, seed, "evaluate"):
-            for tokens, answers in zip(*(torch.from_numpy(part).to(ranks.device).split(rows) for part in batch)):
-                for found, part in zip((right, losses), score(model, tokens, answers)):
-                    found.append(part)
-    right, losses = torch.cat(right).double(), torch.cat(losses)
+            tokens, answers = (torch.from_numpy(array).to(ranks.device).split(rows) for array in batch)
+            scores += [score(model, *arrays) for arrays in zip(tokens, answers)]
+
+    right, losses = (torch.cat(tensors).double() for tensors in zip(*scores))
     by_sequence = right.mean(1)
-    return dict(accuracy=right.mean().item(), standard_error=(by_sequence.var(correction=0) / len(by_sequence)).sqrt().item(),
-                nats_per_answer=losses.double().mean().item(), answers=right.numel(), chance=1 / task.values)
+    error = (by_sequence.var(correction=0) / len(by_sequence)).sqrt().item()
+    return dict(accuracy=right.mean().item(), standard_error=error, nats_per_answer=losses.mean().item(),
+                answers=right.numel(), chance=1 / task.values)
+
+
+# ---- The command ------------------------------------------------------------
 
 
 def run_make(options: argparse.Namespace):
+    """Write a task's shards and say how to train on them."""
     task = Recall(options.pairs, options.keys, options.values, options.queries, options.sequence_length)
     make(options.output, task, options.count, options.val_count, options.seed)
-    print(f"{options.output}: {options.count:,} training and {options.val_count:,} validation sequences of {task.sequence_length} tokens; "
+    T = task.sequence_length
+    print(f"{options.output}: {options.count:,} training and {options.val_count:,} validation sequences of {T} tokens; "
           f"loss {task.floor:.4f} nats a token with every answer right, {task.chance:.4f} by chance\n"
-          f"train with --data {options.output} --sequence_length {task.sequence_length} --align_documents --batch_tokens {64 * task.sequence_length}")
+          f"train with --data {options.output} --sequence_length {T} --align_documents --batch_tokens {64 * T}")
 
 
 def run_evaluate(options: argparse.Namespace):
+    """Print a line about every checkpoint."""
     for checkpoint in options.checkpoint:
         result = evaluate(checkpoint, options.data, options.count, options.seed, options.device)
-        print(f"{checkpoint}: accuracy {result['accuracy']:.4f} +- {result['standard_error']:.4f} on {result['answers']:,} answers, "
-              f"{result['nats_per_answer']:.4f} nats an answer; chance {result['chance']:.4f}", flush=True)
+        print(f"{checkpoint}: accuracy {result['accuracy']:.4f} +- {result['standard_error']:.4f} on "
+              f"{result['answers']:,} answers, {result['nats_per_answer']:.4f} nats an answer; "
+              f"chance {result['chance']:.4f}", flush=True)
+
+
+HELP = dict(pairs="pairs of a document", keys="ids of keys", values="ids of values", queries="queries of a document",
+            sequence_length="tokens of a document (0: as few as possible)")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line. Returns the exit code: 0, 1 for a fault (one line on stderr), 130 when interrupted."""
-    parser = argparse.ArgumentParser(prog="recall.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="recall.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
+
+    # make
     making = commands.add_parser("make", help="write shards")
     making.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
-    helps = dict(pairs="pairs of a document", keys="ids of keys", values="ids of values", queries="queries of a document", sequence_length="tokens of a document (0: as few as possible)")
-    for name, text in helps.items():
+    for name, text in HELP.items():
         making.add_argument(f"--{name}", type=int, default=Recall.__dataclass_fields__[name].default, help=text)
     making.add_argument("--count", type=int, default=100_000, help="training sequences")
     making.add_argument("--val_count", type=int, default=1024, help="validation sequences")
+
+    # evaluate
     evaluating = commands.add_parser("evaluate", help="accuracy of a checkpoint")
     evaluating.add_argument("--checkpoint", nargs="+", required=True, metavar="FILE", help="checkpoints of the trainer")
-    evaluating.add_argument("--data", default="", help="folder whose meta.json has the task (default: the checkpoint's)")
+    evaluating.add_argument("--data", default="",
+                            help="folder whose meta.json has the task (default: the checkpoint's)")
     evaluating.add_argument("--count", type=int, default=512, help="fresh sequences")
     evaluating.add_argument("--device", choices=train_gpt.CHOICES["device"], default="auto")
+
     for command, run in ((making, run_make), (evaluating, run_evaluate)):
         command.add_argument("--seed", type=int, default=1, help="of the random numbers")
         command.set_defaults(run=run)

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import ngram_loss
-from data.ngram_loss import bigram, unigram
 from data.shards import write_meta, write_shard
+from studies import ngram_loss
+from studies.ngram_loss import bigram, unigram
 
-SCRIPT = Path(ngram_loss.__file__)
+ROOT = Path(ngram_loss.__file__).parent.parent
 
 
 def slow_bigram(train, v, w, p):
@@ -38,14 +38,17 @@ def losses(capsys, *argv):
     return first, {line.split()[0]: [float(word) for word in line.split()[1::2]] for line in lines}
 
 
-@pytest.mark.parametrize("train", [[0, 1, 2, 0, 1, 3, 3, 0, 1, 2, 4, 4, 4, 0, 2], [0, 1] * 20, [2, 3]], ids=["mixed", "nothing once", "one pair"])
+@pytest.mark.parametrize("train", [[0, 1, 2, 0, 1, 3, 3, 0, 1, 2, 4, 4, 4, 0, 2], [0, 1] * 20, [2, 3]],
+                         ids=["mixed", "nothing once", "one pair"])
 def test_against_a_slow_count(train):
     V = 7
     p = unigram(np.array(train), V)
-    assert np.allclose(p, [(train.count(w) + 0.5) / (len(train) + V / 2) for w in range(V)]) and math.isclose(p.sum(), 1)
+    assert np.allclose(p, [(train.count(w) + 0.5) / (len(train) + V / 2) for w in range(V)])
+    assert math.isclose(p.sum(), 1)
     for v in range(V):  # 5 and 6 never occur
         got = bigram(np.array(train), np.full(V, v), np.arange(V), p)
-        assert np.allclose(got, [slow_bigram(train, v, w, p) for w in range(V)], rtol=1e-12) and math.isclose(got.sum(), 1) and got.min() > 0
+        assert np.allclose(got, [slow_bigram(train, v, w, p) for w in range(V)], rtol=1e-12)
+        assert math.isclose(got.sum(), 1) and got.min() > 0
 
 
 def test_a_large_vocabulary():
@@ -72,7 +75,8 @@ def test_a_folder_of_bytes(tmp_path, capsys):
     assert "2,000 training tokens, 1,000 validation tokens" in first and counted == 990
     assert got["unigram"] == pytest.approx([nats, nats * 1000 / math.log(2) / counted], abs=6e-5)
     assert got["bigram"] == pytest.approx([pairs, pairs * 1000 / math.log(2) / counted], abs=6e-5)
-    first, got = losses(capsys, tmp_path, "--train_tokens", 1500, "--val_tokens", 300)  # 1500 end inside the third shard
+    # 1500 end inside the third shard
+    first, got = losses(capsys, tmp_path, "--train_tokens", 1500, "--val_tokens", 300)
     assert "1,500 training tokens, 300 validation tokens" in first
     assert got["unigram"][0] == pytest.approx(-np.log(unigram(train[:1500], 257)[val[1:301]]).mean(), abs=6e-5)
 
@@ -97,5 +101,7 @@ def test_a_token_outside_the_vocabulary(tmp_path, capsys):
 
 
 def test_exit_code_and_one_line(tmp_path):
-    run = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True)
-    assert run.returncode == 1 and run.stderr.count("\n") == 1 and run.stderr.startswith("ngram_loss.py: error: no train shards")
+    run = subprocess.run([sys.executable, "-m", "studies.ngram_loss", tmp_path], cwd=ROOT, capture_output=True,
+                         text=True)
+    assert run.returncode == 1 and run.stderr.count("\n") == 1
+    assert run.stderr.startswith("ngram_loss.py: error: no train shards")

@@ -1,4 +1,4 @@
-"""What all scripts of data/ have in common: options without a meaning are one line; any form, locale and console."""
+"""What all scripts have in common: options without a meaning are one line; any folder, locale and console."""
 import json
 import os
 import runpy
@@ -11,13 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import cached_fineweb10B, local_corpus, manifold, ngram_loss, recall, symbolic_language, tokenize_text
-from data.shards import check_folder, run_script, write_folder
+import manifold
+from command_line import run_script
+from data import cached_fineweb10B, local_corpus, tokenize_text
+from data.shards import check_folder, write_folder
+from studies import ngram_loss
+from tasks import recall, symbolic_language
 from train_gpt import RunError, open_shard
 
-ROOT = Path(tokenize_text.__file__).parent.parent
-SCRIPTS = dict(cached_fineweb10B=cached_fineweb10B, local_corpus=local_corpus, manifold=manifold, ngram_loss=ngram_loss,
-               recall=recall, symbolic_language=symbolic_language, tokenize_text=tokenize_text)
+ROOT = Path(manifold.__file__).parent
+SCRIPTS = {module.__name__.rpartition(".")[2]: module for module in (
+    cached_fineweb10B, local_corpus, manifold, ngram_loss, recall, symbolic_language, tokenize_text)}
 HUGE = str(10 ** 30)
 LONG = "x" * 300  # longer than a file's name may be
 TOKENIZE = "tokenize_text text.txt -o out --tokenizer bytes"
@@ -140,23 +144,19 @@ def test_documents_begin_with_the_token_that_meta_json_names(files, command, end
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
-@pytest.mark.parametrize("form", ["path", "module"])
-def test_both_forms(tmp_path, monkeypatch, capsys, name, form):
-    """python data/NAME.py and python -m data.NAME, from another folder."""
+def test_as_modules(tmp_path, monkeypatch, capsys, name):
+    """python -m data.NAME, or what folder it is in, from another folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [name, "--help"])
     with pytest.raises(SystemExit) as end:
-        if form == "path":
-            runpy.run_path(str(ROOT / "data" / f"{name}.py"), run_name="__main__")
-        else:
-            runpy.run_module(f"data.{name}", run_name="__main__", alter_sys=True)
+        runpy.run_module(SCRIPTS[name].__name__, run_name="__main__", alter_sys=True)
     assert end.value.code == 0 and capsys.readouterr().out.startswith(f"usage: {name}.py")
 
 
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
 def test_without_docstrings(monkeypatch, capsys, name):
     """As under PYTHONOPTIMIZE=2: __doc__ is None."""
-    path = ROOT / "data" / f"{name}.py"
+    path = Path(SCRIPTS[name].__file__)
     module = types.ModuleType(f"stripped_{name}")
     module.__file__ = str(path)
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -182,7 +182,7 @@ def test_a_locale_without_utf8(tmp_path):
 
 def test_a_console_that_is_closed():
     """As by head: the script ends without a word, with the exit code of a program that SIGPIPE ended."""
-    program = ("from data.shards import run_script\n"
+    program = ("from command_line import run_script\n"
                "raise SystemExit(run_script('a.py', lambda: [print('a line of many') for _ in range(100_000)] and 3))")
     run = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
     assert run.stdout.readline()

@@ -1,38 +1,40 @@
 """
 The validation loss of a unigram and of a bigram model: what a transformer must beat before its loss means anything.
 
-    python data/ngram_loss.py DIR [--train_tokens 10000000] [--val_tokens 10485760]
+    python -m studies.ngram_loss DIR [--train_tokens 10000000] [--val_tokens 10485760]
 
-Fitted on the first train_tokens tokens of the folder's training shards, evaluated on the first val_tokens of its validation shards (fewer where
-there are fewer), each token from the one before it as the trainer does; give the trainer's --val_tokens for the same tokens. Nats a token, and bits
-a byte where the vocabulary is bytes. Memory: at most about 40 bytes a training token.
+Fitted on the first train_tokens tokens of the folder's training shards, evaluated on the first val_tokens of its
+validation shards (fewer where there are fewer), each token from the one before it as the trainer does; give the
+trainer's --val_tokens for the same tokens. Nats a token, and bits a byte where the vocabulary is bytes. Memory: at most
+about 40 bytes a training token.
 
-    unigram   p(w) = (c(w) + 1/2) / (n + V/2)                                                    add-half: no token is impossible
+    unigram   p(w) = (c(w) + 1/2) / (n + V/2)                                           add-half: no token is impossible
     bigram    p(w | v) = max(c(v w) - D, 0) / c(v .) + D t(v) / c(v .) p(w), or p(w) where c(v .) = 0
 
-c counts, n is the number of training tokens, V of token ids, t(v) of different tokens seen after v. D = n1 / (n1 + 2 n2) with n1 and n2 the number of
-pairs seen once and twice; 1/2 where n1 is 0.
+c counts, n is the number of training tokens, V of token ids, t(v) of different tokens seen after v. The discount is
+D = n1 / (n1 + 2 n2) with n1 and n2 the number of pairs seen once and twice; 1/2 where n1 is 0.
 Source: absolute discounting, Ney, Essen and Kneser 1994, interpolated with the unigram.
 """
 
 import argparse
 import math
 import sys
-from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.shards import check_option, open_shard, require, run_script
-from train_gpt import Config, adopt_vocabulary, checked, find_shards, token_bytes
+from command_line import check_option, run_script
+from train_gpt import Config, adopt_vocabulary, checked, find_shards, open_shard, require, token_bytes
 
 
 def first_tokens(config: Config, split: str, count: int) -> np.ndarray:
-    """The first `count` tokens of a split (n,), all where there are fewer. RunError for fewer than two or for a token outside the vocabulary."""
-    parts = []
+    """
+    The first `count` tokens of a split (n,), all where there are fewer. RunError for fewer than two or for a token
+    outside the vocabulary.
+    """
+    pieces = []
     for file in find_shards(config, split):
-        parts.append(open_shard(file)[:count - sum(map(len, parts))])
-    tokens = checked(np.concatenate(parts), config)
+        pieces.append(open_shard(file)[:count - sum(map(len, pieces))])
+    tokens = checked(np.concatenate(pieces), config)
     require(len(tokens) >= 2,
             f"{len(tokens)} {split} tokens of {config.data} are too few for a bigram; ask for at least 2, or "
             "give more data")
@@ -45,16 +47,23 @@ def unigram(train: np.ndarray, vocabulary: int) -> np.ndarray:
 
 
 def bigram(train: np.ndarray, previous: np.ndarray, following: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """p(following | previous), (n,) float64 for pairs given as two (n,), from training tokens and the unigram p (vocabulary,)."""
+    """
+    p(following | previous), (n,) float64 for pairs given as two (n,), from training tokens and the unigram p
+    (vocabulary,).
+    """
+    # pairs v w as one number, with their counts and the discount
     vocabulary = len(p)
     pairs, counts = np.unique(train[:-1].astype(np.int64) * vocabulary + train[1:], return_counts=True)
     once, twice = np.sum(counts == 1), np.sum(counts == 2)
     discount = once / (once + 2 * twice) if once else 0.5
+
+    # c(v .), t(v) and c(v w) of the pairs asked for
     context_count = np.bincount(train[:-1], minlength=vocabulary)[previous]
     context_types = np.bincount(pairs // vocabulary, minlength=vocabulary)[previous]
     wanted = previous.astype(np.int64) * vocabulary + following
-    place = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
-    count = np.where(pairs[place] == wanted, counts[place], 0)
+    index = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
+    count = np.where(pairs[index] == wanted, counts[index], 0)
+
     seen = (np.maximum(count - discount, 0) + discount * context_types * p[following]) / np.maximum(context_count, 1)
     return np.where(context_count > 0, seen, p[following])
 
@@ -63,17 +72,24 @@ def report(options: argparse.Namespace):
     """Print both losses. RunError for data that are too few, or not there."""
     for name in ("train_tokens", "val_tokens"):
         check_option(options, name, 1, 10 ** 15)
+
+    # the data
     config = Config(data=options.folder)
     adopt_vocabulary(config)
     train = first_tokens(config, "train", options.train_tokens)
     val = first_tokens(config, "val", options.val_tokens + 1)
     previous, following = val[:-1], val[1:]
-    sizes = token_bytes(config)[following].sum() if config.vocab_size == 257 else 0
+    text_bytes = token_bytes(config)[following].sum() if config.vocab_size == 257 else 0
+
+    # the losses
     p = unigram(train, config.vocab_size)
     print(f"{options.folder}: fitted on {len(train):,} training tokens, {len(following):,} validation tokens")
     for name, probability in dict(unigram=p[following], bigram=bigram(train, previous, following, p)).items():
         loss = -np.log(probability).mean()
-        print(f"{name:8} {loss:.4f} nats/token" + (f"  {loss * len(following) / math.log(2) / sizes:.4f} bits/byte" if sizes else ""))
+        line = f"{name:8} {loss:.4f} nats/token"
+        if text_bytes:
+            line += f"  {loss * len(following) / math.log(2) / text_bytes:.4f} bits/byte"
+        print(line)
 
 
 def main(argv: list[str] | None = None) -> int:
