@@ -41,8 +41,8 @@ UPWARDS = {("train_gpt", "variants"), ("train_gpt", "train_gpt")}  # by the trai
 OUTSIDE_KERNELS = {"torch", "triton", "numba", "numpy", "llvmlite"}  # llvmlite: Numba's own way to write instructions
 
 SUPPORT = {"__init__", "backend", "loops", "simd", "segmented_scan"}  # files of kernels/ that are no operation
-WITHOUT_TEST = {}               # kernel -> the reason
-WITHOUT_BENCHMARK = {}          # kernel -> the reason
+WITHOUT_TEST = {}               # operation -> the reason
+WITHOUT_BENCHMARK = {}          # operation -> the reason
 
 
 # ---- What the checkout holds ------------------------------------------------
@@ -55,6 +55,12 @@ def files_of_checkout():
     if result.returncode:
         pytest.skip("this is no git checkout")
     return sorted({Path(name) for name in result.stdout.split("\0") if name and (ROOT / name).is_file()})
+
+
+def none(faults):
+    """Fail with a line for each fault unless there is none."""
+    faults = [str(fault) for fault in faults]
+    assert not faults, f"{len(faults)} faults\n" + "\n".join(faults)
 
 
 def read(path):
@@ -132,27 +138,25 @@ def arrows():
 
 
 def test_every_folder_has_a_layer():
-    assert {layer_of(module) for module in modules()} <= set(ARROWS)
+    none({layer_of(module) for module in modules()} - set(ARROWS))
 
 
 def test_arrows_point_one_way():
     below, _ = arrows()
-    wrong = [f"{module} imports {target}" for module, targets in below.items() for target in sorted(targets)
-             if layer_of(target) not in ARROWS[layer_of(module)]]
-    assert wrong == []
+    none(f"{module} imports {target}" for module, targets in below.items() for target in sorted(targets)
+         if layer_of(target) not in ARROWS[layer_of(module)])
 
 
 def test_one_arrow_points_upwards():
     """What a module imports in its entry alone keeps to the same arrows, but for the trainer's."""
     _, entries = arrows()
     upwards = {(module, target) for module, target in entries if layer_of(target) not in ARROWS[layer_of(module)]}
-    assert upwards <= UPWARDS
+    none(upwards - UPWARDS)
 
 
 def test_no_variant_knows_a_command():
     below, _ = arrows()
-    variants = [module for module in modules() if layer_of(module) == "variants"]
-    assert [module for module in variants if below[module] & COMMANDS] == []
+    none(module for module in modules() if layer_of(module) == "variants" and below[module] & COMMANDS)
 
 
 def test_nothing_imports_in_a_circle():
@@ -169,7 +173,7 @@ def test_nothing_imports_in_a_circle():
 
     for module in sorted(below):
         visit(module, [])
-    assert circles == []
+    none(circles)
 
 
 def test_kernels_need_little():
@@ -179,7 +183,7 @@ def test_kernels_need_little():
             tops = {name.partition(".")[0] for name, _ in imports_of(tree, module, path)}
             others = tops - OUTSIDE_KERNELS - sys.stdlib_module_names - {"kernels"}
             wrong += [f"{module} imports {name}" for name in sorted(others)]
-    assert wrong == []
+    none(wrong)
 
 
 @pytest.mark.parametrize("text, names", [
@@ -212,12 +216,12 @@ def test_every_kernel_has_its_tests():
     paths = {str(path) for path in files_of_checkout()}
     folders = {path.parent.name for path in files_of_checkout() if path.parts[:2] == ("tests", "kernels")}
     missing = {name for name in kernels() if f"tests/kernels/test_{name}.py" not in paths and name not in folders}
-    assert missing == set(WITHOUT_TEST)
+    none(missing ^ set(WITHOUT_TEST))  # an exception that is none any more is a fault, too
 
 
 def test_every_kernel_has_its_benchmark():
     paths = {str(path) for path in files_of_checkout()}
-    assert {name for name in kernels() if f"benchmarks/{name}.py" not in paths} == set(WITHOUT_BENCHMARK)
+    none({name for name in kernels() if f"benchmarks/{name}.py" not in paths} ^ set(WITHOUT_BENCHMARK))
 
 
 # ---- Text -------------------------------------------------------------------
@@ -230,7 +234,7 @@ def wide_lines(path):
 
 def test_width():
     scripts = [path for path in files_of_checkout() if path.suffix in (".py", ".sh")]
-    assert sum((wide_lines(path) for path in scripts), []) == []
+    none(line for path in scripts for line in wide_lines(path))
 
 
 def effects_in_disguise(tree):
@@ -241,18 +245,23 @@ def effects_in_disguise(tree):
 
 
 def test_statements_are_statements():
-    assert [f"{path}:{line}" for path, tree in python_files().items() for line in effects_in_disguise(tree)] == []
+    none(f"{path}:{line}" for path, tree in python_files().items() for line in effects_in_disguise(tree))
 
 
 def changes_of_path(tree):
     """Lines that name sys.path."""
-    return [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path"
-            or isinstance(node, ast.ImportFrom) and node.module == "sys" and "path" in {a.name for a in node.names}]
+    lines = []
+    for node in ast.walk(tree):
+        by_name = isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path"
+        imported = isinstance(node, ast.ImportFrom) and node.module == "sys"
+        if by_name or imported and "path" in {alias.name for alias in node.names}:
+            lines.append(node.lineno)
+    return lines
 
 
 def test_only_the_tests_set_pythons_path():
     others = {path: tree for path, tree in python_files().items() if path.name != "conftest.py"}
-    assert [f"{path}:{line}" for path, tree in others.items() for line in changes_of_path(tree)] == []
+    none(f"{path}:{line}" for path, tree in others.items() for line in changes_of_path(tree))
 
 
 @pytest.mark.parametrize("text, faults", [
@@ -278,11 +287,11 @@ def test_changes_of_path_are_found(text, faults):
 # ---- Sizes ------------------------------------------------------------------
 
 def test_paths_are_short():
-    assert [str(path) for path in files_of_checkout() if len(str(path)) > PATH_LENGTH] == []
+    none(path for path in files_of_checkout() if len(str(path)) > PATH_LENGTH)
 
 
 def test_files_are_small():
-    assert [str(path) for path in files_of_checkout() if (ROOT / path).stat().st_size > FILE_BYTES] == []
+    none(path for path in files_of_checkout() if (ROOT / path).stat().st_size > FILE_BYTES)
 
 
 def test_the_checkout_is_small():
