@@ -1,11 +1,12 @@
 """
-Every command of the READMEs runs as it stands: bash takes it, run.sh starts a program, and that program's own parser
-takes its arguments. The slow test runs README.md's commands in their order, with tiny settings behind them.
+Every command of the documents runs as it stands: bash takes it, run.sh starts a program, and that program's own parser
+takes its arguments. Every link leads somewhere. README.md comes to its first command soon. The slow test runs the
+commands of README.md and docs/usage.md in their order, with tiny settings behind them.
 """
+
 import argparse
 import dataclasses
 import importlib
-import importlib.util
 import os
 import re
 import runpy
@@ -24,14 +25,12 @@ import train_gpt
 import variants
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("variants", "records", "benchmarks", "studies")
-DOCUMENTS = [ROOT / "README.md", *(ROOT / f"{name}/README.md" for name in FOLDERS),
-             *sorted((ROOT / "data").glob("*.md")), *sorted((ROOT / "docs").glob("**/*.md"))]
+GUIDE = ("README.md", "docs/usage.md")  # what shows a user everything that run.sh has
+# Not those of single records, which are as they were written when the record was set.
+DOCUMENTS = sorted(path for pattern in ("*.md", "[!.]*/*.md") for path in ROOT.glob(pattern))
 COMMAND = re.compile(r"(\./run\.sh|python3?|torchrun|pip|bash|git)(\s|$)")
-
-# Known faults that another change mends; their tests say when it is there.
-PROSE_WITHOUT_SIGN = ""
-MODULES_TO_COME = ()
+FIRST_COMMAND = 25  # README.md comes to it within so many lines ...
+WORDS_BEFORE = 150  # ... and so many words
 
 # The environment's Python: writes down the last call's words, the program and its arguments.
 STAND_IN = """#!/usr/bin/env bash
@@ -74,15 +73,39 @@ def code_of(command):
     return match[1] if match else command
 
 
-CASES = [(str(document.relative_to(ROOT)), command) for document in DOCUMENTS if document.exists()
+CASES = [(str(document.relative_to(ROOT)), command) for document in DOCUMENTS
          for command in dict.fromkeys(commands_of(document.read_text()))]
 
 
-def example_variant():
-    """The text of the variant that README.md shows, and its name."""
-    text = (ROOT / "README.md").read_text()
-    code = next("\n".join(lines) for kind, lines in blocks_of(text) if kind == "python")
-    return re.search(r"Write `variants/(\w+)\.py`", text)[1], re.sub(r"^ {3}", "", code, flags=re.M) + "\n"
+def example_variant(document="README.md"):
+    """The name and the text of the variant that a document shows."""
+    text = (ROOT / document).read_text()
+    code = next(lines for kind, lines in blocks_of(text) if kind == "python")
+    return re.search(r"`variants/(\w+)\.py`", text)[1], "\n".join(code) + "\n"
+
+
+def anchors_of(text):
+    """The anchors of a text's headings, as GitHub makes them: a heading that occurs again has a number behind it."""
+    anchors = []
+    for heading in re.findall(r"^#+ +(.*)", without_fences(text), re.M):
+        anchor = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        again = sum(re.fullmatch(rf"{re.escape(anchor)}(-\d+)?", other) is not None for other in anchors)
+        anchors.append(f"{anchor}-{again}" if again else anchor)
+    return anchors
+
+
+def broken_links(document):
+    """The links of a document, pictures included, that lead to no file of the checkout or to no heading there."""
+    text = re.sub(r"`[^`\n]*`", "", without_fences(document.read_text()))
+    faults = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = document.parent / name if name else document
+        if not target.exists() or anchor and anchor not in anchors_of(target.read_text()):
+            faults.append(link)
+    return faults
 
 
 @pytest.fixture
@@ -138,16 +161,19 @@ class Parsed(BaseException):
 
 def parse(words, monkeypatch):
     """Have the program that Python's words name parse its arguments, and no more."""
-    program, arguments = words[0], words[1:]
+    program = words[0]
+    arguments = words[1:]
     if "-m" in words[:2]:
-        program, arguments = words[words.index("-m") + 1], words[words.index("-m") + 2:]
+        module = words.index("-m") + 1
+        program = words[module]
+        arguments = words[module + 1:]
     if Path(program).name == "train_gpt.py":
         config = train_gpt.parse_config(arguments)
         with variants.applied(config.variant, config), torch.device("meta"):
             train_gpt.GPT(dataclasses.replace(config, vocab_size=257))
     elif Path(program).name == "compare.py":
-        given, options = compare.parse_arguments(arguments)
-        assert compare.parse_arms(given.arms, given.seeds, ["--track", given.track, *options])
+        plan, options = compare.parse_arguments(arguments)
+        assert compare.parse_arms(plan.arms, plan.seeds, ["--track", plan.track, *options])
     elif program == "pytest":
         for word in arguments:
             assert word.startswith("-") or word == "auto" or (ROOT / word).exists(), f"no such test: {word}"
@@ -162,9 +188,9 @@ def run_until_parsed(program, arguments, monkeypatch):
     under_way = []  # calls of a parser: the outermost one ends the program
 
     def ending(original):
-        def parse_and_end(*given, **named):
-            under_way.append(given)
-            result = original(*given, **named)
+        def parse_and_end(*positional, **named):
+            under_way.append(positional)
+            result = original(*positional, **named)
             under_way.pop()
             if under_way:
                 return result
@@ -181,13 +207,11 @@ def run_until_parsed(program, arguments, monkeypatch):
             runpy.run_module(program, run_name="__main__")
 
 
-# ---- the tests
+# ---- The tests --------------------------------------------------------------
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("document, command", CASES)
-def test_a_command_runs_as_it_stands(document, command, examples, scratch, monkeypatch, request):
-    if document == PROSE_WITHOUT_SIGN:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="prose behind commands without a #"))
+def test_a_command_runs_as_it_stands(document, command, examples, scratch, monkeypatch):
     code = code_of(command)
     assert subprocess.run(["bash", "-n", "-c", command], capture_output=True, text=True).stderr == ""
     assert COMMAND.match(code), f"no command, and no comment: {command}"
@@ -197,9 +221,6 @@ def test_a_command_runs_as_it_stands(document, command, examples, scratch, monke
     if not words:
         assert code == "./run.sh help"
         return
-    module = words[words.index("-m") + 1] if "-m" in words[:2] else ""
-    if module in MODULES_TO_COME:
-        request.applymarker(pytest.mark.xfail(strict=True, reason=f"{module} comes with another change"))
     try:
         parse(words, monkeypatch)
     except SystemExit as end:  # argparse's, after its message or its help
@@ -207,11 +228,26 @@ def test_a_command_runs_as_it_stands(document, command, examples, scratch, monke
 
 
 def test_every_verb_is_shown():
-    """Whatever run.sh has for a user stands in the README, but for the way to everything else, python."""
+    """Whatever run.sh has for a user stands in the guide, but for the way to everything else, python."""
     usage = subprocess.run(["bash", ROOT / "run.sh", "help"], capture_output=True, text=True, check=True).stdout
     verbs = set(re.findall(r"^  ([a-z]+) ", usage, re.M))
-    commands = [shlex.split(code_of(command)) for document, command in CASES if document == "README.md"]
+    commands = [shlex.split(code_of(command)) for document, command in CASES if document in GUIDE]
     assert verbs - {"python"} <= {words[1] for words in commands if len(words) > 1}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document):
+    assert broken_links(document) == []
+
+
+def test_the_first_command_comes_soon():
+    before, command, _ = (ROOT / "README.md").read_text().partition("    ./run.sh")
+    assert command and before.count("\n") < FIRST_COMMAND and len(before.split()) <= WORDS_BEFORE
+
+
+def test_one_example_is_shown():
+    """README.md and variants/README.md show the same variant."""
+    assert example_variant("README.md") == example_variant("variants/README.md")
 
 
 def test_the_readmes_variant_is_a_variant(examples):
@@ -239,8 +275,8 @@ def test_the_readmes_variant_is_a_variant(examples):
 
 def test_the_readmes_laplacian_fits_the_default_track():
     """As many features as a head of the track has channels; the run that is shown gives no --head_dim."""
-    text = (ROOT / "README.md").read_text()
-    features = re.search(r"data manifold corpus .* --features (\d+)", text)[1]
+    text = (ROOT / "docs/usage.md").read_text()
+    features = re.search(r"-m manifold corpus .* --features (\d+)", text)[1]
     assert int(features) == train_gpt.parse_config([]).head_dim
 
 
@@ -256,12 +292,20 @@ def test_commands_are_found(text, expected):
     assert commands_of(text) == expected
 
 
+def test_broken_links_are_found(tmp_path):
+    (tmp_path / "other.md").write_text("# A `title`, twice\n\n## A title, twice\n")
+    links = ("other.md", "other.md#a-title-twice", "other.md#a-title-twice-1", "#here", "https://example.org",
+             "none.md", "other.md#a-title-twice-2", "#there")
+    (tmp_path / "page.md").write_text("# Here\n\n" + " ".join(f"[x]({link})" for link in links) + " `[x](y)`\n")
+    assert broken_links(tmp_path / "page.md") == list(links[-3:])
+
+
 @pytest.mark.parametrize("command", [
     "./run.sh            sets up once (virtual environment, pinned packages)",
     "./run.sh compare baseline my_mlp --seeds 6        equal tokens",
     "./run.sh compare baseline my_mlp --seeds 6 equal tokens",
     "./run.sh data tokenize_text book.txt -o data/book   your own text",
-    "./run.sh data recall make --no-such-option 3",
+    "./run.sh python -m tasks.recall make --no-such-option 3",
     "./run.sh generate --checkpoint a.pt --top-k many",
     "./run.sh --variant no_such_variant",
     "./run.sh --variant topological_attention:laplacian=domain:bytes.npz --head_dim 64",
@@ -270,12 +314,12 @@ def test_commands_are_found(text, expected):
     "./run.sh test tests/no_such_folder",
     "prose in a block of commands",
 ])
-def test_a_command_that_does_not_run_is_found(command, examples, scratch, monkeypatch, request):
+def test_a_command_that_does_not_run_is_found(command, examples, scratch, monkeypatch):
     with pytest.raises((AssertionError, SystemExit, train_gpt.RunError)):
-        test_a_command_runs_as_it_stands("README.md", command, examples, scratch, monkeypatch, request)
+        test_a_command_runs_as_it_stands("README.md", command, examples, scratch, monkeypatch)
 
 
-# ---- in earnest
+# ---- In earnest -------------------------------------------------------------
 
 STEPS = "--steps 3 --val_tokens 2048 --val_every 0 --device cpu"
 TINY = {  # what is set behind a command: the longest beginning that fits decides; None: not run here
@@ -284,14 +328,16 @@ TINY = {  # what is set behind a command: the longest beginning that fits decide
     "./run.sh help": "",
     "./run.sh train --help": "",
     "./run.sh --track": None,                                # needs FineWeb from the Hub
+    "./run.sh --dry-run": STEPS,
     "./run.sh --variant topological_attention:laplacian": f"{STEPS} --run_id RUN",
     "./run.sh compare": f"--seeds 2 -- {STEPS}",
     "./run.sh compare baseline my_mlp --seeds 6": f"--seeds 2 -o FOLDER -- {STEPS}",
     "./run.sh compare baseline my_mlp --seeds 6 --budget time": f"--seeds 2 -- {STEPS}",
     './run.sh compare baseline "my_mlp': STEPS,              # has a -- already
-    "./run.sh check": None if importlib.util.find_spec("variants.check") is None else "",
+    "./run.sh check": "",
     "./run.sh variants": "",
     "./run.sh runs": "",
+    "./run.sh clean": "--yes",
     "./run.sh generate": "--tokens 8",
     "./run.sh visualize": "",
     "./run.sh board": "",
@@ -299,22 +345,23 @@ TINY = {  # what is set behind a command: the longest beginning that fits decide
     "./run.sh data local_corpus": "",
     "./run.sh data cached_fineweb10B": None,                 # from the Hub
     "./run.sh data tokenize_text": "--tokenizer bytes",      # GPT-2's is from the Hub
-    "./run.sh data ngram_loss": "",
-    "./run.sh data recall": "--count 200 --val_count 50",
-    "./run.sh data symbolic_language": "--count 200 --val_count 50 --test_count 10",
-    "./run.sh data manifold": "--tokens 300000",
+    "./run.sh python -m studies.ngram_loss": "",
+    "./run.sh python -m tasks.recall make": "--count 200 --val_count 50",
+    "./run.sh python -m tasks.recall --help": "",
+    "./run.sh python -m tasks.symbolic_language": "--count 200 --val_count 50 --test_count 10",
+    "./run.sh python -m manifold": "--tokens 300000",
 }
 
 
 @pytest.mark.slow
-def test_the_readme_from_beginning_to_end(tmp_path):
-    """All commands of README.md in a copy of the checkout, in their order."""
+def test_the_guide_from_beginning_to_end(tmp_path):
+    """All commands of README.md and docs/usage.md in a copy of the checkout, in their order."""
     folder = tmp_path / "checkout"
-    left_out = shutil.ignore_patterns(".*", "logs", "comparisons", "__pycache__", "negative", "*.bin")
+    left_out = shutil.ignore_patterns(".*", "logs", "comparisons", "__pycache__", "*.bin")
     shutil.copytree(ROOT, folder, ignore=left_out)
     name, text = example_variant()
     (folder / f"variants/{name}.py").write_text(text)
-    (folder / "book.txt").write_text((ROOT / "README.md").read_text() * 20)
+    (folder / "book.txt").write_text((ROOT / "docs/usage.md").read_text() * 40)
     (folder / ".venv/bin").mkdir(parents=True)
     (folder / ".venv/bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (folder / ".venv/bin/python").chmod(0o755)
@@ -322,14 +369,15 @@ def test_the_readme_from_beginning_to_end(tmp_path):
 
     environment = {name: value for name, value in os.environ.items() if name not in ("VENV", "PYTHONPATH")}
     faults, count = [], 0
-    for command in dict.fromkeys(code_of(command) for document, command in CASES if document == "README.md"):
+    shown = [code_of(command) for page in GUIDE for document, command in CASES if document == page]
+    for command in dict.fromkeys(shown):
         behind = TINY[max((start for start in TINY if command.startswith(start)), key=len)]
         if behind is None:
             continue
-        whole = f"{command} {behind}".strip()
-        result = subprocess.run(["bash", "-c", whole], cwd=folder, env=environment, capture_output=True, text=True)
+        tiny = f"{command} {behind}".strip()
+        result = subprocess.run(["bash", "-c", tiny], cwd=folder, env=environment, capture_output=True, text=True)
         count += 1
         if result.returncode != 0 or "Traceback" in result.stderr:
-            faults.append(f"{whole}\n{result.stdout[-500:]}{result.stderr[-2000:]}")
+            faults.append(f"{tiny}\n{result.stdout[-500:]}{result.stderr[-2000:]}")
     assert not faults, "\n\n".join(faults)
     assert count > 20
