@@ -1,4 +1,7 @@
-"""Puts the repository root on the path, gives every process one thread, and skips what needs a GPU where there is none."""
+"""
+Puts the repository root on the path, gives every process one thread, and skips what needs a GPU where there is none.
+"""
+
 import os
 import signal
 import sys
@@ -8,11 +11,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models run several times as fast; tests share the cores between processes
+
+# small models run several times as fast; tests share the cores between processes
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items):
     import torch
+
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
@@ -21,8 +27,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def signals_as_before():
-    """A script that a test runs in its own process may set handlers: with SIGPIPE at its default a later test's closed pipe would end all of them."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGPIPE, signal.SIGHUP, signal.SIGTERM, signal.SIGINT)}
+    """
+    A script that a test runs in its own process may set handlers: with SIGPIPE at its default a later test's closed
+    pipe would end all of them.
+    """
+    numbers = signal.SIGPIPE, signal.SIGHUP, signal.SIGTERM, signal.SIGINT
+    before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():
         if signal.getsignal(number) is not handler and handler is not None:

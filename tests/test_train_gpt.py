@@ -1,7 +1,6 @@
 """The trainer: model, loss, masks, optimizers, loader, checkpoints, faults. Small models, byte vocabulary, CPU."""
 
 import base64
-import importlib
 import itertools
 import json
 import math
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 import train_gpt
 from data.shards import write_meta, write_shard
 from tests.errors import float_bound, relative_rms
+from tests.loading import load_file
 from train_gpt import (
     AttentionMask,
     Ranks,
@@ -169,15 +169,12 @@ def test_waiting_threads_spin_a_bounded_time_unless_the_user_chose(monkeypatch):
     assert result.stdout == "20000 1\n"
     assert re.findall(r"GOMP_SPINCOUNT = '(\d+)'", result.stderr) in (["20000"], [])  # []: another library than GNU's
 
-    # a module of the same source, as imported by a process in which the user has chosen
-    spec = importlib.util.spec_from_file_location("second_trainer", train_gpt.__file__)
+    # the same source, as imported where the user has chosen
     for name, value in dict(GOMP_SPINCOUNT="7", OMP_WAIT_POLICY="PASSIVE", KMP_BLOCKTIME="0").items():
         for other in names:
             monkeypatch.delenv(other, raising=False)
         monkeypatch.setenv(name, value)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
+        load_file(train_gpt.__file__, monkeypatch)
         assert {other: os.environ[other] for other in names if other in os.environ} == {name: value}
 
 

@@ -185,6 +185,7 @@ def test_options_refuse_for_the_user(write):
 @pytest.mark.parametrize("patch, names", [
     ("train_gpt.Trainer.validate = lambda self, batches: 0.1", "Trainer.validate"),
     ("train_gpt.TokenLoader = None", "TokenLoader"),
+    ("train_gpt.Trainer = None", "Trainer"),
     ("train_gpt.RunLog = None", "RunLog"),
     ("train_gpt.write_checkpoint = None", "write_checkpoint"),
     ("train_gpt.measured_peak = lambda ranks: 1.0", "measured_peak"),
