@@ -14,7 +14,8 @@ import torch.nn.functional as F
 import train_gpt
 import variants
 from data.shards import write_meta, write_shard
-from train_gpt import Config, Ranks, RunError, TokenLoader, Trainer, make_config
+from tests.ranks import run_ranks
+from train_gpt import Config, Ranks, TokenLoader, Trainer, make_config
 
 T = 32
 TINY = dict(
@@ -40,14 +41,19 @@ def corpus(tmp_path_factory):
     return folder
 
 
+def arguments(corpus, folder, *specs, **changes) -> list[str]:
+    """The command line of a run in this folder, with these variants."""
+    words = [f"--{name}={value}" for name, value in {**TINY, "data": corpus, "log_dir": folder, **changes}.items()]
+    return [*words, "--variant", *specs] if specs else words
+
+
 def run(corpus, folder, *specs, **changes) -> dict:
-    """The JSON of a run of the command line."""
-    words = []
-    for name, value in {**TINY, "data": corpus, "log_dir": folder, **changes}.items():
-        words += [f"--{name}", str(value)]
-    if specs:
-        words += ["--variant", *specs]
-    assert train_gpt.main(words, loader=variants) == 0
+    """The JSON of a run that ends well."""
+    assert train_gpt.main(arguments(corpus, folder, *specs, **changes), loader=variants) == 0
+    return facts_of(folder)
+
+
+def facts_of(folder) -> dict:
     return json.loads((folder / "run.json").read_text())
 
 
@@ -186,8 +192,7 @@ def test_a_run_with_a_batch_schedule_resumes_exactly(corpus, tmp_path):
 
 def test_sizes_that_do_not_divide_are_refused(corpus, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(train_gpt, "schedule_batch", lambda config, progress: (8 * T, 5))
-    words = [f"--{name}={value}" for name, value in {**TINY, "data": corpus, "log_dir": tmp_path}.items()]
-    assert train_gpt.main(words) == 1
+    assert train_gpt.main(arguments(corpus, tmp_path)) == 1
     assert "schedule_batch gives 256 tokens in rows of 5 at 0.000 of the run" in capfd.readouterr().err
 
 
@@ -344,7 +349,7 @@ def test_a_mixture_repeats_and_leaves_out_shards(corpus):
 
 
 def test_facts_stand_in_the_curve_and_leave_the_run_as_it_is(corpus, tmp_path, plain):
-    noted, baseline = run(corpus, tmp_path, "stream_statistics"), json.loads((plain / "run.json").read_text())
+    noted, baseline = run(corpus, tmp_path, "stream_statistics"), facts_of(plain)
     assert [len(point["stream"]) for point in noted["curve"]] == [4, 4, 4]
     assert not any("stream" in point for point in baseline["curve"])
     assert [point["val_loss"] for point in noted["curve"]] == [point["val_loss"] for point in baseline["curve"]]
@@ -352,7 +357,24 @@ def test_facts_stand_in_the_curve_and_leave_the_run_as_it_is(corpus, tmp_path, p
 
 
 def test_a_trainer_without_variants_needs_no_loader(corpus, tmp_path, capfd):
-    words = [f"--{name}={value}" for name, value in {**TINY, "data": corpus, "log_dir": tmp_path}.items()]
-    assert train_gpt.main([*words, "--variant", "swiglu_mlp"]) == 1
+    assert train_gpt.main(arguments(corpus, tmp_path, "swiglu_mlp")) == 1
     assert "--variant needs the loader of variants" in capfd.readouterr().err
-    assert isinstance(Trainer(make_config({**TINY, "data": str(corpus), "log_dir": str(tmp_path)})).average, type(None))
+    assert Trainer(train_gpt.parse_config(arguments(corpus, tmp_path))).average is None
+
+
+# ---- Several ranks ----------------------------------------------------------
+
+
+def test_seams_hold_for_several_ranks(corpus, tmp_path):
+    """Clipped gradients, an average and steps of several sizes: two ranks see the losses of one, and average alike."""
+    specs = "gradient_clipping:norm=0.1", "weight_average:decay=0.5", "batch_schedule:batch_until=0.5,rows_until=0.25"
+    result = run_ranks({world: arguments(corpus, tmp_path / str(world), *specs) for world in (1, 2)})
+    assert result.returncode == 0, result.stderr[-3000:]
+    alone, shared = ([(point["tokens"], point["val_loss"]) for point in facts_of(tmp_path / world)["curve"]]
+                     for world in "12")
+    assert len(alone) > 2 and [tokens for tokens, _ in alone] == [tokens for tokens, _ in shared]
+    assert [loss for _, loss in shared] == pytest.approx([loss for _, loss in alone], rel=2e-5)
+    one, two = checkpoint(tmp_path / "1"), checkpoint(tmp_path / "2")
+    for name, average in one["model"].items():
+        assert (two["model"][name] - average).norm() <= 1e-3 * average.norm() + 1e-6, name
+        assert not torch.equal(two["model"][name], two["trained"][name]) or not average.any(), name

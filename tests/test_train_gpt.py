@@ -22,6 +22,7 @@ import train_gpt
 from data.shards import write_meta, write_shard
 from tests.errors import float_bound, relative_rms
 from tests.loading import load_file
+from tests.ranks import run_ranks
 from train_gpt import (
     AttentionMask,
     Ranks,
@@ -1074,6 +1075,7 @@ def assert_stopped(folder, number, code, out, errors):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_says_how_to_go_on(corpus, tmp_path, monkeypatch, capsys, number):
+    signal.signal(number, signal.SIG_DFL)  # a shell's background jobs ignore some
     stop_at(3, monkeypatch, number)
     code = main(arguments(corpus, tmp_path))
     assert_stopped(tmp_path, number, code, *capsys.readouterr())
@@ -1089,87 +1091,6 @@ def test_a_process_that_a_signal_stops_says_so_by_its_exit_code(corpus, tmp_path
 
 # ---- Several ranks ----------------------------------------------------------
 
-# Arguments: {number of ranks: command line} as JSON. Started by torchrun this is one of its ranks; else it forks the
-# ranks, so that Python and PyTorch start once for all of them.
-RANKS_RUN = """
-import json
-import os
-import socket
-import sys
-import traceback
-
-import train_gpt
-
-reduced, updated, inside = [], [], [False]
-reduce, update, backward = train_gpt.Bucket._reduce, train_gpt.ShardedOptimizer.update_bucket, train_gpt.Tensor.backward
-
-
-def watched_reduce(self):
-    reduced.append(self.missing == 0 and inside[0])
-    reduce(self)
-
-
-def watched_update(self, bucket, *progress):
-    updated.append((id(bucket), inside[0]))
-    update(self, bucket, *progress)
-
-
-def watched_backward(self):
-    inside[0] = True
-    backward(self)
-    inside[0] = False
-
-
-def run(words, world):
-    train_gpt.Bucket._reduce = watched_reduce
-    train_gpt.ShardedOptimizer.update_bucket = watched_update
-    train_gpt.Tensor.backward = watched_backward
-    code = train_gpt.main(words)
-    buckets, late = len({bucket for bucket, _ in updated}), sum(not early for _, early in updated)
-    if code == 0 and world > 1:
-        assert reduced and all(reduced), "a reduction began after the backward pass"
-        assert late * buckets == len(updated), f"{late} of {len(updated)} updates of {buckets} buckets came late"
-    elif code == 0:
-        assert late == len(updated) and not reduced
-    return code
-
-
-def fork(words, **environment):
-    child = os.fork()
-    if child:
-        return child
-    code = 99
-    try:
-        os.environ.update(environment)
-        code = run(words, int(environment["WORLD_SIZE"]))
-    except BaseException:
-        traceback.print_exc()
-    train_gpt.leave(code, alone=False)
-
-
-commands = {int(world): words for world, words in json.loads(sys.argv[1]).items()}
-if "WORLD_SIZE" in os.environ:
-    world = int(os.environ["WORLD_SIZE"])
-    train_gpt.leave(run(commands[world], world), alone=False)
-codes = []
-for world, words in commands.items():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = dict(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    children = [fork(words, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(world)]
-    codes += [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-sys.exit(max(codes))
-"""
-
-
-def run_ranks(folder, commands, *launcher):
-    """The process that has run command lines, {number of ranks: words}, on CPUs."""
-    (folder / "ranks.py").write_text(RANKS_RUN)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *launcher, str(folder / "ranks.py"), json.dumps(commands)],
-                          capture_output=True, text=True, env=environment, timeout=200)
-
 
 def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(corpus, tmp_path):
     """
@@ -1178,7 +1099,7 @@ def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(corpus, tmp_path)
     """
     commands = {world: arguments(corpus, tmp_path / str(world), val_every=2) for world in (1, 2, 4)}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for result in (run_ranks(tmp_path, {2: commands.pop(2)}, *torchrun), run_ranks(tmp_path, commands)):
+    for result in (run_ranks({2: commands.pop(2)}, *torchrun), run_ranks(commands)):
         assert result.returncode == 0, result.stderr[-3000:]
     curves = {}
     for world in (1, 2, 4):
@@ -1203,7 +1124,7 @@ def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(corpus, tmp_path)
 
 
 def test_a_world_that_does_not_divide_is_one_line(corpus, tmp_path):
-    result = run_ranks(tmp_path, {3: arguments(corpus, tmp_path)})
+    result = run_ranks({3: arguments(corpus, tmp_path)})
     assert result.returncode == 1
     fault = ("train_gpt.py: error: 8 rows of 32 tokens cannot be shared by 3 ranks; change --batch_tokens or the "
              "number of ranks")
