@@ -40,7 +40,7 @@ import train_gpt  # before torch: it sets how long PyTorch's waiting threads spi
 import variants
 import torch
 from data.shards import encoder, load_merges, run_script
-from kernels.topological_attention_cache import TokenBuffer, hidden_keys
+from kernels.topological_attention.cache import TokenBuffer, hidden_keys
 from torch import Tensor
 from train_gpt import (AttentionContext, AttentionMask, Config, GPT, Ranks, RunError, changed_sources, check_value,
                        config_from, digest_of, find_checkpoint, memory_of_machine, read_checkpoint, read_json,

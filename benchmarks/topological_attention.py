@@ -23,7 +23,7 @@ from kernels.topological_attention import BACKENDS, topological_attention
 import torch
 import torch.nn.functional as F
 
-TESTS = dict.fromkeys(("cpu", "cuda"), ["tests/kernels/test_topological_attention.py"])
+TESTS = dict.fromkeys(("cpu", "cuda"), ["tests/kernels/topological_attention/test_topological_attention.py"])
 HEADS = {"cpu": 1, "cuda": 12}
 sizes = lambda lengths: {device: [dict(T=T, heads=HEADS[device], width=64) for T in lengths[device]] for device in HEADS}
 SIZES = sizes({"cpu": [256, 1024, 4096, 16384, 65536], "cuda": [256, 1024, 2048, 4096, 8192, 16384, 65536, 262144, 1048576]})

@@ -26,7 +26,7 @@ Presets supply what is left at "preset" or 0. faithful: the seed idea, everythin
 convolution of 4 taps. key_only, the control of fast: the same without the distance term, with a key bias in its place. The control of both for what a
 decay alone gives is the variant forgetting_attention.
 
-Cost: no product of queries with keys; the attention takes O(T log T) or less (kernels/topological_attention.py). Parameters: with linear coordinates
+Cost: no product of queries with keys; the attention takes O(T log T) or less (kernels/topological_attention). Parameters: with linear coordinates
 q and k (2 H D model_dim) give way to 2 H model_dim; the forget gate and the key bias take H model_dim each. A new window compiles the layer anew.
 
 Source: Moriondo, Topological Transformer, TechRxiv 176800983.30631144, github.com/tuned-org-uk/tauformer; slopes: Press et al., ALiBi, 2021,
@@ -50,7 +50,7 @@ from torch import Tensor, nn
 import train_gpt
 from kernels.short_convolution import short_convolution
 from kernels.topological_attention import topological_attention
-from kernels.topological_attention_cache import TopologicalCache
+from kernels.topological_attention.cache import TopologicalCache
 from train_gpt import AttentionContext, Config, RunError
 
 OFF = dict(coordinate="rayleigh", temperature="fixed", decay="none", head_dim=0, short_conv=0, gate="none", key_bias="off")

@@ -2,22 +2,21 @@
 gated_linear_attention against its recurrence and its materialised form; its Triton kernels in the interpreter, compiled ahead of time and, where there is
 one, on a GPU; the CPU's loops on the cases of the chunked form and on random shapes. Gradients are always those of query, key, value and log_decay for a random gradient of the output.
 """
-import importlib
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from kernels import gated_linear_attention as gla
 from kernels.backend import has_cpu_loops
 from kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_reference, gated_linear_attention_step
 from tests.errors import float_bound, rounding_bound
 from tests.kernels.poison import poisoned_memory
+from tests.kernels.processes import ROOT
 
-gla = importlib.import_module("kernels.gated_linear_attention")  # the package hands on the function under the module's name
 
 needs_loops = pytest.mark.skipif(not has_cpu_loops(), reason="needs Numba")
 on_a_cpu = pytest.mark.parametrize("backend", ["chunked", pytest.param("loops", marks=needs_loops)])
@@ -431,7 +430,7 @@ try:
 except ValueError as error:
     print(error)
 """
-    result = subprocess.run([sys.executable, "-c", script], cwd=Path(gla.__file__).parents[1], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "'triton' needs CUDA tensors and Triton" in result.stdout
 

@@ -2,7 +2,6 @@
 short_convolution against its formula in plain loops; its Triton kernels in the interpreter, compiled ahead of time and,
 where there is one, on a GPU; the CPU's loops on random shapes.
 """
-import importlib
 import os
 import subprocess
 import sys
@@ -10,12 +9,12 @@ import sys
 import pytest
 import torch
 
+from kernels import short_convolution as sc
 from kernels.backend import has_cpu_loops
 from kernels.short_convolution import short_convolution, short_convolution_reference
 from tests.errors import float_bound, rounding_bound
 from tests.kernels.poison import poisoned_memory
 
-sc = importlib.import_module("kernels.short_convolution")  # the package hands on the function under the module's name
 needs_loops = pytest.mark.skipif(not has_cpu_loops(), reason="needs Numba")
 
 

@@ -567,7 +567,7 @@ def _loop_states(key: Tensor, value: Tensor, log_decay: Tensor | None) -> tuple[
     whose size can be 1, torch.compile would make a graph of its own.
     """
     (B, T, H, M), D = key.shape, value.shape[-1]
-    return B * H * (0 if log_decay is None else cpu_loops("gated_linear_attention_loops").stored_states(T)), D, M
+    return B * H * (0 if log_decay is None else cpu_loops("gated_linear_attention.cpu").stored_states(T)), D, M
 
 
 def _loops_forward(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None,
@@ -577,7 +577,7 @@ def _loops_forward(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor 
     out, states = torch.empty(value.shape, dtype=dtype), torch.empty(_loop_states(key, value, log_decay), dtype=dtype)
     decay = _loop_decay(value, log_decay, doc_start)
     arrays = _arrays(query, key, value, dtype=dtype)
-    cpu_loops("gated_linear_attention_loops").forward(*arrays, decay.numpy(), out.numpy(), states.numpy())
+    cpu_loops("gated_linear_attention.cpu").forward(*arrays, decay.numpy(), out.numpy(), states.numpy())
     return out.to(value.dtype), states
 
 
@@ -588,7 +588,7 @@ def _loops_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, log
     gradients = [torch.empty(x.shape, dtype=states.dtype) for x in inputs]
     ddecay = torch.empty(log_decay.shape if decay_grad else (0, 0, 0), dtype=torch.float64)
     arrays = _arrays(grad, *inputs, dtype=states.dtype)
-    cpu_loops("gated_linear_attention_loops").backward(*arrays, decay.numpy(), states.numpy(),
+    cpu_loops("gated_linear_attention.cpu").backward(*arrays, decay.numpy(), states.numpy(),
                                                        *(x.numpy() for x in gradients), ddecay.numpy())
     gradients = [gradient.to(x.dtype) for gradient, x in zip(gradients, inputs)]
     return *gradients, ddecay.to(log_decay.dtype) if decay_grad else value.new_empty(0)

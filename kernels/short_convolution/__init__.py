@@ -202,13 +202,13 @@ def _arrays(positions: Tensor, *tensors: Tensor) -> list:
 
 def _loops_forward(x: Tensor, taps: Tensor, positions: Tensor) -> Tensor:
     y = torch.empty(*positions.shape, x.shape[2], dtype=_sum_dtype(x))
-    cpu_loops("short_convolution_loops").forward(*_arrays(positions, x, taps), y.numpy())
+    cpu_loops("short_convolution.cpu").forward(*_arrays(positions, x, taps), y.numpy())
     return y.to(x.dtype)
 
 
 def _loops_backward(g: Tensor, x: Tensor, taps: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     dx = torch.empty(x.shape, dtype=_sum_dtype(x))
-    partial = cpu_loops("short_convolution_loops").backward(*_arrays(positions, g, x, taps), dx.numpy())
+    partial = cpu_loops("short_convolution.cpu").backward(*_arrays(positions, g, x, taps), dx.numpy())
     return dx.to(x.dtype), torch.from_numpy(partial).sum(0)
 
 
