@@ -1,1 +1,1 @@
-"""One operation: a file, or a folder where it has several backends. Callers import from these; nothing is handed on."""
+"""One operation, one file, or a folder where it has several backends. Import an operation from its module."""

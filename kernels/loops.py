@@ -3,8 +3,8 @@ What the CPU's compiled loops share: how Numba compiles and caches them, how man
 that the compiler can vectorise.
 
 Numba turns a loop over arrays into machine code for the processor it runs on; the user needs no compiler. Files named
-cpu.py and *_cpu.py hold such loops and import Numba, which takes half a second. kernels.backend imports these files when
-their loops are first called.
+kernels/<op>/cpu.py or *_cpu.py hold such loops and import Numba, which takes half a second. kernels.backend imports
+these files when their loops are first called.
 
 Threads: a parallel loop takes as many as PyTorch does (torch.get_num_threads()), through Numba's OpenMP layer where
 there is one. A parallel call then costs 2 microseconds on two cores; it costs 54 to 94 through Numba's own queue of
@@ -156,7 +156,7 @@ def exp2_f32(x):
     exponent's bits, so that the compiler vectorises a loop of it, but not one of math.exp (0.18 against 8 ns a number
     on an AMD EPYC). The result is 0 below -126.5, infinity from 127.5 up, and NaN for NaN.
     """
-    # x = whole + f
+    # x is whole + f
     bounded = min(max(x, np.float32(-127.0)), np.float32(128.0))
     whole = np.floor(bounded + np.float32(0.5))
     f = x - whole if x == bounded else np.float32(0.0)

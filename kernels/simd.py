@@ -234,7 +234,7 @@ def _or_nan(typing, a, b):
 @inner_loop
 def _exp2_f32(x):
     """Returns 2^x as loops.exp2_f32 does."""
-    # x = whole + f, within bounds
+    # x is whole + f, within bounds
     bounded = largest(x, splat(np.float32(-127.0)))
     bounded = select(bounded, splat(np.float32(128.0)), splat(np.float32(128.0)), bounded)
     whole = _floor(bounded + splat(np.float32(0.5)))

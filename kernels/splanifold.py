@@ -1,24 +1,28 @@
 """
 Splanifold: a cubic Hermite curve in t with directions off the curve, a map of K control coordinates to N numbers.
 
-    u = (1 + 2E) r - E     Sigma = sum_k u_k     t = Sigma / K     delta = u - t     s = 1 / sqrt(1 + (|delta| / delta_max)^2)
+    u = (1 + 2E) r - E     Sigma = sum_k u_k     t = Sigma / K     delta = u - t     s = 1 / sqrt(1 + (|delta| /
+                                                                                     delta_max)^2)
     w = (Sigma u + eps^2 / K) / (Sigma^2 + eps^2) = alpha delta + 1 / K     alpha = Sigma / (Sigma^2 + eps^2)
     Phi = H(P_j, P_j+1, P'_j w, P'_j+1 w; tau) + H(E_j, E_j+1, E'_j, E'_j+1; tau) s delta
-    H(A, B, A', B'; tau) = h00 A + h01 B + h10 A' + h11 B'     h00 = 2 tau^3 - 3 tau^2 + 1, h01 = 1 - h00, h10 = tau (tau - 1)^2, h11 = tau^2 (tau - 1)
+    H(A, B, A', B'; tau) = h00 A + h01 B + h10 A' + h11 B'     h00 = 2 tau^3 - 3 tau^2 + 1, h01 = 1 - h00, h10 = tau
+                                                               (tau - 1)^2, h11 = tau^2 (tau - 1)
 
-r (M, G, K): G splanifolds side by side. A splanifold of S nodes has S - 1 segments of equal length in t; j = floor(t (S - 1)), kept in 0 .. S - 2, is the
-segment and tau = t (S - 1) - j the place in it. Neighbouring segments share a node and its tangents: the map is C1 in t. Outside [0, 1] the first and the
-last cubic go on.
+r (M, G, K): G splanifolds side by side. A splanifold of S nodes has S - 1 segments of equal length in t; j = floor(t (S
+- 1)), kept in 0 .. S - 2, is the segment and tau = t (S - 1) - j the place in it. Neighbouring segments share a node
+and its tangents: the map is C1 in t. Outside [0, 1] the first and the last cubic go on.
 
-Two nodes meet a token, so that a token of a splanifold is six matrices times delta: h E, h E' with s and h P' with alpha, and no more than four where alpha h
-is one of the h's combinations (_Chunk). With R matrices, R = 4 or 6, e bytes a number, G N outputs (or their sum, N), for one token (counted):
+Two nodes meet a token, so that a token of a splanifold is six matrices times delta: h E, h E' with s and h P' with
+alpha, and no more than four where alpha h is one of the h's combinations (_Chunk). With R matrices, R = 4 or 6, e bytes
+a number, G N outputs (or their sum, N), for one token (counted):
     forward    2 R G K N FLOPs       e (G K + outputs) bytes, once for all tokens the controls
     backward   4 R G K N             e (2 G K + outputs), and the controls and their gradients
     kept for the backward pass: r and the controls
 
 The PyTorch forms are here; the fused kernels are splanifold_triton.py.
 
-Source: Adams, K-Splanifolds, 2026, doi 10.5281/zenodo.18673034, github.com/curvedinf/k-splanifolds; segments that share nodes: ours.
+Source: Adams, K-Splanifolds, 2026, doi 10.5281/zenodo.18673034, github.com/curvedinf/k-splanifolds; segments that share
+nodes: ours.
 """
 
 import math
@@ -33,16 +37,21 @@ from kernels.splanifold_triton import INTERPRETED, splanifold_triton, triton
 
 
 class SplanifoldControls(NamedTuple):
-    """The learned numbers of G splanifolds of S nodes, K coordinates and n outputs each; N (2 + 6 K) of them where S = 2. All of one dtype."""
+    """
+    The learned numbers of G splanifolds of S nodes, K coordinates and n outputs each; N (2 + 6 K) of them where S = 2.
+    All of one dtype.
+    """
     points: Tensor          # P (G, S, n)
     bases: Tensor           # E (G, S, n, K)
     point_tangents: Tensor  # P' (G, S, n, K)
     base_tangents: Tensor   # E' (G, S, n, K)
 
 
-def splanifold_reference(r: Tensor, controls: SplanifoldControls, expansion: float = 0.0, delta_max: float = math.inf, eps: float = 1e-3, mix: str = "sum") -> Tensor:
+def splanifold_reference(r: Tensor, controls: SplanifoldControls, expansion: float = 0.0, delta_max: float = math.inf,
+                         eps: float = 1e-3, mix: str = "sum") -> Tensor:
     """
-    The formula term by term, as the paper has it: any device, any floating dtype, differentiable by autograd. Forms every node's products, (M, G, S, n).
+    The formula term by term, as the paper has it: any device, any floating dtype, differentiable by autograd. Forms
+    every node's products, (M, G, S, n).
 
     Arguments and result as splanifold's. Runs in the widest dtype among the arguments, float32 at least.
     """
@@ -57,9 +66,13 @@ def splanifold_reference(r: Tensor, controls: SplanifoldControls, expansion: flo
     w = (total * u + eps ** 2 / K) / (total.square() + eps ** 2)
     segment = (t.detach() * (S - 1)).floor().clamp(0, S - 2).nan_to_num(0.0)  # a NaN's result is NaN, as tau is
     tau = t * (S - 1) - segment
-    row, group, node = torch.arange(M, device=r.device)[:, None], torch.arange(G, device=r.device), segment[..., 0].long()  # together they index as (M, G)
-    curve = lambda first, second, first_tangent, second_tangent: ((2 * tau ** 3 - 3 * tau ** 2 + 1) * first + (3 * tau ** 2 - 2 * tau ** 3) * second
-                                                                 + tau * (tau - 1) ** 2 * first_tangent + tau ** 2 * (tau - 1) * second_tangent)
+    # together they index as (M, G)
+    row, group, node = torch.arange(M, device=r.device)[:, None], torch.arange(G, device=r.device), segment[...,
+            0].long()
+    curve = lambda first, second, first_tangent, second_tangent: ((2 * tau ** 3 - 3 * tau ** 2 + 1) * first
+                                                                  + (3 * tau ** 2 - 2 * tau ** 3) * second + tau
+                                                                  * (tau - 1) ** 2 * first_tangent + tau ** 2
+                                                                  * (tau - 1) * second_tangent)
     times = lambda matrices, x: torch.einsum("gsnk,mgk->mgsn", matrices, x)
     ends = lambda products: (products[row, group, node], products[row, group, node + 1])
     result = curve(points[group, node], points[group, node + 1], *ends(times(point_tangents, w)))
@@ -67,24 +80,33 @@ def splanifold_reference(r: Tensor, controls: SplanifoldControls, expansion: flo
     return (result.sum(1) if mix == "sum" else result.flatten(1)).to(r.dtype)
 
 
-# ---- Host functions: PyTorch ----------------------------------------------------------------------------------------------------------------------------
-# A chunk of m tokens is a tensor (G, rows, m). In memory its tokens come last, so that scalars of a token multiply neighbours whatever K is, or first, as in
-# r, which saves turning r over.
+# ---- Host functions: PyTorch ------------------------------------------------
+# A chunk of m tokens is a tensor (G, rows, m). In memory its tokens come last, so that scalars of a token multiply
+# neighbours whatever K is, or first, as in r, which saves turning r over.
 
 CHUNK = 1 << 21     # most numbers in a chunk's features: larger ones miss the cache, smaller ones cost calls
-WIDE = 16           # least K for which tokens come first in memory (where the groups are summed), and for which segments are worked on one after another,
-                    # each with its own tokens and two nodes; below it every token meets every node, mostly with weight 0
-NARROW = 4          # most K for which the last deviation, minus the sum of the others, is left out: no matrix for K = 1, K - 1 of its K columns above
+# least K for which tokens come first in memory (where the groups are summed), and for which segments are worked on one
+# after another,
+WIDE = 16
+                    # each with its own tokens and two nodes; below it every token meets every node, mostly with weight
+                    # 0
+# most K for which the last deviation, minus the sum of the others, is left out: no matrix for K = 1, K - 1 of its K
+# columns above
+NARROW = 4
 
 
 class _Chunk:
     """
-    What the controls of G groups and S nodes are multiplied by: features (G, rows, m). With b = (1, the values' weights h of the nodes but the first, the
-    tangents' weights of all), which is 0 for nodes off the token's segment: rows b_c delta~, then alpha h delta for every node's tangent, then b.
-    Where S = 2, no warp bends delta and alpha Sigma = Sigma^2 / (Sigma^2 + eps^2) rounds to 1 for every token, alpha h10 is (h00 - 2 h10) / K and alpha h11 is
-    (h11 - h10) / K to the last place: the second part is not needed ("four" matrices are left), as the first part's matrices can have the tangents added.
+    What the controls of G groups and S nodes are multiplied by: features (G, rows, m). With b = (1, the values' weights
+    h of the nodes but the first, the tangents' weights of all), which is 0 for nodes off the token's segment: rows b_c
+    delta~, then alpha h delta for every node's tangent, then b. Where S = 2, no warp bends delta and alpha Sigma =
+    Sigma^2 / (Sigma^2 + eps^2) rounds to 1 for every token, alpha h10 is (h00 - 2 h10) / K and alpha h11 is (h11 - h10)
+    / K to the last place: the second part is not needed ("four" matrices are left), as the first part's matrices can
+    have the tangents added.
     """
-    def __init__(self, r: Tensor, S: int, segments: int, segment: int | None, expansion: float, bend: float, eps: float, dtype: torch.dtype, tokens_first: bool):
+
+    def __init__(self, r: Tensor, S: int, segments: int, segment: int | None, expansion: float, bend: float, eps: float,
+                 dtype: torch.dtype, tokens_first: bool):
         """r (m, G, K). segment: the tokens', None if they differ. bend: 1 / delta_max."""
         (m, G, K), self.S, self.segments, self.bend, self.stretch = r.shape, S, segments, bend, 1 + 2 * expansion
         if tokens_first:
@@ -186,12 +208,18 @@ def _rows(S: int, width: int, four: bool) -> int:
 
 
 def _stride(G: int, rows: int) -> int:
-    """Numbers from a token to the next where tokens come first: vectors that begin at multiples of 64 bytes are quicker to write."""
+    """
+    Numbers from a token to the next where tokens come first: vectors that begin at multiples of 64 bytes are quicker to
+    write.
+    """
     return -(-rows // 16) * 16 if G == 1 else rows
 
 
 def _parts(x: Tensor, S: int, width: int, four: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of (G, rows, x): (G, 2 S, width, x); for alpha's part (G, S, width, x), with `four` (G, 0, width, x); (G, 2 S, x) for the spine."""
+    """
+    Views of (G, rows, x): (G, 2 S, width, x); for alpha's part (G, S, width, x), with `four` (G, 0, width, x); (G, 2 S,
+    x) for the spine.
+    """
     matrices = x[:, :-2 * S].unflatten(1, ((2 if four else 3) * S, width))
     return matrices[:, :2 * S], matrices[:, 2 * S:], x[:, -2 * S:]
 
@@ -213,12 +241,15 @@ def _inner(x: Tensor, y: Tensor) -> Tensor:
 def _stack(controls: SplanifoldControls, four: bool, mix: str, dtype: torch.dtype) -> Tensor:
     """What features are multiplied by, (G, rows, n); an output's numbers are neighbours in memory."""
     (G, S, n, K), device = controls.bases.shape, controls.bases.device
-    bases, tangents, base_tangents = (x.to(dtype) if _width(K) == K else x[..., :-1].to(dtype) - x[..., -1:] for x in controls[1:])
+    bases, tangents, base_tangents = (x.to(dtype) if _width(K) == K else x[..., :-1].to(dtype) - x[..., -1:]
+                                      for x in controls[1:])
     shape, order = ((n, G), (1, 2, 0)) if mix == "sum" else ((G, n), (0, 2, 1))
     stack = torch.empty(*shape, _rows(S, _width(K), four), dtype=dtype, device=device).permute(order)
     curve, matrices, spine = _parts(stack, S, _width(K), four)
     curve, matrices = curve.mT, matrices.mT
-    curve[:, :S], curve[:, S:], spine[:, :S], spine[:, S:] = bases, base_tangents, controls.points, controls.point_tangents.mean(-1, dtype=dtype)
+    curve[:, :S], curve[:, S:], spine[:, :S], spine[:,
+                                                    S:] = bases, base_tangents, controls.points, controls.point_tangents.mean(
+        -1, dtype=dtype)
     if four:
         first, last = (tangents / K).unbind(1)
         curve[:, 0] += first
@@ -240,7 +271,8 @@ def _unstack(dstack: Tensor, four: bool, S: int, K: int) -> list[Tensor]:
     if four:
         tangents = torch.stack([curve[:, 0] - 2 * curve[:, 2], curve[:, 3] - curve[:, 2]], 1) / K
     matrices = curve[:, :S], tangents, curve[:, S:]
-    dbases, dtangents, dbase_tangents = matrices if _width(K) == K else (torch.cat([x, -x.sum(-1, keepdim=True)], -1) for x in matrices)
+    dbases, dtangents, dbase_tangents = matrices if _width(K) == K else (torch.cat([x, -x.sum(-1, keepdim=True)], -1)
+                                                                         for x in matrices)
     return [spine[:, :S], dbases, dtangents + spine[:, S:, :, None] / K, dbase_tangents]
 
 
@@ -250,11 +282,15 @@ def _by_segment(S: int, K: int) -> bool:
 
 
 def _walk(r: Tensor, S: int, expansion: float, bend: float, eps: float, mix: str, dtype: torch.dtype):
-    """Chunk by chunk: (groups, nodes, tokens, _Chunk). A chunk has all groups and nodes and a slice of the tokens, or one group, one segment's nodes and tokens."""
+    """
+    Chunk by chunk: (groups, nodes, tokens, _Chunk). A chunk has all groups and nodes and a slice of the tokens, or one
+    group, one segment's nodes and tokens.
+    """
     M, G, K = r.shape
     pieces = [(slice(0, G), slice(0, S), None, M)]
     if _by_segment(S, K):
-        segments = (((1 + 2 * expansion) * r.to(dtype).mean(-1) - expansion) * (S - 1)).floor_().clamp_(0, S - 2).nan_to_num_(0.0)
+        segments = (((1 + 2 * expansion) * r.to(dtype).mean(-1) - expansion) * (S - 1)).floor_().clamp_(0,
+                S - 2).nan_to_num_(0.0)
         own = [(g, j, (segments[:, g] == j).nonzero()[:, 0]) for g in range(G) for j in range(S - 1)]
         pieces = [(slice(g, g + 1), slice(j, j + 2), tokens, len(tokens)) for g, j, tokens in own if len(tokens)]
     for groups, nodes, tokens, count in pieces:
@@ -263,18 +299,21 @@ def _walk(r: Tensor, S: int, expansion: float, bend: float, eps: float, mix: str
         tokens_first = K >= WIDE and (own_groups == 1 or mix == "sum")
         for first in range(0, count, size):
             index = slice(first, first + size) if tokens is None else tokens[first:first + size]
-            yield groups, nodes, index, _Chunk(r[index, groups], own_nodes, S - 1, segment, expansion, bend, eps, dtype, tokens_first)
+            yield groups, nodes, index, _Chunk(r[index, groups], own_nodes, S - 1, segment, expansion, bend, eps, dtype,
+                                               tokens_first)
 
 
 class _Stacks:
     """Each piece's stack, and its gradient."""
+
     def __init__(self, controls: SplanifoldControls, mix: str, dtype: torch.dtype):
         self.controls, self.mix, self.dtype, self.stacks, self.gradients = controls, mix, dtype, {}, {}
 
     def __call__(self, groups: slice, nodes: slice, four: bool) -> Tensor:
         key = groups.start, groups.stop, nodes.start, nodes.stop, four
         if key not in self.stacks:
-            self.stacks[key] = _stack(SplanifoldControls(*(x[groups, nodes] for x in self.controls)), four, self.mix, self.dtype)
+            self.stacks[key] = _stack(SplanifoldControls(*(x[groups, nodes] for x in self.controls)), four, self.mix,
+                                      self.dtype)
         return self.stacks[key]
 
     def gradient(self, groups: slice, nodes: slice, four: bool) -> Tensor:
@@ -286,20 +325,25 @@ class _Stacks:
     def control_gradients(self) -> list[Tensor]:
         totals = [torch.zeros(x.shape, dtype=self.dtype, device=x.device) for x in self.controls]
         for (first_group, last_group, first_node, last_node, four), gradient in self.gradients.items():
-            for total, x in zip(totals, _unstack(gradient, four, last_node - first_node, self.controls.bases.shape[-1])):
+            for total, x in zip(totals, _unstack(gradient, four, last_node - first_node,
+                                                 self.controls.bases.shape[-1])):
                 total[first_group:last_group, first_node:last_node] += x
         return [total.to(x.dtype) for total, x in zip(totals, self.controls)]
 
 
 def _put(x: Tensor, index: slice | Tensor, groups: slice, rows: Tensor):
-    """rows (m, groups times X) to their places in x (M, G, X). A slice has all groups: two dimensions, which PyTorch turns over by blocks."""
+    """
+    rows (m, groups times X) to their places in x (M, G, X). A slice has all groups: two dimensions, which PyTorch turns
+    over by blocks.
+    """
     if isinstance(index, slice):
         x.flatten(1)[index].copy_(rows)
     else:
         x[index, groups] = rows.unflatten(1, (-1, x.shape[2])).to(x.dtype)
 
 
-def _chunked_forward(r: Tensor, controls: SplanifoldControls, expansion: float, bend: float, eps: float, mix: str) -> Tensor:
+def _chunked_forward(r: Tensor, controls: SplanifoldControls, expansion: float, bend: float, eps: float,
+                     mix: str) -> Tensor:
     dtype = _compute_dtype(r, controls)
     M, (G, S, n), stacks = len(r), controls.points.shape, _Stacks(controls, mix, dtype)
     empty = torch.zeros if _by_segment(S, r.shape[2]) else torch.empty
@@ -315,8 +359,8 @@ def _chunked_forward(r: Tensor, controls: SplanifoldControls, expansion: float, 
     return out.to(r.dtype)
 
 
-def _chunked_backward(grad: Tensor, r: Tensor, controls: SplanifoldControls, expansion: float, bend: float, eps: float, mix: str, r_grad: bool,
-                      control_grads: bool) -> list[Tensor]:
+def _chunked_backward(grad: Tensor, r: Tensor, controls: SplanifoldControls, expansion: float, bend: float, eps: float,
+                      mix: str, r_grad: bool, control_grads: bool) -> list[Tensor]:
     dtype = _compute_dtype(r, controls)
     M, (G, S, n), stacks = len(r), controls.points.shape, _Stacks(controls, mix, dtype)
     dr, *dcontrols = _empty_gradients(r, *controls, r_grad, control_grads)
@@ -341,18 +385,20 @@ def _chunked_backward(grad: Tensor, r: Tensor, controls: SplanifoldControls, exp
     return [dr, *(stacks.control_gradients() if control_grads else dcontrols)]
 
 
-def _empty_gradients(r: Tensor, points: Tensor, bases: Tensor, point_tangents: Tensor, base_tangents: Tensor, r_grad: bool, control_grads: bool) -> list[Tensor]:
+def _empty_gradients(r: Tensor, points: Tensor, bases: Tensor, point_tangents: Tensor, base_tangents: Tensor,
+                     r_grad: bool, control_grads: bool) -> list[Tensor]:
     """Room for the gradients, contiguous; none for those that are not asked for."""
     wanted = ((r, r_grad), *((x, control_grads) for x in (points, bases, point_tangents, base_tangents)))
     return [torch.empty(x.shape if own else 0, dtype=x.dtype, device=x.device) for x, own in wanted]
 
 
-# ---- Registration ---------------------------------------------------------------------------------------------------------------------------------------
+# ---- Registration -----------------------------------------------------------
 
 @torch.library.custom_op("knotgpt::splanifold", mutates_args=())
-def _forward_op(r: Tensor, points: Tensor, bases: Tensor, point_tangents: Tensor, base_tangents: Tensor, expansion: float, bend: float, eps: float,
-                mix: str) -> Tensor:
-    return _chunked_forward(r, SplanifoldControls(points, bases, point_tangents, base_tangents), expansion, bend, eps, mix)
+def _forward_op(r: Tensor, points: Tensor, bases: Tensor, point_tangents: Tensor, base_tangents: Tensor,
+                expansion: float, bend: float, eps: float, mix: str) -> Tensor:
+    return _chunked_forward(r, SplanifoldControls(points, bases, point_tangents, base_tangents), expansion, bend, eps,
+                            mix)
 
 
 @_forward_op.register_fake
@@ -361,9 +407,11 @@ def _(r, points, bases, point_tangents, base_tangents, expansion, bend, eps, mix
 
 
 @torch.library.custom_op("knotgpt::splanifold_backward", mutates_args=())
-def _backward_op(grad: Tensor, r: Tensor, points: Tensor, bases: Tensor, point_tangents: Tensor, base_tangents: Tensor, expansion: float, bend: float,
-                 eps: float, mix: str, r_grad: bool, control_grads: bool) -> list[Tensor]:
-    return _chunked_backward(grad, r, SplanifoldControls(points, bases, point_tangents, base_tangents), expansion, bend, eps, mix, r_grad, control_grads)
+def _backward_op(grad: Tensor, r: Tensor, points: Tensor, bases: Tensor, point_tangents: Tensor, base_tangents: Tensor,
+                 expansion: float, bend: float, eps: float, mix: str, r_grad: bool,
+                 control_grads: bool) -> list[Tensor]:
+    return _chunked_backward(grad, r, SplanifoldControls(points, bases, point_tangents, base_tangents), expansion, bend,
+                             eps, mix, r_grad, control_grads)
 
 
 @_backward_op.register_fake
@@ -388,7 +436,10 @@ _forward_op.register_autograd(_backward, setup_context=_save)
 
 @register_flop_formula(torch.ops.knotgpt.splanifold)
 def _forward_flops(r, points, bases, point_tangents, base_tangents, expansion, bend, *_, out_shape=None, **__) -> int:
-    """Of the products. From K = WIDE on tokens meet two nodes; without a warp all of them are taken to need four matrices, which is likely for K >= 32."""
+    """
+    Of the products. From K = WIDE on tokens meet two nodes; without a warp all of them are taken to need four matrices,
+    which is likely for K >= 32.
+    """
     (M, G, K), (_, S, n) = r, points
     return 2 * M * G * n * _rows(2 if K >= WIDE else S, _width(K), S == 2 and not bend and K >= WIDE)
 
@@ -398,10 +449,14 @@ def _backward_flops(grad, *arguments, out_shape=None, **__) -> int:
     return sum(arguments[-2:]) * _forward_flops(*arguments)
 
 
-# ---- Public function ------------------------------------------------------------------------------------------------------------------------------------
+# ---- Public function --------------------------------------------------------
 
-def splanifold_chunked(r: Tensor, controls: SplanifoldControls, expansion: float = 0.0, delta_max: float = math.inf, eps: float = 1e-3, mix: str = "sum") -> Tensor:
-    """In PyTorch, chunk by chunk: features of all tokens are never in memory, and only r and the controls are kept for the backward pass."""
+def splanifold_chunked(r: Tensor, controls: SplanifoldControls, expansion: float = 0.0, delta_max: float = math.inf,
+                       eps: float = 1e-3, mix: str = "sum") -> Tensor:
+    """
+    In PyTorch, chunk by chunk: features of all tokens are never in memory, and only r and the controls are kept for the
+    backward pass.
+    """
     return _forward_op(r, *controls, float(expansion), 1 / delta_max, float(eps), mix)
 
 
@@ -418,8 +473,8 @@ def _chosen(r: Tensor, controls: SplanifoldControls) -> str:
     return "reference" if not r.is_cuda and r.shape[0] * r.shape[1] <= TINY else "chunked"
 
 
-def splanifold(r: Tensor, controls: SplanifoldControls, *, expansion: float = 0.0, delta_max: float = math.inf, eps: float = 1e-3, mix: str = "sum",
-               backend: str = "auto") -> Tensor:
+def splanifold(r: Tensor, controls: SplanifoldControls, *, expansion: float = 0.0, delta_max: float = math.inf,
+               eps: float = 1e-3, mix: str = "sum", backend: str = "auto") -> Tensor:
     """
     Phi for every token, of G splanifolds that are added or stand side by side.
 
@@ -429,31 +484,38 @@ def splanifold(r: Tensor, controls: SplanifoldControls, *, expansion: float = 0.
     delta_max        > 0: the length that deviations from the diagonal stay below; math.inf: no warp
     eps              >= 1e-15: smooths the tangents' weights w around Sigma = 0
     mix              "sum": (..., n); "concat": (..., G n), the first splanifold's n first
-    backend          "reference": eager PyTorch, forms every node's products; "chunked": PyTorch, a chunk of tokens at a time; "triton": fused, for CUDA;
-                     "auto": triton on CUDA (chunked for float64), else chunked, or the reference for a few tokens
+    backend          "reference": eager PyTorch, forms every node's products; "chunked": PyTorch, a chunk of tokens at a
+                     time; "triton": fused, for CUDA; "auto": triton on CUDA (chunked for float64), else chunked, or the
+                     reference for a few tokens
 
-    Returns r's dtype. Tensors may be bfloat16, float16, float32 or float64, the controls all of one. "reference" and "chunked" compute in float32, or in
-    float64 where an argument has it; "chunked" keeps r and the controls for the backward pass and nothing else. Gradients for r and all controls, once.
-    All backends work under torch.compile(fullgraph=True). ValueError that names the argument for a wrong type, shape, dtype, device or option.
+    Returns r's dtype. Tensors may be bfloat16, float16, float32 or float64, the controls all of one. "reference" and
+    "chunked" compute in float32, or in float64 where an argument has it; "chunked" keeps r and the controls for the
+    backward pass and nothing else. Gradients for r and all controls, once. All backends work under
+    torch.compile(fullgraph=True). ValueError that names the argument for a wrong type, shape, dtype, device or option.
     """
     _check(r, controls, expansion, delta_max, eps, mix, backend)
     tokens, controls = r if r.dim() == 3 else r.flatten(0, -3), SplanifoldControls(*controls)
-    out = BACKENDS[_chosen(tokens, controls) if backend == "auto" else backend](tokens, controls, expansion, delta_max, eps, mix)
+    out = BACKENDS[_chosen(tokens, controls) if backend == "auto" else backend](tokens, controls, expansion, delta_max,
+                                                                                eps, mix)
     return out if r.dim() == 3 else out.unflatten(0, r.shape[:-2])
 
 
 def _check(r, controls, expansion, delta_max, eps, mix, backend):
     if not isinstance(r, Tensor) or r.dim() < 3 or min(r.shape) < 1:
-        raise ValueError(f"r must be a tensor (..., G, K) of at least three dimensions, none of them empty; got {_describe(r)}")
-    if not isinstance(controls, (tuple, list)) or len(controls) != 4 or not all(isinstance(x, Tensor) for x in controls):
+        raise ValueError(
+            f"r must be a tensor (..., G, K) of at least three dimensions, none of them empty; got {_describe(r)}")
+    if not isinstance(controls, (tuple, list)) or len(controls) != 4 or not all(isinstance(x, Tensor)
+                                                                                for x in controls):
         raise ValueError(f"controls must be a SplanifoldControls of four tensors; got {_describe(controls)}")
     (G, K), points = r.shape[-2:], controls[0]
     if points.dim() != 3 or points.shape[0] != G or points.shape[1] < 2 or points.shape[2] < 1:
-        raise ValueError(f"controls.points must be (G, S, n) with G = {G} as in r and S >= 2 nodes; got {_describe(points)}")
+        raise ValueError(
+            f"controls.points must be (G, S, n) with G = {G} as in r and S >= 2 nodes; got {_describe(points)}")
     for name, x in zip(SplanifoldControls._fields, controls):
         shape = points.shape if name == "points" else (*points.shape, K)
         if x.shape != shape:
-            raise ValueError(f"controls.{name} must be (G, S, n, K) = {tuple(shape)} beside controls.points and r's K; got {_describe(x)}")
+            raise ValueError(
+                f"controls.{name} must be (G, S, n, K) = {tuple(shape)} beside controls.points and r's K; got {_describe(x)}")
         if x.device != r.device:
             raise ValueError(f"controls.{name} must be on r's device {r.device}; got {x.device}")
         if x.dtype != points.dtype:
@@ -472,7 +534,8 @@ def _check(r, controls, expansion, delta_max, eps, mix, backend):
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend must be auto, {', '.join(BACKENDS)}; got {backend!r}")
     if backend == "triton" and (triton is None or not (r.is_cuda or INTERPRETED)):
-        raise ValueError(f"backend 'triton' needs CUDA tensors and Triton; got tensors on {r.device}: use 'chunked' or 'auto'")
+        raise ValueError(
+            f"backend 'triton' needs CUDA tensors and Triton; got tensors on {r.device}: use 'chunked' or 'auto'")
     if backend == "triton" and torch.float64 in (r.dtype, points.dtype):
         raise ValueError("backend 'triton' has no float64; use 'chunked' or 'reference'")
 

@@ -417,7 +417,7 @@ def test_what_code_belongs_to_an_arm():
     names = ([], ["swiglu_mlp"], ["swiglu_mlp+orthogonal_residual:layers=0-3"])
     baseline, swiglu, both = (set(compare.source_of([compare.Arm(0, "", name, [], [1])])) for name in names)
     assert baseline == {"train_gpt.py"} and swiglu == {"train_gpt.py", "variants/__init__.py", "variants/swiglu_mlp.py"}
-    assert both > swiglu | {"variants/orthogonal_residual.py", "kernels/residual_norm.py", "kernels/__init__.py"}
+    assert both > swiglu | {"variants/orthogonal_residual.py", "kernels/residual_norm/__init__.py", "kernels/__init__.py"}
     assert not any("routed_skips" in file for file in both)
 
 

@@ -1,6 +1,7 @@
 """
-splanifold: the reference against the equations written out for one point, the chunked form against the reference, and what the equations imply: the spine,
-affine equivariance, cubics, continuity, fitting. Gradients are always those of r and the four controls for a random gradient of the output.
+splanifold: the reference against the equations written out for one point, the chunked form against the reference, and
+what the equations imply: the spine, affine equivariance, cubics, continuity, fitting. Gradients are always those of r
+and the four controls for a random gradient of the output.
 """
 import importlib
 import math
@@ -22,7 +23,7 @@ module = importlib.import_module("kernels.splanifold")  # the package hands on t
 NAMES = ("out", "r", *SplanifoldControls._fields)
 
 
-# ---- Inputs and runs ----------------------------------------------------------------------------------------------------------------------------------
+# ---- Inputs and runs --------------------------------------------------------
 
 def make_inputs(M, G, K, n, S, seed=0, low=-0.1, high=1.1):
     """[r (M, G, K), uniform from low to high, and the four controls], in float64."""
@@ -64,7 +65,7 @@ def assert_close(results, expected, relative_rms, tolerance):
     assert all(error < tolerance[name] for name, error in errors.items()), (errors, tolerance)
 
 
-# ---- Reference ------------------------------------------------------------------------------------------------------------------------------------------
+# ---- Reference --------------------------------------------------------------
 
 def literal(r, points, bases, point_tangents, base_tangents, expansion, delta_max, eps):
     """One point of one splanifold from lists of numbers: r (K), P (S, n), the others (S, n, K)."""
@@ -82,7 +83,8 @@ def literal(r, points, bases, point_tangents, base_tangents, expansion, delta_ma
     row = lambda matrix, i, vector: sum(a * b for a, b in zip(matrix[i], vector))
     out = []
     for i in range(n):
-        spine = h00 * points[j][i] + h01 * points[j + 1][i] + h10 * row(point_tangents[j], i, w) + h11 * row(point_tangents[j + 1], i, w)
+        spine = h00 * points[j][i] + h01 * points[j + 1][i] + h10 * row(point_tangents[j], i,
+                                                                        w) + h11 * row(point_tangents[j + 1], i, w)
         out.append(spine + sum(h * warp * row(matrices, i, delta) for h, matrices in (
             (h00, bases[j]), (h01, bases[j + 1]), (h10, base_tangents[j]), (h11, base_tangents[j + 1]))))
     return out
@@ -94,15 +96,15 @@ def literal(r, points, bases, point_tangents, base_tangents, expansion, delta_ma
 def test_reference_is_the_equations(K, S, expansion, delta_max, eps, relative_rms):
     inputs = make_inputs(11, 2, K, 3, S, low=-0.5, high=1.5)
     r, *controls = inputs
-    expected = torch.tensor([[literal(r[m, g].tolist(), *(x[g].tolist() for x in controls), expansion, delta_max, eps) for g in range(2)] for m in range(11)],
-                            dtype=torch.float64)
+    expected = torch.tensor([[literal(r[m, g].tolist(), *(x[g].tolist() for x in controls), expansion, delta_max, eps)
+                              for g in range(2)] for m in range(11)], dtype=torch.float64)
     for mix, shaped in (("sum", expected.sum(1)), ("concat", expected.flatten(1))):
         out = splanifold_reference(r, SplanifoldControls(*controls), expansion, delta_max, eps, mix)
         tolerance = bounds(inputs, expansion=expansion, delta_max=delta_max, eps=eps, mix=mix)
         assert relative_rms(out, shaped) < tolerance["out"]
 
 
-# ---- PyTorch chunks ---------------------------------------------------------------------------------------------------------------------------------------
+# ---- PyTorch chunks ---------------------------------------------------------
 
 SHAPES = [  # M, G, K, n, S, mix, expansion, delta_max, eps
     (1, 1, 1, 1, 2, "sum", 0.0, math.inf, 1e-3),
@@ -142,7 +144,8 @@ def test_chunks_equal_the_reference(shape, relative_rms):
 
 
 @pytest.mark.parametrize("chunk", [1, 700, 5000])
-@pytest.mark.parametrize("K, mix, S", [(3, "sum", 2), (3, "concat", 4), (32, "sum", 2), (32, "concat", 2), (32, "sum", 4), (32, "concat", 4)])
+@pytest.mark.parametrize("K, mix, S", [(3, "sum", 2), (3, "concat", 4), (32, "sum", 2), (32, "concat", 2),
+                                       (32, "sum", 4), (32, "concat", 4)])
 def test_any_number_of_chunks(chunk, K, mix, S, monkeypatch, relative_rms):
     inputs = make_inputs(53, 2, K, 6, S)
     monkeypatch.setattr(module, "CHUNK", chunk)
@@ -199,7 +202,8 @@ def test_a_nan_stays_with_its_token(backend, K, S):
 @pytest.mark.parametrize("expansion, delta_max, S, mix", [(0.1, 0.5, 2, "sum"), (0.0, math.inf, 3, "concat")])
 def test_gradcheck(expansion, delta_max, S, mix):
     tensors = [x.requires_grad_() for x in make_inputs(4, 2, 3, 2, S, low=0.05, high=0.45 if S == 3 else 1.0)]
-    call = lambda r, *controls: splanifold(r, SplanifoldControls(*controls), expansion=expansion, delta_max=delta_max, eps=0.1, mix=mix, backend="chunked")
+    call = lambda r, *controls: splanifold(r, SplanifoldControls(*controls), expansion=expansion, delta_max=delta_max,
+                                           eps=0.1, mix=mix, backend="chunked")
     assert torch.autograd.gradcheck(call, tensors, eps=1e-6, atol=1e-8, rtol=1e-6)
 
 
@@ -207,7 +211,8 @@ def test_gradcheck(expansion, delta_max, S, mix):
 def test_any_shape_and_option(seed, monkeypatch, relative_rms):
     draw = random.Random(seed)
     M, G, K, n, S = draw.randint(1, 40), draw.randint(1, 4), draw.randint(1, 20), draw.randint(1, 9), draw.randint(2, 6)
-    options = dict(mix=draw.choice(module.MIXES), expansion=draw.choice([0.0, 0.5]), delta_max=draw.choice([0.2, math.inf]), eps=draw.choice([1e-9, 1e-1]))
+    options = dict(mix=draw.choice(module.MIXES), expansion=draw.choice([0.0, 0.5]),
+                   delta_max=draw.choice([0.2, math.inf]), eps=draw.choice([1e-9, 1e-1]))
     monkeypatch.setattr(module, "CHUNK", draw.choice([200, 1 << 21]))
     inputs = make_inputs(M, G, K, n, S, low=0.1)
     assert_close(run(inputs, "chunked", **options), run(inputs, "reference", **options), relative_rms,
@@ -238,7 +243,8 @@ def test_mixed_dtypes(backend):
 def test_any_strides(K, mix, relative_rms):
     inputs = make_inputs(60, 2, K, 4, 2)
     expected = run(inputs, "chunked", mix=mix)
-    scattered = [torch.stack([x, x], -1)[..., 0].transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in inputs]
+    scattered = [torch.stack([x, x], -1)[..., 0].transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+                 for x in inputs]
     assert not any(x.is_contiguous() for x in scattered)
     out = splanifold(scattered[0], SplanifoldControls(*scattered[1:]), mix=mix, backend="chunked")
     grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -250,7 +256,8 @@ def test_leading_dimensions():
     r, *controls = make_inputs(24, 2, 3, 5, 2)
     for mix in module.MIXES:
         flat = splanifold(r, SplanifoldControls(*controls), mix=mix)
-        assert torch.equal(splanifold(r.view(2, 3, 4, 2, 3), SplanifoldControls(*controls), mix=mix), flat.view(2, 3, 4, -1))
+        assert torch.equal(splanifold(r.view(2, 3, 4, 2, 3), SplanifoldControls(*controls), mix=mix),
+                           flat.view(2, 3, 4, -1))
 
 
 def test_gradients_that_are_not_asked_for(relative_rms):
@@ -268,15 +275,17 @@ def test_gradients_that_are_not_asked_for(relative_rms):
 
 def test_runs_repeat_bit_for_bit():
     for inputs in (make_inputs(300, 8, 3, 8, 4), make_inputs(300, 1, 64, 8, 4)):
-        assert all(torch.equal(a, b) for a, b in zip(run(inputs, "chunked", torch.float32), run(inputs, "chunked", torch.float32)))
+        assert all(torch.equal(a, b) for a,
+                   b in zip(run(inputs, "chunked", torch.float32), run(inputs, "chunked", torch.float32)))
 
 
 def test_auto_takes_the_reference_for_a_few_tokens_only():
     r, *controls = make_inputs(65, 1, 3, 5, 2)
-    assert module._chosen(r, SplanifoldControls(*controls)) == "chunked" and module._chosen(r[:64], SplanifoldControls(*controls)) == "reference"
+    assert module._chosen(r, SplanifoldControls(*controls)) == "chunked" and module._chosen(r[:64],
+            SplanifoldControls(*controls)) == "reference"
 
 
-# ---- What the equations imply ---------------------------------------------------------------------------------------------------------------------------------
+# ---- What the equations imply -----------------------------------------------
 
 EXACT = ["reference", "chunked"]
 
@@ -284,11 +293,16 @@ EXACT = ["reference", "chunked"]
 @pytest.mark.parametrize("backend", EXACT)
 @pytest.mark.parametrize("S", [2, 4])
 def test_the_diagonal_is_the_spine(backend, S, relative_rms):
-    """All coordinates equal: delta = 0 and w = 1 / K (for eps = 0 too), so that only points and mean tangents are left, and delta_max says nothing."""
+    """
+    All coordinates equal: delta = 0 and w = 1 / K (for eps = 0 too), so that only points and mean tangents are left,
+    and delta_max says nothing.
+    """
     _, points, bases, point_tangents, base_tangents = make_inputs(1, 1, 5, 3, S)
     t = torch.linspace(-0.2, 1.2, 29, dtype=torch.float64)
-    out = splanifold(t[:, None, None].expand(29, 1, 5), SplanifoldControls(points, bases, point_tangents, base_tangents), delta_max=0.3, backend=backend)
-    narrow = SplanifoldControls(points, torch.zeros(1, S, 3, 1).double(), point_tangents.mean(-1, keepdim=True), torch.zeros(1, S, 3, 1).double())
+    out = splanifold(t[:, None, None].expand(29, 1, 5),
+                     SplanifoldControls(points, bases, point_tangents, base_tangents), delta_max=0.3, backend=backend)
+    narrow = SplanifoldControls(points, torch.zeros(1, S, 3, 1).double(), point_tangents.mean(-1, keepdim=True),
+                                torch.zeros(1, S, 3, 1).double())
     expected = splanifold(t[:, None, None], narrow, backend=backend)
     assert relative_rms(out, expected) < float_bound(6 * 5, torch.float64)
 
@@ -322,7 +336,10 @@ def test_one_coordinate_reproduces_cubics(backend, S, relative_rms):
 @pytest.mark.parametrize("backend", EXACT)
 @pytest.mark.parametrize("K", [3, 16])
 def test_segments_meet_in_value_and_slope(backend, K):
-    """At a node's two sides, 1e-9 apart, values and Jacobians are the same but for that distance; inside the segments they differ."""
+    """
+    At a node's two sides, 1e-9 apart, values and Jacobians are the same but for that distance; inside the segments they
+    differ.
+    """
     S, step = 4, 1e-9
     _, *controls = make_inputs(1, 1, K, 5, S)
     controls = SplanifoldControls(*controls)
@@ -333,7 +350,8 @@ def test_segments_meet_in_value_and_slope(backend, K):
         assert [int((x.mean() * (S - 1)).floor()) for x in sides] == [node - 1, node]
         value = lambda x: splanifold(x, controls, delta_max=0.8, backend=backend)
         jacobian = lambda x: torch.stack([torch.autograd.grad(value(x)[0, i], x)[0] for i in range(5)])
-        left, right, far = ((value(x), jacobian(x)) for x in (*(x.requires_grad_() for x in sides), (r + 0.1).requires_grad_()))
+        left, right, far = ((value(x), jacobian(x))
+                            for x in (*(x.requires_grad_() for x in sides), (r + 0.1).requires_grad_()))
         # rounding is 1e-6 of a step
         assert (left[0] - right[0]).abs().max() < 100 * step and (left[1] - right[1]).abs().max() < 1000 * step
         assert (left[1] - far[1]).abs().max() > 1e-2
@@ -341,12 +359,16 @@ def test_segments_meet_in_value_and_slope(backend, K):
 
 @pytest.mark.parametrize("S", [2, 3])
 def test_ridge_fit_reproduces_a_planted_map(S, relative_rms):
-    """Phi is linear in its controls: unit controls give the design matrix, and least squares with a small ridge gives the map back on new points."""
+    """
+    Phi is linear in its controls: unit controls give the design matrix, and least squares with a small ridge gives the
+    map back on new points.
+    """
     K, numbers = 3, S * (1 + 3 * 3)
     def design(r):
         unit = torch.eye(numbers, dtype=torch.float64)
         points, *others = unit.split([S, S * K, S * K, S * K], 1)
-        controls = SplanifoldControls(points.T.reshape(1, S, numbers), *(x.view(numbers, S, K).transpose(0, 1)[None] for x in others))
+        controls = SplanifoldControls(points.T.reshape(1, S, numbers),
+                                      *(x.view(numbers, S, K).transpose(0, 1)[None] for x in others))
         return splanifold(r, controls, delta_max=1.0, eps=0.1, backend="chunked")
     r, points, bases, point_tangents, base_tangents = make_inputs(400, 1, K, 2, S)
     planted = SplanifoldControls(points, bases, point_tangents, base_tangents)
@@ -356,7 +378,7 @@ def test_ridge_fit_reproduces_a_planted_map(S, relative_rms):
     assert relative_rms(design(r[200:]) @ fitted, target(r[200:]), floor=0.0) < 1e-6
 
 
-# ---- As an operator ---------------------------------------------------------------------------------------------------------------------------------------
+# ---- As an operator ---------------------------------------------------------
 
 def test_operator_is_registered_rightly():
     for mix, S, K in (("sum", 2, 3), ("concat", 3, 16)):
@@ -364,8 +386,10 @@ def test_operator_is_registered_rightly():
         torch.library.opcheck(torch.ops.knotgpt.splanifold.default, (*tensors, 0.1, 0.5, 1e-3, mix))
 
 
-@pytest.mark.parametrize("backend, compiler", [("chunked", "aot_eager"), ("reference", "aot_eager"), pytest.param("chunked", "inductor", marks=pytest.mark.slow),
-                                               pytest.param("reference", "inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend, compiler",
+                         [("chunked", "aot_eager"), ("reference", "aot_eager"),
+                          pytest.param("chunked", "inductor", marks=pytest.mark.slow),
+                          pytest.param("reference", "inductor", marks=pytest.mark.slow)])
 def test_compiles_as_one_graph(backend, compiler, relative_rms):
     inputs = make_inputs(70, 2, 4, 3, 2)
     compiled = torch.compile(lambda *args, **kwargs: 2 * splanifold(*args, **kwargs), fullgraph=True, backend=compiler)
@@ -396,7 +420,9 @@ def test_keeps_r_and_controls_only(K, G, mix):
 def test_flops_are_counted_on_any_device():
     for device in ("cpu", "meta"):
         with torch.device(device):
-            r, controls = torch.zeros(200, 2, 8), SplanifoldControls(torch.zeros(2, 3, 5), *(torch.zeros(2, 3, 5, 8, requires_grad=True) for _ in range(3)))
+            r, controls = torch.zeros(200, 2, 8), SplanifoldControls(torch.zeros(2, 3, 5),
+                                                                     *(torch.zeros(2, 3, 5, 8, requires_grad=True)
+                                                                       for _ in range(3)))
         with FlopCounterMode(display=False) as counter:
             splanifold(r.requires_grad_(), controls, backend="chunked").sum().backward()
         assert counter.get_total_flops() == 3 * 2 * 200 * 2 * 5 * (9 * 8 + 6)
@@ -406,19 +432,27 @@ GOOD = SplanifoldControls(torch.zeros(3, 2, 5), *(torch.zeros(3, 2, 5, 4) for _ 
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(r=torch.zeros(9, 3)), r"r must be a tensor \(..., G, K\) of at least three dimensions, none of them empty; got \(9, 3\)"),
+    (dict(r=torch.zeros(9, 3)),
+     r"r must be a tensor \(..., G, K\) of at least three dimensions, none of them empty; got \(9, 3\)"),
     (dict(r=torch.zeros(0, 3, 4)), r"r must be .* got \(0, 3, 4\)"),
     (dict(r=[0.5]), r"r must be a tensor .* got list"),
-    (dict(r=torch.zeros(9, 3, 4, dtype=torch.int32)), r"r must be bfloat16, float16, float32 or float64; got torch.int32"),
+    (dict(r=torch.zeros(9, 3, 4, dtype=torch.int32)),
+     r"r must be bfloat16, float16, float32 or float64; got torch.int32"),
     (dict(controls=torch.zeros(3, 2, 5)), r"controls must be a SplanifoldControls of four tensors; got \(3, 2, 5\)"),
     (dict(controls=GOOD[:3]), r"controls must be a SplanifoldControls of four tensors; got tuple"),
-    (dict(controls=GOOD._replace(points=torch.zeros(2, 2, 5))), r"controls.points must be \(G, S, n\) with G = 3 as in r and S >= 2 nodes; got \(2, 2, 5\)"),
-    (dict(controls=GOOD._replace(points=torch.zeros(3, 1, 5))), r"controls.points must be .* S >= 2 nodes; got \(3, 1, 5\)"),
-    (dict(controls=GOOD._replace(bases=torch.zeros(3, 2, 5, 3))), r"controls.bases must be \(G, S, n, K\) = \(3, 2, 5, 4\) beside controls.points and r's K; got \(3, 2, 5, 3\)"),
+    (dict(controls=GOOD._replace(points=torch.zeros(2, 2, 5))),
+     r"controls.points must be \(G, S, n\) with G = 3 as in r and S >= 2 nodes; got \(2, 2, 5\)"),
+    (dict(controls=GOOD._replace(points=torch.zeros(3, 1, 5))),
+     r"controls.points must be .* S >= 2 nodes; got \(3, 1, 5\)"),
+    (dict(controls=GOOD._replace(bases=torch.zeros(3, 2, 5, 3))),
+     r"controls.bases must be \(G, S, n, K\) = \(3, 2, 5, 4\) beside controls.points and r's K; got \(3, 2, 5, 3\)"),
     (dict(r=torch.zeros(9, 3, 6)), r"controls.bases must be \(G, S, n, K\) = \(3, 2, 5, 6\)"),
-    (dict(controls=GOOD._replace(base_tangents=torch.zeros(3, 2, 5))), r"controls.base_tangents must be .* got \(3, 2, 5\)"),
-    (dict(controls=GOOD._replace(point_tangents=torch.zeros(3, 2, 5, 4, device="meta"))), r"controls.point_tangents must be on r's device cpu; got meta"),
-    (dict(controls=GOOD._replace(bases=torch.zeros(3, 2, 5, 4, dtype=torch.float64))), r"controls.bases must be torch.float32 as controls.points is; got torch.float64"),
+    (dict(controls=GOOD._replace(base_tangents=torch.zeros(3, 2, 5))),
+     r"controls.base_tangents must be .* got \(3, 2, 5\)"),
+    (dict(controls=GOOD._replace(point_tangents=torch.zeros(3, 2, 5, 4, device="meta"))),
+     r"controls.point_tangents must be on r's device cpu; got meta"),
+    (dict(controls=GOOD._replace(bases=torch.zeros(3, 2, 5, 4, dtype=torch.float64))),
+     r"controls.bases must be torch.float32 as controls.points is; got torch.float64"),
     (dict(controls=SplanifoldControls(*(x.int() for x in GOOD))), r"controls must be bfloat16, .* got torch.int32"),
     (dict(expansion=-0.1), r"expansion must be at least 0 and finite; got -0.1"),
     (dict(expansion=math.nan), r"expansion must be at least 0 and finite; got nan"),
@@ -428,7 +462,8 @@ GOOD = SplanifoldControls(torch.zeros(3, 2, 5), *(torch.zeros(3, 2, 5, 4) for _ 
     (dict(eps=math.inf), r"eps must be .* got inf"),
     (dict(mix="mean"), r"mix must be sum or concat; got 'mean'"),
     (dict(backend="fast"), r"backend must be auto, reference, chunked, triton; got 'fast'"),
-    (dict(backend="triton"), r"backend 'triton' needs CUDA tensors and Triton; got tensors on cpu: use 'chunked' or 'auto'"),
+    (dict(backend="triton"),
+     r"backend 'triton' needs CUDA tensors and Triton; got tensors on cpu: use 'chunked' or 'auto'"),
 ], ids=str)
 def test_wrong_arguments_are_named(changes, message):
     arguments = dict(r=torch.zeros(9, 3, 4), controls=GOOD) | changes
@@ -461,12 +496,13 @@ try:
 except ValueError as error:
     print(error)
 """
-    result = subprocess.run([sys.executable, "-c", script], cwd=Path(module.__file__).parents[1], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", script], cwd=Path(module.__file__).parents[1], capture_output=True,
+                            text=True)
     assert result.returncode == 0, result.stderr
     assert "'triton' needs CUDA tensors and Triton" in result.stdout
 
 
-# ---- On a GPU -------------------------------------------------------------------------------------------------------------------------------------------------
+# ---- On a GPU ---------------------------------------------------------------
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

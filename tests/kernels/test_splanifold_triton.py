@@ -1,6 +1,7 @@
 """
-splanifold_triton against the reference in float64: its kernels in the interpreter, compiled ahead of time and, where there is one, on a GPU. Gradients are always
-those of r and the four tensors of controls for a random gradient of the output.
+splanifold_triton against the reference in float64: its kernels in the interpreter, compiled ahead of time and, where
+there is one, on a GPU. Gradients are always those of r and the four tensors of controls for a random gradient of the
+output.
 """
 import importlib
 import math
@@ -22,7 +23,7 @@ module = importlib.import_module("kernels.splanifold_triton")
 NAMES = ("out", "r", "points", "bases", "point_tangents", "base_tangents")
 
 
-# ---- Inputs and runs ----------------------------------------------------------------------------------------------------------------------------------
+# ---- Inputs and runs --------------------------------------------------------
 
 class Settings(NamedTuple):
     expansion: float = 0.0
@@ -36,7 +37,8 @@ def make_inputs(M, G, K, n, S, settings, low=0.0, high=1.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     randn = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)
     r = low + (high - low) * torch.rand(M, G, K, dtype=torch.float64, generator=generator)
-    return [r, randn(G, S, n), randn(G, S, n, K), randn(G, S, n, K), randn(G, S, n, K), randn(M, n if settings.mix == "sum" else G * n)]
+    return [r, randn(G, S, n), randn(G, S, n, K), randn(G, S, n, K), randn(G, S, n, K),
+            randn(M, n if settings.mix == "sum" else G * n)]
 
 
 def rounded(inputs, dtype):
@@ -57,7 +59,8 @@ def expected(inputs, settings):
 
 def shrink(threshold=None):
     """Small tiles and splits, so that small inputs have many."""
-    module.LAUNCH = {key: dict.fromkeys(("fwd", "fwd_groups", "bwd_r", "bwd_controls"), Tiles(16, 16, 32, 4, 2)) for key in module.LAUNCH}
+    module.LAUNCH = {key: dict.fromkeys(("fwd", "fwd_groups", "bwd_r", "bwd_controls"), Tiles(16, 16, 32, 4, 2))
+                     for key in module.LAUNCH}
     module.SPLIT_TOKENS, module.SMALL_FORWARD_TOKENS, module.SMALL_BACKWARD_TOKENS, module.SMALL_SPLIT_TOKENS = 16, 4, 4, 4
     if threshold is not None:
         module.THRESHOLD = dict.fromkeys(module.THRESHOLD, threshold)
@@ -99,7 +102,7 @@ def assert_close(results, reference, relative_rms, tolerance):
     assert all(error < tolerance[name] for name, error in found.items()), (found, tolerance)
 
 
-# ---- Interpreted ----------------------------------------------------------------------------------------------------------------------------------------
+# ---- Interpreted ------------------------------------------------------------
 
 WARP = 0.7
 CASES = [  # M, G, K, n, S, expansion, delta_max, mix
@@ -138,8 +141,9 @@ def test_interpreted_kernels_equal_the_reference(case, interpreter, relative_rms
                  bounds(inputs, settings, reference))
 
 
-EDGES = [(9, 1, 16, 5, 2, math.inf, "sum"), (9, 2, 16, 5, 2, WARP, "sum"), (9, 5, 2, 5, 2, math.inf, "sum"), (9, 2, 20, 5, 2, math.inf, "concat"),
-         (5, 2, 2, 3, 2, math.inf, "concat"), (5, 2, 4, 2, 2, WARP, "concat"), (9, 1, 17, 5, 3, math.inf, "sum")]
+EDGES = [(9, 1, 16, 5, 2, math.inf, "sum"), (9, 2, 16, 5, 2, WARP, "sum"), (9, 5, 2, 5, 2, math.inf, "sum"),
+         (9, 2, 20, 5, 2, math.inf, "concat"), (5, 2, 2, 3, 2, math.inf, "concat"), (5, 2, 4, 2, 2, WARP, "concat"),
+         (9, 1, 17, 5, 3, math.inf, "sum")]
 
 
 @pytest.mark.parametrize("case", EDGES, ids=str)
@@ -168,11 +172,13 @@ def test_interpreted_sums_near_zero(case, interpreter, relative_rms):
     assert_close(interpreter(__name__, "interpreted", inputs, settings), reference, relative_rms,
                  bounds(inputs, settings, reference, factor=16.0))
     if delta_max == math.inf and shape[4] == 2:  # four matrices alone are far off there
-        found = errors(interpreter(__name__, "interpreted", inputs, settings, torch.float32, math.inf), reference, relative_rms)
+        found = errors(interpreter(__name__, "interpreted", inputs, settings, torch.float32, math.inf), reference,
+                       relative_rms)
         assert found["out"] > 1e-3 and found["r"] > 1e-2, found
 
 
-@pytest.mark.parametrize("case", [(5, 2, 16, 3, 2, math.inf, "sum"), (5, 3, 2, 3, 2, math.inf, "concat"), (5, 3, 3, 2, 2, WARP, "concat"), (5, 3, 2, 3, 3, WARP, "sum")], ids=str)
+@pytest.mark.parametrize("case", [(5, 2, 16, 3, 2, math.inf, "sum"), (5, 3, 2, 3, 2, math.inf, "concat"),
+                                  (5, 3, 3, 2, 2, WARP, "concat"), (5, 3, 2, 3, 3, WARP, "sum")], ids=str)
 def test_interpreted_without_smoothing(case, interpreter, relative_rms):
     *shape, delta_max, mix = case
     settings = Settings(0.0, delta_max, 0.0, mix)
@@ -198,8 +204,8 @@ def test_interpreted_threshold(eps, G, K, mix, interpreter, relative_rms):
     assert_close(interpreter(__name__, "interpreted", inputs, settings), reference, relative_rms, bound)
 
 
-@pytest.mark.parametrize("case", [(33, 1, 64, 18, 2, math.inf, "sum"), (17, 3, 32, 16, 2, WARP, "sum"), (18, 9, 3, 17, 3, math.inf, "sum"),
-                                  (6, 3, 4, 4, 2, math.inf, "concat")], ids=str)
+@pytest.mark.parametrize("case", [(33, 1, 64, 18, 2, math.inf, "sum"), (17, 3, 32, 16, 2, WARP, "sum"),
+                                  (18, 9, 3, 17, 3, math.inf, "sum"), (6, 3, 4, 4, 2, math.inf, "concat")], ids=str)
 def test_interpreted_half_precision(case, interpreter, relative_rms):
     """float16 only: the interpreter multiplies bfloat16 as the integers that it keeps them in."""
     *shape, delta_max, mix = case
@@ -213,13 +219,17 @@ def test_interpreted_half_precision(case, interpreter, relative_rms):
     assert_close(results, reference, relative_rms, {name: half + bound for name, bound in exact.items()})
 
 
-# ---- As an operator ---------------------------------------------------------------------------------------------------------------------------------------
+# ---- As an operator ---------------------------------------------------------
 
 def check_operator(inputs, settings):
-    """opcheck, one graph with and without controls' gradients, mixed dtypes, strides and repeats, in the interpreter's process."""
+    """
+    opcheck, one graph with and without controls' gradients, mixed dtypes, strides and repeats, in the interpreter's
+    process.
+    """
     shrink()
     *tensors, grad = (x.float() for x in inputs)
-    torch.library.opcheck(torch.ops.knotgpt.splanifold_triton.default, (*(x.clone().requires_grad_() for x in tensors), *settings))
+    torch.library.opcheck(torch.ops.knotgpt.splanifold_triton.default,
+                          (*(x.clone().requires_grad_() for x in tensors), *settings))
     eager = run(inputs, settings, dtype=torch.float32)
     graph = torch.compile(splanifold_triton, fullgraph=True, dynamic=True, backend="aot_eager")
     assert all(torch.equal(a, b) for a, b in zip(eager, run(inputs, settings, graph, torch.float32)))
@@ -234,7 +244,8 @@ def check_operator(inputs, settings):
     half = r.half().requires_grad_()
     out = splanifold_triton(half, controls, *settings)
     assert out.dtype == torch.float16
-    assert [x.dtype for x in torch.autograd.grad(out, [half, *controls], grad.half())] == [torch.float16] + [torch.float32] * 4
+    assert [x.dtype for x in torch.autograd.grad(out, [half, *controls],
+                                                 grad.half())] == [torch.float16] + [torch.float32] * 4
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         splanifold_triton(r.requires_grad_(), controls, *settings)
@@ -242,12 +253,15 @@ def check_operator(inputs, settings):
     return True
 
 
-@pytest.mark.parametrize("shape, settings", [((9, 2, 17, 3, 2), Settings(0.1)), ((9, 2, 2, 2, 2), Settings(0.1, mix="concat")), ((9, 2, 3, 2, 3), Settings(0.1, WARP))], ids=str)
+@pytest.mark.parametrize("shape, settings",
+                         [((9, 2, 17, 3, 2), Settings(0.1)), ((9, 2, 2, 2, 2), Settings(0.1, mix="concat")),
+                          ((9, 2, 3, 2, 3), Settings(0.1, WARP))], ids=str)
 def test_operator_is_registered_rightly(shape, settings, interpreter):
     assert interpreter(__name__, "check_operator", make_inputs(*shape, settings), settings)
 
 
-@pytest.mark.parametrize("S, delta_max, columns", [(2, math.inf, 4 * 16 + 4), (2, 1.0, 6 * 16 + 4), (3, math.inf, 9 * 16 + 6)])
+@pytest.mark.parametrize("S, delta_max, columns",
+                         [(2, math.inf, 4 * 16 + 4), (2, 1.0, 6 * 16 + 4), (3, math.inf, 9 * 16 + 6)])
 def test_flops_are_counted(S, delta_max, columns):
     """By the formulas of the docstring, without data."""
     with torch.device("meta"):
@@ -263,13 +277,15 @@ def test_flops_are_counted(S, delta_max, columns):
 
 def test_imports_without_triton():
     script = "import sys\nsys.modules['triton'] = None\nfrom kernels.splanifold_triton import splanifold_triton\nprint(splanifold_triton.__name__)"
-    result = subprocess.run([sys.executable, "-c", script], cwd=Path(module.__file__).parents[1], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", script], cwd=Path(module.__file__).parents[1], capture_output=True,
+                            text=True)
     assert result.returncode == 0 and result.stdout.strip() == "splanifold_triton", result.stderr
 
 
-# ---- Compiled ahead of time -----------------------------------------------------------------------------------------------------------------------------
+# ---- Compiled ahead of time -------------------------------------------------
 
-def compile_ahead(aot, name, capability, G, K, n, S=2, delta_max=math.inf, mix="sum", dtype=torch.bfloat16, kind=None, given=()):
+def compile_ahead(aot, name, capability, G, K, n, S=2, delta_max=math.inf, mix="sum", dtype=torch.bfloat16, kind=None,
+                  given=()):
     """A kernel as a training step launches it; kind: which of bwd_controls' launches; given: further constants."""
     layout = module._layout(torch.empty(1, G, K, device="meta"), torch.empty(G, S, n, device="meta"), delta_max, mix)
     kernel = getattr(module, f"_splanifold_{name}_kernel")
@@ -281,24 +297,32 @@ def compile_ahead(aot, name, capability, G, K, n, S=2, delta_max=math.inf, mix="
     else:
         tiles = module._tiles(name, layout, capability, dtype)
         constants, (*_, warps, stages) = module._constants(layout, dtype, tiles), tiles
-        constants["BLOCK_F"] = module._features(layout, constants["BLOCK_K"]) if name == "bwd_r" else module._spine_columns(layout)
+        constants["BLOCK_F"] = module._features(layout,
+                                                constants["BLOCK_K"]) if name == "bwd_r" else module._spine_columns(
+            layout)
     if kind is not None:
-        _, count, width, nodes = next(row for row in (*module._kinds(layout), (module.SPINE.value, 1, 1, 1)) if row[0] == kind)
+        _, count, width, nodes = next(row for row in (*module._kinds(layout), (module.SPINE.value, 1, 1, 1))
+                                      if row[0] == kind)
         constants |= dict(KIND=kind, COUNT=count, WIDTH=width, NODES=nodes, MATRICES=6)
         if kind == module.SPINE.value:
             constants["BLOCK_K"] = module._spine_columns(layout)
     if layout.J > 1:
         constants["sums_ptr"] = None
-    constants = {argument: value for argument, value in (constants | dict(given)).items() if argument in kernel.arg_names}
+    constants = {argument: value for argument, value in (constants | dict(given)).items()
+                 if argument in kernel.arg_names}
     element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
-    kinds = dict.fromkeys(("stats_ptr", "partial_ptr", "table_ptr", "sums_ptr"), "*fp32") | dict.fromkeys(("scale", "shift", "eps2", "threshold", "inverse_delta_max2"), "fp32")
-    signature = {argument: kinds.get(argument, element if argument.endswith("_ptr") else "i32") for argument in kernel.arg_names if argument not in constants}
+    kinds = dict.fromkeys(("stats_ptr", "partial_ptr", "table_ptr", "sums_ptr"),
+                          "*fp32") | dict.fromkeys(("scale", "shift", "eps2", "threshold", "inverse_delta_max2"),
+                                                   "fp32")
+    signature = {argument: kinds.get(argument, element if argument.endswith("_ptr") else "i32")
+                 for argument in kernel.arg_names if argument not in constants}
     aligned = [argument for argument in signature if argument.endswith("_ptr") or argument in ("M", "items")]
     return aot(kernel, signature, constants, capability, warps, stages, aligned)
 
 
 PRODUCTS = ("fwd", "bwd_r", "bwd_controls")
-PRESETS = [(1, 128, 128), (1, 256, 256), (1, 768, 768), (1, 32, 128), (2, 32, 128), (4, 32, 128)]             # G, K, n: K >= 16
+# G, K, n: K >= 16
+PRESETS = [(1, 128, 128), (1, 256, 256), (1, 768, 768), (1, 32, 128), (2, 32, 128), (4, 32, 128)]
 PACKED = [(32, 2, 128), (32, 3, 128), (32, 4, 128), (64, 2, 128), (64, 3, 128), (64, 4, 128)]
 SMALL = [(32, 2, 2), (32, 3, 3), (32, 4, 4), (64, 2, 2), (64, 3, 3), (64, 4, 4)]
 slow = lambda *rows: [pytest.param(*row, marks=pytest.mark.slow) for row in rows]
@@ -308,8 +332,12 @@ def assert_fits(result):
     assert result.shared <= result.shared_limit and result.spills == 0, (result.shared, result.spills)
 
 
-@pytest.mark.parametrize("name, kind", [("fwd", None), ("bwd_r", None), ("bwd_controls", 0), *slow(("bwd_controls", 1), ("bwd_controls", 3))])
-@pytest.mark.parametrize("shape", [PRESETS[2], *(pytest.param(shape, marks=pytest.mark.slow) for shape in (*PRESETS[:2], *PRESETS[3:], *PACKED))], ids=str)
+@pytest.mark.parametrize("name, kind", [("fwd", None), ("bwd_r", None), ("bwd_controls", 0),
+                                        *slow(("bwd_controls", 1), ("bwd_controls", 3))])
+@pytest.mark.parametrize("shape",
+                         [PRESETS[2],
+                          *(pytest.param(shape, marks=pytest.mark.slow)
+                            for shape in (*PRESETS[:2], *PRESETS[3:], *PACKED))], ids=str)
 def test_products_compile_for_hopper(name, kind, shape, aot):
     result = compile_ahead(aot, name, 90, *shape, kind=kind)
     assert_fits(result)
@@ -317,7 +345,9 @@ def test_products_compile_for_hopper(name, kind, shape, aot):
 
 
 @pytest.mark.parametrize("name", ["small_fwd", "small_bwd"])
-@pytest.mark.parametrize("shape", [SMALL[1], *(pytest.param(shape, marks=pytest.mark.slow) for shape in (SMALL[0], *SMALL[2:]))], ids=str)
+@pytest.mark.parametrize("shape",
+                         [SMALL[1], *(pytest.param(shape, marks=pytest.mark.slow) for shape in (SMALL[0], *SMALL[2:]))],
+                         ids=str)
 def test_small_kernels_compile_for_hopper(name, shape, aot):
     """Sums over tokens stay inside a thread: the only exchange is the question whether a tile needs corrections."""
     result = compile_ahead(aot, name, 90, *shape, mix="concat")
@@ -332,16 +362,20 @@ def test_small_kernels_compile_for_hopper(name, shape, aot):
 def test_warps_and_nodes_compile_for_hopper(name, kind, S, delta_max, shape, aot):
     result = compile_ahead(aot, name, 90, *shape, S, delta_max, kind=kind)
     assert result.shared <= result.shared_limit and "wgmma.mma_async" in result.ptx
-    assert result.spills == 0 or (name, *shape) == ("bwd_r", 64, 2, 128)  # coefficients by channel, of three matrices at once
+    # coefficients by channel, of three matrices at once
+    assert result.spills == 0 or (name, *shape) == ("bwd_r", 64, 2, 128)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, kind", [("fwd", None), ("bwd_r", None), ("bwd_controls", 0)])
-@pytest.mark.parametrize("capability, dtype", [(80, torch.bfloat16), (100, torch.bfloat16), (80, torch.float32), (90, torch.float32), (100, torch.float32), (90, torch.float16)])
+@pytest.mark.parametrize("capability, dtype",
+                         [(80, torch.bfloat16), (100, torch.bfloat16), (80, torch.float32), (90, torch.float32),
+                          (100, torch.float32), (90, torch.float16)])
 @pytest.mark.parametrize("shape", [(1, 768, 768), (4, 32, 128), (64, 2, 128)], ids=str)
 def test_products_compile_for_cards(name, kind, capability, dtype, shape, aot):
     result = compile_ahead(aot, name, capability, *shape, dtype=dtype, kind=kind)
-    assert result.shared <= (99 * 1024 if capability == 80 else result.shared_limit) and result.has_tensor_cores  # 80's launches serve consumer cards, too
+    # 80's launches serve consumer cards, too
+    assert result.shared <= (99 * 1024 if capability == 80 else result.shared_limit) and result.has_tensor_cores
     assert result.spills == 0 or capability != 90
 
 
@@ -365,14 +399,16 @@ ONE_TOKEN = dict.fromkeys(("M", "items", "splits"), 1)  # a launch makes constan
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, kind, mix", [("fwd", None, "sum"), ("bwd_r", None, "sum"), ("bwd_controls", 0, "sum"), ("bwd_controls", 1, "sum"), ("bwd_controls", 3, "sum"),
-                                             ("stats", None, "sum"), ("bwd_rows", None, "sum"), ("small_fwd", None, "concat"), ("small_bwd", None, "concat")])
+@pytest.mark.parametrize("name, kind, mix",
+                         [("fwd", None, "sum"), ("bwd_r", None, "sum"), ("bwd_controls", 0, "sum"),
+                          ("bwd_controls", 1, "sum"), ("bwd_controls", 3, "sum"), ("stats", None, "sum"),
+                          ("bwd_rows", None, "sum"), ("small_fwd", None, "concat"), ("small_bwd", None, "concat")])
 def test_kernels_compile_for_one_token(name, kind, mix, aot):
     G, K, n = (3, 2, 2) if mix == "concat" else (1, 128, 32)
     assert_fits(compile_ahead(aot, name, 90, G, K, n, mix=mix, kind=kind, given=ONE_TOKEN))
 
 
-# ---- On a GPU -------------------------------------------------------------------------------------------------------------------------------------------
+# ---- On a GPU ---------------------------------------------------------------
 
 GPU_CASES = [  # M, G, K, n, S, expansion, delta_max, mix
     (1000, 1, 128, 128, 2, 0.0, math.inf, "sum"),
@@ -415,7 +451,9 @@ def test_gpu_compiled_equals_eager(case, dtype):
     settings = Settings(expansion, delta_max, mix=mix)
     inputs = make_inputs(*shape, settings)
     compiled = torch.compile(splanifold_triton, fullgraph=True)
-    assert all(torch.equal(a, b) for a, b in zip(*(run(inputs, settings, function, dtype, "cuda") for function in (splanifold_triton, compiled))))
+    assert all(torch.equal(a, b) for a,
+               b in zip(*(run(inputs, settings, function, dtype, "cuda")
+                          for function in (splanifold_triton, compiled))))
 
 
 @pytest.mark.gpu
@@ -424,7 +462,8 @@ def test_gpu_runs_repeat_bit_for_bit(case):
     *shape, expansion, delta_max, mix = case
     settings = Settings(expansion, delta_max, mix=mix)
     inputs = make_inputs(*shape, settings)
-    assert all(torch.equal(a, b) for a, b in zip(*(run(inputs, settings, dtype=torch.bfloat16, device="cuda") for _ in range(2))))
+    assert all(torch.equal(a, b) for a,
+               b in zip(*(run(inputs, settings, dtype=torch.bfloat16, device="cuda") for _ in range(2))))
 
 
 @pytest.mark.gpu
@@ -441,4 +480,5 @@ def test_gpu_offsets_beyond_32_bits(K, G, n, mix, relative_rms):
     out = splanifold_triton(wide.requires_grad_(), controls, *settings)
     d_wide, = torch.autograd.grad(out, wide, wide_grad)
     own = run(inputs, settings, dtype=torch.bfloat16, device="cuda")
-    assert relative_rms(out[-last:].float(), own[0].float(), floor=0.0) < 6e-3 and relative_rms(d_wide[-last:].float(), own[1].float(), floor=0.0) < 6e-3
+    assert relative_rms(out[-last:].float(), own[0].float(), floor=0.0) < 6e-3 and relative_rms(d_wide[-last:].float(),
+            own[1].float(), floor=0.0) < 6e-3

@@ -1,4 +1,4 @@
-"""Loss and gradient of softcapped logits in their place: see kernels/softcapped_cross_entropy.py for the formulas."""
+"""Loss and gradient of softcapped logits in their place: the package has the formulas."""
 
 import math
 
@@ -12,10 +12,10 @@ LOWEST, HIGHEST = np.int32(-2**31), np.int32(2**31 - 1)
 
 
 @inline_loop
-def _capped(s, softcap, towards):
+def _cap(s, softcap, towards):
     """
-    (c tanh(s / c), its slope) from e = 2^(-2 |s| log2(e) / c), `towards` times |s| being that exponent: the slope, 4 e
-    / (1 + e)^2, keeps its digits where tanh is near 1. softcap 0: (s, 1).
+    Returns (c tanh(s / c), its slope) from e = 2^(-2 |s| log2(e) / c), `towards` times |s| being that exponent: the
+    slope, 4 e / (1 + e)^2, keeps its digits where tanh is near 1. softcap 0: (s, 1).
     """
     e = exp2_f32(towards * abs(s))
     inverse = ONE / (ONE + e)
@@ -27,8 +27,8 @@ def _capped(s, softcap, towards):
 @inline_loop
 def _largest(row):
     """
-    The largest of a row of float32, or a NaN: by integers in the order of the floats, whose maximum is vectorised, as
-    one of numbers that may be NaN is not.
+    Returns the largest of a row of float32, or a NaN: by integers in the order of the floats, whose maximum is
+    vectorised, as one of numbers that may be NaN is not.
     """
     bits, largest = row.view(np.int32), LOWEST
     for v in range(len(bits)):
@@ -39,22 +39,24 @@ def _largest(row):
 @parallel_loop
 def loss_and_gradient(s, targets, softcap, with_gradient, loss):
     """
-    loss (n) of logits s (n, V) before the cap, float32, and with_gradient their gradient in the place of s. As the cap
-    is monotone, the largest capped logit is that of the largest one, which bounds the exponentials. A target outside 0
-    .. V - 1 makes a loss of NaN.
+    Writes the loss (n) of logits s (n, V) before the cap, float32, and with_gradient their gradient in the place of s.
+    As the cap is monotone, the largest capped logit is that of the largest one, which bounds the exponentials. A target
+    outside 0 .. V - 1 makes a loss of NaN.
     """
     c = np.float32(softcap)
     towards = np.float32(-2 / softcap) * LOG2_E if softcap > 0 else np.float32(0)
     for i in prange(s.shape[0]):
+        # the largest logit and the target's
         row, target = s[i], targets[i]
-        top = _capped(_largest(row), c, towards)[0]
+        top = _cap(_largest(row), c, towards)[0]
         inside = 0 <= target < len(row)
-        own, own_slope = _capped(row[target], c, towards) if inside else (np.float32(np.nan), ONE)
+        target_z, target_slope = _cap(row[target], c, towards) if inside else (np.float32(np.nan), ONE)
 
+        # the sum of the exponentials, and the gradient
         total = np.float32(0)
         if with_gradient:
             for v in range(len(row)):
-                z, slope = _capped(row[v], c, towards)
+                z, slope = _cap(row[v], c, towards)
                 p = exp2_f32((z - top) * LOG2_E)
                 total += p
                 row[v] = p * slope
@@ -62,8 +64,8 @@ def loss_and_gradient(s, targets, softcap, with_gradient, loss):
             for v in range(len(row)):
                 row[v] *= share
             if inside:
-                row[target] -= own_slope
+                row[target] -= target_slope
         else:
             for v in range(len(row)):
-                total += exp2_f32((_capped(row[v], c, towards)[0] - top) * LOG2_E)
-        loss[i] = top + np.float32(math.log(total)) - own
+                total += exp2_f32((_cap(row[v], c, towards)[0] - top) * LOG2_E)
+        loss[i] = top + np.float32(math.log(total)) - target_z

@@ -1,4 +1,4 @@
-"""The elementwise parts of the optimizers' updates as loops: see kernels/optimizer_updates.py for the formulas."""
+"""The elementwise parts of the optimizers' updates as loops: the package has the formulas."""
 
 import math
 
@@ -14,13 +14,14 @@ def nesterov(gradient, momentum, mu, update):
     mu = gradient.dtype.type(mu)
     new = gradient.dtype.type(1) - mu
     for i in prange(len(gradient)):
-        own = new * gradient[i]
-        momentum[i] = mu * momentum[i] + own
-        update[i] = mu * momentum[i] + own
+        step = new * gradient[i]
+        momentum[i] = mu * momentum[i] + step
+        update[i] = mu * momentum[i] + step
 
 
 @loop
 def _row_squares(u, squares):
+    """Writes the sum of the squares of each row of u."""
     for r in range(u.shape[0]):
         row, total = u[r], u.dtype.type(0)
         for c in range(len(row)):
@@ -30,6 +31,7 @@ def _row_squares(u, squares):
 
 @loop
 def _column_squares(u, squares):
+    """Writes the sum of the squares of each column of u."""
     squares[:] = 0
     for r in range(u.shape[0]):
         row = u[r]
@@ -47,7 +49,7 @@ def _step_row(w, u, factor, decay):
 
 @loop
 def _step_row_by_columns(w, u, factors, decay):
-    """The same with a factor a column."""
+    """Does the same with a factor a column."""
     for c in range(len(w)):
         kept = w[c] * decay if u[c] * w[c] > 0 else w.dtype.type(0)
         w[c] -= factors[c] * u[c] + kept
@@ -56,15 +58,18 @@ def _step_row_by_columns(w, u, factors, decay):
 @parallel_loop
 def normalised_step(data, update, second, lr, decay, beta2):
     """
-    Muon's step of matrices (n, rows, columns); second (n, rows) where these are not fewer than the columns, else (n,
-    columns).
+    Takes Muon's step of matrices (n, rows, columns). second is (n, rows) where rows are not fewer than columns, else
+    (n, columns).
     """
     n, rows, columns = data.shape
     by_row = rows >= columns
     shape = math.sqrt(max(1.0, rows / columns))
     for k in prange(n):
         u, running = update[k], second[k]
-        factors, total, after = np.ones(len(running), data.dtype), 0.0, 0.0
+        factors = np.ones(len(running), data.dtype)
+        total, after = 0.0, 0.0     # the squares of all, before and after the factors
+
+        # a factor a row or column, of the running mean squares
         if beta2 > 0:
             squares = np.empty_like(factors)
             if by_row:
@@ -77,11 +82,15 @@ def normalised_step(data, update, second, lr, decay, beta2):
                 factors[i] = data.dtype.type(1 / math.sqrt(max(running[i], 1e-10)))
                 total += squares[i]
                 after += squares[i] * factors[i] * factors[i]
+
+        # the factor of all
         factor = lr * shape
         if beta2 > 0:
             factor *= math.sqrt(total) / max(math.sqrt(after), 1e-10)
         for i in range(len(factors)):
             factors[i] *= factor
+
+        # the step
         for r in range(rows):
             if by_row:
                 _step_row(data[k, r], u[r], factors[r], data.dtype.type(decay))
@@ -91,7 +100,7 @@ def normalised_step(data, update, second, lr, decay, beta2):
 
 @parallel_loop
 def adam(data, gradient, mean, square, lr, decay, beta1, beta2, correction1, correction2):
-    """Adam's step of flat arrays."""
+    """Takes Adam's step of flat arrays."""
     one, tiny = data.dtype.type(1), data.dtype.type(1e-10)
     new1, inverse1 = one - data.dtype.type(beta1), one / data.dtype.type(correction1)
     new2, inverse2 = one - data.dtype.type(beta2), one / data.dtype.type(correction2)

@@ -27,14 +27,14 @@ from kernels.backend import array, loops_serve, parallel_loops
 
 
 def nesterov_reference(gradient: Tensor, momentum: Tensor, mu: float) -> Tensor:
-    """nesterov in PyTorch's operations, in the trainer's order: any device and floating dtype."""
+    """Does what nesterov does, in PyTorch's operations and the trainer's order."""
     gradient = gradient * (1 - mu)
     momentum.mul_(mu).add_(gradient)
     return gradient + momentum * mu
 
 
 def normalised_step_reference(data: Tensor, update: Tensor, second: Tensor, lr: float, decay: float, beta2: float):
-    """normalised_step in PyTorch's operations, in the trainer's order: any device and floating dtype."""
+    """Does what normalised_step does, in PyTorch's operations and the trainer's order."""
     scale = max(1.0, data.shape[-2] / data.shape[-1]) ** 0.5
     if beta2:
         norm = update.norm(dim=(-2, -1), keepdim=True)
@@ -46,56 +46,59 @@ def normalised_step_reference(data: Tensor, update: Tensor, second: Tensor, lr: 
 
 def adam_step_reference(data: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, lr: float, decay: float,
                         betas: tuple, corrections: tuple):
-    """adam_step in PyTorch's operations, in the trainer's order: any device and floating dtype."""
+    """Does what adam_step does, in PyTorch's operations and the trainer's order."""
     mean.lerp_(gradient, 1 - betas[0])
     square.lerp_(gradient.square(), 1 - betas[1])
     update = (mean / corrections[0]) / ((square / corrections[1]).sqrt() + 1e-10)
     data.sub_(lr * update + decay * data * (update * data > 0))
 
 
-# ---- Public functions ---------------------------------------------------------------------------------------------
+# ---- Public functions -------------------------------------------------------
 
 def nesterov(gradient: Tensor, momentum: Tensor, mu: float) -> Tensor:
     """
-    The direction that momentum and gradient give; momentum is changed in place. Both (...), of one shape and dtype,
-    float32 or float64. This and the other two are the CPU's loops where they can be (contiguous tensors on a CPU,
+    Returns the direction that momentum and gradient give, and changes momentum in place. Both are (...), of one shape
+    and dtype, float32 or float64. This and the other two are the CPU's loops where they can be (contiguous tensors on a CPU,
     Numba), else the references.
     """
     if not _fit(gradient, momentum):
         return nesterov_reference(gradient, momentum, mu)
     update = torch.empty_like(gradient)
-    parallel_loops("optimizer_updates_loops").nesterov(*_flat(gradient, momentum), float(mu), *_flat(update))
+    parallel_loops("optimizer_updates.cpu").nesterov(*_flat(gradient, momentum), float(mu), *_flat(update))
     return update
 
 
 def normalised_step(data: Tensor, update: Tensor, second: Tensor, lr: float, decay: float, beta2: float):
     """
-    Muon's step of data (n, rows, columns) along update, of its shape, in place. second: the running mean squares,
-    changed in place, (n, rows, 1) where rows are not fewer than columns, else (n, 1, columns).
+    Takes Muon's step of data (n, rows, columns) along update, of its shape, in place. second, which changes in place,
+    holds the running mean squares: (n, rows, 1) where rows are not fewer than columns, else (n, 1, columns).
     """
     update = update.contiguous()
     if not _fit(data, update, second):
         normalised_step_reference(data, update, second, lr, decay, beta2)
         return
-    parallel_loops("optimizer_updates_loops").normalised_step(
+    parallel_loops("optimizer_updates.cpu").normalised_step(
         array(data), array(update), array(second.flatten(1)), float(lr), float(decay), float(beta2))
 
 
 def adam_step(data: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, lr: float, decay: float,
               betas: tuple, corrections: tuple):
     """
-    Adam's step of data, in place, as are mean and square; all of one shape. corrections: what the means are divided by.
+    Takes Adam's step of data, and changes data, mean and square in place; all are of one shape. corrections: what the
+    means are divided by.
     """
     if not _fit(data, gradient, mean, square):
         adam_step_reference(data, gradient, mean, square, lr, decay, betas, corrections)
         return
     scalars = [float(number) for number in (lr, decay, *betas, *corrections)]
-    parallel_loops("optimizer_updates_loops").adam(*_flat(data, gradient, mean, square), *scalars)
+    parallel_loops("optimizer_updates.cpu").adam(*_flat(data, gradient, mean, square), *scalars)
 
 
 def _fit(*tensors: Tensor) -> bool:
+    """Returns whether the loops can take these tensors as they are."""
     return all(loops_serve(x) and x.is_contiguous() and x.dtype in (torch.float32, torch.float64) for x in tensors)
 
 
 def _flat(*tensors: Tensor) -> list:
+    """Returns the tensors' memory as flat arrays."""
     return [array(x).reshape(-1) for x in tensors]

@@ -1,5 +1,5 @@
 """
-Scaled sums of two streams and the RMSNorm that follows, row by row: see kernels/residual_norm.py for the formulas.
+Scaled sums of two streams and the RMSNorm that follows, row by row: the package has the formulas.
 """
 
 import math
