@@ -19,6 +19,7 @@ from types import EllipsisType, ModuleType, SimpleNamespace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 try:
@@ -126,10 +127,15 @@ def cpu_operation(name: str, body: Callable, fake: Callable, save: Callable | No
             return registered(*inputs)
         if torch._C._len_torch_dispatch_stack():  # a FLOP counter, for one, sees registered operations only
             return registered(*inputs)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs if isinstance(x, Tensor)):
-            return with_gradients(*inputs)
-        return body(*inputs)
+        return with_gradients(*inputs) if _wants_gradients(inputs) else body(*inputs)
     return operation
+
+
+def _wants_gradients(inputs: Sequence) -> bool:
+    """Returns whether an input wants a gradient, or may have a forward one, of which the autograd function says no."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs if isinstance(x, Tensor))
 
 
 def _is_plain(x: Tensor) -> bool:

@@ -47,8 +47,10 @@ from kernels.topological_attention.reference import LOWEST
 # by less than 0.15 ms of 4.
 RUN = 512
 BLOCK = 64
-WINDOW_RUNS = 8     # a window holds at least so many of the longest runs, of which it hides one in part; RUN is the least
-REBASE = 64.0       # how far F may move from what log-weights are relative to: float32 keeps 4e-6 of a weight there
+# A window holds at least so many of the longest runs, of which it hides one in part; RUN is the least.
+WINDOW_RUNS = 8
+# How far F may move from what log-weights are relative to: float32 keeps 4e-6 of a weight there.
+REBASE = 64.0
 
 
 class TokenBuffer:

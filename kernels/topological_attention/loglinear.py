@@ -47,7 +47,6 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels.backend import cpu_loops, cpu_operation
 from kernels.topological_attention.reference import CHUNK, SCHEMA, Arguments, topological_attention_reference
 
-
 # ---- On a CPU: compiled loops -----------------------------------------------
 
 

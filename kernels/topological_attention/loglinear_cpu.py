@@ -53,8 +53,8 @@ from typing import NamedTuple
 import numpy as np
 
 from kernels.loops import called_loop, inner_loop, loop, run_stages, thread_count
-from kernels.topological_attention.reference import CHUNK, LOG2_E, LOWEST
 from kernels.simd import cast, distance, exp2, largest, load, madd, select, splat, store, total
+from kernels.topological_attention.reference import CHUNK, LOG2_E, LOWEST
 
 SUBTREE_LEVELS = 4
 SUBTREE = CHUNK << SUBTREE_LEVELS   # tokens that one thread takes through their levels: they stay in its cache

@@ -42,30 +42,22 @@ Status: never run on a GPU; the kernels are tested in Triton's interpreter and c
 table is a choice, not a measurement.
 """
 
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.backend import jit, tl, triton
 from kernels.segmented_scan import running
 from kernels.topological_attention.reference import Arguments
-
-try:
-    import triton
-    import triton.language as tl
-    jit = triton.jit
-except ImportError:  # no Triton for this platform: the PyTorch path serves it
-    triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda function: function
-
 
 # ---- Triton kernels: shared by the passes -----------------------------------
 # rows = B H. order (2, rows, blocks, length): of queries, of keys, positions in a block of the window, sorted in each
 # node. coordinates (2, rows, T); shifts (2, rows, T): the high and the low part of a float64. A block of `width` tokens
 # has `length` positions, the last ones of them empty. LOWEST: e^LOWEST is no key.
 
-LOWEST = tl.constexpr(-1e30) if triton else -1e30
+LOWEST = tl.constexpr(-1e30)
 
 
 @jit

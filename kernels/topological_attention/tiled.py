@@ -46,24 +46,16 @@ table is a choice by registers and shared memory, not a measurement.
 """
 
 import math
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels.backend import jit, tl, triton, triton_serves
 from kernels.segmented_scan import running, starts_of
 from kernels.topological_attention.loglinear import topological_attention_loglinear
 from kernels.topological_attention.reference import SCHEMA, Arguments
-
-try:
-    import triton
-    import triton.language as tl
-    jit = triton.jit
-except ImportError:  # no Triton for this platform: the PyTorch path serves it
-    triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda function: function
-
 
 # ---- Triton kernels ---------------------------------------------------------
 
@@ -520,7 +512,6 @@ FORWARD_TILES[120] = FORWARD_TILES[80]
 BACKWARD_TILES[120] = BACKWARD_TILES[80]
 SCORE_TILES = 32        # tiles whose bounds are looked at together
 GRID_LIMIT = 65535      # of a launch's second dimension
-INTERPRETED = triton is not None and not isinstance(_topological_attention_tiled_fwd_kernel, triton.JITFunction)
 
 
 def tiles_for(table: dict, capability: int, dtype: torch.dtype, D: int) -> Tiles:
@@ -809,6 +800,6 @@ def topological_attention_tiled(*arguments, **named) -> Tensor:
 
 def _serves(x: Arguments) -> bool:
     """Tells whether the kernels take these arguments."""
-    if triton is None or not (x.value.is_cuda or INTERPRETED) or x.dtype != torch.float32 or x.query_coord is None:
+    if not triton_serves(x.value) or x.dtype != torch.float32 or x.query_coord is None:
         return False
     return len(x.value) * x.heads <= GRID_LIMIT and x.value.shape[3] <= 256

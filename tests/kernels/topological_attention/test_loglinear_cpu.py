@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.topological_attention import topological_attention_reference as reference
 from kernels.backend import has_cpu_loops
+from kernels.topological_attention import topological_attention_reference as reference
 from kernels.topological_attention.reference import CHUNK
 from tests.kernels.processes import run_process
 from tests.kernels.topological_attention.test_topological_attention import FLOATS, NAMES, check, inputs, loglinear, run
