@@ -43,7 +43,7 @@ from torch import Tensor
 import variants
 from command_line import Parser, check_limits, run_script
 from data.tokenizer import build_encoder, load_merges
-from kernels.topological_attention_cache import TokenBuffer, hidden_keys
+from kernels.topological_attention.cache import TokenBuffer, hidden_keys
 from train_gpt import (
     GPT,
     AttentionContext,

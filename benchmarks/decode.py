@@ -29,7 +29,7 @@ from command_line import run_script
 from generate import Decoder, choose
 from train_gpt import Config, Ranks
 
-TESTS = ["tests/test_generate.py", "tests/kernels/test_topological_attention_cache.py"]
+TESTS = ["tests/test_generate.py", "tests/kernels/topological_attention/test_cache.py"]
 LENGTHS = [384, 1024, 2048, 16384, 65536]
 WHOLE = 2048  # no whole pass a token above this length
 ARMS = {  # name: (variant, bins)

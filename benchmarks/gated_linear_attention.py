@@ -9,7 +9,7 @@ One table, and benchmarks/results/gated_linear_attention-<device>.json, written 
 kernel's tests run first, and at every shape an arm is timed only if its output and gradients are those of the float64
 form. Peers: fla-org/flash-linear-attention's simple gated linear attention where it is installed, and the reference
 form compiled; causal softmax attention, with queries and keys as wide as the values, is another operation, for scale.
-"% of bound": the larger of the bytes and the FLOPs that kernels/gated_linear_attention.py counts for chunks of 64, at
+"% of bound": the larger of the bytes and the FLOPs that kernels/gated_linear_attention counts for chunks of 64, at
 the ceilings measured in the same run.
 """
 

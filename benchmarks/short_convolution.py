@@ -9,7 +9,7 @@ beside PyTorch's own depthwise convolution, which knows no documents.
 One table, and benchmarks/results/short_convolution-<device>.json, written after every size. Arms take turns; the
 operator's tests run first, and an arm is timed only if its result and gradients are those of the reference in float64.
 "triton" or "loops" is the kernel, called eagerly; "conv1d" computes another thing where a document begins. B rows of T
-tokens in documents of 1 to 1,000. "% of copy": the bytes that kernels/short_convolution.py counts, 2A forward and with
+tokens in documents of 1 to 1,000. "% of copy": the bytes that kernels/short_convolution counts, 2A forward and with
 the backward pass 5A, at the copy bandwidth measured in the same run; the arm "copy" copies as many bytes with one call.
 """
 

@@ -25,8 +25,8 @@ from benchmarks.timing import Place, kernel_benchmark, measure_arms
 from kernels.splanifold import SplanifoldControls, splanifold, splanifold_reference
 from train_gpt import require
 
-TESTS = {"cpu": ["tests/kernels/test_splanifold.py"],
-         "cuda": ["tests/kernels/test_splanifold.py", "tests/kernels/test_splanifold_triton.py"]}
+TESTS = {"cpu": ["tests/kernels/splanifold/test_splanifold.py"],
+         "cuda": ["tests/kernels/splanifold/test_splanifold.py", "tests/kernels/splanifold/test_triton.py"]}
 EPS = 1e-3
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from benchmarks.timing import Place, kernel_benchmark, rows_in_turn, sizes
 from kernels.topological_attention import BACKENDS, topological_attention
 
-TESTS = dict.fromkeys(("cpu", "cuda"), ["tests/kernels/test_topological_attention.py"])
+TESTS = dict.fromkeys(("cpu", "cuda"), ["tests/kernels/topological_attention/test_topological_attention.py"])
 SIZES = {
     "cpu": sizes("T heads width", *((T, 1, 64) for T in (256, 1024, 4096, 16_384, 65_536))),
     "cuda": sizes("T heads width", *((T, 12, 64) for T in (256, 1024, 2048, 4096, 8192, 16_384, 65_536, 262_144,

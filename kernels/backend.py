@@ -19,6 +19,7 @@ from types import EllipsisType, ModuleType, SimpleNamespace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 try:
@@ -101,32 +102,40 @@ def loops_serve(x: Tensor) -> bool:
 
 
 def cpu_operation(name: str, body: Callable, fake: Callable, save: Callable | None = None,
-                  gradients: Callable | None = None) -> Callable:
+                  gradients: Callable | None = None, schema: str | None = None) -> Callable:
     """
     Registers `body` with torch.library as `name`, and returns the function to call. fake, save(ctx, inputs, output) and
     gradients(ctx, *gradients) are what custom_op's register_fake and register_autograd take; without gradients it is an
-    operation of a backward pass.
+    operation of a backward pass. The schema is custom_op's too; without one it follows from the annotations of `body`.
 
     The compiler sees the registered operation. Eagerly the function calls `body` itself, as an autograd function where
-    there are gradients: the dispatcher and its checks take longer than a small tensor's loop (benchmarks/README.md).
+    an input wants a gradient: the dispatcher and its checks take longer than a small tensor's loop
+    (benchmarks/README.md).
     """
     # the registered operation
-    registered = torch.library.custom_op(name, body, mutates_args=())
+    registered = torch.library.custom_op(name, body, mutates_args=(), schema=schema)
     registered.register_fake(fake)
 
-    # its gradients, and the eager form
-    eager = body
+    # its gradients, and the eager form with them
+    with_gradients = body
     if gradients is not None:
         registered.register_autograd(gradients, setup_context=save)
-        eager = _autograd_function(body, save, gradients)
+        with_gradients = _autograd_function(body, save, gradients)
 
     def operation(*inputs):
         if torch.compiler.is_compiling() or not all(_is_plain(x) for x in inputs if isinstance(x, Tensor)):
             return registered(*inputs)
         if torch._C._len_torch_dispatch_stack():  # a FLOP counter, for one, sees registered operations only
             return registered(*inputs)
-        return eager(*inputs)
+        return with_gradients(*inputs) if _wants_gradients(inputs) else body(*inputs)
     return operation
+
+
+def _wants_gradients(inputs: Sequence) -> bool:
+    """Returns whether an input wants a gradient, or may have a forward one, of which the autograd function says no."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs if isinstance(x, Tensor))
 
 
 def _is_plain(x: Tensor) -> bool:

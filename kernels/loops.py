@@ -37,10 +37,10 @@ def _cache_folder() -> Path | None:
     the file of a function, while a loop calls functions of other files. Returns None where no folder can be written;
     loops are then compiled in every process.
     """
-    # the state of the sources
-    kernels = Path(__file__).parent
-    files = [kernels / "simd.py", *kernels.glob("*loops.py"), *kernels.rglob("cpu.py"), *kernels.rglob("*_cpu.py")]
-    sources = b"".join(file.read_bytes() for file in sorted(files))
+    # the state of the sources, and of the files whose constants they take
+    endings = ("cpu", "loops", "simd", "reference")
+    files = sorted(file for file in Path(__file__).parent.rglob("*.py") if file.stem.endswith(endings))
+    sources = b"".join(file.read_bytes() for file in files)
     settings = repr((numba.__version__, numba.config.BOUNDSCHECK)).encode()
     digest = hashlib.sha256(sources + settings)
 
@@ -104,15 +104,15 @@ def _run_alone(address, counts, state):
             _call(address, np.int64(stage), np.int64(task), np.int64(0), state)
 
 
-def run_stages(function, counts: list[int], state, threads: bool = True):
+def run_stages(function, counts: list[int], state, threads: bool = True, kind=None):
     """
     Calls function(stage, task, thread, state) for every stage, one stage after another, and for all counts[stage] tasks
     of a stage side by side, or, with one thread or not `threads`, one after another. The function is a called_loop or
     an inner_loop without a result, `thread` is the number of the thread that runs it, and `state` is a named tuple of
-    contiguous arrays. The function is called by its address: inside the parallel loop Numba would optimise its code
-    three times more.
+    contiguous arrays. `kind` may tell the types of these arrays by one value: to look at each takes microseconds. The
+    function is called by its address: inside the parallel loop Numba would optimise its code three times more.
     """
-    address, tasks = _address(function, state), np.array(counts, np.int64)
+    address, tasks = _address(function, state, kind), np.array(counts, np.int64)
     alone = not threads or min(thread_count(), max(counts)) == 1
     if alone or BOUNDSCHECK:  # an error in a parallel loop would go unseen
         _run_alone(address, tasks, state)
@@ -124,10 +124,10 @@ def run_stages(function, counts: list[int], state, threads: bool = True):
 _addresses = {}     # of the functions that run_stages has compiled, by the types of their arrays
 
 
-def _address(function, state) -> int:
+def _address(function, state, kind) -> int:
     """Returns the address of the function, which is compiled when it is first asked for with arrays of these types."""
     # the types that Numba finds for so many arrays take 0.2 ms, this key less
-    key = (function, *((array.dtype.char, array.ndim) for array in state))
+    key = (function, kind or tuple((array.dtype.char, array.ndim) for array in state))
     if key not in _addresses:
         kinds = (types.int64, types.int64, types.int64, numba.typeof(state))
         function.compile(kinds)

@@ -49,7 +49,7 @@ from kernels.splanifold import SplanifoldControls, splanifold, splanifold_refere
 from studies import build_parser, save
 from train_gpt import RunError
 
-TESTS = "tests/kernels/test_splanifold.py"
+TESTS = "tests/kernels/splanifold/test_splanifold.py"
 CPU = torch.device("cpu")
 
 N = 256               # table 2: outputs, centres, hidden units

@@ -62,7 +62,7 @@ import train_gpt
 from kernels.backend import wide
 from kernels.short_convolution import short_convolution
 from kernels.topological_attention import topological_attention
-from kernels.topological_attention_cache import TopologicalCache
+from kernels.topological_attention.cache import TopologicalCache
 from train_gpt import AttentionContext, Config, RunError, require
 
 OFF = dict(

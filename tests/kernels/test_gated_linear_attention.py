@@ -2,22 +2,25 @@
 gated_linear_attention against its recurrence and its materialised form; its Triton kernels in the interpreter, compiled ahead of time and, where there is
 one, on a GPU; the CPU's loops on the cases of the chunked form and on random shapes. Gradients are always those of query, key, value and log_decay for a random gradient of the output.
 """
-import importlib
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.backend import has_cpu_loops
-from kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_reference, gated_linear_attention_step
+from kernels.gated_linear_attention import (
+    _best_backend,
+    chunked_triton,
+    gated_linear_attention,
+    gated_linear_attention_reference,
+    gated_linear_attention_step,
+)
 from tests.errors import float_bound, rounding_bound
 from tests.kernels.poison import poisoned_memory
-
-gla = importlib.import_module("kernels.gated_linear_attention")  # the package hands on the function under the module's name
+from tests.kernels.processes import ROOT
 
 needs_loops = pytest.mark.skipif(not has_cpu_loops(), reason="needs Numba")
 on_a_cpu = pytest.mark.parametrize("backend", ["chunked", pytest.param("loops", marks=needs_loops)])
@@ -64,7 +67,7 @@ def run(inputs, backend, dtype=torch.float64, device="cpu", function=gated_linea
 
 def run_interpreted(inputs, dtype, launch, programs, segment_chunks):
     """run(backend="triton"), called in the interpreter's process."""
-    gla.LAUNCH, gla.PROGRAMS, gla.SEGMENT_CHUNKS = {key: launch for key in gla.LAUNCH}, programs, segment_chunks
+    chunked_triton.LAUNCH, chunked_triton.PROGRAMS, chunked_triton.SEGMENT_CHUNKS = {key: launch for key in chunked_triton.LAUNCH}, programs, segment_chunks
     with poisoned_memory():
         return run(inputs, "triton", dtype)
 
@@ -278,7 +281,7 @@ def test_loops_serve_but_for_both_passes_of_long_wide_rows():
     for T, M, D, grad, backend in ((64, 64, 64, True, "loops"), (4096, 64, 64, False, "loops"), (4096, 64, 64, True, "chunked"),
                                    (4096, 256, 9, True, "loops")):
         query, key, value = (torch.zeros(1, T, 1, width) for width in (M, M, D))
-        assert gla._best_backend(query, key.requires_grad_(grad), value, None) == backend
+        assert _best_backend(query, key.requires_grad_(grad), value, None) == backend
 
 
 @needs_loops
@@ -403,11 +406,11 @@ def test_flops_are_counted_on_any_device():
     (dict(value=torch.zeros(2, 9, 3, 0)), r"none of them empty"),
     (dict(log_decay=torch.zeros(2, 9)), r"log_decay must be \(2, 9, 3\) for .* got \(2, 9\)"),
     (dict(log_decay=torch.full((2, 9, 3), 0.25)), r"log_decay must be <= 0; its largest is 0.25"),
-    (dict(log_decay=torch.zeros(2, 9, 3, dtype=torch.int32)), r"log_decay must be float64, .* got torch.int32"),
+    (dict(log_decay=torch.zeros(2, 9, 3, dtype=torch.int32)), r"log_decay must be bfloat16, .* got torch.int32"),
     (dict(doc_start=torch.zeros(2, 9)), r"doc_start must be int32; got torch.float32"),
     (dict(doc_start=torch.zeros(9, dtype=torch.int32)), r"doc_start must be \(2, 9\)"),
     (dict(doc_start=torch.arange(9, dtype=torch.int32).flip(0).expand(2, 9)), r"0 <= doc_start\[b, t\] <= t, never falling"),
-    (dict(key=torch.zeros(2, 9, 3, 4, device="meta")), r"key is on meta, value on cpu"),
+    (dict(key=torch.zeros(2, 9, 3, 4, device="meta")), r"key must be on the device of value, cpu; got meta"),
     (dict(backend="fast"), r"backend must be one of auto, reference, chunked, loops, triton; got 'fast'"),
     (dict(backend="triton"), r"backend 'triton' needs CUDA tensors and Triton; got tensors on cpu: use 'chunked' or 'auto'"),
 ])
@@ -431,7 +434,7 @@ try:
 except ValueError as error:
     print(error)
 """
-    result = subprocess.run([sys.executable, "-c", script], cwd=Path(gla.__file__).parents[1], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "'triton' needs CUDA tensors and Triton" in result.stdout
 
@@ -521,12 +524,12 @@ def test_interpreted_half_precision(interpreter, relative_rms):
 
 def compile_ahead(aot, name, M, D, dtype, capability, **given):
     """A kernel as a training step launches it: with decay, documents and contiguous inputs. given: further constants, None for an absent pointer."""
-    launch = gla.LAUNCH.get((capability // 10, gla._operand(dtype).itemsize), gla.LAUNCH[0, gla._operand(dtype).itemsize])
-    kernel, constants = getattr(gla, f"_gla_{name}_kernel"), gla._constants(M, D, dtype, launch) | (dict(REVERSE=True) if name == "state" else {})
+    launch = chunked_triton.LAUNCH.get((capability // 10, chunked_triton.operand_dtype(dtype).itemsize), chunked_triton.LAUNCH[0, chunked_triton.operand_dtype(dtype).itemsize])
+    kernel, constants = getattr(chunked_triton, f"_gla_{name}_kernel"), chunked_triton._constants(M, D, dtype, launch) | (dict(REVERSE=True) if name == "state" else {})
     constants |= {argument: value for argument, value in given.items() if argument in kernel.arg_names}
     element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
     pointers = dict(log_decay_ptr="*fp32", ddecay_ptr="*fp32", total_ptr="*fp32", carry_ptr="*fp32", doc_start_ptr="*i32",
-                    state_ptr=element[gla._operand(dtype)], behind_ptr=element[gla._operand(dtype)])
+                    state_ptr=element[chunked_triton.operand_dtype(dtype)], behind_ptr=element[chunked_triton.operand_dtype(dtype)])
     signature = {argument: pointers.get(argument, element[dtype]) if argument.endswith("_ptr") else "i32" for argument in kernel.arg_names if argument not in constants}
     widths = dict(query=M, key=M, value=D, grad=D)
     aligned = [argument for argument in signature if argument.endswith("_ptr") or widths.get(argument[:-2], 1) % 16 == 0]

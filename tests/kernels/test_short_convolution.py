@@ -2,7 +2,6 @@
 short_convolution against its formula in plain loops; its Triton kernels in the interpreter, compiled ahead of time and,
 where there is one, on a GPU; the CPU's loops on random shapes.
 """
-import importlib
 import os
 import subprocess
 import sys
@@ -10,12 +9,12 @@ import sys
 import pytest
 import torch
 
+from kernels import short_convolution as sc
 from kernels.backend import has_cpu_loops
 from kernels.short_convolution import short_convolution, short_convolution_reference
 from tests.errors import float_bound, rounding_bound
 from tests.kernels.poison import poisoned_memory
 
-sc = importlib.import_module("kernels.short_convolution")  # the package hands on the function under the module's name
 needs_loops = pytest.mark.skipif(not has_cpu_loops(), reason="needs Numba")
 
 
@@ -138,20 +137,20 @@ X, TAPS, POSITIONS = torch.zeros(2, 3, 8), torch.zeros(4, 8), torch.zeros(2, 3, 
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(x=torch.zeros(3, 8)), r"x must be a tensor \(B, T, C\), not empty; got \(3, 8\)"),
+    (dict(x=torch.zeros(3, 8)), r"x must be a tensor \(B, T, C\), not empty; got \(3, 8\) torch.float32"),
     (dict(x=1.0), "x must be a tensor.*got float"),
     (dict(x=torch.zeros(2, 0, 8)), "not empty"),
     (dict(x=X.int()), "x must be bfloat16"),
-    (dict(taps=torch.zeros(4, 7)), r"taps must be a tensor \(n, C\), n >= 1, C = 8; got \(4, 7\)"),
+    (dict(taps=torch.zeros(4, 7)), r"taps must be a tensor \(n, C\) of sizes \(any, 8\), not empty; got \(4, 7\)"),
     (dict(taps=torch.zeros(0, 8)), "taps must be a tensor"),
-    (dict(taps=TAPS.double()), "taps must be float32 or x's dtype, torch.float32; got torch.float64"),
-    (dict(taps=TAPS.to("meta")), "taps must be on x's device cpu; got meta"),
-    (dict(positions=POSITIONS[:1]), r"positions must be a tensor \(B, T\) = \(2, 3\); got \(1, 3\)"),
+    (dict(taps=TAPS.double()), "taps must be float32, as x is; got torch.float64"),
+    (dict(taps=TAPS.to("meta")), "taps must be on the device of x, cpu; got meta"),
+    (dict(positions=POSITIONS[:1]), r"positions must be a tensor \(B, T\) of sizes \(2, 3\), not empty; got \(1, 3\)"),
     (dict(positions=POSITIONS.float()), "positions must be int32 or int64; got torch.float32"),
-    (dict(padded=X), r"padded must be None or a tensor \(B, n - 1 \+ T, C\) = \(2, 6, 8\); got \(2, 3, 8\)"),
-    (dict(padded=torch.zeros(2, 6, 8).double()), "padded must be x's dtype, torch.float32; got torch.float64"),
+    (dict(padded=X), r"padded must be a tensor \(B, n - 1 \+ T, C\) of sizes \(2, 6, 8\), not empty; got \(2, 3, 8\)"),
+    (dict(padded=torch.zeros(2, 6, 8).double()), "padded must be float32, as x is; got torch.float64"),
     (dict(backend="cuda"), "backend must be one of auto, reference, loops, triton; got 'cuda'"),
-    (dict(backend="triton"), "backend 'triton' needs Triton and CUDA tensors"),
+    (dict(backend="triton"), "backend 'triton' needs CUDA tensors and Triton"),
 ])
 def test_wrong_arguments(change, message):
     with pytest.raises(ValueError, match=message):

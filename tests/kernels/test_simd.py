@@ -11,7 +11,7 @@ numba = pytest.importorskip("numba")
 
 from kernels import simd
 from kernels.loops import loop
-from kernels.topological_attention_reference import LOWEST
+from kernels.topological_attention.reference import LOWEST
 from tests.errors import float_bound
 from tests.kernels.processes import run_process
 

@@ -2,18 +2,16 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from kernels import topological_attention, topological_attention_binned
-from kernels import topological_attention_cache as module
-from kernels import topological_attention_reference as reference
-from kernels.topological_attention_cache import TokenBuffer, TopologicalCache, hidden_keys
+from kernels.topological_attention import cache as module
+from kernels.topological_attention import topological_attention, topological_attention_binned
+from kernels.topological_attention import topological_attention_reference as reference
+from kernels.topological_attention.cache import TokenBuffer, TopologicalCache, hidden_keys
 from tests.errors import float_bound, reference_bound, rounding_bound
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.kernels.processes import ROOT
 
 
 def rows(T, B=2, H=4, kv=2, D=8, decay=0.0, bias=False, docs=False, coordinates=True, seed=0):
@@ -166,8 +164,8 @@ def test_indices_stay_inside():
     """With every index checked, in a process of its own: Numba decides about that when it is imported."""
     script = """
 import torch
-from kernels import topological_attention_cache as module
-from tests.kernels.test_topological_attention_cache import assert_near, decode, exactly, rows, topological_attention
+from kernels.topological_attention import cache as module
+from tests.kernels.topological_attention.test_cache import assert_near, decode, exactly, rows, topological_attention
 module.RUN, module.BLOCK = 16, 4
 for options in (dict(), dict(decay=0.3, bias=True, D=16), dict(coordinates=False, decay=0.1)):
     for window in (None, 60):

@@ -28,44 +28,54 @@ Status: the CPU's loops are measured (benchmarks/short_convolution.py); the Trit
 tested in Triton's interpreter and compiled ahead of time, and their launch table is a choice, not a measurement.
 """
 
-from types import SimpleNamespace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import cpu_loops, cpu_operation, loops_serve
-
-try:
-    import triton
-    import triton.language as tl
-    jit = triton.jit
-except ImportError:  # no Triton for this platform: loops and reference serve it
-    triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda function: function
+from kernels.backend import (
+    FLOATS,
+    check_backend,
+    check_device,
+    check_dtype,
+    check_shape,
+    cpu_loops,
+    cpu_operation,
+    jit,
+    loops_serve,
+    tl,
+    triton,
+)
 
 
 def short_convolution_reference(x: Tensor, taps: Tensor, positions: Tensor, padded: Tensor | None = None) -> Tensor:
     """
-    y tap by tap: any device, any floating dtype, differentiable by autograd. Arguments as short_convolution's.
+    Returns y, tap by tap, on any device and in any floating dtype; autograd differentiates it. Arguments are
+    short_convolution's.
 
-    Runs in x's dtype, float32 at least, and is rounded to x's once.
+    Sums run in x's dtype, in float32 at least, and are rounded to x's once.
     """
-    n, T, dtype = len(taps), positions.shape[1], torch.promote_types(x.dtype, torch.float32)
-    padded = (F.pad(x, (0, 0, n - 1, 0)) if padded is None else padded).to(dtype)
+    n = len(taps)
+    T = positions.shape[1]
+    dtype = _sum_dtype(x)
+    if padded is None:
+        padded = F.pad(x, (0, 0, n - 1, 0))
+    padded = padded.to(dtype)
     y = padded[:, n - 1:] * taps[-1].to(dtype)
     for shift in range(1, n):
         seen = (positions >= shift)[..., None]
-        y = y + torch.where(seen, padded[:, n - 1 - shift:n - 1 - shift + T], 0.0) * taps[-1 - shift].to(dtype)
+        earlier = padded[:, n - 1 - shift:n - 1 - shift + T]
+        y = y + torch.where(seen, earlier, 0.0) * taps[-1 - shift].to(dtype)
     return y.to(x.dtype)
 
 
-# ---- Triton kernels --------------------------------------------------------------------------------------------------
+# ---- Triton kernels ---------------------------------------------------------
 # A program works on tiles of ROWS tokens of one row and BLOCK channels. x has LEAD = 0 or N - 1 tokens before the first
 # of y. Arithmetic is float32. Row offsets are int64. A row of x or g is read for every tap, all but once from L1.
 
+
 @jit
 def _tile(ptr, offs_t, stride_t, offs_c, mask_t, C: tl.constexpr, BLOCK: tl.constexpr):
-    """(ROWS, BLOCK) float32 of a matrix with neighbouring channels, 0 outside the mask."""
+    """Returns (ROWS, BLOCK) float32 of a matrix with neighbouring channels, 0 outside the mask."""
     mask = mask_t[:, None]
     if C % BLOCK != 0:
         mask = mask & (offs_c < C)[None, :]
@@ -86,10 +96,12 @@ def _tap(ptr, shift: tl.constexpr, offs_c, C: tl.constexpr, N: tl.constexpr):
 
 
 @jit
-def _short_convolution_fwd_kernel(x_ptr, taps_ptr, positions_ptr, y_ptr, x_b, x_t, T,
-                                  C: tl.constexpr, N: tl.constexpr, LEAD: tl.constexpr,
-                                  ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """y (B, T, C)."""
+def _short_convolution_fwd_kernel(
+    x_ptr, taps_ptr, positions_ptr, y_ptr, x_b, x_t, T,
+    C: tl.constexpr, N: tl.constexpr, LEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Makes y (B, T, C)."""
+    # the tile
     blocks = tl.cdiv(T, ROWS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     offs_t = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
@@ -97,6 +109,8 @@ def _short_convolution_fwd_kernel(x_ptr, taps_ptr, positions_ptr, y_ptr, x_b, x_
     mask = offs_t < T
     b_position = tl.load(positions_ptr + b * T + offs_t, mask=mask, other=0)
     x_ptr += b * x_b
+
+    # tap by tap
     b_y = _tile(x_ptr, offs_t + LEAD, x_t, offs_c, mask, C, BLOCK) * _tap(taps_ptr, 0, offs_c, C, N)
     for s in tl.static_range(1, N):
         seen = mask & (b_position >= s) & (offs_t + LEAD >= s)
@@ -105,10 +119,14 @@ def _short_convolution_fwd_kernel(x_ptr, taps_ptr, positions_ptr, y_ptr, x_b, x_
 
 
 @jit
-def _short_convolution_bwd_kernel(g_ptr, x_ptr, taps_ptr, positions_ptr, dx_ptr, partial_ptr, g_b, g_t, x_b, x_t, T,
-                                  STEPS, C: tl.constexpr, N: tl.constexpr, LEAD: tl.constexpr,
-                                  ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """dx (B, T + LEAD, C), and the taps' gradient from this program's STEPS tiles, in partial (programs, N, C)."""
+def _short_convolution_bwd_kernel(
+    g_ptr, x_ptr, taps_ptr, positions_ptr, dx_ptr, partial_ptr, g_b, g_t, x_b, x_t, T, STEPS,
+    C: tl.constexpr, N: tl.constexpr, LEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """
+    Makes dx (B, T + LEAD, C), and the taps' gradient from this program's STEPS tiles, in partial (programs, N, C).
+    """
+    # the first tile
     L = T + LEAD
     blocks = tl.cdiv(L, ROWS * STEPS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -119,6 +137,7 @@ def _short_convolution_bwd_kernel(g_ptr, x_ptr, taps_ptr, positions_ptr, dx_ptr,
     for _ in tl.static_range(N):
         sums += (tl.zeros((ROWS, BLOCK), tl.float32),)
 
+    # tile by tile, the sums of all taps in registers
     for step in range(STEPS):
         offs_r = (tl.program_id(0) % blocks * STEPS + step) * ROWS + tl.arange(0, ROWS)
         mask = offs_r < L
@@ -136,12 +155,13 @@ def _short_convolution_bwd_kernel(g_ptr, x_ptr, taps_ptr, positions_ptr, dx_ptr,
         sums = added
         _store_tile(dx_ptr + b * L * C, b_dx, offs_r, offs_c, mask, C, BLOCK)
 
+    # the taps' gradient
     partial_ptr += tl.program_id(0).to(tl.int64) * N * C
     for s in tl.static_range(N):
         tl.store(partial_ptr + (N - 1 - s) * C + offs_c, tl.sum(sums[s], 0), mask=offs_c < C)
 
 
-# ---- Host functions: Triton ------------------------------------------------------------------------------------------
+# ---- Host functions: Triton -------------------------------------------------
 
 # By the major number of the compute capability (0: any other): numbers of a tile for each thread, and warps. Chosen for
 # what compiles without spills, not measured.
@@ -152,7 +172,7 @@ MOST_TAPS = 16  # each has a tile of sums in registers
 
 
 def _launch(C: int, n: int, capability: int, backward: bool) -> dict:
-    """The launch for C channels and n taps on a card of that compute capability (90 for 9.0)."""
+    """Returns the launch for C channels and n taps on a card of that compute capability (90 for 9.0)."""
     launch = LAUNCH.get(capability // 10, LAUNCH[0])
     block = min(triton.next_power_of_2(C), WIDEST)
     numbers = launch["numbers"] // 2 if backward and n > 4 else launch["numbers"]
@@ -166,53 +186,63 @@ def _constants(x: Tensor, taps: Tensor, lead: int, backward: bool) -> dict:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """The kernels take any strides but the channels', which is 1."""
+    """Returns x with a stride of 1 for channels; the kernels take any other strides."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _triton_forward(x: Tensor, taps: Tensor, positions: Tensor) -> Tensor:
-    (B, T), x = positions.shape, _rows(x)
-    y, constants = _empty(x, T), _constants(x, taps, x.shape[1] - T, False)
+    B, T = positions.shape
+    x = _rows(x)
+    y = _empty(x, T)
+    constants = _constants(x, taps, x.shape[1] - T, False)
     grid = B * triton.cdiv(T, constants["ROWS"]), triton.cdiv(constants["C"], constants["BLOCK"])
     with torch.cuda.device_of(x):
-        _short_convolution_fwd_kernel[grid](x, taps.contiguous(), positions.contiguous(), y, *x.stride()[:2], T,
-                                            **constants)
+        _short_convolution_fwd_kernel[grid](
+            x, taps.contiguous(), positions.contiguous(), y, *x.stride()[:2], T, **constants
+        )
     return y
 
 
 def _triton_backward(g: Tensor, x: Tensor, taps: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    (B, T), g, x = positions.shape, _rows(g), _rows(x)
+    B, T = positions.shape
+    g = _rows(g)
+    x = _rows(x)
     L = x.shape[1]
-    dx, constants = _empty(x, L), _constants(x, taps, L - T, True)
+    dx = _empty(x, L)
+    constants = _constants(x, taps, L - T, True)
     grid = B * triton.cdiv(L, constants["ROWS"] * STEPS), triton.cdiv(constants["C"], constants["BLOCK"])
     partial = torch.empty(grid[0], *taps.shape, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        _short_convolution_bwd_kernel[grid](g, x, taps.contiguous(), positions.contiguous(), dx, partial,
-                                            *g.stride()[:2], *x.stride()[:2], T, STEPS, **constants)
+        _short_convolution_bwd_kernel[grid](
+            g, x, taps.contiguous(), positions.contiguous(), dx, partial, *g.stride()[:2], *x.stride()[:2], T, STEPS,
+            **constants
+        )
     return dx, partial.sum(0)
 
 
-# ---- Host functions: the CPU's loops ---------------------------------------------------------------------------------
+# ---- Host functions: the CPU's loops ----------------------------------------
 
 def _arrays(positions: Tensor, *tensors: Tensor) -> list:
-    """The tensors in the dtype of the sums, then positions as int32; contiguous, and no copies where they are so."""
+    """
+    Returns the tensors in the dtype of the sums, then positions as int32: contiguous, and no copies where they are so.
+    """
     arrays = [x.detach().to(_sum_dtype(tensors[0])).contiguous().numpy() for x in tensors]
     return [*arrays, positions.to(torch.int32).contiguous().numpy()]
 
 
 def _loops_forward(x: Tensor, taps: Tensor, positions: Tensor) -> Tensor:
     y = torch.empty(*positions.shape, x.shape[2], dtype=_sum_dtype(x))
-    cpu_loops("short_convolution_loops").forward(*_arrays(positions, x, taps), y.numpy())
+    cpu_loops("short_convolution.cpu").forward(*_arrays(positions, x, taps), y.numpy())
     return y.to(x.dtype)
 
 
 def _loops_backward(g: Tensor, x: Tensor, taps: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     dx = torch.empty(x.shape, dtype=_sum_dtype(x))
-    partial = cpu_loops("short_convolution_loops").backward(*_arrays(positions, g, x, taps), dx.numpy())
+    partial = cpu_loops("short_convolution.cpu").backward(*_arrays(positions, g, x, taps), dx.numpy())
     return dx.to(x.dtype), torch.from_numpy(partial).sum(0)
 
 
-# ---- Registration ----------------------------------------------------------------------------------------------------
+# ---- Registration -----------------------------------------------------------
 
 def _empty(x: Tensor, T: int) -> Tensor:
     return torch.empty(x.shape[0], T, x.shape[2], dtype=x.dtype, device=x.device)
@@ -223,13 +253,17 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 
 
 def _forward_body(x: Tensor, taps: Tensor, positions: Tensor, backend: str) -> Tensor:
-    """y (B, T, C); x (B, T or n - 1 + T, C)"""
-    return (_triton_forward if backend == "triton" else _loops_forward)(x, taps, positions)
+    """Returns y (B, T, C); x (B, T or n - 1 + T, C)."""
+    if backend == "triton":
+        return _triton_forward(x, taps, positions)
+    return _loops_forward(x, taps, positions)
 
 
 def _backward_body(g: Tensor, x: Tensor, taps: Tensor, positions: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """dx, dtaps in the dtype of its sums"""
-    return (_triton_backward if backend == "triton" else _loops_backward)(g, x, taps, positions)
+    """Returns dx, and dtaps in the dtype of its sums."""
+    if backend == "triton":
+        return _triton_backward(g, x, taps, positions)
+    return _loops_backward(g, x, taps, positions)
 
 
 def _forward_fake(x, taps, positions, backend):
@@ -255,16 +289,16 @@ _backward_op = cpu_operation("knotgpt::short_convolution_backward", _backward_bo
 _forward_op = cpu_operation("knotgpt::short_convolution", _forward_body, _forward_fake, _save, _backward)
 
 
-# ---- Public function -------------------------------------------------------------------------------------------------
+# ---- Public function --------------------------------------------------------
 
 BACKENDS = ("auto", "reference", "loops", "triton")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def short_convolution(x: Tensor, taps: Tensor, positions: Tensor, padded: Tensor | None = None,
-                      backend: str = "auto") -> Tensor:
+def short_convolution(
+    x: Tensor, taps: Tensor, positions: Tensor, padded: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
     """
-    y (B, T, C), contiguous, in x's dtype: y_t = sum over s < n with s <= positions_t of taps_{n-1-s} x_{t-s}.
+    Returns y (B, T, C), contiguous, in x's dtype: y_t = sum over s < n with s <= positions_t of taps_{n-1-s} x_{t-s}.
 
     x           (B, T, C)            bfloat16, float16, float32 or float64; any strides (channels that are not
                                      contiguous are copied)
@@ -276,8 +310,8 @@ def short_convolution(x: Tensor, taps: Tensor, positions: Tensor, padded: Tensor
     backend     "reference": PyTorch; "loops": the CPU's, which Numba compiles; "triton": CUDA, n <= 16, no float64;
                 "auto": the device's, where it can, else reference
 
-    Gradients for x or padded, and for taps, once. Works under torch.compile(fullgraph=True). ValueError that names the
-    argument for a wrong shape, dtype, device or option.
+    There are gradients for x or padded, and for taps, once. It works under torch.compile(fullgraph=True). Raises a
+    ValueError that names the argument for a wrong shape, dtype, device or option.
     """
     _check(x, taps, positions, padded, backend)
     if backend == "auto":
@@ -294,41 +328,29 @@ def _best_backend(x: Tensor, taps: Tensor) -> str:
 
 
 def _check(x, taps, positions, padded, backend):
-    if not isinstance(x, Tensor) or x.dim() != 3 or x.numel() == 0:
-        raise ValueError(f"x must be a tensor (B, T, C), not empty; got {_describe(x)}")
+    """Raises short_convolution's ValueErrors."""
+    # shapes
+    check_shape("x", x, "(B, T, C)", (None, None, None))
     B, T, C = x.shape
-    if not isinstance(taps, Tensor) or taps.dim() != 2 or taps.shape[1] != C or len(taps) < 1:
-        raise ValueError(f"taps must be a tensor (n, C), n >= 1, C = {C}; got {_describe(taps)}")
-    if not isinstance(positions, Tensor) or positions.shape != (B, T):
-        raise ValueError(f"positions must be a tensor (B, T) = {(B, T)}; got {_describe(positions)}")
-    if padded is not None and (not isinstance(padded, Tensor) or padded.shape != (B, len(taps) - 1 + T, C)):
-        shape = B, len(taps) - 1 + T, C
-        raise ValueError(f"padded must be None or a tensor (B, n - 1 + T, C) = {shape}; got {_describe(padded)}")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x must be bfloat16, float16, float32 or float64; got {x.dtype}")
-    if taps.dtype not in (x.dtype, torch.float32):
-        raise ValueError(f"taps must be float32 or x's dtype, {x.dtype}; got {taps.dtype}")
-    if padded is not None and padded.dtype != x.dtype:
-        raise ValueError(f"padded must be x's dtype, {x.dtype}; got {padded.dtype}")
-    if positions.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"positions must be int32 or int64; got {positions.dtype}")
-    for name, tensor in (("taps", taps), ("positions", positions), ("padded", padded)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}; got {tensor.device}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    if backend == "loops" and not loops_serve(x):
-        raise ValueError(f"backend 'loops' needs Numba and tensors on a CPU; got tensors on {x.device}: use 'auto'")
-    if backend == "triton" and (triton is None or not (x.is_cuda or _interpreted())):
-        raise ValueError(f"backend 'triton' needs Triton and CUDA tensors; got tensors on {x.device}: use 'auto'")
+    check_shape("taps", taps, "(n, C)", (None, C))
+    check_shape("positions", positions, "(B, T)", (B, T))
+    if padded is not None:
+        check_shape("padded", padded, "(B, n - 1 + T, C)", (B, len(taps) - 1 + T, C))
+
+    # dtypes
+    check_dtype("x", x, FLOATS)
+    check_dtype("taps", taps, (torch.float32, x.dtype), "x")
+    check_dtype("positions", positions, (torch.int32, torch.int64))
+    if padded is not None:
+        check_dtype("padded", padded, (x.dtype,), "x")
+
+    # devices, and the backend
+    for name, tensor in dict(taps=taps, positions=positions, padded=padded).items():
+        if tensor is not None:
+            check_device(name, tensor, "x", x)
+    check_backend(backend, BACKENDS, x)
     if backend == "triton" and (x.dtype == torch.float64 or len(taps) > MOST_TAPS):
-        raise ValueError(f"backend 'triton' takes at most {MOST_TAPS} taps and no float64; got {len(taps)} and "
-                         f"{x.dtype}: use 'reference' or 'auto'")
-
-
-def _interpreted() -> bool:
-    return not isinstance(_short_convolution_fwd_kernel, triton.JITFunction)
-
-
-def _describe(x) -> str:
-    return str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(
+            f"backend 'triton' takes at most {MOST_TAPS} taps and no float64; got {len(taps)} and {x.dtype}: "
+            "use 'reference' or 'auto'"
+        )

@@ -7,17 +7,18 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
-from kernels import topological_attention_loglinear as host
-from kernels import topological_attention_loglinear_triton as module
-from kernels import topological_attention_reference as reference
+from kernels.topological_attention import loglinear as host
+from kernels.topological_attention import loglinear_triton as module
+from kernels.topological_attention import topological_attention_reference as reference
+from kernels.topological_attention.reference import Arguments
 from tests.errors import float_bound
 from tests.kernels.poison import poisoned_memory
-from tests.kernels.test_topological_attention import NAMES, exactly, float32_bounds, inputs, run
+from tests.kernels.processes import ROOT
+from tests.kernels.topological_attention.test_topological_attention import NAMES, exactly, float32_bounds, inputs, run
 
 SMALL = dict(chunk=32, tile=16, block=16, carry=16, carry_warps=4)  # several levels at lengths that the interpreter can afford
 
@@ -186,12 +187,13 @@ def test_needs_triton_and_a_gpu():
 import sys
 sys.modules["triton"] = None
 import torch
-from kernels import topological_attention_loglinear_triton as module
-print(module.serves(None, None, torch.zeros(1, 2, 1, 4), None, None))
+from kernels.topological_attention import loglinear_triton as module
+from kernels.topological_attention.reference import Arguments
+print(module.serves(Arguments(None, None, torch.zeros(1, 2, 1, 4))))
 """
-    result = subprocess.run([sys.executable, "-c", script], cwd=Path(module.__file__).parents[1], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "False\n", result.stderr
-    assert not module.serves(None, None, torch.zeros(1, 2, 1, 4), None, None)
+    assert not module.serves(Arguments(None, None, torch.zeros(1, 2, 1, 4)))
 
 
 # ---- Compiled ahead of time

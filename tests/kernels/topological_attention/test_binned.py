@@ -2,18 +2,20 @@
 The binned backend of topological attention: on bin centres against the reference, between them against the reference with two keys for each, its limit for
 many bins, and decoding against the whole sequence. Gradients are those of a fixed random projection of the result.
 """
-import importlib
 import math
 
 import pytest
 import torch
 
+from kernels.topological_attention import binned
 from kernels.topological_attention import topological_attention_reference as reference
+from kernels.topological_attention.binned import (
+    BinnedState,
+    topological_attention_binned,
+    topological_attention_binned_state,
+    topological_attention_binned_step,
+)
 from tests.errors import float_bound, reference_bound, rounding_bound
-
-binned = importlib.import_module("kernels.topological_attention_binned")
-from kernels.topological_attention_binned import (  # noqa: E402
-    BinnedState, topological_attention_binned, topological_attention_binned_state, topological_attention_binned_step)
 
 NAMES = ("query_coord", "key_coord", "value", "log_decay", "key_bias")
 GRIDS = dict(narrow=dict(bins=64, low=-8.0, high=7.75), wide=dict(bins=64, low=-32.0, high=31.0), sharp=dict(bins=64, low=-10080.0, high=10080.0))  # exact centres

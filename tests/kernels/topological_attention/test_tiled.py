@@ -2,23 +2,22 @@
 topological_attention_tiled against the reference in float64: its kernels in the interpreter, compiled ahead of time and, where there is one, on a GPU. Gradients
 are always those of all five inputs that are given, for a random gradient of the output.
 """
-import importlib
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import topological_attention_reference as reference
-from kernels.topological_attention_loglinear import topological_attention_loglinear
-from kernels.topological_attention_tiled import Tiles, topological_attention_tiled
+from kernels.topological_attention import tiled as module
+from kernels.topological_attention import topological_attention_reference as reference
+from kernels.topological_attention.loglinear import topological_attention_loglinear
+from kernels.topological_attention.tiled import Tiles, topological_attention_tiled
 from tests.errors import float_bound, rounding_bound
 from tests.kernels.poison import poisoned_memory
-from tests.kernels.test_topological_attention import NAMES, bound, exactly, farthest, float32_bounds, inputs, run
+from tests.kernels.processes import ROOT
+from tests.kernels.topological_attention.test_topological_attention import NAMES, bound, exactly, farthest, float32_bounds, inputs, run
 
-module = importlib.import_module("kernels.topological_attention_tiled")
 SMALL, OTHER, LARGE = (Tiles(16, 16, 4, 2), Tiles(32, 16, 4, 2)), (Tiles(16, 32, 4, 2), Tiles(16, 32, 4, 2)), (Tiles(128, 64, 4, 2), Tiles(64, 64, 4, 2))
 
 
@@ -211,11 +210,11 @@ def test_needs_no_triton():
 import sys
 sys.modules["triton"] = None
 import torch
-from kernels.topological_attention_tiled import topological_attention_tiled
+from kernels.topological_attention.tiled import topological_attention_tiled
 x = torch.ones(1, 3, 1, requires_grad=True)
 print(topological_attention_tiled(x, x, torch.ones(1, 3, 1, 2)).tolist())
 """
-    result = subprocess.run([sys.executable, "-c", script], cwd=Path(module.__file__).parents[1], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.strip() == "[[[[1.0, 1.0]], [[1.0, 1.0]], [[1.0, 1.0]]]]", result.stderr
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import topological_attention_reference as reference
 from kernels.backend import has_cpu_loops
-from kernels.topological_attention_loglinear import CHUNK
+from kernels.topological_attention import topological_attention_reference as reference
+from kernels.topological_attention.reference import CHUNK
 from tests.kernels.processes import run_process
-from tests.kernels.test_topological_attention import FLOATS, NAMES, check, inputs, loglinear, run
+from tests.kernels.topological_attention.test_topological_attention import FLOATS, NAMES, check, inputs, loglinear, run
 
 pytestmark = pytest.mark.skipif(not has_cpu_loops(), reason="needs Numba")
 
@@ -151,9 +151,9 @@ class NoNumba:
 
 sys.meta_path.insert(0, NoNumba())
 import torch
-from kernels import topological_attention_reference as reference
+from kernels.topological_attention import topological_attention_reference as reference
 from tests.errors import relative_rms
-from tests.kernels.test_topological_attention import check, inputs
+from tests.kernels.topological_attention.test_topological_attention import check, inputs
 
 for options in ({}, dict(decay=0.1, bias=1.0, docs=0.02), dict(coordinates=False)):
     for dtype in (torch.float32, torch.float64):
@@ -174,9 +174,9 @@ CACHED = """
 import sys
 import torch
 from kernels import loops
-from kernels import topological_attention_loglinear_loops as topological
+from kernels.topological_attention import loglinear_cpu as topological
 from tests.errors import relative_rms
-from tests.kernels.test_topological_attention import check, inputs
+from tests.kernels.topological_attention.test_topological_attention import check, inputs
 
 torch.set_num_threads(1)
 check(relative_rms, *inputs(70, dtype=torch.float32))

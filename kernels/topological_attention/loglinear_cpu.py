@@ -1,5 +1,5 @@
 """
-Topological attention, backend "loglinear" on a CPU: the exact O(T log T) sums of topological_attention_loglinear.py as
+Topological attention, backend "loglinear" on a CPU: the exact O(T log T) sums of loglinear.py as
 compiled loops, without a large tensor.
 
 A row is one head of one sequence. Its tokens lie in chunks of CHUNK; pairs inside a chunk are a dense tile of scores.
@@ -47,14 +47,14 @@ Source: the algorithm is ours; merging sorted halves is merge sort's; rows kept 
 Milakov and Gimelshein's, arxiv.org/abs/1805.02867
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
 
 from kernels.loops import called_loop, inner_loop, loop, run_stages, thread_count
-from kernels.topological_attention_loglinear import CHUNK
-from kernels.topological_attention_reference import LOG2_E, LOWEST
 from kernels.simd import cast, distance, exp2, largest, load, madd, select, splat, store, total
+from kernels.topological_attention.reference import CHUNK, LOG2_E, LOWEST
 
 SUBTREE_LEVELS = 4
 SUBTREE = CHUNK << SUBTREE_LEVELS   # tokens that one thread takes through their levels: they stay in its cache
@@ -857,6 +857,14 @@ class Gradients(NamedTuple):
     key_bias: np.ndarray
 
 
+@functools.cache
+def no_gradients(number: np.dtype) -> Gradients:
+    """Returns the Gradients of a forward pass: empty arrays of this dtype."""
+    flat = np.empty(0, number)
+    thin = np.empty((0, 0, 0), number)
+    return Gradients(flat, thin, thin, flat, thin, thin)
+
+
 class Row(NamedTuple):
     """
     A row that is worked on. Where a sequence has several heads, one head's rows lie far apart in memory. They are then
@@ -1262,37 +1270,67 @@ def _attend(kind, task, backward, window, inputs, row, lists, work, D):
         level = level + 1
 
 
+class Layout(NamedTuple):
+    """What a pass needs beside the caller's arrays."""
+    tasks: list[int]                # of each stage
+    plan: tuple[np.ndarray, ...]    # the fields of Plan before those of Inputs
+    space: tuple[np.ndarray, ...]   # the fields of Plan after those of Gradients
+
+
+# Layouts of past passes by their sizes, for the next pass of the same sizes: a pass takes its layout out and puts it
+# back, so that no other thread uses the same arrays. To make one takes as long as the loops of 100 tokens.
+_layouts = {}
+KEPT = 8                # layouts
+KEPT_BYTES = 1 << 22    # most bytes of one that is kept
+
+
 def topological_pass(backward: bool, inputs: Inputs, results: Results, gradients: Gradients, window: int, D: int):
     """
     Fills `results`; with `backward` it reads filled results and fills `gradients`. In the forward pass gradients may
     hold empty arrays. With empty codes there is no distance, and query and key only tell the numbers of heads.
     """
     B, T, H = inputs.query.shape
-    rows = B * inputs.key.shape[2]
     number = inputs.value.dtype
-    threads = thread_count()
+    decays = inputs.log_decay.shape[2] > 0
+    scans = not inputs.query_codes.size
+    sizes = (backward, B, T, H, inputs.key.shape[2], window, D, decays, scans, number, thread_count())
+    layout = _layouts.pop(sizes, None) or _layout(*sizes)
+    plan = Plan._make((*layout.plan, *inputs, *results, *gradients, *layout.space))
+    run_stages(_task, layout.tasks, plan, kind=number)
+
+    # the layout is there for the next pass
+    if sum(array.nbytes for array in layout.space) <= KEPT_BYTES:
+        for oldest in list(_layouts)[:1 - KEPT]:
+            _layouts.pop(oldest, None)
+        _layouts[sizes] = layout
+
+
+def _layout(
+    backward: bool, B: int, T: int, H: int, kv_heads: int, window: int, D: int, decays: bool, scans: bool,
+    number: np.dtype, threads: int
+) -> Layout:
+    """Returns the layout of a pass over B sequences of T tokens, with numbers of this dtype and so many threads."""
+    rows = B * kv_heads
 
     # the steps of a row, and into how many parts each is cut
     width = min(window, T)
     blocks = -(-T // width)
     pieces = -(-T // SUBTREE)
-    scans = not inputs.query_codes.size
-    decays = 1 if inputs.log_decay.shape[2] else 0
-    steps = [(SUM_DECAYS, decays), (BEGIN, pieces)]
+    steps = [(SUM_DECAYS, int(decays)), (BEGIN, pieces)]
     if scans:
         steps += [(SCAN, blocks), (SCAN_UPPER, blocks - 1)]
     else:
         steps += [(LOWER, pieces if blocks == 1 else blocks), (UPPER, blocks - 1)]
     levels = (pieces - 1).bit_length() if blocks == 1 and not scans else 0
     steps += [(LEVEL + level, -(-T // (2 * SUBTREE << level))) for level in range(levels)]
-    steps += [(END, pieces), (DECAY_GRADIENTS, decays if backward else 0)]
+    steps += [(END, pieces), (DECAY_GRADIENTS, int(decays and backward))]
     steps = [(kind, parts) for kind, parts in steps if parts]
 
     # Rows that are short, and many enough for all threads, go through all steps by themselves; others go step by step,
     # some rows at a time.
     whole = T <= SUBTREE or (T <= WHOLE_ROW and rows >= 4 * threads)
     slots = threads if whole else max(1, min(rows, GROUP_TOKENS // T))
-    heads_of_group = range(H // inputs.key.shape[2])
+    heads_of_group = range(H // kv_heads)
     if whole:
         stages = [(-1, 0, head) for head in heads_of_group]
         tasks = [rows] * len(stages)
@@ -1309,13 +1347,8 @@ def topological_pass(backward: bool, inputs: Inputs, results: Results, gradients
     E = D + 1
     longest = blocks * width + CHUNK
     block = max(64, min(TABLE // D // 8 * 8, width))
-    plan = Plan(
-        np.array((backward, width, D)),
-        np.array(stages, np.int64),
-        np.array(steps, np.int64),
-        *inputs,
-        *results,
-        *gradients,
+    plan = (np.array((backward, width, D)), np.array(stages, np.int64), np.array(steps, np.int64))
+    space = dict(
         wide=np.zeros((slots, 5, longest)),
         narrow=np.zeros((slots, 5, longest), number),
         packed=np.empty((slots, 3, T * D if H > 1 else 0), number),
@@ -1331,7 +1364,7 @@ def topological_pass(backward: bool, inputs: Inputs, results: Results, gradients
         tiles=np.zeros((threads, CHUNK * CHUNK + CHUNK * D), number),
         triangles=TRIANGLES,
     )
-    run_stages(_task, tasks, plan)
+    return Layout(tasks, plan, tuple(space[name] for name in Plan._fields[-len(space):]))
 
 
 @loop
