@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import variants
-from command_line import Parser, check_limits, run_script
+from data.command_line import Parser, check_limits, run_script
 from data.tokenizer import build_encoder, load_merges
 from kernels.topological_attention.cache import TokenBuffer, hidden_keys
 from train_gpt import (
@@ -695,7 +695,7 @@ def say_texts(decoder: Decoder, tokenizer: Tokenizer, text: str, tokens: list[in
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line. Returns the exit code, see command_line.run_script."""
+    """Run a command line. Returns the exit code, see data.command_line.run_script."""
     return run_script("generate.py", lambda: generate(parse(argv)), explain=variants.blame)
 
 

@@ -17,13 +17,12 @@ train and decide
 results
   generate --checkpoint FILE   texts from a checkpoint (default: 256 tokens, temperature 1)
   visualize WHAT FILE -o FILE  pictures: manifold, splanifold, stream
-  manifold WHAT -o FILE        the graph of a corpus' or a checkpoint's channels, for topological attention
   runs ...                     past runs, a line each; --json for scripts
   clean ...                    delete the files of runs that did not finish, after asking
   board COMMAND                the records: add, check, render, stats
 
 data, tasks and measurements
-  data NAME ...                run data/NAME.py, which makes shards
+  data NAME ...                run data/NAME.py, which makes shards, or Laplacians for topological attention
   task NAME ...                run tasks/NAME.py, which makes a synthetic task and marks a checkpoint's answers
   study NAME ...               run studies/NAME.py, an experiment
   bench NAME ...               run benchmarks/NAME.py, which says how fast
@@ -86,12 +85,12 @@ help | -h | --help)
     exit
     ;;
 '' | -*) ;;
-train | compare | check | variants | generate | visualize | manifold | runs | clean | board | data | task | study | bench | \
+train | compare | check | variants | generate | visualize | runs | clean | board | data | task | study | bench | \
     test | python)
     verb=$1
     shift
     ;;
-*) unknown verb "$1" train compare check variants generate visualize manifold runs clean board data task study bench test \
+*) unknown verb "$1" train compare check variants generate visualize runs clean board data task study bench test \
     python help ;;
 esac
 case "$verb" in  # of these verbs a name follows, that of a script in a folder
@@ -213,7 +212,8 @@ prepare() {
         return
     fi
     if [ "$1" = cpu ]; then
-        ls "$checkout/$folder/meta.json" "$checkout/$folder"/*_train_*.bin >/dev/null 2>&1 || "$python" -P -m data.local_corpus
+        ls "$checkout/$folder/meta.json" "$checkout/$folder"/*_train_*.bin >/dev/null 2>&1 ||
+            "$python" -P -m data.local_corpus
         return
     fi
     # a third more than the track's tokens: rows that begin with a document leave the ends of long documents out
@@ -281,7 +281,7 @@ run_tests() {
 case "$verb" in
 train) train_or_compare train_gpt.py "$@" ;;
 compare) train_or_compare compare.py "$@" ;;
-generate | visualize | manifold) exec "$python" "$checkout/$verb.py" "$@" ;;
+generate | visualize) exec "$python" "$checkout/$verb.py" "$@" ;;
 check) exec "$python" -P -m variants.check "$@" ;;
 variants) exec "$python" -P -m variants "$@" ;;
 runs | clean) exec "$python" -P -m "records.$verb" "$@" ;;

@@ -8,9 +8,9 @@ Pictures of what a part of a model is made of, or has learnt.
 
 A RUN is a run's file (for stream its JSON), its id, the beginning of its id, or `last`.
 
-manifold: a file of manifold.py. The graph, laid out by the second and third eigenvector (of L v = m D v, D the degrees:
-those of L alone are little but the most loosely tied nodes), a node with the token of its largest entry; a random
-matrix is shown as a matrix. The spectrum, beside that of a chain of as many nodes. How lambda = E / (E + tau) is
+manifold: a file of data/manifold.py. The graph, laid out by the second and third eigenvector (of L v = m D v, D the
+degrees: those of L alone are little but the most loosely tied nodes), a node with the token of its largest entry; a
+random matrix is shown as a matrix. The spectrum, beside that of a chain of as many nodes. How lambda = E / (E + tau) is
 distributed over the vectors in the file, each as often as its token occurs there, or in the training shards of DIR, for
 the file's tau and for tau = 1.
 splanifold: what the splanifolds of a model's feed-forwards (variants/splanifold_mlp.py) make of validation tokens, a
@@ -40,10 +40,10 @@ import numpy as np
 import torch
 
 import variants
-from command_line import Parser, check_limits, run_script
+from data.command_line import Parser, check_limits, run_script
 from generate import load_model, read_model, start_alone, warn
 from kernels.splanifold import splanifold
-from manifold import TAU_MODES, Manifold, read_manifold
+from data.manifold import TAU_MODES, Manifold, read_manifold
 from train_gpt import (
     Config,
     RunError,
@@ -92,7 +92,7 @@ def check_manifold(manifold: Manifold, path: str):
     Raise RunError, which names the file, unless its arrays fit each other and its provenance says what a picture needs.
     """
     # the provenance
-    remedy = "make it again by manifold.py"
+    remedy = "make it again by data/manifold.py"
     source = manifold.provenance.get("of", manifold.provenance)
     sources = ("corpus", "checkpoint", "random", "chain")
     known = isinstance(source, dict) and isinstance(source.get("data", ""), str) and source.get("source") in sources
@@ -246,7 +246,7 @@ def draw_manifold(file, manifold: Manifold, counts: np.ndarray, corpus: str):
 
 
 def run_manifold(options: argparse.Namespace):
-    """Draw the picture of a file of manifold.py."""
+    """Draw the picture of a file of data/manifold.py."""
     # the file
     manifold = read_manifold(options.source)
     check_manifold(manifold, options.source)
@@ -264,7 +264,7 @@ def run_manifold(options: argparse.Namespace):
 
 def add_manifold(parser: argparse.ArgumentParser):
     """The options of run_manifold."""
-    parser.add_argument("source", metavar="FILE.npz", help="a file of manifold.py")
+    parser.add_argument("source", metavar="FILE.npz", help="a file of data/manifold.py")
     parser.add_argument("--data", default="", metavar="DIR",
                         help="folder of shards whose tokens are counted (default: those that the file is from)")
 
@@ -624,7 +624,7 @@ def visualize(argv: list[str] | None):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line. Returns the exit code, see command_line.run_script."""
+    """Run a command line. Returns the exit code, see data.command_line.run_script."""
     return run_script("visualize.py", lambda: visualize(argv), explain=variants.blame)
 
 

@@ -25,7 +25,7 @@ import torch
 import train_gpt
 import variants
 from benchmarks.timing import describe, in_turn, markdown, require_tests, save
-from command_line import run_script
+from data.command_line import run_script
 from generate import Decoder, choose
 from train_gpt import Config, Ranks
 

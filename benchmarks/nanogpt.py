@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.timing import RESULTS, ROOT, slug
-from command_line import run_script
+from data.command_line import run_script
 from data.shards import write_meta, write_shard
 from train_gpt import Ranks, RunError, environment, make_config, require, write_atomically
 

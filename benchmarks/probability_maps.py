@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import describe, in_turn, markdown, require_tests, save
-from command_line import run_script
+from data.command_line import run_script
 from kernels.probability_maps import MAPS, probability_map
 
 TESTS = ["tests/kernels/test_probability_maps.py"]

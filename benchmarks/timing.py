@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from command_line import run_script
+from data.command_line import run_script
 from train_gpt import Ranks, RunError, environment, measured_peak, require, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent

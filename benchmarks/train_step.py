@@ -37,7 +37,7 @@ import torch
 
 from benchmarks.gpu_suite import end, fault, step_spread, synthetic_shards, torchrun
 from benchmarks.timing import ROOT, ceilings, describe, markdown, save
-from command_line import run_script
+from data.command_line import run_script
 from train_gpt import RunError, Trainer, compile_mode, compile_model, parse_config, require
 
 KINDS = {  # kind of work -> what the names of its operators and kernels have; the first that fits counts

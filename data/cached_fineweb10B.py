@@ -17,7 +17,7 @@ import errno
 import sys
 from pathlib import Path
 
-from command_line import run_script
+from data.command_line import run_script
 from data.shards import SHARD_TOKENS, SPLITS, check_space, claim_folder, files_of, write_meta
 from data.tokenizer import gpt2_merges, write_merges
 from train_gpt import RunError, open_shard, read_meta, require, sha256_of_files

@@ -17,7 +17,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from command_line import run_script
+from data.command_line import run_script
 from data.shards import write_folder
 from data.tokenizer import encode_bytes
 from train_gpt import RunError, require

@@ -40,7 +40,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from command_line import run_script
+from data.command_line import run_script
 from data.shards import SHARD_TOKENS, write_folder
 from data.tokenizer import build_encoder, load_merges
 from train_gpt import RunError, require

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import describe, markdown, require_tests
-from command_line import run_script
+from data.command_line import run_script
 from studies import build_parser, load_digits, save
 from train_gpt import Config, Ranks
 from variants.gradient_conditioning import Options, build

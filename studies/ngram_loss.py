@@ -22,7 +22,7 @@ import sys
 
 import numpy as np
 
-from command_line import check_option, run_script
+from data.command_line import check_option, run_script
 from train_gpt import Config, adopt_vocabulary, checked, find_shards, open_shard, require, token_bytes
 
 

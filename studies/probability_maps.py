@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import describe, markdown, require_tests
-from command_line import run_script
+from data.command_line import run_script
 from kernels.probability_maps import MAPS, probability_map
 from studies import build_parser, load_digits, save
 from train_gpt import require

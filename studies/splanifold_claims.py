@@ -44,7 +44,7 @@ import numpy as np
 import torch
 
 from benchmarks.timing import describe, in_turn, markdown, require_tests
-from command_line import run_script
+from data.command_line import run_script
 from kernels.splanifold import SplanifoldControls, splanifold, splanifold_reference
 from studies import build_parser, save
 from train_gpt import RunError

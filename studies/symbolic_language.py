@@ -41,7 +41,7 @@ import numpy as np
 import torch
 
 from benchmarks.timing import ROOT, describe, markdown
-from command_line import run_script
+from data.command_line import run_script
 from records.statistics import paired, wilson
 from studies import build_parser, save
 from tasks import symbolic_language as language

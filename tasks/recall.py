@@ -39,7 +39,7 @@ import torch.nn.functional as F
 
 import train_gpt
 import variants
-from command_line import check_option, run_script
+from data.command_line import check_option, run_script
 from data.shards import check_space, write_folder
 from train_gpt import (
     RANGES,

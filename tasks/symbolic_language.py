@@ -54,7 +54,7 @@ import torch
 
 import train_gpt
 import variants
-from command_line import check_option, run_script
+from data.command_line import check_option, run_script
 from data.shards import SHARD_TOKENS, check_folder, check_space, write_folder
 from generate import Decoder, decodes_from_cache, sample
 from tasks.symbolic_proofs import (

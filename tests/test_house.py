@@ -19,22 +19,22 @@ CHECKOUT_BYTES = 20 * 2**20
 PATH_LENGTH = 120               # characters, from the checkout's root
 
 # What is above the trainer, at the root of the checkout or, of a folder of other things, by name.
-SCRIPTS = {"compare", "generate", "visualize", "manifold"}
-COMMANDS = {"variants.check", "variants.__main__"}  # commands that live beside the variants which they look at
+SCRIPTS = {"compare", "generate", "visualize"}
+# commands that live beside what they look at or make
+COMMANDS = {"variants.check", "variants.__main__", "data.manifold"}
 
 # layer -> layers that its modules may import; a layer that stands in its own row may import itself
 ARROWS = {
     "kernels": {"kernels"},
     "train_gpt": set(),
-    "command_line": {"train_gpt"},
     "variants": {"variants", "train_gpt", "kernels"},
-    "data": {"data", "train_gpt", "command_line"},
-    "records": {"records", "train_gpt", "command_line"},
-    "scripts": {"scripts", "variants", "data", "records", "command_line", "train_gpt", "kernels"},
-    "tasks": {"tasks", "scripts", "variants", "data", "records", "command_line", "train_gpt", "kernels"},
-    "benchmarks": {"benchmarks", "tasks", "scripts", "variants", "data", "records", "command_line", "train_gpt",
+    "data": {"data", "train_gpt"},
+    "records": {"records", "train_gpt"},
+    "scripts": {"scripts", "variants", "data", "records", "train_gpt", "kernels"},
+    "tasks": {"tasks", "scripts", "variants", "data", "records", "train_gpt", "kernels"},
+    "benchmarks": {"benchmarks", "tasks", "scripts", "variants", "data", "records", "train_gpt",
                    "kernels"},
-    "studies": {"studies", "benchmarks", "tasks", "scripts", "variants", "data", "records", "command_line", "train_gpt",
+    "studies": {"studies", "benchmarks", "tasks", "scripts", "variants", "data", "records", "train_gpt",
                 "kernels"},
 }
 UPWARDS = {("train_gpt", "variants"), ("train_gpt", "train_gpt")}  # by the trainer's entry, which runs it as a module

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import compare
-import manifold
+from data import manifold
 import train_gpt
 import variants
 
@@ -276,7 +276,7 @@ def test_the_readmes_variant_is_a_variant(examples):
 def test_the_readmes_laplacian_fits_the_default_track():
     """As many features as a head of the track has channels; the run that is shown gives no --head_dim."""
     text = (ROOT / "docs/usage.md").read_text()
-    features = re.search(r"-m manifold corpus .* --features (\d+)", text)[1]
+    features = re.search(r"run.sh data manifold corpus .* --features (\d+)", text)[1]
     assert int(features) == train_gpt.parse_config([]).head_dim
 
 
@@ -305,7 +305,7 @@ def test_broken_links_are_found(tmp_path):
     "./run.sh compare baseline my_mlp --seeds 6        equal tokens",
     "./run.sh compare baseline my_mlp --seeds 6 equal tokens",
     "./run.sh data tokenize_text book.txt -o data/book   your own text",
-    "./run.sh python -m tasks.recall make --no-such-option 3",
+    "./run.sh task recall make --no-such-option 3",
     "./run.sh generate --checkpoint a.pt --top-k many",
     "./run.sh --variant no_such_variant",
     "./run.sh --variant topological_attention:laplacian=domain:bytes.npz --head_dim 64",
@@ -345,11 +345,11 @@ TINY = {  # what is set behind a command: the longest beginning that fits decide
     "./run.sh data local_corpus": "",
     "./run.sh data cached_fineweb10B": None,                 # from the Hub
     "./run.sh data tokenize_text": "--tokenizer bytes",      # GPT-2's is from the Hub
-    "./run.sh python -m studies.ngram_loss": "",
-    "./run.sh python -m tasks.recall make": "--count 200 --val_count 50",
-    "./run.sh python -m tasks.recall --help": "",
-    "./run.sh python -m tasks.symbolic_language": "--count 200 --val_count 50 --test_count 10",
-    "./run.sh python -m manifold": "--tokens 300000",
+    "./run.sh study ngram_loss": "",
+    "./run.sh task recall make": "--count 200 --val_count 50",
+    "./run.sh task recall --help": "",
+    "./run.sh task symbolic_language": "--count 200 --val_count 50 --test_count 10",
+    "./run.sh data manifold": "--tokens 300000",
 }
 
 

@@ -21,7 +21,7 @@ from data.shards import write_meta, write_shard
 ROOT = Path(__file__).resolve().parent.parent
 BASH = os.environ.get("RUN_SH_BASH", "bash")
 SPIN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
-VERBS = ("train compare check variants generate visualize manifold runs clean board data task study bench test "
+VERBS = ("train compare check variants generate visualize runs clean board data task study bench test "
          "python help").split()
 FOLDERS = ("data", "tasks", "studies", "benchmarks")  # of scripts that run.sh names
 
@@ -194,7 +194,6 @@ def test_the_exit_code_is_the_trainers(checkout):
     "board check": "-P -m records.leaderboard check",
     "data tokenize_text book.txt -o book": "-P -m data.tokenize_text book.txt -o book",
     "data local_corpus": "-P -m data.local_corpus",
-    "manifold chain -o a.npz": "@/manifold.py chain -o a.npz",
     "task recall make -o a": "-P -m tasks.recall make -o a",
     "study ngram_loss a": "-P -m studies.ngram_loss a",
     "bench gpu_suite --list": "-P -m benchmarks.gpu_suite --list",
@@ -572,7 +571,7 @@ def test_training_from_another_folder_through_a_link(real):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", [
-    "train", "compare", "generate", "visualize", "manifold", "board", "data local_corpus", "data tokenize_text",
+    "train", "compare", "generate", "visualize", "board", "data local_corpus", "data tokenize_text",
     "data cached_fineweb10B", "task recall", "task symbolic_language", "study ngram_loss", "bench decode"])
 def test_every_verb_works_from_another_folder(real, verb):
     (real["cwd"] / "data").mkdir()  # neither the caller's modules nor folders stand in the way

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import manifold
-from command_line import run_script
+from data import manifold
+from data.command_line import run_script
 from data import cached_fineweb10B, local_corpus, tokenize_text
 from data.shards import check_folder, write_folder
 from studies import ngram_loss
 from tasks import recall, symbolic_language
 from train_gpt import RunError, open_shard
 
-ROOT = Path(manifold.__file__).parent
+ROOT = Path(manifold.__file__).parents[1]
 SCRIPTS = {module.__name__.rpartition(".")[2]: module for module in (
     cached_fineweb10B, local_corpus, manifold, ngram_loss, recall, symbolic_language, tokenize_text)}
 HUGE = str(10 ** 30)
@@ -182,7 +182,7 @@ def test_a_locale_without_utf8(tmp_path):
 
 def test_a_console_that_is_closed():
     """As by head: the script ends without a word, with the exit code of a program that SIGPIPE ended."""
-    program = ("from command_line import run_script\n"
+    program = ("from data.command_line import run_script\n"
                "raise SystemExit(run_script('a.py', lambda: [print('a line of many') for _ in range(100_000)] and 3))")
     run = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
     assert run.stdout.readline()

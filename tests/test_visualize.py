@@ -13,7 +13,7 @@ import pytest
 import train_gpt
 import visualize
 from data.shards import write_meta, write_shard
-from manifold import Graph, Manifold, from_chain, from_corpus, from_random
+from data.manifold import Graph, Manifold, from_chain, from_corpus, from_random
 
 SCRIPT = Path(visualize.__file__)
 
@@ -135,7 +135,7 @@ def test_faults(files, tmp_path, capsys):
         (tmp_path / "half.npz",): f"{tmp_path / 'half.npz'} cannot be read (BadZipFile)",
         (tmp_path / "none.npz",): f"{tmp_path / 'none.npz'} cannot be read (FileNotFoundError)",
         (tmp_path / "bare.npz",):
-            f"{tmp_path / 'bare.npz'} was not made by manifold.py, or is damaged (KeyError); make it again",
+            f"{tmp_path / 'bare.npz'} was not made by data/manifold.py, or is damaged (KeyError); make it again",
         (files["two"],): f"{files['two']} has 2 nodes, and the third eigenvector needs 3",
         (files["checkpoint"], "--data", words):
             "--data counts tokens, and the vectors of this file are not those of tokens; leave it out",

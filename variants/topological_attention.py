@@ -184,7 +184,7 @@ def read_tau(path: str) -> float:
     with np.load(path) as file:
         tau = float(file["tau"]) if "tau" in file and file["tau"].shape == () else 0.0
     require(0 < tau < math.inf,
-            f"laplacian=domain:{path} holds no tau above 0; make it by manifold.py or leave tau=file out")
+            f"laplacian=domain:{path} holds no tau above 0; make it by data/manifold.py or leave tau=file out")
     return tau
 
 

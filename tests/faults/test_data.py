@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import manifold
+from data import manifold
 from data import tokenize_text
 from data.shards import check_folder, write_folder
 from data.tokenizer import build_encoder, write_merges
@@ -246,7 +246,7 @@ def test_text_to_tokenize(tmp_path, count, name):
 
 @pytest.fixture
 def laplacian(tmp_path) -> Path:
-    """A file of manifold.py with all its arrays."""
+    """A file of data/manifold.py with all its arrays."""
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((30, 6)).astype(np.float32) + 1
     matrix = manifold.laplacian_of(manifold.weights(manifold.cosines(vectors), manifold.Graph()))

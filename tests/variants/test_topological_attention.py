@@ -446,7 +446,7 @@ def test_tau_of_the_file(tmp_path):
     assert error_of("tau=file") == "tau=file is read with the Laplacian; give laplacian=domain:FILE too"
     options = store(tmp_path / "b.npz", ring(16))
     message = error_of(options + ",tau=file")
-    assert message == f"{options} holds no tau above 0; make it by manifold.py or leave tau=file out"
+    assert message == f"{options} holds no tau above 0; make it by data/manifold.py or leave tau=file out"
 
 
 def test_files_that_are_no_laplacian(tmp_path):

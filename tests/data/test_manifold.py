@@ -19,7 +19,7 @@ import train_gpt
 import variants
 from data.shards import write_meta, write_shard
 from data.tokenizer import write_merges
-from manifold import (
+from data.manifold import (
     Graph,
     Tau,
     cooccurrences,

@@ -1,12 +1,12 @@
 """
 The domain Laplacian: a graph of the channels of a feature space, for topological attention's laplacian=domain:FILE.npz.
 
-    python manifold.py corpus DIR -o FILE.npz [--features 64] [--window 5] [--vocabulary 16384] [--min_count 100]
-                                              [--tokens 10000000] [--seed 1] [graph] [tau]
-    python manifold.py checkpoint FILE.pt -o FILE.npz [--layer -1] [--head -1] [--data DIR] [--tokens 65536] [--seed 1]
-                                                      [graph] [tau]
-    python manifold.py random FILE.npz -o CONTROL.npz [--seed 1]
-    python manifold.py chain -o FILE.npz [--features 64]
+    python -m data.manifold corpus DIR -o FILE.npz [--features 64] [--window 5] [--vocabulary 16384] [--min_count 100]
+        [--tokens 10000000] [--seed 1] [graph] [tau]
+    python -m data.manifold checkpoint FILE.pt -o FILE.npz [--layer -1] [--head -1] [--data DIR] [--tokens 65536]
+        [--seed 1] [graph] [tau]
+    python -m data.manifold random FILE.npz -o CONTROL.npz [--seed 1]
+    python -m data.manifold chain -o FILE.npz [--features 64]
         graph: --eps 1.31 --k 25 --topk 15 --p 1.8 --sigma 0.535
         tau:   --tau fixed | median | mean | percentile [--percentile 50]
 
@@ -60,7 +60,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import svds
 
 import variants
-from command_line import run_script
+from data.command_line import run_script
 from data.shards import sha256_of
 from train_gpt import (
     RANGES,
@@ -161,7 +161,7 @@ def read_manifold(path: Path) -> Manifold:
     except ValueError as error:  # read_laplacian's names the option of the variant
         raise RunError(str(error).removeprefix("laplacian=domain:")) from None
     except Exception as error:  # of the archive or its arrays
-        raise RunError(f"{path} was not made by manifold.py, or is damaged ({type(error).__name__}); make it again"
+        raise RunError(f"{path} was not made by data/manifold.py, or is damaged ({type(error).__name__}); make it again"
                        ) from None
     check_manifold(manifold, path)
     return manifold
@@ -173,7 +173,7 @@ def check_manifold(manifold: Manifold, path: Path):
     F, n = len(manifold.laplacian), counts.size
 
     def check(holds, what):
-        require(holds, f"{path} was not made by manifold.py, or is damaged: {what}; make it again")
+        require(holds, f"{path} was not made by data/manifold.py, or is damaged: {what}; make it again")
 
     # the arrays
     check(vectors.shape == (n, F) and vectors.dtype == np.float32 and np.isfinite(vectors).all(),
@@ -547,12 +547,12 @@ def main(argv: list[str] | None = None) -> int:
         manifold = make(*source, **options)
         manifold.save(output)
         print(f"{output}: {summary(manifold)}")
-    return run_script("manifold.py", work)
+    return run_script("data.manifold", work)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; an option `make` is the function that the others, but --output, are the arguments of."""
-    parser = argparse.ArgumentParser(prog="manifold.py", description=__doc__,
+    parser = argparse.ArgumentParser(prog="data.manifold", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
 
