@@ -18,7 +18,7 @@ from tests.kernels.poison import poisoned_memory
 needs_loops = pytest.mark.skipif(not has_cpu_loops(), reason="needs Numba")
 
 
-# ---- Inputs and runs -------------------------------------------------------------------------------------------------
+# ---- Inputs and runs --------------------------------------------------------
 
 def make_inputs(B=2, T=11, C=3, n=4, lead=False, seed=0, document=5.0):
     """
@@ -26,7 +26,10 @@ def make_inputs(B=2, T=11, C=3, n=4, lead=False, seed=0, document=5.0):
     the row in every second one; g: gradient of y. With lead x is `padded`.
     """
     generator = torch.Generator().manual_seed(seed)
-    randn = lambda *shape: torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    def randn(*shape):
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
     begins, index = torch.rand(B, T, generator=generator) < 1 / document, torch.arange(T)
     positions = index - torch.where(begins, index, -2 * torch.arange(B)[:, None]).cummax(1).values
     return dict(x=randn(B, T + lead * (n - 1), C), taps=randn(n, C), positions=positions, g=randn(B, T, C))
@@ -86,7 +89,7 @@ FORMS = dict(contiguous=lambda x: x, joined=lambda x: torch.cat((x, x), 2)[:, :,
              every_second=lambda x: torch.stack((x, x), 1).flatten(0, 1)[::2])
 
 
-# ---- Reference -------------------------------------------------------------------------------------------------------
+# ---- Reference --------------------------------------------------------------
 
 @pytest.mark.parametrize("shape", [dict(), dict(n=1), dict(T=3, n=7), dict(B=3, C=1, document=1.0)], ids=str)
 def test_reference_is_the_formula_and_stays_in_the_document(shape, relative_rms):
@@ -157,7 +160,7 @@ def test_wrong_arguments(change, message):
         short_convolution(**dict(x=X, taps=TAPS, positions=POSITIONS) | change)
 
 
-# ---- The CPU's loops -------------------------------------------------------------------------------------------------
+# ---- The CPU's loops --------------------------------------------------------
 
 @needs_loops
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -234,7 +237,7 @@ def test_loops_stay_in_their_arrays():
     assert result.returncode == 0, result.stderr
 
 
-# ---- Triton, interpreted ---------------------------------------------------------------------------------------------
+# ---- Triton, interpreted ----------------------------------------------------
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_interpreted_kernels_equal_the_reference(shape, interpreter, relative_rms):
@@ -272,7 +275,7 @@ def test_interpreted_registration(interpreter):
     assert set(interpreter(__name__, "opcheck_interpreted", make_inputs()).values()) == {"SUCCESS"}
 
 
-# ---- Triton, compiled ahead of time ----------------------------------------------------------------------------------
+# ---- Triton, compiled ahead of time -----------------------------------------
 
 def compile_ahead(aot, name, C, n, lead, dtype, capability):
     """A kernel as _triton_forward and _triton_backward launch it for a contiguous x."""
@@ -305,7 +308,7 @@ def test_kernels_compile_for_cards(C, n, lead, dtype, capability, name, aot):
         assert "ld.global.v4.b32" in result.ptx and "st.global.v4.b32" in result.ptx
 
 
-# ---- On a GPU --------------------------------------------------------------------------------------------------------
+# ---- On a GPU ---------------------------------------------------------------
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
