@@ -47,12 +47,13 @@ def make_inputs(B, T, H, M, D, decay=1.0, docs=0.05, keys="dense", seed=0):
     def randn(*shape):
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
-    query, key, value, grad = randn(B, T, H, M), randn(B, T, H, M), randn(B, T, H, D), randn(B, T, H, D)
+    query = randn(B, T, H, M)
+    key = randn(B, T, H, M)
+    value = randn(B, T, H, D)
+    grad = randn(B, T, H, D)
     if keys != "dense":
-        lower, weight = (
-            torch.randint(M, (B, T, H, 1), generator=generator),
-            torch.rand(B, T, H, 1, dtype=torch.float64, generator=generator),
-        )
+        lower = torch.randint(M, (B, T, H, 1), generator=generator)
+        weight = torch.rand(B, T, H, 1, dtype=torch.float64, generator=generator)
         key = torch.zeros_like(key).scatter_(-1, lower, 1.0 if keys == "one-hot" else weight)
         if keys == "two-hot":
             key = key.scatter_add(-1, (lower + 1) % M, 1 - weight)
@@ -80,11 +81,9 @@ def run(inputs, backend, dtype=torch.float64, device="cpu", function=gated_linea
 
 def run_interpreted(inputs, dtype, launch, programs, segment_chunks):
     """run(backend="triton"), called in the interpreter's process."""
-    chunked_triton.LAUNCH, chunked_triton.PROGRAMS, chunked_triton.SEGMENT_CHUNKS = (
-        {key: launch for key in chunked_triton.LAUNCH},
-        programs,
-        segment_chunks,
-    )
+    chunked_triton.LAUNCH = {key: launch for key in chunked_triton.LAUNCH}
+    chunked_triton.PROGRAMS = programs
+    chunked_triton.SEGMENT_CHUNKS = segment_chunks
     with poisoned_memory():
         return run(inputs, "triton", dtype)
 
@@ -368,7 +367,9 @@ def test_loops_keep_their_precision_over_long_rows(relative_rms):
 
 @needs_loops
 def test_loops_do_not_depend_on_the_threads():
-    inputs, threads, results = make_inputs(2, 300, 2, 20, 17), torch.get_num_threads(), []
+    inputs = make_inputs(2, 300, 2, 20, 17)
+    threads = torch.get_num_threads()
+    results = []
     for count in (1, 2):
         torch.set_num_threads(count)
         results.append(run(inputs, "loops", torch.float32))
@@ -379,7 +380,9 @@ def test_loops_do_not_depend_on_the_threads():
 @needs_loops
 def test_loops_hand_on_what_is_not_finite():
     inputs = make_inputs(1, 150, 2, 4, 3, docs=None)
-    inputs[0][0, 70, 0, 1], inputs[2][0, 90, 0, 1], inputs[1][0, 80, 1, 0] = float("nan"), float("inf"), float("nan")
+    inputs[0][0, 70, 0, 1] = float("nan")
+    inputs[2][0, 90, 0, 1] = float("inf")
+    inputs[1][0, 80, 1, 0] = float("nan")
     out, *gradients = run(inputs, "loops", torch.float32)
     assert out[0, 70, 0].isnan().all() and out[0, :70].isfinite().all() and not out[0, 90:, 0, 1].isfinite().any()
     assert out[0, 80:, 1].isnan().all() and not any(gradient.isfinite().all() for gradient in gradients)
@@ -444,12 +447,10 @@ def test_keeps_inputs_and_chunk_states_only():
 def test_flops_are_counted_on_any_device():
     for device in ("cpu", "meta"):
         with torch.device(device):
-            query, key, value, log_decay = (
-                torch.zeros(2, 200, 3, 8),
-                torch.zeros(2, 200, 3, 8),
-                torch.zeros(2, 200, 3, 5),
-                torch.zeros(2, 200, 3),
-            )
+            query = torch.zeros(2, 200, 3, 8)
+            key = torch.zeros(2, 200, 3, 8)
+            value = torch.zeros(2, 200, 3, 5)
+            log_decay = torch.zeros(2, 200, 3)
         with FlopCounterMode(display=False) as counter:
             gated_linear_attention(query.requires_grad_(), key, value, log_decay=log_decay).sum().backward()
         assert counter.get_total_flops() == 2 * 200 * 3 * (2 * 32 * 13 + 4 * 40 + 2 * 32 * (24 + 10) + 8 * 40)
@@ -522,10 +523,8 @@ def test_steps_equal_the_forward_pass(decay, relative_rms):
 def test_step_keeps_the_state_in_float32(relative_rms):
     query, key, value, log_decay, _, _ = make_inputs(1, 400, 2, 4, 3, 0.01, None)
     query, key, value = (x.bfloat16() for x in (query, key, value))
-    expected, state = (
-        gated_linear_attention_reference(query.double(), key.double(), value.double(), log_decay),
-        torch.zeros(1, 2, 4, 3),
-    )
+    expected = gated_linear_attention_reference(query.double(), key.double(), value.double(), log_decay)
+    state = torch.zeros(1, 2, 4, 3)
     for t in range(400):
         out, state = gated_linear_attention_step(state, query[:, t], key[:, t], value[:, t], log_decay[:, t])
     assert out.dtype == torch.bfloat16 and state.dtype == torch.float32
@@ -604,10 +603,8 @@ def compile_ahead(aot, name, M, D, dtype, capability, **given):
         (capability // 10, chunked_triton.operand_dtype(dtype).itemsize),
         chunked_triton.LAUNCH[0, chunked_triton.operand_dtype(dtype).itemsize],
     )
-    kernel, constants = (
-        getattr(chunked_triton, f"_gla_{name}_kernel"),
-        chunked_triton._constants(M, D, dtype, launch) | (dict(REVERSE=True) if name == "state" else {}),
-    )
+    kernel = getattr(chunked_triton, f"_gla_{name}_kernel")
+    constants = chunked_triton._constants(M, D, dtype, launch) | (dict(REVERSE=True) if name == "state" else {})
     constants |= {argument: value for argument, value in given.items() if argument in kernel.arg_names}
     element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
     pointers = dict(
@@ -721,7 +718,10 @@ def test_gpu_offsets_beyond_32_bits(relative_rms):
     """
     if torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
         pytest.skip("needs 60 GiB of GPU memory")
-    T, H, D, last = 1 << 20, 48, 64, 4096
+    T = 1 << 20
+    H = 48
+    D = 64
+    last = 4096
     generator = torch.Generator("cuda").manual_seed(0)
     query, key, value = (
         torch.randn(1, T, H, D, dtype=torch.bfloat16, device="cuda", generator=generator) for _ in range(3)

@@ -72,7 +72,9 @@ def assert_close(results, inputs, relative_rms, dtype=torch.float32, taps=None):
     """
     exact = run(inputs)
     absolute = run({name: x if name == "positions" else x.abs() for name, x in inputs.items()})
-    n, tokens, sums = len(inputs["taps"]), inputs["positions"].numel(), torch.promote_types(dtype, torch.float32)
+    n = len(inputs["taps"])
+    tokens = inputs["positions"].numel()
+    sums = torch.promote_types(dtype, torch.float32)
     for result, wide, most, terms, kind in zip(results, exact, absolute, (n, n, tokens), (dtype, dtype, taps or dtype)):
         assert result.dtype == kind and result.shape == wide.shape
         scale = max(most.square().mean().sqrt().item(), 1e-300)
@@ -109,7 +111,9 @@ def test_gradcheck(lead):
 @pytest.mark.parametrize("backend", ["reference", pytest.param("loops", marks=needs_loops)])
 def test_a_row_goes_on(backend):
     inputs = make_inputs(seed=1)
-    x, taps, positions = inputs["x"], inputs["taps"], inputs["positions"].clamp_max(torch.arange(11))
+    x = inputs["x"]
+    taps = inputs["taps"]
+    positions = inputs["positions"].clamp_max(torch.arange(11))
     whole, padded = short_convolution(x, taps, positions, backend=backend), torch.cat((x.new_zeros(2, 3, 3), x), 1)
     for t in range(11):
         own = short_convolution(x[:, t:t + 1], taps, positions[:, t:t + 1], padded[:, t:t + 4], backend=backend)
@@ -136,7 +140,9 @@ def test_a_nan_stays_in_its_document(backend):
     assert y[1].isfinite().all() and dx[1].isfinite().all()
 
 
-X, TAPS, POSITIONS = torch.zeros(2, 3, 8), torch.zeros(4, 8), torch.zeros(2, 3, dtype=torch.int32)
+X = torch.zeros(2, 3, 8)
+TAPS = torch.zeros(4, 8)
+POSITIONS = torch.zeros(2, 3, dtype=torch.int32)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -186,7 +192,9 @@ def test_loops_on_random_shapes(relative_rms):
 @needs_loops
 def test_loops_repeat_bit_for_bit_with_any_threads():
     """Tasks and their order of summation are the shape's, so that not even the number of threads makes a difference."""
-    inputs, threads, results = make_inputs(3, 300, 33, document=50.0), torch.get_num_threads(), []
+    inputs = make_inputs(3, 300, 33, document=50.0)
+    threads = torch.get_num_threads()
+    results = []
     for count in (1, 2, 2):
         torch.set_num_threads(count)
         results.append(run(inputs, "loops", torch.float32))
@@ -343,7 +351,10 @@ def test_gpu_offsets_beyond_32_bits():
     """2^31.1 numbers; the last tokens are compared with those of a call of their own."""
     if torch.cuda.get_device_properties(0).total_memory < 30 * 2**30:
         pytest.skip("needs 30 GiB of GPU memory")
-    T, C, last, results = 3_000_000, 768, 1000, []
+    T = 3_000_000
+    C = 768
+    last = 1000
+    results = []
     generator = torch.Generator("cuda").manual_seed(0)
     x, g = (torch.randn(1, T, C, dtype=torch.bfloat16, device="cuda", generator=generator) for _ in range(2))
     taps, positions = torch.randn(4, C, dtype=torch.bfloat16, device="cuda"), torch.arange(T, device="cuda")[None]

@@ -49,12 +49,10 @@ def inputs(T, grid, B=2, H=2, kv=2, D=5, decay=0.0, bias=0.0, docs=0.0, centres=
         return torch.randn(*shape, generator=generator, dtype=torch.float64).float().double()
 
     width = grid["high"] - grid["low"]
-    query, key, value, log_decay = (
-        draw(B, T, H) * width / 4,
-        draw(B, T, kv) * width / 4,
-        draw(B, T, kv, D),
-        -draw(B, T, H).abs() * decay,
-    )
+    query = draw(B, T, H) * width / 4
+    key = draw(B, T, kv) * width / 4
+    value = draw(B, T, kv, D)
+    log_decay = -draw(B, T, H).abs() * decay
     key_bias = bias * (2 * torch.rand(B, T, kv, generator=generator, dtype=torch.float64) - 1)
     if centres:
         key, query[:, ::2] = nearest(key, **grid), nearest(query[:, ::2], **grid)
@@ -251,7 +249,9 @@ def test_sharp_grid_forgets_what_has_decayed(hidden):
         return torch.tensor([[0.0, *x]])[:, 0 if hidden else 1:, None]
 
     value = column(3.0, 5.0)[..., None].clone().requires_grad_()
-    query, key, log_decay = column(0.0, 0.0), column(0.0, 1000.0), column(0.0, -100.0)
+    query = column(0.0, 0.0)
+    key = column(0.0, 1000.0)
+    log_decay = column(0.0, -100.0)
     key_bias = torch.tensor([[-math.inf, 0.0, 0.0]])[..., None] if hidden else None
     out = topological_attention_binned(query, key, value, log_decay, key_bias, bins=101, low=-1000.0, high=1000.0)[
         :, -2:

@@ -244,7 +244,9 @@ def test_many_tokens_lose_no_digits():
 
 def test_bytes_kept(monkeypatch):
     tensors, _ = rows(100, B=1, H=2, kv=2, D=16)
-    exact, binned, short = TopologicalCache(), TopologicalCache(8), TopologicalCache()
+    exact = TopologicalCache()
+    binned = TopologicalCache(8)
+    short = TopologicalCache()
     decode(exact, tensors, None, None, [50, 50])
     assert exact.bytes_kept == 100 * 2 * (16 + 1) * 4
     monkeypatch.setattr(module, "RUN", 64)

@@ -243,11 +243,9 @@ def compile_ahead(aot, name, D, dtype, capability, diagonal=False, lower=True, *
     A kernel as a training step with decay, bias and documents launches it. given: further constants, None for an absent
     pointer.
     """
-    kernel, launch, constants = (
-        getattr(module, f"_{name}_kernel"),
-        module.LAUNCH[dtype.itemsize],
-        module._constants(D, dtype),
-    )
+    kernel = getattr(module, f"_{name}_kernel")
+    launch = module.LAUNCH[dtype.itemsize]
+    constants = module._constants(D, dtype)
     constants |= (
         dict(
             BLOCK_T=launch["tile"],

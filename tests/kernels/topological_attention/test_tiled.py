@@ -27,11 +27,9 @@ from tests.kernels.topological_attention.test_topological_attention import (
     run,
 )
 
-SMALL, OTHER, LARGE = (
-    (Tiles(16, 16, 4, 2), Tiles(32, 16, 4, 2)),
-    (Tiles(16, 32, 4, 2), Tiles(16, 32, 4, 2)),
-    (Tiles(128, 64, 4, 2), Tiles(64, 64, 4, 2)),
-)
+SMALL = (Tiles(16, 16, 4, 2), Tiles(32, 16, 4, 2))
+OTHER = (Tiles(16, 32, 4, 2), Tiles(16, 32, 4, 2))
+LARGE = (Tiles(128, 64, 4, 2), Tiles(64, 64, 4, 2))
 
 
 def interpreted(tensors, doc_start=None, window=None, tiles=SMALL, dtype=torch.float32):
@@ -270,12 +268,10 @@ print(topological_attention_tiled(x, x, torch.ones(1, 3, 1, 2)).tolist())
 def test_flops_are_counted(window, pairs):
     """By the formulas of the docstring, without data."""
     with torch.device("meta"):
-        a, b, v, lse = (
-            torch.empty(2, 10, 4),
-            torch.empty(2, 10, 2),
-            torch.empty(2, 10, 2, 16),
-            torch.empty(2, 4, 10, dtype=torch.float64),
-        )
+        a = torch.empty(2, 10, 4)
+        b = torch.empty(2, 10, 2)
+        v = torch.empty(2, 10, 2, 16)
+        lse = torch.empty(2, 4, 10, dtype=torch.float64)
     with FlopCounterMode(display=False) as counter:
         out, _ = torch.ops.knotgpt.topological_attention_tiled(a, b, v, None, None, None, window)
         assert out.shape == (2, 10, 4, 16) and counter.get_total_flops() == 2 * 2 * 4 * 16 * pairs
@@ -462,7 +458,9 @@ def test_gpu_offsets_beyond_32_bits(relative_rms):
     """
     if torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
         pytest.skip("needs 60 GiB of GPU memory")
-    T, H, last = 1 << 20, 48, 4096
+    T = 1 << 20
+    H = 48
+    last = 4096
     generator = torch.Generator("cuda").manual_seed(0)
     a, b = (torch.randn(1, T, H, device="cuda", generator=generator).requires_grad_() for _ in range(2))
     v = torch.randn(1, T, H, 64, dtype=torch.bfloat16, device="cuda", generator=generator).requires_grad_()

@@ -486,7 +486,9 @@ def test_autocast_changes_nothing():
 def test_flops_are_counted():
     """By the formula of the docstring, without data too."""
     with torch.device("meta"):
-        a, b, v = torch.empty(2, 1024, 3, requires_grad=True), torch.empty(2, 1024, 1), torch.empty(2, 1024, 1, 16)
+        a = torch.empty(2, 1024, 3, requires_grad=True)
+        b = torch.empty(2, 1024, 1)
+        v = torch.empty(2, 1024, 1, 16)
     with FlopCounterMode(display=False) as counter:
         out = public(a, b, v, backend="loglinear")
     forward = 2 * (16 + 5 * 2) * 17 * 2 * 3 * 1024
