@@ -41,8 +41,13 @@ R1, R2, R3, R4, R5, R6, R7 = (np.uint64(row * WIDE) for row in range(1, 8))
 
 @loop
 def _fill(scratch, base, x, b, t, h, first, count):
-    """scratch from base on: x[b, t, h, first:first + count], 0 for tokens before the first, 0 up to whole LANES."""
-    base, first, known = np.uint64(base), np.uint64(first), np.uint64(0)
+    """
+    Sets scratch, from base on, to x[b, t, h, first:first + count]: to 0 for tokens before the first, and up to a
+    multiple of LANES.
+    """
+    base = np.uint64(base)
+    first = np.uint64(first)
+    known = np.uint64(0)
     if t >= 0:
         known = np.uint64(count)
         for c in range(known):
@@ -59,7 +64,7 @@ def _scale(scratch, base, factor, count):
 
 @loop
 def _dots(scratch, base, count):
-    """q_i . k_j for j <= i: rows 0 to 3 from base on with rows 4 to 7."""
+    """Returns q_i . k_j for j <= i: rows 0 to 3 from base on with rows 4 to 7."""
     s00 = s10 = s11 = s20 = s21 = s22 = s30 = s31 = s32 = s33 = scratch.dtype.type(0)
     for c in range(np.uint64(base), np.uint64(base + count)):
         q0, q1, q2, q3 = scratch[c], scratch[c + R1], scratch[c + R2], scratch[c + R3]
@@ -80,7 +85,8 @@ def _dots(scratch, base, count):
 @loop
 def _two_rows(state, row, other, scratch, base, sums, values, x, keep, count):
     """
-    Rows x and x + 1 of the state with the four tokens: sums_i += row . q_i, row <- keep row + sum over j of v_j k_j.
+    Takes rows x and x + 1 of the state through the four tokens: sums_i += row . q_i,
+    row <- keep row + sum over j of v_j k_j.
     """
     o0 = o1 = o2 = o3 = p0 = p1 = p2 = p3 = state.dtype.type(0)
     v0, v1, v2, v3 = values[x], values[WIDE + x], values[2 * WIDE + x], values[3 * WIDE + x]
@@ -107,7 +113,7 @@ def _two_rows(state, row, other, scratch, base, sums, values, x, keep, count):
 
 @loop
 def _add_earlier(out, values, width, w10, w20, w21, w30, w31, w32):
-    """What the four tokens see of the others of the four."""
+    """Adds what the four tokens see of the others of the four."""
     for x in range(np.uint64(width)):
         v0, v1, v2 = values[x], values[x + R1], values[x + R2]
         out[x + R1] += w10 * v0
@@ -117,29 +123,32 @@ def _add_earlier(out, values, width, w10, w20, w21, w30, w31, w32):
 
 @loop
 def _dot(scratch, base, x, b, t, h, first, count):
-    total, base, first = scratch.dtype.type(0), np.uint64(base), np.uint64(first)
+    total = scratch.dtype.type(0)
+    base = np.uint64(base)
+    first = np.uint64(first)
     for c in range(np.uint64(count)):
         total += scratch[base + c] * x[b, t, h, first + c]
     return total
 
 
 @loop
-def _finish(out, values, base, own, result, b, t, h, first, count):
-    """A token sees itself; its row goes to result."""
+def _finish(out, values, base, weight, result, b, t, h, first, count):
+    """Adds what a token sees of itself, with this weight; its row goes to result."""
     base, first = np.uint64(base), np.uint64(first)
     for c in range(np.uint64(count)):
-        result[b, t, h, first + c] = out[base + c] + own * values[base + c]
+        result[b, t, h, first + c] = out[base + c] + weight * values[base + c]
 
 
 @loop
 def _product(state, padded, states, n, first, width):
-    """Sum of the products of two states."""
+    """Returns the sum of the products of two states."""
     total = 0.0
     for x in range(width):
-        part, row = state.dtype.type(0), np.uint64(x * padded)
+        of_row = state.dtype.type(0)
+        row = np.uint64(x * padded)
         for y in range(np.uint64(states.shape[2])):
-            part += state[row + y] * states[n, first + x, y]
-        total += part
+            of_row += state[row + y] * states[n, first + x, y]
+        total += of_row
     return total
 
 
@@ -161,10 +170,12 @@ def _store(state, padded, states, n, first, width):
 @loop
 def _scan(query, key, value, decay, least, out, b, h, first, width, reverse, purpose, states, crossing, partner, ends):
     """
-    out[b, :, h, first:first + width], from the last token on with reverse. states (N, X, Y) are those before tokens
-    T - CHUNK (n + 1): STORE writes them, MULTIPLY adds the decay there times their products with the state behind to
-    crossing (N). Where there is room in ends (T), partner . out without what a token sees of itself is added to it.
+    Makes out[b, :, h, first:first + width], from the last token on with reverse. states (N, X, Y) are those before
+    tokens T - CHUNK (n + 1): STORE writes them, MULTIPLY adds the decay there times their products with the state
+    behind to crossing (N). Where there is room in ends (T), partner . out without what a token sees of itself is added
+    to it.
     """
+    # scratch memory
     T, Y = query.shape[1], query.shape[3]
     kind = query.dtype.type
     tiles = (Y + WIDE - 1) // WIDE
@@ -176,6 +187,7 @@ def _scan(query, key, value, decay, least, out, b, h, first, width, reverse, pur
     drift = 1.0     # product of the rounded factors of the state over the right one
 
     for r in range(0 if reverse else -(-T % 4), T, 4):
+        # once a chunk
         if r > 0 and (r if reverse else T - r) % CHUNK == 0:
             n = (r if reverse else T - r) // CHUNK - 1
             _drop_least(state, least)
@@ -199,6 +211,7 @@ def _scan(query, key, value, decay, least, out, b, h, first, width, reverse, pur
         else:
             drift *= keep / kept
 
+        # the four queries and keys, their products, and then with the decays to and from the state
         w00 = w10 = w11 = w20 = w21 = w22 = w30 = w31 = w32 = w33 = kind(0)
         for tile in range(tiles):
             begin, base = tile * WIDE, tile * 8 * WIDE
@@ -220,6 +233,7 @@ def _scan(query, key, value, decay, least, out, b, h, first, width, reverse, pur
             _scale(scratch, base + 5 * WIDE, kind(c2 * c3), wide)
             _scale(scratch, base + 6 * WIDE, kind(c3), wide)
 
+        # the state, two rows at a time
         for lane in range(4):
             _fill(values, lane * WIDE, value, b, t0 + lane * step, h, first, width)
         sums[:] = 0
@@ -229,6 +243,8 @@ def _scan(query, key, value, decay, least, out, b, h, first, width, reverse, pur
             for x in range(0, width, 2):
                 row = x * padded + begin
                 _two_rows(state, row, row + padded, scratch, tile * 8 * WIDE, sums, values, x, keep, wide)
+
+        # the outputs
         _add_earlier(sums, values, width, kind(c1) * w10, kind(c1 * c2) * w20, kind(c2) * w21,
                      kind(c1 * c2 * c3) * w30, kind(c2 * c3) * w31, kind(c3) * w32)
         for lane in range(4):
@@ -236,16 +252,26 @@ def _scan(query, key, value, decay, least, out, b, h, first, width, reverse, pur
             if t >= 0:
                 if len(ends):
                     ends[t] += _dot(sums, lane * WIDE, partner, b, t, h, first, width)
-                own = w00 if lane == 0 else w11 if lane == 1 else w22 if lane == 2 else w33
-                _finish(sums, values, lane * WIDE, own, out, b, t, h, first, width)
+                weight = w00
+                if lane == 1:
+                    weight = w11
+                if lane == 2:
+                    weight = w22
+                if lane == 3:
+                    weight = w33
+                _finish(sums, values, lane * WIDE, weight, out, b, t, h, first, width)
 
 
-# A constant as an argument would make a scan of its own, compiled once more: `reverse` and `purpose` are values.
+# A constant as an argument would make a further scan, compiled once more: `reverse` and `purpose` are values.
+
 
 @loop
 def _columns(query, key, value, decay, least, out, states, blocks, width, task):
-    """A block of out's columns of one row and head."""
-    H, D, row, first, none = value.shape[2], value.shape[3], task // blocks, task % blocks * width, np.zeros(0)
+    """Makes a block of out's columns of one row and head."""
+    H, D = value.shape[2:]
+    row = task // blocks
+    first = task % blocks * width
+    none = np.zeros(0)
     reverse, purpose = task < 0, STORE if states.shape[1] else NOTHING
     _scan(query, key, value, decay, least, out, row // H, row % H, first, min(width, D - first), reverse, purpose,
           states[row], none, value, none)
@@ -253,10 +279,16 @@ def _columns(query, key, value, decay, least, out, states, blocks, width, task):
 
 @loop
 def _gradient(grad, query, key, value, decay, least, states, dquery, dkey, dvalue, crossing, ends, begins, task):
-    """dquery, dkey or dvalue of one row and head, and what the decays' gradient needs of it."""
-    H, M, D, row, which = query.shape[2], query.shape[3], value.shape[3], task // 3, task % 3
-    b, h, none, state, across = row // H, row % H, np.zeros(0), states[row], crossing[row]
-    reverse, purpose = which > 0, MULTIPLY if which == 2 and len(across) else NOTHING
+    """Makes dquery, dkey or dvalue of one row and head, and what the decays' gradient needs of it."""
+    H, M = query.shape[2:]
+    D = value.shape[3]
+    row, which = task // 3, task % 3
+    b, h = row // H, row % H
+    none = np.zeros(0)
+    state = states[row]
+    across = crossing[row]
+    reverse = which > 0
+    purpose = MULTIPLY if which == 2 and len(across) else NOTHING
     if which == 0:
         for first in range(0, M, WIDE):
             _scan(grad, value, key, decay, least, dquery, b, h, first, min(WIDE, M - first), reverse, purpose,
@@ -273,10 +305,11 @@ def _gradient(grad, query, key, value, decay, least, states, dquery, dkey, dvalu
 
 @loop
 def _decay_gradient(crossing, ends, begins, decay, ddecay):
-    """ddecay (B, T, H) from what is added up for each token."""
+    """Makes ddecay (B, T, H) from what is added up for each token."""
     B, T, H = decay.shape
     for row in range(B * H):
-        b, h, total = row // H, row % H, 0.0
+        b, h = row // H, row % H
+        total = 0.0
         for t in range(T):
             if t > 0 and (T - t) % CHUNK == 0:
                 total = crossing[row, (T - t) // CHUNK - 1]
@@ -300,20 +333,24 @@ def _backward(grad, query, key, value, decay, least, states, dquery, dkey, dvalu
 
 
 def stored_states(T: int) -> int:
-    """How many states of a row and head forward() stores where the decays' gradient may be wanted."""
+    """Returns how many states of a row and head forward() stores where the decays' gradient may be wanted."""
     return (T - 1) // CHUNK
 
 
-def forward(query: np.ndarray, key: np.ndarray, value: np.ndarray, decay: np.ndarray, out: np.ndarray,
-            states: np.ndarray):
+def forward(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, decay: np.ndarray, out: np.ndarray, states: np.ndarray
+):
     """
     Writes out (B, T, H, D) and states (B*H*N, D, M), N = stored_states(T) or 0. decay (B, T, H) float64, 0 at a
     document's start.
     """
-    rows, D = value.shape[0] * value.shape[2], value.shape[3]
+    rows = value.shape[0] * value.shape[2]
+    D = value.shape[3]
     states = states.reshape(rows, len(states) // rows, *states.shape[1:])
+
+    # of one row and head the threads share the columns, in blocks that are worth a scan
     blocks = -(-D // WIDE)
-    if rows * blocks < 2:  # one row and head: its columns for the other threads, in blocks that are worth a scan
+    if rows * blocks < 2:
         blocks = max(1, min(4, D // 16))
     width = -(-D // blocks)
     blocks = -(-D // width)
@@ -321,17 +358,26 @@ def forward(query: np.ndarray, key: np.ndarray, value: np.ndarray, decay: np.nda
     _forward(query, key, value, decay, LEAST[value.itemsize], out, states, blocks, width)
 
 
-def backward(grad: np.ndarray, query: np.ndarray, key: np.ndarray, value: np.ndarray, decay: np.ndarray,
-             states: np.ndarray, dquery: np.ndarray, dkey: np.ndarray, dvalue: np.ndarray, ddecay: np.ndarray):
+def backward(
+    grad: np.ndarray, query: np.ndarray, key: np.ndarray, value: np.ndarray, decay: np.ndarray, states: np.ndarray,
+    dquery: np.ndarray, dkey: np.ndarray, dvalue: np.ndarray, ddecay: np.ndarray
+):
     """
     Writes the gradients; ddecay (B, T, H) float64, that of the decays' logarithms, unless it is empty: it needs the
     states that forward() has stored.
     """
-    rows, T, least = value.shape[0] * value.shape[2], value.shape[1], LEAST[value.itemsize]
-    states, wanted = states.reshape(rows, len(states) // rows, *states.shape[1:]), ddecay.size > 0
-    ends, begins = np.zeros((rows, T if wanted else 0)), np.zeros((rows, T if wanted else 0))
+    # what the decays' gradient is made of, for each token
+    rows = value.shape[0] * value.shape[2]
+    states = states.reshape(rows, len(states) // rows, *states.shape[1:])
+    wanted = ddecay.size > 0
+    tokens = value.shape[1] if wanted else 0
+    ends = np.zeros((rows, tokens))
+    begins = np.zeros((rows, tokens))
     crossing = np.zeros((rows, states.shape[1] if wanted else 0))
+
+    # the gradients
     use_threads(3 * rows)
+    least = LEAST[value.itemsize]
     _backward(grad, query, key, value, decay, least, states, dquery, dkey, dvalue, crossing, ends, begins)
     if wanted:
         _decay_gradient(crossing, ends, begins, decay, ddecay)

@@ -2,10 +2,10 @@
 The short convolution as loops for a CPU: four tokens at a time, with all their taps in one pass over the channels, so
 that the four share what they read. Tokens at the edges of documents and rows go one by one, tap by tap.
 
-Tasks of TOKENS tokens of one row run side by side; each writes its own tokens and its own part of the taps' gradient.
+Tasks of TOKENS tokens of one row run side by side; each writes its tokens and what they add to the taps' gradient.
 x (B, L, C) holds lead = L - T tokens before the T of y and of positions. `width`, a tuple of min(n, MOST_WIDE) numbers,
-is there for its length alone: as a part of the type it is known when a loop is compiled, which then holds that many
-products; taps beyond it have passes of their own.
+is there for its length alone: it belongs to the type and is known when a loop is compiled, which then holds that many
+products; taps beyond it have further passes.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ MOST_WIDE = 4   # taps in one pass
 
 @inline_loop
 def _sees(positions, t, shift, lead):
-    """Whether token t reads the one `shift` before it: one of its document, and of x."""
+    """Returns whether token t reads the one `shift` before it: one of its document, and of x."""
     return shift == 0 or (positions[t] >= shift and shift <= t + lead)
 
 
@@ -37,25 +37,35 @@ def _add_product(out, x, y):
 
 @loop
 def _add_products(out, x, y):
-    """Of four rows of x and y."""
+    """Adds the products of four rows of x and y."""
     for c in range(len(out)):
         out[c] += x[0, c] * y[0, c] + x[1, c] * y[1, c] + (x[2, c] * y[2, c] + x[3, c] * y[3, c])
 
 
 @loop
 def _combine(out, first, taps, rows, row, step, width):
-    """out_{first+k} = sum over s < n of taps_{n-1-s} rows_{row + step s + k}, for k < 4."""
+    """Sets out_{first+k} = sum over s < n of taps_{n-1-s} rows_{row + step s + k}, for k < 4."""
+    # the first taps in one pass over the channels
     n = len(taps)
-    out0, out1, out2, out3 = out[first], out[first + 1], out[first + 2], out[first + 3]
+    out0 = out[first]
+    out1 = out[first + 1]
+    out2 = out[first + 2]
+    out3 = out[first + 3]
     for c in range(len(out0)):
         sum0 = sum1 = sum2 = sum3 = taps.dtype.type(0)
         for s in range(len(width)):
-            tap, r = taps[n - 1 - s, c], row + step * s
+            tap = taps[n - 1 - s, c]
+            r = row + step * s
             sum0 += tap * rows[r, c]
             sum1 += tap * rows[r + 1, c]
             sum2 += tap * rows[r + 2, c]
             sum3 += tap * rows[r + 3, c]
-        out0[c], out1[c], out2[c], out3[c] = sum0, sum1, sum2, sum3
+        out0[c] = sum0
+        out1[c] = sum1
+        out2[c] = sum2
+        out3[c] = sum3
+
+    # the others tap by tap
     for s in range(len(width), n):
         for k in range(4):
             _add_product(out[first + k], taps[n - 1 - s], rows[row + step * s + k])
@@ -63,16 +73,26 @@ def _combine(out, first, taps, rows, row, step, width):
 
 @loop
 def _forward_task(x, taps, positions, y, width, b, first):
-    n, T, lead = len(taps), y.shape[1], x.shape[1] - y.shape[1]
-    x, positions, y, t, end = x[b], positions[b], y[b], first, min(first + TOKENS, T)
+    """Makes the tokens first .. first + TOKENS - 1 of y, of one row."""
+    n = len(taps)
+    T = y.shape[1]
+    lead = x.shape[1] - T
+    x = x[b]
+    y = y[b]
+    positions = positions[b]
+    end = min(first + TOKENS, T)
+    t = first
     while t < end:
-        whole = 0
-        while whole < 4 and t + whole < end and _sees(positions, t + whole, n - 1, lead):
-            whole += 1
-        if whole == 4:
+        # four tokens that see all taps
+        seen = 0
+        while seen < 4 and t + seen < end and _sees(positions, t + seen, n - 1, lead):
+            seen += 1
+        if seen == 4:
             _combine(y, t, taps, x, t + lead, -1, width)
             t += 4
             continue
+
+        # or one
         _clear(y[t])
         for s in range(n):
             if _sees(positions, t, s, lead):
@@ -82,22 +102,33 @@ def _forward_task(x, taps, positions, y, width, b, first):
 
 @loop
 def _backward_task(g, x, taps, positions, dx, sums, width, b, first):
-    n, T, lead = len(taps), g.shape[1], x.shape[1] - g.shape[1]
-    g, x, positions, dx, r, end = g[b], x[b], positions[b], dx[b], first, min(first + TOKENS, x.shape[1])
+    """Makes the tokens first .. first + TOKENS - 1 of dx, of one row, and sums (n, C), the taps' gradient from them."""
+    n = len(taps)
+    T = g.shape[1]
+    lead = x.shape[1] - T
+    end = min(first + TOKENS, x.shape[1])
+    g = g[b]
+    x = x[b]
+    dx = dx[b]
+    positions = positions[b]
+    r = first
     for s in range(n):
         _clear(sums[s])
     while r < end:
         # four tokens of x, each read by all n from it on, which are n + 3
-        t, whole = r - lead, 0
+        t = r - lead
+        seen = 0
         if r + 4 <= end and t >= 0 and t + n + 3 <= T:
-            while whole < n + 3 and _sees(positions, t + whole, min(whole, n - 1), lead):
-                whole += 1
-        if whole == n + 3:
+            while seen < n + 3 and _sees(positions, t + seen, min(seen, n - 1), lead):
+                seen += 1
+        if seen == n + 3:
             _combine(dx, r, taps, g, t, 1, width)
             for s in range(n):
                 _add_products(sums[n - 1 - s], x[r:r + 4], g[t + s:t + s + 4])
             r += 4
             continue
+
+        # or one
         _clear(dx[r])
         for s in range(max(0, -t), min(n, T - t)):
             if _sees(positions, t + s, s, lead):
@@ -127,7 +158,7 @@ def forward(x: np.ndarray, taps: np.ndarray, positions: np.ndarray, y: np.ndarra
 
 
 def backward(g: np.ndarray, x: np.ndarray, taps: np.ndarray, positions: np.ndarray, dx: np.ndarray) -> np.ndarray:
-    """Writes dx (B, L, C); returns what each task adds to the taps' gradient, (tasks, n, C)."""
+    """Writes dx (B, L, C). Returns what each task adds to the taps' gradient, (tasks, n, C)."""
     partial = np.empty((_tasks(x), *taps.shape), taps.dtype)
     use_threads(len(partial))
     _backward(g, x, taps, positions, dx, partial, _width(taps))

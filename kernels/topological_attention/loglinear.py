@@ -110,7 +110,7 @@ def _loop_backward(
     # what the loops read
     inputs = _loop_inputs(loops, x)
     upstream = _rows(grad_out, dtype)
-    results = loops.Results(
+    forward_results = loops.Results(
         _rows(out, dtype).numpy().reshape(-1),
         row_max.contiguous().numpy(),
         normalizer.contiguous().numpy(),
@@ -130,9 +130,9 @@ def _loop_backward(
         log_decay.numpy(),
         key_bias.numpy(),
     )
-    loops.topological_pass(True, inputs, results, gradients, x.window or T, upstream.shape[-1])
-    made = (query, key, value[..., :D].contiguous(), log_decay, key_bias)
-    return [gradient.to(t.dtype) for gradient, t in zip(made, x.floats) if t is not None]
+    loops.topological_pass(True, inputs, forward_results, gradients, x.window or T, upstream.shape[-1])
+    results = (query, key, value[..., :D].contiguous(), log_decay, key_bias)
+    return [gradient.to(t.dtype) for gradient, t in zip(results, x.floats) if t is not None]
 
 
 # ---- Where neither loops nor kernels serve: the reference -------------------

@@ -25,14 +25,14 @@ E_ij = P_ij (u_i . v_j - delta_i):
     db_j = sum over a_i > b_j of E_ij - sum over a_i < b_j of E_ij     from V and U of [u_i, delta_i]
     dv_j = sum_i P_ij u_i                                              from the same tables
     dc_j = sum_i E_ij                                                  from the same tables
-For keys, targets and sources change places. Both tables are read, and equal coordinates are on neither side: where a
-node has such pairs, each table is read with its own ranks, and the pairs' parts of dv and dc are summed by themselves.
+For keys, targets and sources are exchanged. Both tables are read, and equal coordinates are on neither side: where a
+node has such pairs, each table is read with its own ranks, and what the pairs give to dv and dc is summed by itself.
 So a distance of 0 has exactly no derivative.
 
 Work: a level costs a token of a row 2 (D + 1) multiply-adds forward and 5 (D + 1) backward, 2 steps of a merge, and
 forward about 4 exponentials, which are computed in vectors.
 
-Tasks: a short row goes through all its steps in one task, if it is at most SUBTREE tokens long, or at most WHOLE_ROW
+Tasks: a short row goes through all its steps in one task, if it is at most SUBTREE tokens long, or at most TASK_ROW
 where there are rows enough for all threads. Longer rows go step by step, some rows at a time, and the threads share
 each step; loops.run_stages runs the tasks. Where a sequence has several heads, a row's numbers are packed: they are
 copied to an array where they lie one after another. Results are equal bit for bit whatever the number of threads.
@@ -58,7 +58,7 @@ from kernels.topological_attention.reference import CHUNK, LOG2_E, LOWEST
 
 SUBTREE_LEVELS = 4
 SUBTREE = CHUNK << SUBTREE_LEVELS   # tokens that one thread takes through their levels: they stay in its cache
-WHOLE_ROW = 2048        # tokens of the longest row that one thread takes by itself where there are rows enough
+TASK_ROW = 2048        # tokens of the longest row that one thread takes by itself where there are rows enough
 GROUP_TOKENS = 1 << 13  # tokens of the rows that are worked on at once, unless one row has more
 TABLE = 1 << 14         # numbers of a table of rows
 NEGLIGIBLE = 2.0 ** -80     # a weight below which a target does not read a row
@@ -125,7 +125,7 @@ class Work(NamedTuple):
     columns: np.ndarray         # (D CHUNK): u of a chunk's queries by columns
 
 
-# ---- Rows of D numbers
+# ---- Rows of D numbers ------------------------------------------------------
 
 
 @inner_loop
@@ -204,7 +204,7 @@ def _add_products(to, r, count, keep, weights, at, to_step, by_step, by, first, 
             store(to.data, i + k * to.step, y)
 
 
-# ---- Lists of a node's keys and queries
+# ---- Lists of a node's keys and queries -------------------------------------
 
 
 @called_loop
@@ -234,7 +234,7 @@ def _sort_runs(codes, first, last, is_query, items, other, at):
     """
     Writes the sorted items of the positions first .. last - 1 to `items`, from index `at` on. The array `other`, which
     is as long, is overwritten. Codes are int32 numbers in the order of the coordinates, equal where those are equal.
-    Inside a run of 16 items the place of each is the number of smaller ones. A chunk has two runs, which are merged.
+    Inside a run of 16 items the rank of each is the number of smaller ones. A chunk has two runs, which are merged.
     """
     for start in range(first, last, 16):
         end = min(start + 16, last)
@@ -247,10 +247,10 @@ def _sort_runs(codes, first, last, is_query, items, other, at):
         # and the same in order
         for k in range(run.shape[0]):
             item = run[k]
-            place = 0
+            rank = 0
             for x in run:
-                place += np.int64(x < item)
-            other[at + start - first + place] = item
+                rank += np.int64(x < item)
+            other[at + start - first + rank] = item
 
     middle = at + min(16, last - first)
     end = at + last - first
@@ -287,7 +287,7 @@ def _split(items, work, key_first, key_last, query_first, query_last):
         is_source = (is_query == 0) & (position >= key_first) & (position < key_last)
         is_target = (is_query == 1) & (position >= query_first) & (position < query_last)
 
-        # Every item is written at both places, and only the counts tell which one stays: no branch.
+        # Every item is written to both lists, and only the counts tell which one stays: no branch.
         source[sources], back[sources] = position, targets
         sources += np.int64(is_source)
         target[targets], rank[targets] = position, sources
@@ -321,7 +321,7 @@ def _other_ranks(key_codes, query_codes, work, sources, targets):
         work.back[r] = below
 
 
-# ---- Sources act on targets of another node
+# ---- Sources act on targets of another node ---------------------------------
 
 
 @inner_loop
@@ -482,7 +482,7 @@ def _read(mode, sides, targets, sums, order, rank, first, last, before, work, D)
                 sums.normalizer[i] = kept[k] * sums.normalizer[i] + (a * up[r + D] + b * down[r + D])
                 continue
 
-            # P_ij u_i . v_j, summed over the sources of each side; the part of delta follows
+            # P_ij u_i . v_j, summed over the sources of each side; the term of delta follows
             e_up, e_down = a * _dot(rows.data, row, up, r, D), b * _dot(rows.data, row, down, r, D)
             if mode == QUERY_GRADIENT:
                 sums.normalizer[i] += (e_down - e_up) + targets.unit[i] * (a * up[r + D] - b * down[r + D])
@@ -538,12 +538,12 @@ def _act(mode, sides, sources, targets, sums, source, count, target, rank, reade
 @called_loop
 def _act_on_equals(keys, queries, sums, key_codes, query_codes, work, sources, targets, D):
     """
-    Adds to dv and dc the parts of pairs with equal coordinates. For each coordinate that sources and targets share, the
+    Adds to dv and dc what pairs with equal coordinates give. For each coordinate that sources and targets share, the
     queries' rows [u_i, delta_i] are summed once, and every such key takes this sum.
     """
     table = work.table[0]
     source, target = work.source, work.target
-    given, taken = queries.rows, keys.rows
+    query_rows, key_rows = queries.rows, keys.rows
     first = 0
     t = 0
     while first < sources:
@@ -564,19 +564,19 @@ def _act_on_equals(keys, queries, sums, key_codes, query_codes, work, sources, t
         for k in range(t, until):
             i = target[k]
             add = table.dtype.type(2.0 ** (queries.bias[i] - highest))
-            _mix(table, 0, table.dtype.type(1), given.data, given.base + i * given.step, add, D)
+            _mix(table, 0, table.dtype.type(1), query_rows.data, query_rows.base + i * query_rows.step, add, D)
             table[D] += add * queries.unit[i]
 
         # every key takes it
         for k in range(first, last if until > t else first):
             j = source[k]
-            weight, row = table.dtype.type(2.0 ** (keys.bias[j] + highest)), taken.base + j * taken.step
+            weight, row = table.dtype.type(2.0 ** (keys.bias[j] + highest)), key_rows.base + j * key_rows.step
             _mix(sums.rows.data, sums.rows.base + j * sums.rows.step, table.dtype.type(1), table, 0, weight, D)
-            sums.bias_gradient[j] += weight * (_dot(taken.data, row, table, 0, D) - table[D])
+            sums.bias_gradient[j] += weight * (_dot(key_rows.data, row, table, 0, D) - table[D])
         first, t = last, until
 
 
-# ---- Pairs inside a chunk
+# ---- Pairs inside a chunk ---------------------------------------------------
 
 
 @inner_loop
@@ -680,7 +680,7 @@ def _chunk_forward(
 
 @inner_loop
 def _chunk_backward(keys, queries, sums, start, key_first, key_last, query_first, query_last, shift, lower, work, D):
-    """Adds the parts of the same pairs to all gradients."""
+    """Adds what the same pairs give to all gradients."""
     _take_queries(QUERY_GRADIENT, queries, sums, start, query_first, query_last, True, work, D)
     triangle = 0 if lower else 64
     in_documents = start[query_last - 1] > key_first
@@ -728,7 +728,7 @@ def _chunk_backward(keys, queries, sums, start, key_first, key_last, query_first
         sums.normalizer[query_first + k] += gradient[k]
 
 
-# ---- A triangle of pairs
+# ---- A triangle of pairs ----------------------------------------------------
 
 
 class Triangle(NamedTuple):
@@ -743,13 +743,13 @@ class Triangle(NamedTuple):
 
 @inner_loop
 def _span(base, count, first, last):
-    """Returns the first token and the end of a block's places first .. last - 1, of which only `count` exist."""
+    """Returns the first token and the end of a block's positions first .. last - 1, of which only `count` exist."""
     return base + min(first, count), base + min(last, count)
 
 
 @inner_loop
 def _list_of(lists, level, triangle, first, last):
-    """Returns the sorted list, at this level, of the node of the places first .. last - 1."""
+    """Returns the sorted list, at this level, of the node of the positions first .. last - 1."""
     length = max(0, min(last, triangle.key_count) - first) + max(0, min(last, triangle.query_count) - first)
     at = triangle.at + 2 * first
     return lists[level % 2, at:at + length]
@@ -760,8 +760,8 @@ def _meet(
     backward, keys, queries, sums, start, key_codes, query_codes, lists, level, triangle, first, middle, last, work, D
 ):
     """
-    Brings two nodes of a level together: the places first .. middle - 1 and middle .. last - 1. Their lists become one
-    list of the next level, and the sources of one node act on the targets of the other.
+    Brings two nodes of a level together: the positions first .. middle - 1 and middle .. last - 1. Their lists become
+    one list of the next level, and the sources of one node act on the targets of the other.
     """
     # one list of both
     merged = _list_of(lists, level + 1, triangle, first, last)
@@ -822,7 +822,7 @@ def _meet(
         _act_on_equals(keys, queries, sums, key_codes, query_codes, work, sources, targets, D)
 
 
-# ---- A pass over all rows
+# ---- A pass over all rows ---------------------------------------------------
 
 
 class Inputs(NamedTuple):
@@ -875,8 +875,8 @@ class Row(NamedTuple):
     key_head: int
     packed: bool
     value: Matrix       # v where the caller has it
-    given: Matrix       # out, or backward u, where the caller has it
-    made: Matrix        # out, or backward dv, where the caller wants it
+    of_query: Matrix    # out, or backward u, where the caller has it
+    result: Matrix      # out, or backward dv, where the caller wants it
     keys: Side
     queries: Side
     sums: Sums
@@ -897,14 +897,14 @@ def _row(backward, inputs, results, gradients, wide, narrow, packed, number, hea
     # where the caller has their rows
     value = Matrix(inputs.value, (batch * T * kv_heads + key_head) * D, kv_heads * D)
     by_query = (batch * T * H + head) * D
-    given = Matrix(gradients.upstream if backward else results.out, by_query, H * D)
-    made = Matrix(gradients.value, value.base, value.step) if backward else given
+    of_query = Matrix(gradients.upstream if backward else results.out, by_query, H * D)
+    result = Matrix(gradients.value, value.base, value.step) if backward else of_query
 
     # where the loops have them
     is_packed = packed.shape[1] > 0
     of_keys = value
-    of_queries = given
-    of_sums = made
+    of_queries = of_query
+    of_sums = result
     if is_packed:
         of_keys = Matrix(packed[0], 0, D)
         of_queries = Matrix(packed[1], 0, D)
@@ -912,7 +912,7 @@ def _row(backward, inputs, results, gradients, wide, narrow, packed, number, hea
     keys = Side(wide[0], wide[1], narrow[0], of_keys)
     queries = Side(wide[2], wide[3], narrow[1], of_queries)
     sums = Sums(wide[4], narrow[2], narrow[3], narrow[4], of_sums)
-    return Row(batch, head, key_head, is_packed, value, given, made, keys, queries, sums)
+    return Row(batch, head, key_head, is_packed, value, of_query, result, keys, queries, sums)
 
 
 @called_loop
@@ -960,7 +960,7 @@ def _begin(backward, inputs, results, row, first, last, D):
         for i in range(first, last):
             _copy_row(keys.rows.data, i * D, row.value.data, row.value.base + i * row.value.step, D)
             if backward:
-                _copy_row(queries.rows.data, i * D, row.given.data, row.given.base + i * row.given.step, D)
+                _copy_row(queries.rows.data, i * D, row.of_query.data, row.of_query.base + i * row.of_query.step, D)
                 for d in range(D):
                     sums.rows.data[i * D + d] = 0
 
@@ -968,9 +968,9 @@ def _begin(backward, inputs, results, row, first, last, D):
     if backward:
         row_max, normalizer = results.row_max[batch, head], results.normalizer[batch, head]
         for i in range(first, last):
-            at = row.given.base + i * row.given.step
+            at = row.of_query.base + i * row.of_query.step
             queries.bias[i] -= row_max[i] + np.log2(normalizer[i])
-            queries.unit[i] = _dot(row.given.data, at, results.out, at, D)
+            queries.unit[i] = _dot(row.of_query.data, at, results.out, at, D)
             sums.normalizer[i] = 0
             sums.key_gradient[i] = 0
             sums.bias_gradient[i] = 0
@@ -980,7 +980,7 @@ def _begin(backward, inputs, results, row, first, last, D):
 def _end(backward, inputs, results, gradients, row, first, last, D):
     """Writes the row's results for the tokens first .. last - 1 to the caller's arrays."""
     sums = row.sums
-    made = row.made
+    result = row.result
     batch = row.batch
     head = row.head
     key_head = row.key_head
@@ -989,10 +989,10 @@ def _end(backward, inputs, results, gradients, row, first, last, D):
     if not backward:
         row_max, normalizer = results.row_max[batch, head], results.normalizer[batch, head]
         for i in range(first, last):
-            at, to = sums.rows.base + i * sums.rows.step, made.base + i * made.step
+            at, to = sums.rows.base + i * sums.rows.step, result.base + i * result.step
             inverse = splat(sums.normalizer.dtype.type(1) / sums.normalizer[i])
             for d in range(0, D, 8):
-                store(made.data, to + d, load(sums.rows.data, at + d) * inverse)
+                store(result.data, to + d, load(sums.rows.data, at + d) * inverse)
             row_max[i], normalizer[i] = sums.highest[i], sums.normalizer[i]
         return
 
@@ -1001,9 +1001,9 @@ def _end(backward, inputs, results, gradients, row, first, last, D):
     biased = inputs.key_bias.shape[2] > 0
     for i in range(first, last):
         if row.packed:
-            to = made.base + i * made.step
+            to = result.base + i * result.step
             for d in range(0, D, 8):
-                store(made.data, to + d, load(made.data, to + d) + load(sums.rows.data, i * D + d))
+                store(result.data, to + d, load(result.data, to + d) + load(sums.rows.data, i * D + d))
         grad_query[i] = sums.normalizer[i]
         grad_key[i] += sums.key_gradient[i]
         if biased:
@@ -1109,7 +1109,7 @@ class Plan(NamedTuple):
     settings: np.ndarray        # (3) int64: whether the pass is the backward one, the window, D
     # (stages, 3) int64: the step, or -1 for all of them one after another; the first row; the head of each group
     stages: np.ndarray
-    steps: np.ndarray           # (steps, 2) int64: the kind of each step of a row, and the number of its parts
+    steps: np.ndarray           # (steps, 2) int64: the kind of each step of a row, and the number of its pieces
     query: np.ndarray           # 8 arrays of Inputs
     key: np.ndarray
     value: np.ndarray
@@ -1127,7 +1127,7 @@ class Plan(NamedTuple):
     grad_value: np.ndarray
     grad_decay: np.ndarray
     grad_bias: np.ndarray
-    # arrays of the slots, as _row takes them apart; a slot is a row's, or a thread's that takes whole rows
+    # arrays of the slots, as _row takes them apart; a slot is a row's, or a thread's that takes rows by itself
     wide: np.ndarray            # (slots, 5, T + CHUNK) float64
     narrow: np.ndarray          # (slots, 5, T + CHUNK)
     packed: np.ndarray          # (slots, 3, T D), or of no numbers: v, out or u, dv
@@ -1146,13 +1146,13 @@ class Plan(NamedTuple):
 
 @called_loop
 def _task(stage, task, thread, plan):
-    """Does one part of one step of a row, or all parts of all steps of a row."""
-    # which row, and which part
+    """Does one piece of one step of a row, or all pieces of all steps of a row."""
+    # which row, and which piece
     step, first_row, head_of_group = plan.stages[stage]
-    whole = step < 0
-    parts = 1 if whole else plan.steps[step, 1]
-    number, part = task // parts, task % parts
-    slot = thread if whole else number
+    all_steps = step < 0
+    pieces = 1 if all_steps else plan.steps[step, 1]
+    number, piece = task // pieces, task % pieces
+    slot = thread if all_steps else number
     backward = plan.settings[0] == 1
     window = plan.settings[1]
     D = plan.settings[2]
@@ -1180,9 +1180,9 @@ def _task(stage, task, thread, plan):
     )
 
     # the step, or all of them
-    for s in range(0 if whole else step, plan.steps.shape[0] if whole else step + 1):
-        kind, parts = plan.steps[s]
-        for p in range(0 if whole else part, parts if whole else part + 1):
+    for s in range(0 if all_steps else step, plan.steps.shape[0] if all_steps else step + 1):
+        kind, pieces = plan.steps[s]
+        for p in range(0 if all_steps else piece, pieces if all_steps else piece + 1):
             first, last = p * SUBTREE, min(inputs.query.shape[1], (p + 1) * SUBTREE)
             if kind == SUM_DECAYS:
                 _sum_decays(inputs, row)
@@ -1203,7 +1203,7 @@ def _task(stage, task, thread, plan):
 @inner_loop
 def _attend(kind, task, backward, window, inputs, row, lists, work, D):
     """
-    Sums the pairs of one part of a step. From kind LEVEL on a part is a pair of nodes of that level above subtrees.
+    Sums the pairs of one piece of a step. From kind LEVEL on a piece is a pair of nodes of that level above subtrees.
     Else it is a subtree or, where there is a window, a triangle of a block of queries.
     """
     keys = row.keys
@@ -1214,7 +1214,7 @@ def _attend(kind, task, backward, window, inputs, row, lists, work, D):
     key_codes = inputs.key_codes[row.batch, :, row.key_head]
     query_codes = inputs.query_codes[row.batch, :, row.head]
 
-    # a subtree: the places first .. last - 1, from nodes of `size` tokens up to one node of `top`
+    # a subtree: the positions first .. last - 1, from nodes of `size` tokens up to one node of `top`
     first = task * SUBTREE
     last = min(T, (task + 1) * SUBTREE)
     size = CHUNK
@@ -1239,9 +1239,9 @@ def _attend(kind, task, backward, window, inputs, row, lists, work, D):
             return
 
     # chunks: pairs inside, and a sorted list of each
-    for place in range(first, last if kind < LEVEL else first, CHUNK):
-        key_first, key_last = _span(triangle.key_base, triangle.key_count, place, place + CHUNK)
-        query_first, query_last = _span(triangle.query_base, triangle.query_count, place, place + CHUNK)
+    for offset in range(first, last if kind < LEVEL else first, CHUNK):
+        key_first, key_last = _span(triangle.key_base, triangle.key_count, offset, offset + CHUNK)
+        query_first, query_last = _span(triangle.query_base, triangle.query_count, offset, offset + CHUNK)
         shift, lower = triangle.query_base - triangle.key_base, triangle.lower
         if key_first < key_last and query_first < query_last:
             if backward:
@@ -1254,17 +1254,17 @@ def _attend(kind, task, backward, window, inputs, row, lists, work, D):
                     keys, queries, sums, start, key_first, key_last, query_first, query_last, shift, lower, fresh,
                     work, D
                 )
-        at = triangle.at + 2 * place
+        at = triangle.at + 2 * offset
         _sort_chunk(lists, at, key_codes, key_first, key_last, query_codes, query_first, query_last)
 
     # pairs of nodes, level by level
     while size < top:
-        for place in range(first, last, 2 * size):
-            middle = place + size
-            end = min(place + 2 * size, last)
+        for offset in range(first, last, 2 * size):
+            middle = offset + size
+            end = min(offset + 2 * size, last)
             _meet(
                 backward, keys, queries, sums, start, key_codes, query_codes, lists, level, triangle,
-                place, middle, end, work, D
+                offset, middle, end, work, D
             )
         size = 2 * size
         level = level + 1
@@ -1312,26 +1312,26 @@ def _layout(
     """Returns the layout of a pass over B sequences of T tokens, with numbers of this dtype and so many threads."""
     rows = B * kv_heads
 
-    # the steps of a row, and into how many parts each is cut
+    # the steps of a row, and into how many pieces each is cut
     width = min(window, T)
     blocks = -(-T // width)
-    pieces = -(-T // SUBTREE)
-    steps = [(SUM_DECAYS, int(decays)), (BEGIN, pieces)]
+    subtrees = -(-T // SUBTREE)
+    steps = [(SUM_DECAYS, int(decays)), (BEGIN, subtrees)]
     if scans:
         steps += [(SCAN, blocks), (SCAN_UPPER, blocks - 1)]
     else:
-        steps += [(LOWER, pieces if blocks == 1 else blocks), (UPPER, blocks - 1)]
-    levels = (pieces - 1).bit_length() if blocks == 1 and not scans else 0
+        steps += [(LOWER, subtrees if blocks == 1 else blocks), (UPPER, blocks - 1)]
+    levels = (subtrees - 1).bit_length() if blocks == 1 and not scans else 0
     steps += [(LEVEL + level, -(-T // (2 * SUBTREE << level))) for level in range(levels)]
-    steps += [(END, pieces), (DECAY_GRADIENTS, int(decays and backward))]
-    steps = [(kind, parts) for kind, parts in steps if parts]
+    steps += [(END, subtrees), (DECAY_GRADIENTS, int(decays and backward))]
+    steps = [(kind, pieces) for kind, pieces in steps if pieces]
 
     # Rows that are short, and many enough for all threads, go through all steps by themselves; others go step by step,
     # some rows at a time.
-    whole = T <= SUBTREE or (T <= WHOLE_ROW and rows >= 4 * threads)
-    slots = threads if whole else max(1, min(rows, GROUP_TOKENS // T))
+    by_row = T <= SUBTREE or (T <= TASK_ROW and rows >= 4 * threads)
+    slots = threads if by_row else max(1, min(rows, GROUP_TOKENS // T))
     heads_of_group = range(H // kv_heads)
-    if whole:
+    if by_row:
         stages = [(-1, 0, head) for head in heads_of_group]
         tasks = [rows] * len(stages)
     else:

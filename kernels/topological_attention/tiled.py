@@ -567,8 +567,8 @@ def _operands(x: Arguments) -> Operands:
 def _limits(dtype: torch.dtype) -> tuple[float, float, float]:
     """
     Returns half the spread of a narrow tile in the forward pass, and the exponents that are added to the weights
-    forward and backward. A row's reference is at most the spread above its best score, so weights lie in [e^-40, 1]: float16
-    has no room for that, and little for the normalised weights of a flat row.
+    forward and backward. A row's reference is at most the spread above its best score, so weights lie in [e^-40, 1]:
+    float16 has no room for that, and little for the normalised weights of a flat row.
     """
     return (6.0, 10.0, 9.7) if dtype == torch.float16 else (20.0, 0.0, 0.0)
 

@@ -1,6 +1,7 @@
 """
-The binned backend of topological attention: on bin centres against the reference, between them against the reference with two keys for each, its limit for
-many bins, and decoding against the whole sequence. Gradients are those of a fixed random projection of the result.
+The binned backend of topological attention: on bin centres against the reference, between them against the reference
+with two keys for each, its limit for many bins, and decoding against the whole sequence. Gradients are those of a fixed
+random projection of the result.
 """
 import math
 
@@ -18,20 +19,40 @@ from kernels.topological_attention.binned import (
 from tests.errors import float_bound, reference_bound, rounding_bound
 
 NAMES = ("query_coord", "key_coord", "value", "log_decay", "key_bias")
-GRIDS = dict(narrow=dict(bins=64, low=-8.0, high=7.75), wide=dict(bins=64, low=-32.0, high=31.0), sharp=dict(bins=64, low=-10080.0, high=10080.0))  # exact centres
-OPTIONS = dict(plain={}, grouped=dict(H=4, kv=2, D=1), decay=dict(decay=0.3, D=16), strong_decay=dict(decay=10.0), bias=dict(bias=1.0, H=3, kv=1),
-               strong_bias=dict(bias=30.0), docs=dict(docs=0.03), all=dict(decay=0.2, bias=10.0, docs=0.03, H=4, kv=2))
+# exact centres
+GRIDS = dict(
+    narrow=dict(bins=64, low=-8.0, high=7.75),
+    wide=dict(bins=64, low=-32.0, high=31.0),
+    sharp=dict(bins=64, low=-10080.0, high=10080.0),
+)
+OPTIONS = dict(
+    plain={},
+    grouped=dict(H=4, kv=2, D=1),
+    decay=dict(decay=0.3, D=16),
+    strong_decay=dict(decay=10.0),
+    bias=dict(bias=1.0, H=3, kv=1),
+    strong_bias=dict(bias=30.0),
+    docs=dict(docs=0.03),
+    all=dict(decay=0.2, bias=10.0, docs=0.03, H=4, kv=2),
+)
 
 
 def inputs(T, grid, B=2, H=2, kv=2, D=5, decay=0.0, bias=0.0, docs=0.0, centres=True, seed=0):
     """
-    Five float64 leaves (None where absent), exact in float32, and doc_start. Coordinates with a spread of a quarter of the grid's range, some outside; centres:
-    keys, and every second query, on bin centres. bias: largest; docs: chance that a token begins a document.
+    Five float64 leaves (None where absent), exact in float32, and doc_start. Coordinates with a spread of a quarter of
+    the grid's range, some outside; centres: keys, and every second query, on bin centres. bias: largest; docs: chance
+    that a token begins a document.
     """
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).float().double()
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).float().double()
+
     width = grid["high"] - grid["low"]
-    query, key, value, log_decay = draw(B, T, H) * width / 4, draw(B, T, kv) * width / 4, draw(B, T, kv, D), -draw(B, T, H).abs() * decay
+    query = draw(B, T, H) * width / 4
+    key = draw(B, T, kv) * width / 4
+    value = draw(B, T, kv, D)
+    log_decay = -draw(B, T, H).abs() * decay
     key_bias = bias * (2 * torch.rand(B, T, kv, generator=generator, dtype=torch.float64) - 1)
     if centres:
         key, query[:, ::2] = nearest(key, **grid), nearest(query[:, ::2], **grid)
@@ -81,25 +102,43 @@ def check(relative_rms, got, expected, tolerance):
 
 
 def two_keys_for_each(query, key, value, log_decay, key_bias, doc_start, bins, low, high):
-    """The reference with spread keys: a key on the centre below and one on the centre above, the logarithms of their linear weights as biases."""
+    """
+    The reference with spread keys: a key on the centre below and one on the centre above, the logarithms of their
+    linear weights as biases.
+    """
     step = (high - low) / (bins - 1)
     position = ((key - low) / step).clamp(0, bins - 1)
     below = position.detach().floor().clamp_max(bins - 2)
-    pairs = lambda first, second: torch.stack((first, second), 2).flatten(1, 2)
+
+    def pairs(first, second):
+        return torch.stack((first, second), 2).flatten(1, 2)
+
     weights = pairs(1 - (position - below), position - below)
     # finite: the first row of a pair, which is left out, may see this key alone
     bias = torch.where(weights > 0, weights.clamp_min(1e-37).log(), -1e30)
-    out = reference(pairs(query, query), pairs(low + step * below, low + step * (below + 1)), pairs(value, value),
-                    None if log_decay is None else pairs(log_decay, torch.zeros_like(log_decay)), bias if key_bias is None else bias + pairs(key_bias, key_bias),
-                    None if doc_start is None else pairs(2 * doc_start, 2 * doc_start))
+    out = reference(
+        pairs(query, query),
+        pairs(low + step * below, low + step * (below + 1)),
+        pairs(value, value),
+        None if log_decay is None else pairs(log_decay, torch.zeros_like(log_decay)),
+        bias if key_bias is None else bias + pairs(key_bias, key_bias),
+        None if doc_start is None else pairs(2 * doc_start, 2 * doc_start),
+    )
     return out[:, 1::2]
 
 
-# ---- values and gradients
+# ---- values and gradients ---------------------------------------------------
 
 # a sharp grid forgets what has decayed below e^-60, however near: tested below
-@pytest.mark.parametrize("options, grid", [pytest.param(OPTIONS[name], GRIDS[grid], id=f"{name}-{grid}") for name in OPTIONS for grid in GRIDS
-                                           if (name, grid) != ("strong_decay", "sharp")])
+@pytest.mark.parametrize(
+    "options, grid",
+    [
+        pytest.param(OPTIONS[name], GRIDS[grid], id=f"{name}-{grid}")
+        for name in OPTIONS
+        for grid in GRIDS
+        if (name, grid) != ("strong_decay", "sharp")
+    ],
+)
 def test_exact_on_bin_centres(relative_rms, options, grid):
     for T in (1, 2, 63, 64, 65, 200):
         tensors, doc_start = inputs(T, grid, **options)
@@ -130,8 +169,12 @@ def test_gradcheck(high):
     grid = dict(bins=9, low=-8.0, high=high)
     tensors, doc_start = inputs(10, grid, B=1, H=2, kv=1, D=2, decay=0.5, bias=2.0, docs=0.2, centres=False)
     inside = [x.detach().clamp(-7.9, high - 0.1) for x in tensors[:2]]  # the derivative jumps at the ends
-    tensors = [x.requires_grad_() for x in (*inside, tensors[2].detach(), tensors[3].detach() - 0.01, tensors[4].detach())]
-    assert torch.autograd.gradcheck(lambda *x: topological_attention_binned(*x, doc_start, **grid), tensors, eps=1e-6, atol=1e-7, rtol=1e-5)
+    tensors = [
+        x.requires_grad_() for x in (*inside, tensors[2].detach(), tensors[3].detach() - 0.01, tensors[4].detach())
+    ]
+    assert torch.autograd.gradcheck(
+        lambda *x: topological_attention_binned(*x, doc_start, **grid), tensors, eps=1e-6, atol=1e-7, rtol=1e-5
+    )
 
 
 def test_straight_through_gradient_is_that_of_the_nearest_centre(relative_rms):
@@ -145,7 +188,9 @@ def test_straight_through_gradient_is_that_of_the_nearest_centre(relative_rms):
 
 def convergence(relative_rms, tensors, spread, bins=(32, 64, 128, 256)):
     expected = reference(*tensors)
-    return [relative_rms(topological_attention_binned(*tensors, bins=n, spread=spread), expected, floor=0.0) for n in bins]
+    return [
+        relative_rms(topological_attention_binned(*tensors, bins=n, spread=spread), expected, floor=0.0) for n in bins
+    ]
 
 
 def test_error_falls_with_the_square_of_the_bins(relative_rms):
@@ -161,7 +206,9 @@ def test_error_falls_with_the_square_of_the_bins(relative_rms):
 
 @pytest.mark.parametrize("spread, fall, last", [(True, 16.0, 0.01), (False, 5.0, 0.03)])
 def test_error_falls_for_any_coordinates(relative_rms, spread, fall, last):
-    """About as bins^-1.5 with spread and bins^-1 without: the pairs of which the query lies between the key's bins decide."""
+    """
+    About as bins^-1.5 with spread and bins^-1 without: the pairs of which the query lies between the key's bins decide.
+    """
     (query, key, *rest), _ = inputs(400, GRIDS["narrow"], centres=False, decay=0.01)
     with torch.no_grad():
         errors = convergence(relative_rms, [query / 4, key / 4, *rest], spread)
@@ -195,14 +242,20 @@ def test_hidden_keys(relative_rms, grid):
 @pytest.mark.parametrize("hidden", [False, True])
 def test_sharp_grid_forgets_what_has_decayed(hidden):
     """
-    A key beside the query, but e^-100 as heavy as one 1,000 away, whose weight then is e^-1000: gone, where the exact result is the near key's value. hidden: by
-    a bias of -inf, the first of all keys.
+    A key beside the query, but e^-100 as heavy as one 1,000 away, whose weight then is e^-1000: gone, where the exact
+    result is the near key's value. hidden: by a bias of -inf, the first of all keys.
     """
-    column = lambda *x: torch.tensor([[0.0, *x]])[:, 0 if hidden else 1:, None]
+    def column(*x):
+        return torch.tensor([[0.0, *x]])[:, 0 if hidden else 1:, None]
+
     value = column(3.0, 5.0)[..., None].clone().requires_grad_()
-    query, key, log_decay = column(0.0, 0.0), column(0.0, 1000.0), column(0.0, -100.0)
+    query = column(0.0, 0.0)
+    key = column(0.0, 1000.0)
+    log_decay = column(0.0, -100.0)
     key_bias = torch.tensor([[-math.inf, 0.0, 0.0]])[..., None] if hidden else None
-    out = topological_attention_binned(query, key, value, log_decay, key_bias, bins=101, low=-1000.0, high=1000.0)[:, -2:]
+    out = topological_attention_binned(query, key, value, log_decay, key_bias, bins=101, low=-1000.0, high=1000.0)[
+        :, -2:
+    ]
     assert out.flatten().tolist() == [3.0, 5.0]
     out.sum().backward()
     assert value.grad.flatten()[-2:].tolist() == [1.0, 1.0]
@@ -212,7 +265,12 @@ def test_sharp_grid_forgets_what_has_decayed(hidden):
 def test_strong_decay_in_float32_is_finite(grid):
     tensors, doc_start = inputs(300, grid, decay=30.0, bias=30.0, docs=0.02)
     for spread in (True, False):
-        assert all(x.isfinite().all() for x in run(topological_attention_binned, tensors, doc_start, torch.float32, spread=spread, **grid).values())
+        assert all(
+            x.isfinite().all()
+            for x in run(
+                topological_attention_binned, tensors, doc_start, torch.float32, spread=spread, **grid
+            ).values()
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -244,10 +302,12 @@ def test_any_strides():
 
 def test_documents_may_be_int64():
     tensors, doc_start = inputs(90, GRIDS["narrow"], **OPTIONS["all"])
-    assert torch.equal(topological_attention_binned(*tensors, doc_start), topological_attention_binned(*tensors, doc_start.long()))
+    assert torch.equal(
+        topological_attention_binned(*tensors, doc_start), topological_attention_binned(*tensors, doc_start.long())
+    )
 
 
-# ---- what does not see what
+# ---- what does not see what -------------------------------------------------
 
 @pytest.mark.parametrize("spread", [True, False])
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
@@ -267,7 +327,10 @@ def test_documents_are_separate(relative_rms, grid):
     tensors, _ = inputs(150, grid, decay=0.1, bias=5.0, centres=False)
     doc_start = torch.where(torch.arange(150) < 70, 0, 70).int().expand(2, -1)
     together = run(topological_attention_binned, tensors, doc_start, **grid)
-    apart = [run(topological_attention_binned, [x[:, part] for x in tensors], None, **grid)["out"] for part in (slice(0, 70), slice(70, 150))]
+    apart = [
+        run(topological_attention_binned, [x[:, part] for x in tensors], None, **grid)["out"]
+        for part in (slice(0, 70), slice(70, 150))
+    ]
     rounding = bound(tensors, grid, torch.float64)
     assert relative_rms(together["out"], torch.cat(apart, 1)) < rounding
     other = [x.detach().clone() for x in tensors]
@@ -279,7 +342,7 @@ def test_documents_are_separate(relative_rms, grid):
                         together["out"][:, 70:]) < rounding + 30 * rounding_bound(2, torch.float64)
 
 
-# ---- slices, graphs, arguments
+# ---- slices, graphs, arguments ----------------------------------------------
 
 @pytest.mark.parametrize("size", [1, 70 * 2 * 64, 70 * 4 * 64, 70 * 8 * 64])
 def test_slices(relative_rms, monkeypatch, size):
@@ -294,13 +357,17 @@ def test_slices_keep_no_features(monkeypatch):
     tensors = [x.detach().requires_grad_() for x in inputs(128, GRIDS["narrow"], B=4, H=4, kv=4)[0][:3]]
     kept = {}
     monkeypatch.setattr(binned, "SLICE", 1)
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.untyped_storage().data_ptr(), x), lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.setdefault(x.untyped_storage().data_ptr(), x), lambda x: x
+    ):
         topological_attention_binned(*tensors, **GRIDS["narrow"])
     assert sum(x.untyped_storage().nbytes() for x in kept.values()) < tensors[0].nbytes * 64
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("grid, spread, size", [("narrow", True, 1 << 24), ("narrow", False, 70 * 2 * 64), ("sharp", True, 1 << 24)])
+@pytest.mark.parametrize(
+    "grid, spread, size", [("narrow", True, 1 << 24), ("narrow", False, 70 * 2 * 64), ("sharp", True, 1 << 24)]
+)
 def test_compiles_as_one_graph(compiler, grid, spread, size, relative_rms, monkeypatch):
     monkeypatch.setattr(binned, "SLICE", size)
     tensors, doc_start = inputs(70, GRIDS[grid], B=1, kv=2, H=2, decay=0.2, bias=10.0, docs=0.03)
@@ -326,26 +393,32 @@ def test_autocast_does_not_round():
     (dict(query_coord=None, key_coord=None), r"query_coord and key_coord must be given for backend binned"),
 ])
 def test_wrong_arguments_are_named(changes, message):
-    arguments = dict(query_coord=torch.zeros(2, 9, 3), key_coord=torch.zeros(2, 9, 3), value=torch.zeros(2, 9, 3, 2), window=9)
+    arguments = dict(
+        query_coord=torch.zeros(2, 9, 3), key_coord=torch.zeros(2, 9, 3), value=torch.zeros(2, 9, 3, 2), window=9
+    )
     assert topological_attention_binned(**arguments).shape == (2, 9, 3, 2)
     with pytest.raises(ValueError, match=message) as error:
         topological_attention_binned(**arguments | changes)
     assert "\n" not in str(error.value)
 
 
-# ---- decoding
+# ---- decoding ---------------------------------------------------------------
 
 def steps(state, tensors, first=0, **options):
     outs = []
     for t in range(first, tensors[0].shape[1]):
-        out, state = topological_attention_binned_step(state, *(None if x is None else x[:, t] for x in tensors), **options)
+        out, state = topological_attention_binned_step(
+            state, *(None if x is None else x[:, t] for x in tensors), **options
+        )
         outs.append(out)
     return torch.stack(outs, 1), state
 
 
 @pytest.mark.parametrize("spread", [True, False])
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-@pytest.mark.parametrize("options", [x for x in OPTIONS.values() if "docs" not in x] + [dict(decay=0.2, bias=10.0, H=4, kv=2)], ids=str)
+@pytest.mark.parametrize(
+    "options", [x for x in OPTIONS.values() if "docs" not in x] + [dict(decay=0.2, bias=10.0, H=4, kv=2)], ids=str
+)
 def test_steps_equal_the_forward_pass(relative_rms, options, grid, spread):
     tensors, _ = inputs(120, grid, centres=False, **options)
     tensors = [None if x is None else x.detach() for x in tensors]
@@ -358,10 +431,16 @@ def test_steps_equal_the_forward_pass(relative_rms, options, grid, spread):
         given = [None if x is None else x.to(dtype) for x in tensors]
         outs, state = steps(BinnedState.empty(B, H, grid["bins"], tensors[2].shape[-1], dtype), given, **place)
         assert relative_rms(outs, expected) < tolerance
-        prompt = topological_attention_binned_state(*(None if x is None else x[:, :77] for x in given[1:]), heads=H, spread=spread, **grid)
+        prompt = topological_attention_binned_state(
+            *(None if x is None else x[:, :77] for x in given[1:]), heads=H, spread=spread, **grid
+        )
         continued, after_prompt = steps(prompt, given, 77, **place)
         assert relative_rms(continued, expected[:, 77:]) < tolerance
-        assert [x.shape for x in after_prompt] == [x.shape for x in state] == [(B, H, grid["bins"], tensors[2].shape[-1] + 1), (B, H)]
+        assert (
+            [x.shape for x in after_prompt]
+            == [x.shape for x in state]
+            == [(B, H, grid["bins"], tensors[2].shape[-1] + 1), (B, H)]
+        )
         whole = topological_attention_binned_state(*given[1:], heads=H, spread=spread, **grid)
         for other in (after_prompt, whole):
             assert all(x.dtype == dtype and relative_rms(x, y) < tolerance for x, y in zip(other, state))
@@ -372,7 +451,10 @@ def test_a_prompt_leaves_its_last_document():
     doc_start = torch.where(torch.arange(100) < 60, 0, 60).int().expand(2, -1)
     tensors = [x.detach() for x in tensors[1:]]
     whole = topological_attention_binned_state(*tensors, doc_start, **GRIDS["narrow"])
-    assert all(torch.equal(x, y) for x, y in zip(whole, topological_attention_binned_state(*(x[:, 60:] for x in tensors), **GRIDS["narrow"])))
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(whole, topological_attention_binned_state(*(x[:, 60:] for x in tensors), **GRIDS["narrow"]))
+    )
 
 
 def test_a_step_costs_the_same_after_any_prompt():
@@ -391,24 +473,37 @@ def test_a_long_decay_leaves_no_denormal_numbers(decay):
     state = BinnedState.empty(1, 1, 16, 2)
     for t in range(400):
         coordinate = torch.full((1, 1), -5.0 if t < 5 else 5.0)
-        out, state = topological_attention_binned_step(state, coordinate, coordinate, torch.tensor([[[1.0, t]]]), torch.full((1, 1), decay))
-    assert not ((state.sums != 0) & (state.sums.abs() < 1e-35)).any() and (state.sums[..., :8, :] == 0).all() and state.sums[..., 8:, :].any()
+        out, state = topological_attention_binned_step(
+            state, coordinate, coordinate, torch.tensor([[[1.0, t]]]), torch.full((1, 1), decay)
+        )
+    assert (
+        not ((state.sums != 0) & (state.sums.abs() < 1e-35)).any()
+        and (state.sums[..., :8, :] == 0).all()
+        and state.sums[..., 8:, :].any()
+    )
     assert out[0, 0, 0] == 1 and out.isfinite().all()
 
 
 def test_step_keeps_the_state_and_values_dtype():
     state = BinnedState.empty(1, 2, 16, 3)
-    out, after = topological_attention_binned_step(state, torch.zeros(1, 2).bfloat16(), torch.zeros(1, 1), torch.ones(1, 1, 3).bfloat16())
-    assert out.dtype == torch.bfloat16 and after.sums.dtype == after.log_scale.dtype == torch.float32 and (out == 1).all()
+    out, after = topological_attention_binned_step(
+        state, torch.zeros(1, 2).bfloat16(), torch.zeros(1, 1), torch.ones(1, 1, 3).bfloat16()
+    )
+    assert (
+        out.dtype == torch.bfloat16 and after.sums.dtype == after.log_scale.dtype == torch.float32 and (out == 1).all()
+    )
     assert not state.sums.any()
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(query_coord=torch.zeros(2, 3)), r"query_coord must be \(2, 4\) for a state of sums \(2, 4, 16, 6\) and 2 heads of keys, got \(2, 3\)"),
+    (
+        dict(query_coord=torch.zeros(2, 3)),
+        r"query_coord must be \(2, 4\) for a state of sums \(2, 4, 16, 6\) and 2 heads of keys, got \(2, 3\)",
+    ),
     (dict(value=torch.zeros(2, 2, 6)), r"value must be \(2, 2, 5\) .* got \(2, 2, 6\)"),
     (dict(log_decay=torch.zeros(2, 2)), r"log_decay must be \(2, 4\)"),
     (dict(key_bias=torch.zeros(2, 4)), r"key_bias must be \(2, 2\)"),
-    (dict(key_coord=torch.zeros(2, 3), value=torch.zeros(2, 3, 5)), r"key_coord has 3 heads, which must divide the state's 4"),
+    (dict(key_coord=torch.zeros(2, 3), value=torch.zeros(2, 3, 5)), "key_coord has 3 heads, which must divide the"),
 ])
 def test_step_names_wrong_shapes(changes, message):
     arguments = dict(query_coord=torch.zeros(2, 4), key_coord=torch.zeros(2, 2), value=torch.zeros(2, 2, 5))
@@ -416,22 +511,29 @@ def test_step_names_wrong_shapes(changes, message):
         topological_attention_binned_step(BinnedState.empty(2, 4, 16, 5), **arguments | changes)
 
 
-# ---- on a GPU
+# ---- on a GPU ---------------------------------------------------------------
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1.5e-2), (torch.float16, 1e-3), (torch.float32, 5e-5)])
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 def test_gpu_equals_the_reference(grid, dtype, tolerance, relative_rms, poison):
     tensors, doc_start = inputs(700, grid, D=64, decay=0.05, bias=3.0, docs=0.005, H=4, kv=2)
-    leaves = [x.detach().to("cuda", dtype if name == "value" else torch.float32).requires_grad_() for name, x in zip(NAMES, tensors)]
+    leaves = [
+        x.detach().to("cuda", dtype if name == "value" else torch.float32).requires_grad_()
+        for name, x in zip(NAMES, tensors)
+    ]
     poison(torch.empty(1 << 26, device="cuda"))  # what the allocator hands out next
     out = topological_attention_binned(*leaves, doc_start.cuda(), spread=False, **grid)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     gradients = torch.autograd.grad(out, leaves, upstream.cuda())
     exact = [x.detach().cpu().double().requires_grad_() for x in leaves]
     expected = reference(*exact, doc_start)
-    check(relative_rms, dict(zip(("out", *NAMES), (out, *gradients))),
-          dict(zip(("out", *NAMES), (expected, *torch.autograd.grad(expected, exact, upstream.double())))), tolerance * (3 if grid is GRIDS["sharp"] else 1))
+    check(
+        relative_rms,
+        dict(zip(("out", *NAMES), (out, *gradients))),
+        dict(zip(("out", *NAMES), (expected, *torch.autograd.grad(expected, exact, upstream.double())))),
+        tolerance * (3 if grid is GRIDS["sharp"] else 1),
+    )
 
 
 @pytest.mark.gpu

@@ -17,9 +17,17 @@ from tests.kernels.processes import ROOT
 def rows(T, B=2, H=4, kv=2, D=8, decay=0.0, bias=False, docs=False, coordinates=True, seed=0):
     """Arguments of topological_attention by name, in float32, and doc_start (B, T) or None."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)
-    tensors = dict(query_coord=draw(B, T, H) if coordinates else None, key_coord=draw(B, T, kv) if coordinates else None, value=draw(B, T, kv, D),
-                   log_decay=-decay * draw(B, T, H).abs() if decay else None, key_bias=draw(B, T, kv) if bias else None)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    tensors = dict(
+        query_coord=draw(B, T, H) if coordinates else None,
+        key_coord=draw(B, T, kv) if coordinates else None,
+        value=draw(B, T, kv, D),
+        log_decay=-decay * draw(B, T, H).abs() if decay else None,
+        key_bias=draw(B, T, kv) if bias else None,
+    )
     starts = torch.rand(B, T, generator=generator) < 0.1
     return tensors, torch.where(starts, torch.arange(T), 0).cummax(1).values.int() if docs else None
 
@@ -67,7 +75,11 @@ def one_thread():
 
 @pytest.mark.parametrize("coordinates", [True, False])
 @pytest.mark.parametrize("window", [None, 1, 7, 40])
-@pytest.mark.parametrize("options", [dict(), dict(decay=0.3), dict(decay=20.0, bias=True, docs=True), dict(bias=True), dict(docs=True)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(decay=0.3), dict(decay=20.0, bias=True, docs=True), dict(bias=True), dict(docs=True)],
+    ids=str,
+)
 def test_pieces_equal_the_whole(options, window, coordinates):
     tensors, doc_start = rows(60, coordinates=coordinates, **options)
     whole = topological_attention(**exactly(tensors), doc_start=doc_start, window=window)
@@ -85,9 +97,13 @@ def short_runs(monkeypatch):
 
 
 def check_runs(cache):
-    """Runs that follow each other, each in order, with less than the shortest behind them but for the last piece's tokens."""
+    """
+    Runs that follow each other, each in order, with less than the shortest behind them but for the last piece's tokens.
+    """
     runs = cache.runs
-    assert all(earlier[1] == later[0] for earlier, later in zip(runs.runs, runs.runs[1:])) and (not runs.runs or runs.runs[-1][1] == runs.end)
+    assert all(earlier[1] == later[0] for earlier, later in zip(runs.runs, runs.runs[1:])) and (
+        not runs.runs or runs.runs[-1][1] == runs.end
+    )
     first_kept = cache.length - cache.key.tokens.shape[2]
     for begin, end in runs.runs:
         places = runs.order.data[:, :, runs.order.end - (runs.end - begin):runs.order.end - (runs.end - end)].long()
@@ -99,7 +115,9 @@ def check_runs(cache):
 @pytest.mark.parametrize("loops", [True, False])
 @pytest.mark.parametrize("B, docs", [(1, False), (1, True), (2, True)])
 @pytest.mark.parametrize("window", [None, 150])
-@pytest.mark.parametrize("options", [dict(), dict(kv=4, D=24), dict(decay=20.0, bias=True), dict(decay=0.01, bias=True, H=2)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(), dict(kv=4, D=24), dict(decay=20.0, bias=True), dict(decay=0.01, bias=True, H=2)], ids=str
+)
 def test_sorted_runs_equal_the_whole(short_runs, monkeypatch, options, window, B, docs, loops):
     tensors, doc_start = rows(240, B=B, **options)
     if docs:
@@ -132,10 +150,22 @@ def test_what_loops_do_not_take(short_runs):
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("name, place", [("query_coord", (0, 90, 1)), ("key_coord", (0, 3, 1)), ("key_coord", (0, 95, 0)), ("value", (0, 5, 0, 2)),
-                                         ("key_bias", (0, 40, 0)), ("log_decay", (0, 60, 2))])
+@pytest.mark.parametrize(
+    "name, place",
+    [
+        ("query_coord", (0, 90, 1)),
+        ("key_coord", (0, 3, 1)),
+        ("key_coord", (0, 95, 0)),
+        ("value", (0, 5, 0, 2)),
+        ("key_bias", (0, 40, 0)),
+        ("log_decay", (0, 60, 2)),
+    ],
+)
 def test_what_is_no_number(short_runs, name, place, number):
-    """Nothing before it changes; from it on NaN wherever the reference has it, and where both are finite no number but that."""
+    """
+    Nothing before it changes; from it on NaN wherever the reference has it, and where both are finite no number but
+    that.
+    """
     tensors, _ = rows(120, B=1, decay=0.1, bias=True)
     clean = decode(TopologicalCache(), tensors, None, None, [1] * 120)
     tensors[name][place] = -abs(number) if name == "log_decay" else number  # a decay is never above 0
@@ -176,7 +206,13 @@ for options in (dict(), dict(decay=0.3, bias=True, D=16), dict(coordinates=False
         tensors["key_coord"][0, ::7] = float("nan")
         decode(module.TopologicalCache(), tensors, None, None, [1] * 150)
 """
-    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ | dict(NUMBA_BOUNDSCHECK="1", PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=os.environ | dict(NUMBA_BOUNDSCHECK="1", PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -208,7 +244,9 @@ def test_many_tokens_lose_no_digits():
 
 def test_bytes_kept(monkeypatch):
     tensors, _ = rows(100, B=1, H=2, kv=2, D=16)
-    exact, binned, short = TopologicalCache(), TopologicalCache(8), TopologicalCache()
+    exact = TopologicalCache()
+    binned = TopologicalCache(8)
+    short = TopologicalCache()
     decode(exact, tensors, None, None, [50, 50])
     assert exact.bytes_kept == 100 * 2 * (16 + 1) * 4
     monkeypatch.setattr(module, "RUN", 64)

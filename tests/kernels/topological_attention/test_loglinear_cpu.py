@@ -1,6 +1,7 @@
 """
-Topological attention's loops on a CPU: random shapes and options against the reference in float64, equal results for any number of threads, numbers that are
-not finite, the ends of arrays, life without Numba, the cache, memory. What both backends of the operation owe is tested in test_topological_attention.py.
+Topological attention's loops on a CPU: random shapes and options against the reference in float64, equal results for
+any number of threads, numbers that are not finite, the ends of arrays, life without Numba, the cache, memory. What both
+backends of the operation owe is tested in test_topological_attention.py.
 """
 
 import math
@@ -20,23 +21,30 @@ from tests.kernels.topological_attention.test_topological_attention import FLOAT
 pytestmark = pytest.mark.skipif(not has_cpu_loops(), reason="needs Numba")
 
 
-# ---- random shapes
+# ---- random shapes ----------------------------------------------------------
 
 
 def random_case(seed):
-    """Tensors, doc_start and window of a random shape with random options; small lengths are as frequent as large ones."""
+    """
+    Tensors, doc_start and window of a random shape with random options; small lengths are as frequent as large ones.
+    """
     draw = random.Random(seed)
     T = round(math.exp(draw.uniform(0, math.log(700))))
     kv = draw.choice((1, 1, 2, 3))
     tensors, doc_start = inputs(
-        T, B=draw.randint(1, 3), H=kv * draw.choice((1, 1, 2, 3)), kv=kv, D=draw.randint(1, 70), dtype=draw.choice(FLOATS), scale=draw.choice((1e-3, 0.3, 1, 10, 1e2, 1e4)),
-        decay=draw.choice((0, 0, 0.02, 0.5, 20)), bias=draw.choice((0, 0, 1, 30)), docs=draw.choice((0, 0, 0.01, 0.1)), ties=draw.random() < 0.3,
-        coordinates=draw.random() < 0.75, seed=seed)
+        T,
+        B=draw.randint(1, 3), H=kv * draw.choice((1, 1, 2, 3)), kv=kv, D=draw.randint(1, 70), dtype=draw.choice(FLOATS),
+        scale=draw.choice((1e-3, 0.3, 1, 10, 1e2, 1e4)), decay=draw.choice((0, 0, 0.02, 0.5, 20)),
+        bias=draw.choice((0, 0, 1, 30)), docs=draw.choice((0, 0, 0.01, 0.1)), ties=draw.random() < 0.3,
+        coordinates=draw.random() < 0.75, seed=seed
+    )
     window = draw.choice((None, None, draw.randint(1, T), draw.randint(1, min(T, 80)), T + 5))
     return tensors, doc_start, window
 
 
-@pytest.mark.parametrize("first", [0, 20, 40, *(pytest.param(first, marks=pytest.mark.slow) for first in range(60, 300, 40))])
+@pytest.mark.parametrize(
+    "first", [0, 20, 40, *(pytest.param(first, marks=pytest.mark.slow) for first in range(60, 300, 40))]
+)
 def test_random_shapes(relative_rms, first):
     for seed in range(first, first + (20 if first < 60 else 40)):
         try:
@@ -48,10 +56,13 @@ def test_random_shapes(relative_rms, first):
 @pytest.mark.slow
 def test_nothing_is_read_outside_an_array(tmp_path):
     """The same shapes where every index is checked."""
-    run_process("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "test_random_shapes", Path(__file__), cache=tmp_path, NUMBA_BOUNDSCHECK="1")
+    run_process(
+        "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "test_random_shapes", Path(__file__),
+        cache=tmp_path, NUMBA_BOUNDSCHECK="1"
+    )
 
 
-# ---- threads
+# ---- threads ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("coordinates", [True, False], ids=["coordinates", "key_only"])
@@ -72,7 +83,7 @@ def test_any_number_of_threads_gives_the_same_numbers(torch_threads, T, B, windo
         assert all(torch.equal(x, other[name]) for name, x in results[0].items())
 
 
-# ---- numbers that are not finite
+# ---- numbers that are not finite --------------------------------------------
 
 STARTS = torch.tensor([0, 90])  # of the documents of these tests, of 200 tokens
 WITHIN = 90                     # tokens of the document that has the bad number
@@ -87,14 +98,20 @@ def with_bad_number(name, bad, t, dtype, coordinates):
     return tensors, clean
 
 
-CASES = [(name, bad, coordinates) for name in NAMES for bad in (math.nan, math.inf, -math.inf) for coordinates in (True, False)
-         if (coordinates or "coord" not in name) and (name, bad) != ("log_decay", math.inf)]  # a decay is at most 0
+CASES = [
+    (name, bad, coordinates)
+    for name in NAMES
+    for bad in (math.nan, math.inf, -math.inf)
+    for coordinates in (True, False)
+    if (coordinates or "coord" not in name) and (name, bad) != ("log_decay", math.inf)
+]  # a decay is at most 0
 
 
 def spoilt(name, t, window, out):
     """
-    Where results and gradients may be asked to be NaN, by name, for a bad number at t of a document whose results by the reference are `out`: at queries
-    whose result is not finite, at keys that they see. The reference itself spreads NaN to what is hidden: 0 times NaN.
+    Where results and gradients may be asked to be NaN, by name, for a bad number at t of a document whose results by
+    the reference are `out`: at queries whose result is not finite, at keys that they see. The reference itself spreads
+    NaN to what is hidden: 0 times NaN.
     """
     index, window = torch.arange(WITHIN), window or WITHIN
     queries = ~out.isfinite().all(3) & (index >= t)[:, None]
@@ -105,23 +122,32 @@ def spoilt(name, t, window, out):
     decays = keys.flip(1).cummax(1).values.flip(1)
     decays[:, 0] = False
     keys = keys.any(2, keepdim=True)
-    return dict(out=queries[..., None], query_coord=queries, key_coord=keys, value=keys[..., None], log_decay=decays, key_bias=keys)
+    return dict(
+        out=queries[..., None],
+        query_coord=queries,
+        key_coord=keys,
+        value=keys[..., None],
+        log_decay=decays,
+        key_bias=keys,
+    )
 
 
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("name, bad, coordinates", CASES)
 def test_numbers_that_are_not_finite(name, bad, coordinates, window):
     """
-    From the token with a bad number on, its document's results are NaN wherever the reference's are, and not finite wherever those are not; so are gradients.
-    Nothing changes in a tile of scores without it: a chunk of tokens before it, and in another document a chunk after the first and after the window's end.
-    (Within a tile hidden pairs have the weight 0, and 0 times NaN is NaN, as in the reference.)
+    From the token with a bad number on, its document's results are NaN wherever the reference's are, and not finite
+    wherever those are not; so are gradients. Nothing changes in a tile of scores without it: a chunk of tokens before
+    it, and in another document a chunk after the first and after the window's end. (Within a tile hidden pairs have the
+    weight 0, and 0 times NaN is NaN, as in the reference.)
     """
     doc_start = STARTS[torch.bucketize(torch.arange(200), STARTS, right=True) - 1][None].int()
     index = torch.arange(200)
     for dtype in FLOATS:
         for t in (0, 5, 31, 47, 64, 89)[name == "log_decay":]:  # no score has a document's first decay
             tensors, clean = with_bad_number(name, bad, t, dtype, coordinates)
-            got, usual = run(loglinear, tensors, doc_start, window, dtype), run(loglinear, clean, doc_start, window, dtype)
+            got = run(loglinear, tensors, doc_start, window, dtype)
+            usual = run(loglinear, clean, doc_start, window, dtype)
             alone = [None if x is None else x[:, :WITHIN].detach().double().requires_grad_() for x in tensors]
             expected = run(reference, alone, None, window, dtype)
 
@@ -137,7 +163,7 @@ def test_numbers_that_are_not_finite(name, bad, coordinates, window):
                 assert torch.equal(x[:, elsewhere], usual[result][:, elsewhere]), (dtype, t, result)
 
 
-# ---- processes of their own
+# ---- processes of their own -------------------------------------------------
 
 WITHOUT_NUMBA = """
 import sys
@@ -196,7 +222,7 @@ def test_loops_are_compiled_once(tmp_path):
     assert files and sorted(cache.rglob("*.nb?")) == files
 
 
-# ---- memory
+# ---- memory -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window", [None, 1000])

@@ -1,6 +1,7 @@
 """
-topological_attention_tiled against the reference in float64: its kernels in the interpreter, compiled ahead of time and, where there is one, on a GPU. Gradients
-are always those of all five inputs that are given, for a random gradient of the output.
+topological_attention_tiled against the reference in float64: its kernels in the interpreter, compiled ahead of time
+and, where there is one, on a GPU. Gradients are always those of all five inputs that are given, for a random gradient
+of the output.
 """
 import subprocess
 import sys
@@ -16,9 +17,19 @@ from kernels.topological_attention.tiled import Tiles, topological_attention_til
 from tests.errors import float_bound, rounding_bound
 from tests.kernels.poison import poisoned_memory
 from tests.kernels.processes import ROOT
-from tests.kernels.topological_attention.test_topological_attention import NAMES, bound, exactly, farthest, float32_bounds, inputs, run
+from tests.kernels.topological_attention.test_topological_attention import (
+    NAMES,
+    bound,
+    exactly,
+    farthest,
+    float32_bounds,
+    inputs,
+    run,
+)
 
-SMALL, OTHER, LARGE = (Tiles(16, 16, 4, 2), Tiles(32, 16, 4, 2)), (Tiles(16, 32, 4, 2), Tiles(16, 32, 4, 2)), (Tiles(128, 64, 4, 2), Tiles(64, 64, 4, 2))
+SMALL = (Tiles(16, 16, 4, 2), Tiles(32, 16, 4, 2))
+OTHER = (Tiles(16, 32, 4, 2), Tiles(16, 32, 4, 2))
+LARGE = (Tiles(128, 64, 4, 2), Tiles(64, 64, 4, 2))
 
 
 def interpreted(tensors, doc_start=None, window=None, tiles=SMALL, dtype=torch.float32):
@@ -36,7 +47,9 @@ def check(relative_rms, got, tensors, doc_start, window, dtype=torch.float32, to
     """
     expected = run(reference, exactly(tensors), doc_start, window, dtype)
     bounds, floor = float32_bounds(tensors, expected, doc_start, window, 0 if dtype == torch.float32 else 4)
-    assert all(got[name].dtype == x.dtype and got[name].shape == x.shape for name, x in zip(NAMES, tensors) if x is not None)
+    assert all(
+        got[name].dtype == x.dtype and got[name].shape == x.shape for name, x in zip(NAMES, tensors) if x is not None
+    )
     assert got["out"].dtype == tensors[2].dtype
     errors = {name: relative_rms(x, expected[name], floor) for name, x in got.items()}
     distance = rounding_bound(1, torch.float32) * farthest(*tensors[:2])
@@ -48,7 +61,7 @@ def single(T, **options):
     return inputs(T, dtype=torch.float32, **options)
 
 
-# ---- Interpreted
+# ---- Interpreted ------------------------------------------------------------
 
 CASES = [  # T, window, tiles, options
     (1, None, SMALL, dict(decay=0.1, bias=1.0, H=4, D=1)),
@@ -79,7 +92,10 @@ def test_interpreted_kernels_equal_the_reference(case, interpreter, relative_rms
 @pytest.mark.parametrize("options", [{}, dict(decay=0.5, bias=1.0, docs=0.03, H=4)], ids=["plain", "all"])
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_interpreted_float16(options, scale, interpreter, relative_rms):
-    """float16 only: the interpreter multiplies bfloat16 as the integers that it keeps them in. Coordinates, decay and bias stay float32."""
+    """
+    float16 only: the interpreter multiplies bfloat16 as the integers that it keeps them in. Coordinates, decay and bias
+    stay float32.
+    """
     tensors, doc_start = single(100, B=1, scale=scale, **options)
     tensors[2] = tensors[2].detach().half().requires_grad_()
     check(relative_rms, interpreter(__name__, "interpreted", tensors, doc_start, None, SMALL, torch.float16), tensors,
@@ -129,7 +145,10 @@ def gradients_of_a_sum(tensors):
 
 def test_interpreted_non_contiguous(interpreter, relative_rms):
     wide = torch.randn(2, 4, 40, 12, generator=torch.Generator().manual_seed(0))
-    a, b, g, c = (wide[:, heads, :, n].transpose(1, 2) for n, heads in enumerate((slice(0, 2), slice(2, 3), slice(0, 2), slice(2, 3))))
+    a, b, g, c = (
+        wide[:, heads, :, n].transpose(1, 2)
+        for n, heads in enumerate((slice(0, 2), slice(2, 3), slice(0, 2), slice(2, 3)))
+    )
     v = wide[:, 2:3, :, 4:].transpose(1, 2)
     tensors = [x.detach().requires_grad_() for x in (a, b, v, g.abs().neg(), c)]
     expected = torch.autograd.grad(reference(*(given := exactly(tensors))).sum(), given)
@@ -141,14 +160,27 @@ def test_interpreted_non_contiguous(interpreter, relative_rms):
 
 
 def changed(tensors, doc_start, window, where):
-    """Two runs with other numbers in the tokens `where`, whose outputs have the gradient 0: [(out, gradients)] each. Called in the interpreter's process."""
+    """
+    Two runs with other numbers in the tokens `where`, whose outputs have the gradient 0: [(out, gradients)] each.
+    Called in the interpreter's process.
+    """
     module.FORWARD_TILES, module.BACKWARD_TILES = ({0: {4: {256: launch}}} for launch in SMALL)
     results = []
     for seed in (5, 6):
-        fresh, _ = inputs(tensors[2].shape[1], B=1, H=1, kv=1, decay=0.1, bias=1.0, seed=seed, dtype=torch.float32, scale=seed)
-        replaced = [torch.where(where.view(1, -1, *[1] * (x.dim() - 2)), y, x).detach().requires_grad_() for x, y in zip(tensors, fresh)]
+        fresh, _ = inputs(
+            tensors[2].shape[1], B=1, H=1, kv=1, decay=0.1, bias=1.0, seed=seed, dtype=torch.float32, scale=seed
+        )
+        replaced = [
+            torch.where(where.view(1, -1, *[1] * (x.dim() - 2)), y, x).detach().requires_grad_()
+            for x, y in zip(tensors, fresh)
+        ]
         out = topological_attention_tiled(*replaced, doc_start, window)
-        results.append([out.detach(), *torch.autograd.grad(out, replaced, torch.ones_like(out).masked_fill(where[None, :, None, None], 0))])
+        results.append(
+            [
+                out.detach(),
+                *torch.autograd.grad(out, replaced, torch.ones_like(out).masked_fill(where[None, :, None, None], 0)),
+            ]
+        )
     return results
 
 
@@ -183,8 +215,13 @@ def compiled(tensors, doc_start):
     """run of a compiled function and PyTorch's own checks of the operation, called in the interpreter's process."""
     module.FORWARD_TILES, module.BACKWARD_TILES = ({0: {4: {256: launch}}} for launch in SMALL)
     torch.library.opcheck(torch.ops.knotgpt.topological_attention_tiled.default, (*tensors, doc_start, 9))
-    function = lambda *args: 2 * topological_attention_tiled(*args).cos()
-    return run(function, tensors, doc_start, 9), run(torch.compile(function, fullgraph=True, backend="aot_eager"), tensors, doc_start, 9)
+
+    def function(*arguments):
+        return 2 * topological_attention_tiled(*arguments).cos()
+
+    return run(function, tensors, doc_start, 9), run(
+        torch.compile(function, fullgraph=True, backend="aot_eager"), tensors, doc_start, 9
+    )
 
 
 def test_interpreted_in_a_graph(interpreter):
@@ -194,14 +231,21 @@ def test_interpreted_in_a_graph(interpreter):
         assert eager.keys() == graph.keys() and all(torch.equal(eager[name], graph[name]) for name in eager)
 
 
-# ---- Elsewhere
+# ---- Elsewhere --------------------------------------------------------------
 
-@pytest.mark.parametrize("options", [dict(dtype=torch.float32, decay=0.1, bias=1.0, docs=0.03, H=4), dict(D=300), dict(coordinates=False, decay=0.1)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [dict(dtype=torch.float32, decay=0.1, bias=1.0, docs=0.03, H=4), dict(D=300), dict(coordinates=False, decay=0.1)],
+    ids=str,
+)
 def test_without_a_gpu_it_is_loglinear(options):
     tensors, doc_start = inputs(150, **options)
     torch._dynamo.reset()
     graph = torch.compile(topological_attention_tiled, fullgraph=True, backend="aot_eager")
-    expected, *others = (run(function, tensors, doc_start, 40) for function in (topological_attention_loglinear, topological_attention_tiled, graph))
+    expected, *others = (
+        run(function, tensors, doc_start, 40)
+        for function in (topological_attention_loglinear, topological_attention_tiled, graph)
+    )
     assert all(torch.equal(got[name], expected[name]) for got in others for name in expected)
 
 
@@ -215,14 +259,19 @@ x = torch.ones(1, 3, 1, requires_grad=True)
 print(topological_attention_tiled(x, x, torch.ones(1, 3, 1, 2)).tolist())
 """
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0 and result.stdout.strip() == "[[[[1.0, 1.0]], [[1.0, 1.0]], [[1.0, 1.0]]]]", result.stderr
+    assert result.returncode == 0 and result.stdout.strip() == "[[[[1.0, 1.0]], [[1.0, 1.0]], [[1.0, 1.0]]]]", (
+        result.stderr
+    )
 
 
 @pytest.mark.parametrize("window, pairs", [(None, 10 * 11 // 2), (3, 1 + 2 + 8 * 3), (99, 55)])
 def test_flops_are_counted(window, pairs):
     """By the formulas of the docstring, without data."""
     with torch.device("meta"):
-        a, b, v, lse = torch.empty(2, 10, 4), torch.empty(2, 10, 2), torch.empty(2, 10, 2, 16), torch.empty(2, 4, 10, dtype=torch.float64)
+        a = torch.empty(2, 10, 4)
+        b = torch.empty(2, 10, 2)
+        v = torch.empty(2, 10, 2, 16)
+        lse = torch.empty(2, 4, 10, dtype=torch.float64)
     with FlopCounterMode(display=False) as counter:
         out, _ = torch.ops.knotgpt.topological_attention_tiled(a, b, v, None, None, None, window)
         assert out.shape == (2, 10, 4, 16) and counter.get_total_flops() == 2 * 2 * 4 * 16 * pairs
@@ -230,22 +279,46 @@ def test_flops_are_counted(window, pairs):
     assert counter.get_total_flops() == 6 * 2 * 4 * 16 * pairs
 
 
-# ---- Compiled ahead of time
+# ---- Compiled ahead of time -------------------------------------------------
 
 def compile_ahead(aot, name, capability, dtype, D, decay=True, documents=True, bias=False, given=()):
-    """A kernel as a training step launches it: 12 heads, values from a fused projection of queries, keys and values. given: further constants."""
+    """
+    A kernel as a training step launches it: 12 heads, values from a fused projection of queries, keys and values.
+    given: further constants.
+    """
     kernel = getattr(module, f"_topological_attention_tiled_{name}_kernel")
     tiles = module.tiles_for(module.FORWARD_TILES if name == "fwd" else module.BACKWARD_TILES, capability, dtype, D)
-    constants = dict(HEADS=12, KEY_HEADS=12, D=D, BLOCK_D=max(16, 1 << (D - 1).bit_length()), HAS_WEIGHT=decay or bias, HAS_DECAY=decay, HAS_BIAS=bias, HAS_FIRST=documents,
-                     HALF_SPREAD=20.0, UNSHIFT=1.0, PAIRS=module.rows_of_a_thread(capability), STRIDE_VT=3 * 12 * D, STRIDE_GT=12 * D,
-                     BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_TILES=module.SCORE_TILES, **dict(given))
-    present = dict(decay_ptr=decay, most_ptr=decay, bias_ptr=bias, first_ptr=documents, query_end_ptr=documents, d_weight_ptr=decay or bias)
+    constants = dict(
+        HEADS=12, KEY_HEADS=12, D=D, BLOCK_D=max(16, 1 << (D - 1).bit_length()), HAS_WEIGHT=decay or bias,
+        HAS_DECAY=decay, HAS_BIAS=bias, HAS_FIRST=documents, HALF_SPREAD=20.0, UNSHIFT=1.0,
+        PAIRS=module.rows_of_a_thread(capability), STRIDE_VT=3 * 12 * D, STRIDE_GT=12 * D, BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n, BLOCK_TILES=module.SCORE_TILES, **dict(given)
+    )
+    present = dict(
+        decay_ptr=decay,
+        most_ptr=decay,
+        bias_ptr=bias,
+        first_ptr=documents,
+        query_end_ptr=documents,
+        d_weight_ptr=decay or bias,
+    )
     constants |= {pointer: None for pointer, there in present.items() if not there}
     constants = {argument: value for argument, value in constants.items() if argument in kernel.arg_names}
     element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
-    kinds = dict(decay_ptr="*fp64", lse_ptr="*fp64", first_ptr="*i32", query_end_ptr="*i32", sums_ptr="*i64", shift="fp32",
-                 **dict.fromkeys(("value_ptr", "out_ptr", "grad_ptr", "d_value_ptr"), element))
-    signature = {argument: kinds.get(argument, "*fp32" if argument.endswith("_ptr") else "i32") for argument in kernel.arg_names if argument not in constants}
+    kinds = dict(
+        decay_ptr="*fp64",
+        lse_ptr="*fp64",
+        first_ptr="*i32",
+        query_end_ptr="*i32",
+        sums_ptr="*i64",
+        shift="fp32",
+        **dict.fromkeys(("value_ptr", "out_ptr", "grad_ptr", "d_value_ptr"), element),
+    )
+    signature = {
+        argument: kinds.get(argument, "*fp32" if argument.endswith("_ptr") else "i32")
+        for argument in kernel.arg_names
+        if argument not in constants
+    }
     aligned = [argument for argument in signature if argument.endswith("_ptr") or argument.startswith("stride")]
     warps, stages = {"keys": (1, 3), "bwd_queries": (4, 3)}.get(name, tiles[2:])
     return aot(kernel, signature, constants, capability, warps, stages, aligned)
@@ -253,47 +326,77 @@ def compile_ahead(aot, name, capability, dtype, D, decay=True, documents=True, b
 
 def assert_fits(result, capability):
     """The launch for 80 serves consumer cards too, which have less shared memory."""
-    assert result.spills == 0 and result.has_tensor_cores and result.shared <= (99 * 1024 if capability == 80 else result.shared_limit)
+    assert (
+        result.spills == 0
+        and result.has_tensor_cores
+        and result.shared <= (99 * 1024 if capability == 80 else result.shared_limit)
+    )
 
 
 PASSES = ("fwd", "bwd_keys")
-CARDS = [(capability, dtype, D) for capability in (80, 90, 100) for dtype, D in (
-    *((torch.bfloat16, D) for D in (8, 16, 32, 64, 128, 256)), (torch.float16, 64), *((torch.float32, D) for D in (16, 64, 128)))]
+CARDS = [
+    (capability, dtype, D)
+    for capability in (80, 90, 100)
+    for dtype, D in (
+        *((torch.bfloat16, D) for D in (8, 16, 32, 64, 128, 256)),
+        (torch.float16, 64),
+        *((torch.float32, D) for D in (16, 64, 128)),
+    )
+]
 DEFAULT = [(90, torch.bfloat16, 64), (90, torch.bfloat16, 128)]
 
 
 @pytest.mark.parametrize("name", PASSES)
-@pytest.mark.parametrize("capability, dtype, D", [*DEFAULT, *(pytest.param(*card, marks=pytest.mark.slow) for card in CARDS if card not in DEFAULT)])
+@pytest.mark.parametrize(
+    "capability, dtype, D",
+    [*DEFAULT, *(pytest.param(*card, marks=pytest.mark.slow) for card in CARDS if card not in DEFAULT)],
+)
 def test_kernels_compile_for_cards(name, capability, dtype, D, aot):
     assert_fits(compile_ahead(aot, name, capability, dtype, D), capability)
 
 
 @pytest.mark.parametrize("name", PASSES)
 def test_narrow_tiles_take_no_exponential_per_pair(name, aot):
-    """The loop over the other tiles takes one a pair, and both a few a row: with one a pair in either there would be twice as many."""
+    """
+    The loop over the other tiles takes one a pair, and both a few a row: with one a pair in either there would be twice
+    as many.
+    """
     tiles = module.tiles_for(module.FORWARD_TILES if name == "fwd" else module.BACKWARD_TILES, 90, torch.bfloat16, 64)
     pairs = tiles.block_m * tiles.block_n // (32 * tiles.warps)
     assert pairs <= compile_ahead(aot, name, 90, torch.bfloat16, 64).ptx.count("ex2.approx") < 1.5 * pairs
 
 
-ONE_TOKEN = dict.fromkeys(("T", "n_tiles", "key_tiles", "query_tiles", "stride_vh", "stride_gh"), 1)  # a launch makes constants of arguments that are 1
+# a launch makes constants of arguments that are 1
+ONE_TOKEN = dict.fromkeys(("T", "n_tiles", "key_tiles", "query_tiles", "stride_vh", "stride_gh"), 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PASSES)
-@pytest.mark.parametrize("options", [dict(decay=False), dict(documents=False), dict(decay=False, documents=False), dict(decay=False, bias=True), dict(given=ONE_TOKEN),
-                                     dict(given=ONE_TOKEN, documents=False)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(decay=False),
+        dict(documents=False),
+        dict(decay=False, documents=False),
+        dict(decay=False, bias=True),
+        dict(given=ONE_TOKEN),
+        dict(given=ONE_TOKEN, documents=False),
+    ],
+    ids=str,
+)
 def test_kernels_compile_for_every_launch(name, options, aot):
     assert_fits(compile_ahead(aot, name, 90, torch.bfloat16, 64, **options), 90)
 
 
 @pytest.mark.parametrize("name", ["keys", "bwd_queries"])
-@pytest.mark.parametrize("options", [dict(bias=True), dict(decay=False, documents=False, given=ONE_TOKEN)], ids=["all", "one token"])
+@pytest.mark.parametrize(
+    "options", [dict(bias=True), dict(decay=False, documents=False, given=ONE_TOKEN)], ids=["all", "one token"]
+)
 def test_preparing_kernels_compile(name, options, aot):
     assert compile_ahead(aot, name, 90, torch.bfloat16, 64, **options).spills == 0
 
 
-# ---- On a GPU
+# ---- On a GPU ---------------------------------------------------------------
 
 GPU_CASES = [  # T, window, options
     (1023, None, dict(D=64)),
@@ -330,7 +433,10 @@ def test_gpu_compiled_equals_eager_and_runs_repeat(dtype):
     tensors, doc_start = single(1000, D=64, decay=0.1, bias=1.0, docs=0.01, H=4)
     tensors[2] = tensors[2].detach().to(dtype).requires_grad_()
     graph = torch.compile(topological_attention_tiled, fullgraph=True)
-    eager, *others = (on_a_gpu(function, tensors, doc_start, 300, dtype) for function in (topological_attention_tiled, topological_attention_tiled, graph))
+    eager, *others = (
+        on_a_gpu(function, tensors, doc_start, 300, dtype)
+        for function in (topological_attention_tiled, topological_attention_tiled, graph)
+    )
     assert all(torch.equal(other[name], eager[name]) for other in others for name in eager)
 
 
@@ -346,10 +452,15 @@ def test_gpu_causality_is_exact():
 
 @pytest.mark.gpu
 def test_gpu_offsets_beyond_32_bits(relative_rms):
-    """A row of 2^20 tokens and 3,072 channels has 2^31.6 elements; its last head's last tokens are compared with those of a document of their own."""
+    """
+    A row of 2^20 tokens and 3,072 channels has 2^31.6 elements; its last head's last tokens are compared with those of
+    a document of their own.
+    """
     if torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
         pytest.skip("needs 60 GiB of GPU memory")
-    T, H, last = 1 << 20, 48, 4096
+    T = 1 << 20
+    H = 48
+    last = 4096
     generator = torch.Generator("cuda").manual_seed(0)
     a, b = (torch.randn(1, T, H, device="cuda", generator=generator).requires_grad_() for _ in range(2))
     v = torch.randn(1, T, H, 64, dtype=torch.bfloat16, device="cuda", generator=generator).requires_grad_()

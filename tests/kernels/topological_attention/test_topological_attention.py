@@ -1,4 +1,7 @@
-"""Topological attention: the reference against the formula in plain loops, the loglinear backend and the key-only scan against the reference in float64."""
+"""
+Topological attention: the reference against the formula in plain loops, the loglinear backend and the key-only scan
+against the reference in float64.
+"""
 import itertools
 import math
 
@@ -15,11 +18,27 @@ NAMES = ("query_coord", "key_coord", "value", "log_decay", "key_bias")
 FLOATS = (torch.float32, torch.float64)
 
 
-def inputs(T, B=2, H=2, kv=2, D=8, dtype=torch.float64, scale=1.0, decay=0.0, bias=0.0, docs=0.0, ties=False, coordinates=True, seed=0):
-    """Five leaf tensors (None where absent) and doc_start. scale: standard deviation of the coordinates; docs: chance that a token begins a document."""
+def inputs(
+    T,
+    B=2, H=2, kv=2, D=8, dtype=torch.float64, scale=1.0, decay=0.0, bias=0.0, docs=0.0, ties=False, coordinates=True,
+    seed=0
+):
+    """
+    Five leaf tensors (None where absent) and doc_start. scale: standard deviation of the coordinates; docs: chance that
+    a token begins a document.
+    """
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
-    tensors = [draw(B, T, H) * scale, draw(B, T, kv) * scale, draw(B, T, kv, D), -draw(B, T, H).abs() * decay, draw(B, T, kv) * bias]
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    tensors = [
+        draw(B, T, H) * scale,
+        draw(B, T, kv) * scale,
+        draw(B, T, kv, D),
+        -draw(B, T, H).abs() * decay,
+        draw(B, T, kv) * bias,
+    ]
     if ties:
         tensors[:2] = [x.round() for x in tensors[:2]]
     starts = torch.rand(B, T, generator=generator) < docs
@@ -29,7 +48,9 @@ def inputs(T, B=2, H=2, kv=2, D=8, dtype=torch.float64, scale=1.0, decay=0.0, bi
 
 
 def run(function, tensors, doc_start=None, window=None, dtype=torch.float32):
-    """The result and the gradients of a fixed random projection of it, by name. dtype: what the projection is rounded to."""
+    """
+    The result and the gradients of a fixed random projection of it, by name. dtype: what the projection is rounded to.
+    """
     out = function(*tensors, doc_start, window)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype).to(out)
     given = {name: x for name, x in zip(NAMES, tensors) if x is not None}
@@ -37,7 +58,16 @@ def run(function, tensors, doc_start=None, window=None, dtype=torch.float32):
 
 
 def loglinear(query, key, value, log_decay, key_bias, doc_start, window):
-    return public(query, key, value, log_decay=log_decay, key_bias=key_bias, doc_start=doc_start, window=window, backend="loglinear")
+    return public(
+        query,
+        key,
+        value,
+        log_decay=log_decay,
+        key_bias=key_bias,
+        doc_start=doc_start,
+        window=window,
+        backend="loglinear",
+    )
 
 
 def exactly(tensors):
@@ -65,8 +95,8 @@ def bound(tensors, dtype=None):
 def check(relative_rms, tensors, doc_start=None, window=None, roundings=0):
     """
     loglinear against the reference in float64, within bound(tensors) and so many roundings to the values' dtype. The
-    gradients of saturated rows are vanishing differences of sums over D columns, where an error of such a sum is none; that
-    of log_decay adds them over the tokens.
+    gradients of saturated rows are vanishing differences of sums over D columns, where an error of such a sum is none;
+    that of log_decay adds them over the tokens.
     """
     columns, dtype = tensors[2].shape[3], tensors[2].dtype
     wide = torch.promote_types(dtype, torch.float32)
@@ -77,7 +107,9 @@ def check(relative_rms, tensors, doc_start=None, window=None, roundings=0):
     floors = {"log_decay": floor * tensors[2].shape[1] ** 0.5}
     errors = {name: relative_rms(x, expected[name], floors.get(name, floor)) for name, x in got.items()}
     assert max(errors.values()) <= tolerance, (errors, tolerance)
-    assert all(got[name].dtype == x.dtype and got[name].shape == x.shape for name, x in zip(NAMES, tensors) if x is not None)
+    assert all(
+        got[name].dtype == x.dtype and got[name].shape == x.shape for name, x in zip(NAMES, tensors) if x is not None
+    )
 
 
 def float32_bounds(tensors, expected, doc_start, window, roundings=0):
@@ -91,12 +123,15 @@ def float32_bounds(tensors, expected, doc_start, window, roundings=0):
     (_, T, _, D), dtype = tensors[2].shape, tensors[2].dtype
     half = rounding_bound(roundings, dtype) if roundings else 0.0
     floor = (reference_bound(low["out"], expected["out"], 4, factor=8.0) + half) * D ** 0.5
-    allowed = lambda name: reference_bound(low[name], expected[name], T + D, factor=8.0, floor=floor) + half
+
+    def allowed(name):
+        return reference_bound(low[name], expected[name], T + D, factor=8.0, floor=floor) + half
+
     bounds = {name: allowed(name) for name in expected}
     return bounds, floor
 
 
-# ---- the reference
+# ---- the reference ----------------------------------------------------------
 
 @pytest.mark.parametrize("coordinates", [True, False])
 def test_reference_is_the_formula(coordinates):
@@ -104,19 +139,31 @@ def test_reference_is_the_formula(coordinates):
     window, out = 4, reference(a, b, v, g, c, doc_start, 4)
     for n, i, h in itertools.product(range(2), range(9), range(4)):
         visible = range(max(doc_start[n, i].item(), i - window + 1), i + 1)
-        scores = [c[n, j, h // 2].item() + sum(g[n, t, h].item() for t in range(j + 1, i + 1)) - (abs(a[n, i, h] - b[n, j, h // 2]).item() if coordinates else 0)
-                  for j in visible]
+        scores = [
+            c[n, j, h // 2].item()
+            + sum(g[n, t, h].item() for t in range(j + 1, i + 1))
+            - (abs(a[n, i, h] - b[n, j, h // 2]).item() if coordinates else 0)
+            for j in visible
+        ]
         weights = [math.exp(score) / sum(map(math.exp, scores)) for score in scores]
         expected = sum(weight * v[n, j, h // 2] for weight, j in zip(weights, visible))
         assert torch.allclose(out[n, i, h], expected, rtol=0,
                               atol=bound((a, b, v, g, c), torch.float64) * v.abs().max().item())
 
 
-# ---- loglinear and key only
+# ---- loglinear and key only -------------------------------------------------
 
 LENGTHS = (1, 2, 63, 64, 65, 129, 500, 1023)
-OPTIONS = dict(plain={}, grouped=dict(H=4, kv=2, D=1), decay=dict(decay=0.1, D=64), bias=dict(bias=1.0, H=3, kv=1), docs=dict(docs=0.02, D=5),
-               all=dict(decay=0.2, bias=1.0, docs=0.01, H=2, kv=1), ties=dict(ties=True, docs=0.01), wide=dict(D=128, H=1, kv=1))
+OPTIONS = dict(
+    plain={},
+    grouped=dict(H=4, kv=2, D=1),
+    decay=dict(decay=0.1, D=64),
+    bias=dict(bias=1.0, H=3, kv=1),
+    docs=dict(docs=0.02, D=5),
+    all=dict(decay=0.2, bias=1.0, docs=0.01, H=2, kv=1),
+    ties=dict(ties=True, docs=0.01),
+    wide=dict(D=128, H=1, kv=1),
+)
 
 
 @pytest.mark.parametrize("coordinates", [True, False], ids=["coordinates", "key_only"])
@@ -140,7 +187,10 @@ def test_windows(relative_rms, window, coordinates):
 @pytest.mark.parametrize("coordinates", [True, False], ids=["coordinates", "key_only"])
 def test_several_tables_and_groups_of_rows(relative_rms, window, coordinates):
     """Nodes of more sources than a table holds, more tokens than are worked on at once, heads that share keys."""
-    for options in (dict(B=1, H=2, kv=1, D=128, ties=True), dict(B=3, H=4, kv=2, D=1, decay=0.02, bias=1.0, docs=0.002)):
+    for options in (
+        dict(B=1, H=2, kv=1, D=128, ties=True),
+        dict(B=3, H=4, kv=2, D=1, decay=0.02, bias=1.0, docs=0.002),
+    ):
         tensors, doc_start = inputs(1400, coordinates=coordinates, **options)
         check(relative_rms, tensors, doc_start, window)
 
@@ -165,7 +215,9 @@ def test_half_precision_values(relative_rms, dtype):
     check(relative_rms, everything, doc_start, roundings=2)
 
 
-@pytest.mark.parametrize("options", [{}, dict(docs=0.02), dict(decay=1.0, bias=1.0, docs=0.02)], ids=["plain", "docs", "all"])
+@pytest.mark.parametrize(
+    "options", [{}, dict(docs=0.02), dict(decay=1.0, bias=1.0, docs=0.02)], ids=["plain", "docs", "all"]
+)
 @pytest.mark.parametrize("scale", [1e2, 1e4])
 def test_sharp_heads(relative_rms, scale, options):
     """Distances up to 1e4 and more: most weights underflow."""
@@ -175,7 +227,10 @@ def test_sharp_heads(relative_rms, scale, options):
 
 
 def test_every_key_is_far(relative_rms):
-    """No key is nearer than 1e4, and in the second case a far key in the present competes with near ones that have decayed by as much."""
+    """
+    No key is nearer than 1e4, and in the second case a far key in the present competes with near ones that have decayed
+    by as much.
+    """
     tensors, _ = inputs(200, dtype=torch.float64)
     with torch.no_grad():
         tensors[0] += 1e4
@@ -199,15 +254,22 @@ def test_hidden_keys_and_closed_gates(relative_rms):
 
 
 def test_ties_have_derivative_zero():
-    """All coordinates equal: no distance has a derivative, whatever the chunks and levels that hold the pairs; and the result is the mean of the values."""
+    """
+    All coordinates equal: no distance has a derivative, whatever the chunks and levels that hold the pairs; and the
+    result is the mean of the values.
+    """
     for backend in ("reference", "loglinear"):
         tensors, _ = inputs(150)
         with torch.no_grad():
             tensors[0].fill_(0.5), tensors[1].fill_(0.5)
-        result = run(lambda a, b, v, g, c, d, w: public(a, b, v, backend=backend), tensors)
+        result = run(lambda a, b, v, *_, backend=backend: public(a, b, v, backend=backend), tensors)
         assert not result["query_coord"].any() and not result["key_coord"].any()
-        assert torch.allclose(result["out"], tensors[2].detach().cumsum(1) / torch.arange(1, 151)[:, None, None], rtol=0,
-                              atol=4 * float_bound(150, torch.float64))
+        assert torch.allclose(
+            result["out"],
+            tensors[2].detach().cumsum(1) / torch.arange(1, 151)[:, None, None],
+            rtol=0,
+            atol=4 * float_bound(150, torch.float64),
+        )
 
 
 @pytest.mark.parametrize("coordinates", [True, False], ids=["coordinates", "key_only"])
@@ -217,7 +279,10 @@ def test_gradcheck(coordinates, window):
     with torch.no_grad():
         tensors[3] -= 0.1  # steps must not make a decay positive
     given = [x for x in tensors if x is not None]
-    call = lambda *x: loglinear(*([None] * (5 - len(x))), *x, doc_start, window)
+
+    def call(*x):
+        return loglinear(*([None] * (5 - len(x))), *x, doc_start, window)
+
     assert torch.autograd.gradcheck(call, given)
 
 
@@ -235,14 +300,28 @@ def test_long_sequence_row_by_row(relative_rms):
             assert relative_rms(out[0, i, 0], weights @ v[0, seen, 0]) < float_bound(len(weights), torch.float32)
 
 
-# ---- what is exact
+# ---- what is exact ----------------------------------------------------------
 
 def changed(tensors, doc_start, window, where):
-    """Results and gradients by token before and after other values take the place of the tokens `where`, for an upstream gradient of 0 there."""
+    """
+    Results and gradients by token before and after other values take the place of the tokens `where`, for an upstream
+    gradient of 0 there.
+    """
     results = []
     for seed in (0, 1):
-        fresh, _ = inputs(tensors[2].shape[1], B=1, decay=0.1, bias=1.0, seed=5 + seed, dtype=tensors[2].dtype, coordinates=tensors[0] is not None)
-        replaced = [None if x is None else torch.where(where.view(1, -1, *[1] * (x.dim() - 2)), y, x).detach().requires_grad_() for x, y in zip(tensors, fresh)]
+        fresh, _ = inputs(
+            tensors[2].shape[1],
+            B=1,
+            decay=0.1,
+            bias=1.0,
+            seed=5 + seed,
+            dtype=tensors[2].dtype,
+            coordinates=tensors[0] is not None,
+        )
+        replaced = [
+            None if x is None else torch.where(where.view(1, -1, *[1] * (x.dim() - 2)), y, x).detach().requires_grad_()
+            for x, y in zip(tensors, fresh)
+        ]
         out = loglinear(*replaced, doc_start, window)
         upstream = torch.ones_like(out).masked_fill(where[None, :, None, None], 0)
         given = [x for x in replaced if x is not None]
@@ -256,7 +335,9 @@ def changed(tensors, doc_start, window, where):
 def test_causality_is_exact(dtype, window, coordinates):
     T = 300
     for ties, doc_chance in ((False, 0.0), (True, 0.01)):
-        tensors, doc_start = inputs(T, B=1, dtype=dtype, decay=0.1, bias=1.0, ties=ties, docs=doc_chance, coordinates=coordinates)
+        tensors, doc_start = inputs(
+            T, B=1, dtype=dtype, decay=0.1, bias=1.0, ties=ties, docs=doc_chance, coordinates=coordinates
+        )
         for t in (1, 64, 150, 299):
             first, second = changed(tensors, doc_start, window, torch.arange(T) >= t)
             assert torch.equal(first[0][:, :t], second[0][:, :t])
@@ -306,20 +387,28 @@ def test_euler():
     with torch.no_grad():
         for factor in (1 - step, 1 + step):
             out = reference(tensors[0] * factor, tensors[1] * factor, *tensors[2:], doc_start)
-            value.append((out * torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float()).sum().item())
+            value.append(
+                (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float())
+                .sum()
+                .item()
+            )
     assert along == pytest.approx((value[1] - value[0]) / (2 * step), rel=1e-6)
 
 
 def test_two_runs_are_equal():
     for coordinates in (True, False):
-        tensors, doc_start = inputs(500, dtype=torch.float32, decay=0.1, bias=1.0, docs=0.01, coordinates=coordinates, ties=True)
+        tensors, doc_start = inputs(
+            500, dtype=torch.float32, decay=0.1, bias=1.0, docs=0.01, coordinates=coordinates, ties=True
+        )
         first, second = run(loglinear, tensors, doc_start), run(loglinear, tensors, doc_start)
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("window", [None, 50])
 def test_nothing_reads_uninitialised_memory(relative_rms, window):
-    """In deterministic mode PyTorch fills new tensors with NaN; and no operation used here lacks a deterministic form."""
+    """
+    In deterministic mode PyTorch fills new tensors with NaN; and no operation used here lacks a deterministic form.
+    """
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(3).isnan().all()
@@ -330,7 +419,7 @@ def test_nothing_reads_uninitialised_memory(relative_rms, window):
         torch.use_deterministic_algorithms(False)
 
 
-# ---- torch.library, dtypes, layouts
+# ---- torch.library, dtypes, layouts -----------------------------------------
 
 def test_non_contiguous(relative_rms):
     generator = torch.Generator().manual_seed(0)
@@ -342,12 +431,17 @@ def test_non_contiguous(relative_rms):
     assert not any(x.is_contiguous() for x in tensors)
     check(relative_rms, [x.detach().requires_grad_() for x in tensors], doc_start)
     with torch.no_grad():
-        assert torch.equal(loglinear(*tensors, doc_start, None), loglinear(*[x.contiguous() for x in tensors], doc_start.contiguous(), None))
+        assert torch.equal(
+            loglinear(*tensors, doc_start, None),
+            loglinear(*[x.contiguous() for x in tensors], doc_start.contiguous(), None),
+        )
 
 
 @pytest.mark.parametrize("coordinates", [True, False], ids=["coordinates", "key_only"])
 def test_registered_operation(coordinates):
-    tensors, doc_start = inputs(40, H=4, D=3, dtype=torch.float32, decay=0.1, bias=1.0, docs=0.1, coordinates=coordinates)
+    tensors, doc_start = inputs(
+        40, H=4, D=3, dtype=torch.float32, decay=0.1, bias=1.0, docs=0.1, coordinates=coordinates
+    )
     with torch.no_grad():
         tensors[3] -= 0.01
     torch.library.opcheck(torch.ops.knotgpt.topological_attention, (*tensors, doc_start, 9))
@@ -355,10 +449,17 @@ def test_registered_operation(coordinates):
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "loglinear"])
-@pytest.mark.parametrize("options", [dict(), dict(decay=0.1, bias=1.0, docs=0.05), dict(coordinates=False, decay=0.1)], ids=["plain", "all", "key_only"])
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(decay=0.1, bias=1.0, docs=0.05), dict(coordinates=False, decay=0.1)],
+    ids=["plain", "all", "key_only"],
+)
 def test_compiles_as_one_graph(relative_rms, backend, options):
     tensors, doc_start = inputs(150, dtype=torch.float32, **options)
-    function = lambda a, b, v, g, c, d, w: 2 * public(a, b, v, log_decay=g, key_bias=c, doc_start=d, window=w, backend=backend).cos()
+
+    def function(a, b, v, g, c, d, w):
+        return 2 * public(a, b, v, log_decay=g, key_bias=c, doc_start=d, window=w, backend=backend).cos()
+
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for window in (None, 20):
@@ -385,7 +486,9 @@ def test_autocast_changes_nothing():
 def test_flops_are_counted():
     """By the formula of the docstring, without data too."""
     with torch.device("meta"):
-        a, b, v = torch.empty(2, 1024, 3, requires_grad=True), torch.empty(2, 1024, 1), torch.empty(2, 1024, 1, 16)
+        a = torch.empty(2, 1024, 3, requires_grad=True)
+        b = torch.empty(2, 1024, 1)
+        v = torch.empty(2, 1024, 1, 16)
     with FlopCounterMode(display=False) as counter:
         out = public(a, b, v, backend="loglinear")
     forward = 2 * (16 + 5 * 2) * 17 * 2 * 3 * 1024
@@ -401,7 +504,10 @@ def test_binned_by_name(relative_rms):
     out = public(*on_bins, tensors[2], log_decay=tensors[3], doc_start=doc_start, backend="binned")
     expected = reference(*on_bins, *tensors[2:], doc_start)
     assert relative_rms(out, expected) < bound(tensors) + float_bound(256, torch.float64)
-    key_only = [public(None, None, tensors[2], log_decay=tensors[3], doc_start=doc_start, backend=name) for name in ("binned", "loglinear")]
+    key_only = [
+        public(None, None, tensors[2], log_decay=tensors[3], doc_start=doc_start, backend=name)
+        for name in ("binned", "loglinear")
+    ]
     assert torch.equal(*key_only)
     with pytest.raises(ValueError, match="window"):
         public(*on_bins, tensors[2], window=7, backend="binned")
@@ -414,45 +520,65 @@ def test_auto(relative_rms):
         assert relative_rms(out, reference(*tensors, doc_start)) < bound(tensors)
 
 
-@pytest.mark.parametrize("T, rows, window, on_gpu, backend", [
-    (64, 8, None, False, "reference"), (128, 4, None, False, "loglinear"), (256, 32, None, False, "loglinear"), (4096, 1, 64, False, "loglinear"),
-    (256, 1, None, True, "tiled"), (65536, 12, 1024, True, "tiled"), (65536, 12, None, True, "loglinear")])
+@pytest.mark.parametrize(
+    "T, rows, window, on_gpu, backend",
+    [
+        (64, 8, None, False, "reference"),
+        (128, 4, None, False, "loglinear"),
+        (256, 32, None, False, "loglinear"),
+        (4096, 1, 64, False, "loglinear"),
+        (256, 1, None, True, "tiled"),
+        (65536, 12, 1024, True, "tiled"),
+        (65536, 12, None, True, "loglinear"),
+    ],
+)
 def test_choice_of_auto(T, rows, window, on_gpu, backend):
     assert package._choose(T, rows, window, on_gpu) == backend
 
 
-# ---- bad input
+# ---- bad input --------------------------------------------------------------
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(value=torch.zeros(2, 5, 2)), r"value must be a tensor \(B, T, Hkv, D\).*got \(2, 5, 2\)"),
-    (dict(value=[1.0]), r"value must be a tensor .* got list"),
-    (dict(value=torch.zeros(2, 0, 2, 4)), r"value must .* no empty dimension, got \(2, 0, 2, 4\)"),
-    (dict(value=torch.zeros(2, 5, 2, 4, dtype=torch.int32)), r"value must be bfloat16 or .*, got torch.int32"),
-    (dict(query_coord=None), "query_coord and key_coord must be given both or neither, got only key_coord"),
-    (dict(key_coord=None), "got only query_coord"),
-    (dict(query_coord=torch.zeros(2, 5, 3)), "query_coord has 3 heads, which value's 2 must divide"),
-    (dict(query_coord=torch.zeros(2, 4, 4)), r"query_coord must have the shape \(2, 5, 4\) beside value's \(2, 5, 2, 4\), got \(2, 4, 4\)"),
-    (dict(query_coord=torch.zeros(2, 5)), r"query_coord must have the shape .* got \(2, 5\)"),
-    (dict(query_coord=torch.zeros(2, 5, 0)), "query_coord has 0 heads"),
-    (dict(key_coord=torch.zeros(2, 5, 4)), r"key_coord must have the shape \(2, 5, 2\)"),
-    (dict(key_coord=torch.zeros(2, 5, 2, dtype=torch.int64)), "key_coord must be bfloat16 .* got torch.int64"),
-    (dict(log_decay=torch.zeros(2, 5, 2)), r"log_decay must have the shape \(2, 5, 4\)"),
-    (dict(log_decay=torch.full((2, 5, 4), 0.5)), "log_decay must be <= 0, got 0.5"),
-    (dict(log_decay=1.0), "log_decay must be a tensor or None, got float"),
-    (dict(key_bias=torch.zeros(2, 5, 4)), r"key_bias must have the shape \(2, 5, 2\)"),
-    (dict(doc_start=torch.zeros(2, 6, dtype=torch.int32)), r"doc_start must have the shape \(2, 5\)"),
-    (dict(doc_start=torch.zeros(2, 5)), "doc_start must be int32 or int64, got torch.float32"),
-    (dict(doc_start=torch.tensor([[0, 0, 2, 2, 2], [0, 2, 2, 2, 2]])), r"doc_start must .*; got 2 at t = 1 after 0 \(row 1\)"),
-    (dict(doc_start=torch.tensor([[0, 1, 1, 0, 0], [0, 0, 0, 0, 0]])), r"got 0 at t = 3 after 1 \(row 0\)"),
-    (dict(doc_start=torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])), r"got 1 at t = 0"),
-    (dict(doc_start=torch.tensor([[-1, -1, 2, 2, 2], [0, 0, 0, 0, 0]])), r"got -1 at t = 0"),
-    (dict(window=0), "window must be an integer of at least 1 or None, got 0"),
-    (dict(window=2.5), "window must .* got 2.5"),
-    (dict(window=True), "window must .* got True"),
-    (dict(backend="fast"), "backend must be auto, reference or tiled or loglinear or binned.*, got 'fast'"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(value=torch.zeros(2, 5, 2)), r"value must be a tensor \(B, T, Hkv, D\).*got \(2, 5, 2\)"),
+        (dict(value=[1.0]), r"value must be a tensor .* got list"),
+        (dict(value=torch.zeros(2, 0, 2, 4)), r"value must .* no empty dimension, got \(2, 0, 2, 4\)"),
+        (dict(value=torch.zeros(2, 5, 2, 4, dtype=torch.int32)), r"value must be bfloat16 or .*, got torch.int32"),
+        (dict(query_coord=None), "query_coord and key_coord must be given both or neither, got only key_coord"),
+        (dict(key_coord=None), "got only query_coord"),
+        (dict(query_coord=torch.zeros(2, 5, 3)), "query_coord has 3 heads, which value's 2 must divide"),
+        (
+            dict(query_coord=torch.zeros(2, 4, 4)),
+            r"query_coord must have the shape \(2, 5, 4\) beside value's \(2, 5, 2, 4\), got \(2, 4, 4\)",
+        ),
+        (dict(query_coord=torch.zeros(2, 5)), r"query_coord must have the shape .* got \(2, 5\)"),
+        (dict(query_coord=torch.zeros(2, 5, 0)), "query_coord has 0 heads"),
+        (dict(key_coord=torch.zeros(2, 5, 4)), r"key_coord must have the shape \(2, 5, 2\)"),
+        (dict(key_coord=torch.zeros(2, 5, 2, dtype=torch.int64)), "key_coord must be bfloat16 .* got torch.int64"),
+        (dict(log_decay=torch.zeros(2, 5, 2)), r"log_decay must have the shape \(2, 5, 4\)"),
+        (dict(log_decay=torch.full((2, 5, 4), 0.5)), "log_decay must be <= 0, got 0.5"),
+        (dict(log_decay=1.0), "log_decay must be a tensor or None, got float"),
+        (dict(key_bias=torch.zeros(2, 5, 4)), r"key_bias must have the shape \(2, 5, 2\)"),
+        (dict(doc_start=torch.zeros(2, 6, dtype=torch.int32)), r"doc_start must have the shape \(2, 5\)"),
+        (dict(doc_start=torch.zeros(2, 5)), "doc_start must be int32 or int64, got torch.float32"),
+        (
+            dict(doc_start=torch.tensor([[0, 0, 2, 2, 2], [0, 2, 2, 2, 2]])),
+            r"doc_start .*; got 2 at t = 1 after 0 \(row 1\)",
+        ),
+        (dict(doc_start=torch.tensor([[0, 1, 1, 0, 0], [0, 0, 0, 0, 0]])), r"got 0 at t = 3 after 1 \(row 0\)"),
+        (dict(doc_start=torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])), r"got 1 at t = 0"),
+        (dict(doc_start=torch.tensor([[-1, -1, 2, 2, 2], [0, 0, 0, 0, 0]])), r"got -1 at t = 0"),
+        (dict(window=0), "window must be an integer of at least 1 or None, got 0"),
+        (dict(window=2.5), "window must .* got 2.5"),
+        (dict(window=True), "window must .* got True"),
+        (dict(backend="fast"), "backend must be auto, reference or tiled or loglinear or binned.*, got 'fast'"),
+    ],
+)
 def test_bad_input(changes, message):
-    arguments = dict(query_coord=torch.zeros(2, 5, 4), key_coord=torch.zeros(2, 5, 2), value=torch.zeros(2, 5, 2, 4)) | changes
+    arguments = (
+        dict(query_coord=torch.zeros(2, 5, 4), key_coord=torch.zeros(2, 5, 2), value=torch.zeros(2, 5, 2, 4)) | changes
+    )
     with pytest.raises(ValueError, match=message):
         public(arguments.pop("query_coord"), arguments.pop("key_coord"), arguments.pop("value"), **arguments)
 
@@ -467,7 +593,7 @@ def test_device_is_checked():
         public(None, None, torch.zeros(1, 5, 2, 4), key_bias=torch.zeros(1, 5, 2, device="meta"))
 
 
-# ---- GPU
+# ---- GPU --------------------------------------------------------------------
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, None), (torch.bfloat16, 6e-3), (torch.float16, 2e-3)])
