@@ -41,9 +41,9 @@ import torch
 
 import variants
 from data.command_line import Parser, check_limits, run_script
+from data.manifold import TAU_MODES, Manifold, read_manifold
 from generate import load_model, read_model, start_alone, warn
 from kernels.splanifold import splanifold
-from data.manifold import TAU_MODES, Manifold, read_manifold
 from train_gpt import (
     Config,
     RunError,

@@ -547,12 +547,12 @@ def main(argv: list[str] | None = None) -> int:
         manifold = make(*source, **options)
         manifold.save(output)
         print(f"{output}: {summary(manifold)}")
-    return run_script("data.manifold", work)
+    return run_script("manifold.py", work)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; an option `make` is the function that the others, but --output, are the arguments of."""
-    parser = argparse.ArgumentParser(prog="data.manifold", description=__doc__,
+    parser = argparse.ArgumentParser(prog="manifold.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
 

@@ -20,9 +20,9 @@ import pytest
 import torch
 
 import compare
-from data import manifold
 import train_gpt
 import variants
+from data import manifold
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE = ("README.md", "docs/usage.md")  # what shows a user everything that run.sh has

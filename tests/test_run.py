@@ -228,7 +228,7 @@ def test_help_shows_every_verb_without_an_environment(checkout):
     "train_gpt.py": "there is no verb 'train_gpt.py', the nearest is train; choose from: " + " ".join(VERBS),
     "data": "there is no data script ''; choose from: ",
     "data local_corpse": "there is no data script 'local_corpse', the nearest is local_corpus; choose from: ",
-    "data recall": "there is no data script 'recall'; choose from: cached_fineweb10B local_corpus tokenize_text",
+    "data recall": "there is no data script 'recall'; choose from: cached_fineweb10B local_corpus manifold",
     "task": "there is no task script ''; choose from: recall symbolic_language",
     "study ngram": "there is no study script 'ngram', the nearest is ngram_loss; choose from: ",
     "bench timing": "there is no bench script 'timing'",  # a module that is no script

@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import manifold
+from data import cached_fineweb10B, local_corpus, manifold, tokenize_text
 from data.command_line import run_script
-from data import cached_fineweb10B, local_corpus, tokenize_text
 from data.shards import check_folder, write_folder
 from studies import ngram_loss
 from tasks import recall, symbolic_language

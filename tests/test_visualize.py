@@ -12,8 +12,8 @@ import pytest
 
 import train_gpt
 import visualize
-from data.shards import write_meta, write_shard
 from data.manifold import Graph, Manifold, from_chain, from_corpus, from_random
+from data.shards import write_meta, write_shard
 
 SCRIPT = Path(visualize.__file__)
 
