@@ -70,7 +70,9 @@ def _pair_factors(b_f, b_doc, DECAY: tl.constexpr, DOCS: tl.constexpr, CHUNK: tl
 def _chunk_of(H, T, N, CHUNK: tl.constexpr):
     """Returns head, chunk and batch row of a program that takes one chunk, and the chunk's first token and length."""
     pid = tl.program_id(0)
-    h, c, b = pid % H, (pid // H) % N, (pid // H // N).to(tl.int64)
+    h = pid % H
+    c = (pid // H) % N
+    b = (pid // H // N).to(tl.int64)
     return h, c, b, c.to(tl.int64) * CHUNK, tl.minimum(T - c * CHUNK, CHUNK)
 
 
@@ -121,7 +123,9 @@ def _gla_state_kernel(
     """
     # which segment, and which block of the state
     pid = tl.program_id(0)
-    h, segment, b = pid % H, (pid // H) % SEGMENTS, (pid // H // SEGMENTS).to(tl.int64)
+    h = pid % H
+    segment = (pid // H) % SEGMENTS
+    b = (pid // H // SEGMENTS).to(tl.int64)
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     m0, d0 = (tl.program_id(1) // D_BLOCKS) * BLOCK_M, (tl.program_id(1) % D_BLOCKS) * BLOCK_D
     offs_t = tl.arange(0, CHUNK)

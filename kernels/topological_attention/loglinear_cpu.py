@@ -641,7 +641,9 @@ def _chunk_forward(
 
     # the weights of 8 queries at a time
     for k in range(0, query_last - query_first, 8):
-        a, bias, document = load(work.chunk[0], k), load(work.chunk[1], k), load(work.chunk[2], k)
+        a = load(work.chunk[0], k)
+        bias = load(work.chunk[1], k)
+        document = load(work.chunk[2], k)
         i = query_first + k
         first, last = (key_first, min(key_last, i + 8)) if lower else (max(key_first, i - shift), key_last)
 
@@ -700,7 +702,9 @@ def _chunk_backward(keys, queries, sums, start, key_first, key_last, query_first
         of_coordinate = nothing
         of_bias = nothing
         for k in range(first, last, 8):
-            a, bias, document = load(work.chunk[0], k), load(work.chunk[1], k), load(work.chunk[2], k)
+            a = load(work.chunk[0], k)
+            bias = load(work.chunk[1], k)
+            document = load(work.chunk[2], k)
             s = _scores(keys, j, a, bias, document, in_documents, here - k, work.triangles, triangle)
             p, product = exp2(cast(s, tile)), nothing - load(delta, k)
             for d in range(D):
@@ -1165,7 +1169,9 @@ def _task(stage, task, thread, plan):
     gradients = Gradients(
         plan.upstream, plan.grad_query, plan.grad_key, plan.grad_value, plan.grad_decay, plan.grad_bias
     )
-    wide, narrow, packed = plan.wide[slot], plan.narrow[slot], plan.packed[slot]
+    wide = plan.wide[slot]
+    narrow = plan.narrow[slot]
+    packed = plan.packed[slot]
     row_number = first_row + number
     row = _row(backward, inputs, results, gradients, wide, narrow, packed, row_number, head_of_group, D)
 
@@ -1234,7 +1240,9 @@ def _attend(kind, task, backward, window, inputs, row, lists, work, D):
         base = task * window if lower else (task + 1) * window
         count = min(window, T - base)
         triangle = Triangle(lower, base if lower else base - window, base, count if lower else window, count, 2 * base)
-        first, last, top = 0, triangle.key_count, triangle.key_count
+        first = 0
+        last = triangle.key_count
+        top = triangle.key_count
         if not lower and start[base] >= base:
             return
 

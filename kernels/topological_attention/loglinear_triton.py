@@ -68,7 +68,9 @@ def _place(index, T, width, blocks, length, size, LOWER: tl.constexpr, DIAGONAL:
     """
     nodes = length // size if DIAGONAL else length // size // 2
     passes = blocks if LOWER else blocks - 1
-    node, block, row = index % nodes, (index // nodes) % passes, (index // nodes // passes).to(tl.int64)
+    node = index % nodes
+    block = (index // nodes) % passes
+    row = (index // nodes // passes).to(tl.int64)
     if DIAGONAL:
         query_node, key_node = node, node
     elif LOWER:
@@ -319,7 +321,9 @@ def _ends_kernel(
     if (q_first < tl.minimum(width, T - q_block * width)) & (k_first < width):
         # the sources
         block, first = (q_block, q_first) if QUERIES else (k_block, k_first)
-        in_row, b, h = row * T, row // heads, row % heads
+        in_row = row * T
+        b = row // heads
+        h = row % heads
         in_order = ((row if QUERIES else rows + row) * blocks + block) * length
         b_position = _positions(order_ptr, in_order, first + (pid % count) * BLOCK, BLOCK, False)
         b_token = block * width + b_position
@@ -374,7 +378,9 @@ def _carry_kernel(
     if (q_first < tl.minimum(width, T - q_block * width)) & (k_first < width):
         count = size // BLOCK
         offs = tl.arange(0, GROUP)
-        x, m, z = 0.0, tl.full((), LOWEST, tl.float32), 0.0
+        x = 0.0
+        m = tl.full((), LOWEST, tl.float32)
+        z = 0.0
         b_sum = tl.zeros((BLOCK_D,), tl.float32)
         for first in range(0, count, GROUP):
             # a group of blocks
@@ -431,7 +437,10 @@ def _forward_kernel(
     if absent:
         return
     count = size // BLOCK_S
-    plane, in_row, b, h = tl.cast(rows, tl.int64) * T, row * T, row // heads, row % heads
+    plane = tl.cast(rows, tl.int64) * T
+    in_row = row * T
+    b = row // heads
+    h = row % heads
     value_ptr += b * value_b + (h // group) * value_h
     if doc_ptr is not None:
         doc_ptr += b * T
@@ -504,7 +513,9 @@ def _upstream_kernel(
     """Makes dOut in the values' dtype (B, T, H, D), and -dOut.out (B, H, T)."""
     b_index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = b_index < count
-    b_h, b_t, b_b = b_index % heads, b_index // heads % T, b_index // heads // T
+    b_h = b_index % heads
+    b_t = b_index // heads % T
+    b_b = b_index // heads // T
     b_grad = _load_rows(grad_ptr, b_b * grad_b + b_t * grad_t + b_h * grad_h, mask, D, BLOCK_D)
     b_grad = b_grad.to(rows_ptr.dtype.element_ty)
     _store_rows(rows_ptr, b_index * D, b_grad, mask, D, BLOCK_D)
@@ -530,7 +541,10 @@ def _query_grads_kernel(
     if absent:
         return
     count = size // BLOCK_S
-    plane, in_row, b, h = tl.cast(rows, tl.int64) * T, row * T, row // heads, row % heads
+    plane = tl.cast(rows, tl.int64) * T
+    in_row = row * T
+    b = row // heads
+    h = row % heads
     value_ptr += b * value_b + (h // group) * value_h
     if doc_ptr is not None:
         doc_ptr += b * T
@@ -603,7 +617,10 @@ def _key_grads_kernel(
     if absent:
         return
     count = size // BLOCK_S
-    plane, in_row, b, h = tl.cast(rows, tl.int64) * T, row * T, row // heads, row % heads
+    plane = tl.cast(rows, tl.int64) * T
+    in_row = row * T
+    b = row // heads
+    h = row % heads
     upstream_ptr += (b * T * heads + h) * D
     if doc_ptr is not None:
         doc_ptr += b * T
@@ -782,7 +799,11 @@ def _sorted(work: _Work) -> Tensor:
     Returns (2, B H, blocks, length) int32: the positions of each block by document, coordinate and position; empty ones
     come last.
     """
-    rows, T, width, blocks, length = work.rows, work.T, work.width, work.blocks, work.length
+    rows = work.rows
+    T = work.T
+    width = work.width
+    blocks = work.blocks
+    length = work.length
 
     # integers in the order of the coordinates, below those the documents
     bits = work.coordinates.view(torch.int32)
@@ -914,7 +935,9 @@ class _Pass:
         lower: bool, programs: int
     ):
         """Launches one of the three kernels of a pass; without an order on chunks."""
-        work, sums, launch = self.work, self.sums, self.work.launch
+        work = self.work
+        sums = self.sums
+        launch = self.work.launch
         kernel[(programs,)](
             order, work.coordinates, query_shift, work.key_shift, work.decay, work.doc, self.value,
             sums.x, sums.m, sums.z, sums.e, *others, *self.value.stride()[:3], self.heads, self.group, work.rows,

@@ -196,7 +196,9 @@ def _topological_attention_tiled_fwd_kernel(
     value_ptr += batch * stride_vb + key_head * stride_vh
     offs_m = tl.minimum(start_m + tl.arange(0, BLOCK_M), T - 1)  # a row beyond the last repeats it
     last = tl.minimum(start_m + BLOCK_M, T) - 1
-    offs_n, offs_d, offs_s = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_TILES)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_s = tl.arange(0, BLOCK_TILES)
 
     # its tiles of keys: those in [open_begin, open_end) are seen in full by every row
     tile_begin = 0
