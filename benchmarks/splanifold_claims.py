@@ -42,7 +42,7 @@ from train_gpt import RunError
 import numpy as np
 import torch
 
-TESTS = "tests/kernels/test_splanifold.py"
+TESTS = "tests/kernels/splanifold/test_splanifold.py"
 CPU = torch.device("cpu")
 
 N = 256               # table 2: outputs, centres, hidden units

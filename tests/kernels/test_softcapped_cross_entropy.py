@@ -28,7 +28,10 @@ def make_inputs(N, D, V, dtype=torch.float64, std=3.0, seed=0):
     the last of the vocabulary.
     """
     generator = torch.Generator().manual_seed(seed)
-    randn = lambda *shape: torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype).double()
+
+    def randn(*shape):
+        return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype).double()
+
     targets = torch.randint(0, V, (N,), generator=generator)
     targets[0], targets[-1] = 0, V - 1
     return dict(x=randn(N, D), weight=randn(V, D) * 2.0 ** round(torch.tensor(std / D ** 0.5).log2().item()),
@@ -38,8 +41,8 @@ def make_inputs(N, D, V, dtype=torch.float64, std=3.0, seed=0):
 def run(inputs, backend, dtype=torch.float64, device="cpu", function=softcapped_cross_entropy, weight_dtype=None,
         **options):
     """dict(loss, dx, dweight)"""
-    x, weight = (inputs[name].to(device, own).requires_grad_() for name,
-                 own in (("x", dtype), ("weight", weight_dtype or dtype)))
+    x = inputs["x"].to(device, dtype).requires_grad_()
+    weight = inputs["weight"].to(device, weight_dtype or dtype).requires_grad_()
     loss = function(x, weight, inputs["targets"].to(device), backend=backend, **options)
     dx, dweight = torch.autograd.grad(3 * loss, [x, weight])
     return {name: tensor.detach().cpu() for name, tensor in dict(loss=loss, dx=dx, dweight=dweight).items()}
@@ -171,7 +174,7 @@ def test_loops_have_no_float64():
     (dict(weight=None), r"weight must be a tensor \(V, D\) of sizes \(any, 4\), not empty; got NoneType"),
     (dict(weight=torch.zeros(7, 5)), r"weight must be a tensor \(V, D\) of sizes \(any, 4\), not empty; got \(7, 5\)"),
     (dict(weight=torch.zeros(7, 4, device="meta")), "weight must be on the device of x, cpu; got meta"),
-    (dict(targets=torch.zeros(2, dtype=torch.int64)), r"targets must be a tensor \(N,\) of sizes \(3\), not empty; got \(2,\) torch.int64"),
+    (dict(targets=torch.zeros(2, dtype=torch.int64)), r"targets must be a tensor \(N,\) of sizes \(3\).*; got \(2,\)"),
     (dict(targets=torch.zeros(3, dtype=torch.int32)), "targets must be int64; got torch.int32"),
     (dict(softcap=-1.0), "softcap must be finite and not below 0"),
     (dict(softcap=float("nan")), "softcap must be finite"),
@@ -195,15 +198,17 @@ def test_wrong_arguments(change, message):
                          [(1, 1, 2, 1), (7, 16, 33, 3), (33, 8, 264, 4096), (5, 12, 4096, 2), (4, 24, 9001, 3)])
 def test_interpreted_kernel_equals_the_reference(N, D, V, chunk, softcap, interpreter, relative_rms):
     inputs = make_inputs(N, D, V, torch.float32)
-    results, expected = interpreter(__name__, "run_interpreted", inputs, softcap=softcap, chunk=chunk), run(inputs,
-            "reference", softcap=softcap)
+    results = interpreter(__name__, "run_interpreted", inputs, softcap=softcap, chunk=chunk)
+    expected = run(inputs, "reference", softcap=softcap)
     assert_close(results, expected, relative_rms, float32_bounds(inputs, expected, softcap=softcap))
 
 
 def test_interpreted_kernel_equals_the_trainer(interpreter, relative_rms):
     inputs = make_inputs(50, 16, 40, torch.float32)
-    trainer = lambda x, weight, targets, backend, softcap, chunk: SoftcappedCrossEntropy.apply(x, weight, targets,
-            softcap, chunk)
+
+    def trainer(x, weight, targets, backend, softcap, chunk):
+        return SoftcappedCrossEntropy.apply(x, weight, targets, softcap, chunk)
+
     expected = run(inputs, "reference", softcap=2.0)
     bounds = float32_bounds(inputs, expected, softcap=2.0)
     assert_close(interpreter(__name__, "run_interpreted", inputs, softcap=2.0, chunk=16), expected, relative_rms,
@@ -297,8 +302,8 @@ def partial_results(inputs, device="cpu", dtype=torch.float32):
     """{(x needs a gradient, weight does): (loss, dx, dweight, FLOPs)}, and without gradients at all at None."""
     results = {}
     for needs in ((True, True), (True, False), (False, True), (False, False), None):
-        x, weight = (inputs[name].to(device, dtype).requires_grad_(needs is None or own) for name,
-                     own in zip(("x", "weight"), needs or (True, True)))
+        x, weight = (inputs[name].to(device, dtype).requires_grad_(needs is None or own)
+                     for name, own in zip(("x", "weight"), needs or (True, True)))
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(needs is not None):
             loss = softcapped_cross_entropy(x, weight, inputs["targets"].to(device), chunk=4, backend="triton")
         if loss.requires_grad:
