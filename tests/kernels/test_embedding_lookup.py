@@ -229,9 +229,8 @@ def test_interpreted_tokens_outside_are_zeros(integer, D, interpreter, relative_
     outside = torch.tensor([4, 5, -1, -2, 2**31 - 1, -(2**31), 2**32 + 2, -(2**63)]).repeat_interleave(35)
     outside = outside[outside == outside.to(integer)].to(integer)
     order = torch.randperm(24 + len(outside), generator=torch.Generator().manual_seed(0))
-    tokens, gs = torch.cat((inputs["tokens"].to(integer), outside)), torch.cat((inputs["gs"][0],
-                                                                                torch.full((len(outside), D),
-            float("nan"))))
+    tokens = torch.cat((inputs["tokens"].to(integer), outside))
+    gs = torch.cat((inputs["gs"][0], torch.full((len(outside), D), float("nan"))))
     (y, gradient), untouched = interpreter(__name__, "guarded_results",
                                            inputs | dict(tokens=tokens[order], gs=[gs[order]]))
     inside, others = order.argsort().split((24, len(outside)))
@@ -351,8 +350,8 @@ def test_gpu_equals_the_definition(counts, D, table, result, integer, relative_r
 
 @pytest.mark.gpu
 def test_gpu_tokens_outside_are_zeros(relative_rms):
-    inputs, outside = make_inputs([20, 0, 3, 1], 768,
-                                  1), torch.tensor([4, -1, 2**32 + 2, -(2**63)]).repeat_interleave(35)
+    inputs = make_inputs([20, 0, 3, 1], 768, 1)
+    outside = torch.tensor([4, -1, 2**32 + 2, -(2**63)]).repeat_interleave(35)
     wrong = inputs | dict(tokens=torch.cat((inputs["tokens"], outside)),
                           gs=[torch.cat((inputs["gs"][0], torch.full((len(outside), 768), float("nan"))))])
     y, gradient = run(wrong, "triton", torch.float32, torch.float32, "cuda")
@@ -382,8 +381,9 @@ def test_gpu_strides():
 def test_gpu_nothing_waits_for_the_host():
     """Both passes in a CUDA graph, replayed for tokens of quite other runs."""
     first, second = (make_inputs(counts, 64) for counts in (TEXT, [20_000, *[0] * 4999]))
-    tokens, tables, gs = first["tokens"].cuda(), [x.cuda().float().requires_grad_()
-                                                  for x in first["tables"]], [g.cuda().bfloat16() for g in first["gs"]]
+    tokens = first["tokens"].cuda()
+    tables = [x.cuda().float().requires_grad_() for x in first["tables"]]
+    gs = [g.cuda().bfloat16() for g in first["gs"]]
     def both_passes():
         results = embedding_lookup(tokens, tables, torch.bfloat16)
         return [*results, *torch.autograd.grad(results, tables, gs)]

@@ -132,8 +132,8 @@ def test_reference_in_other_dtypes(dtype, own, relative_rms):
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_reference_equals_eager(compiler, relative_rms):
-    inputs, compiled = rounded(make_inputs(), torch.float32), torch.compile(norm_rotary, fullgraph=True,
-                                                                            backend=compiler)
+    inputs = rounded(make_inputs(), torch.float32)
+    compiled = torch.compile(norm_rotary, fullgraph=True, backend=compiler)
     assert_close(run(inputs, "auto", torch.float32, function=compiled), run(inputs), relative_rms)
 
 

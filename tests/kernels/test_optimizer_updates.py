@@ -20,8 +20,8 @@ def make_inputs(shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     data, gradient, momentum = (torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(3))
     second = torch.rand(shape, dtype=torch.float64, generator=generator).add_(0.5)
-    return data, gradient, momentum, second[..., :1].contiguous() if shape[-2] >= shape[-1] else second[..., :1,
-            :].contiguous()
+    second = second[..., :1] if shape[-2] >= shape[-1] else second[..., :1, :]
+    return data, gradient, momentum, second.contiguous()
 
 
 def muon(nesterov, step, tensors, beta2):
@@ -75,8 +75,8 @@ def test_loops(shape, beta2, dtype):
     expected = muon(updates.nesterov_reference, updates.normalised_step_reference, copies(exact, torch.float64), beta2)
     assert all(x.dtype == dtype and relative_rms(x, y) < float_bound(shape[-1] * shape[-2], dtype)
                for x, y in zip(results, expected))
-    results, expected = adam(updates.adam_step, copies(exact, dtype)), adam(updates.adam_step_reference,
-                                                                            copies(exact, torch.float64))
+    results = adam(updates.adam_step, copies(exact, dtype))
+    expected = adam(updates.adam_step_reference, copies(exact, torch.float64))
     assert all(x.dtype == dtype and relative_rms(x, y) < float_bound(4, dtype) for x, y in zip(results, expected))
 
 

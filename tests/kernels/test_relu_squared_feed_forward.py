@@ -247,8 +247,9 @@ def special_values(device="cpu", dtype=torch.float32):
     square is too much.
     """
     products = torch.tensor([-1.0, 0.0, float("nan"), float("inf"), 1e-4, 300.0], dtype=dtype, device=device)
-    x, fc, proj = products[:, None], torch.ones(1, 1, dtype=dtype, device=device), torch.ones(1, 1, dtype=dtype,
-            device=device)
+    x = products[:, None]
+    fc = torch.ones(1, 1, dtype=dtype, device=device)
+    proj = torch.ones(1, 1, dtype=dtype, device=device)
     y = relu_squared_feed_forward(x.requires_grad_(), fc, proj, "triton")
     return y.detach().cpu()[:, 0], torch.autograd.grad(y, x, torch.ones_like(y))[0].cpu()[:, 0]
 

@@ -232,8 +232,8 @@ def test_compiled_reference_equals_eager(gates, compiler, relative_rms):
 def test_leading_dimensions():
     inputs = make_inputs(6, 8)
     tensors = {name: x for name, x in inputs.items() if name not in ("gz", "gh")}
-    flat, folded = residual_norm(**tensors), residual_norm(**tensors | dict(x=tensors["x"].view(2, 3, 8),
-                                                                            y=tensors["y"].view(2, 3, 8)))
+    flat = residual_norm(**tensors)
+    folded = residual_norm(**tensors | dict(x=tensors["x"].view(2, 3, 8), y=tensors["y"].view(2, 3, 8)))
     assert all(torch.equal(a.view(2, 3, 8), b) for a, b in zip(flat, folded))
 
 
@@ -282,8 +282,8 @@ def run_scaled(inputs, backend, dtype=torch.float64, grads=("gz", "gh"), form=la
 def assert_scaled_close(results, expected, relative_rms, dtype):
     """dscales are sums of N D numbers of both signs: their error counts against sqrt(N D) at least."""
     N, D = expected["z"].shape
-    wide, roundings = torch.promote_types(dtype, torch.float32), rounding_bound(3,
-                                                                                dtype) if dtype.itemsize == 2 else 0.0
+    wide = torch.promote_types(dtype, torch.float32)
+    roundings = rounding_bound(3, dtype) if dtype.itemsize == 2 else 0.0
     for name in expected:
         if name == "dscales":
             error = (results[name].double() - expected[name]).norm() / expected[name].norm().clamp_min((N * D) ** 0.5)

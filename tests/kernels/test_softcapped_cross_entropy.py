@@ -61,8 +61,8 @@ def float32_bounds(inputs, expected, softcap=15.0, **options):
     errors are the relative errors of those sums, and of logits, sums over D.
     """
     (N, D), V = inputs["x"].shape, len(inputs["weight"])
-    low, capped = run(inputs, "reference", torch.float32, softcap=softcap,
-                      **options), rounding_bound(2, torch.float32) * softcap
+    low = run(inputs, "reference", torch.float32, softcap=softcap, **options)
+    capped = rounding_bound(2, torch.float32) * softcap
     bounds = {name: reference_bound(low[name], expected[name], N + D + V) + capped for name in ("dx", "dweight")}
     largest = (inputs["x"].abs() @ inputs["weight"].abs().T).max().item()
     token = float_bound(D, torch.float32) * largest + capped + float_bound(V, torch.float32)
@@ -108,8 +108,8 @@ def test_reference_in_other_dtypes(dtype, relative_rms):
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_reference_equals_eager(compiler, relative_rms):
-    inputs, compiled = make_inputs(12, 16, 40), torch.compile(softcapped_cross_entropy, fullgraph=True,
-                                                              backend=compiler)
+    inputs = make_inputs(12, 16, 40)
+    compiled = torch.compile(softcapped_cross_entropy, fullgraph=True, backend=compiler)
     results, expected = run(inputs, "auto", torch.float32, function=compiled), run(inputs, "reference")
     assert_close(results, expected, relative_rms, float32_bounds(inputs, expected))
 
@@ -244,8 +244,8 @@ def test_interpreted_gradient_of_every_logit(softcap, interpreter, relative_rms)
     logits = torch.cat([torch.linspace(-60, 60, 4001), torch.logspace(-12, -1, 500), -torch.logspace(-12, -1, 500)])[:,
             None].double()
     inputs = dict(x=torch.ones(1, 1).double(), weight=logits.float().double(), targets=torch.tensor([2000]))
-    results, expected = interpreter(__name__, "run_interpreted", inputs, softcap=softcap), run(inputs, "reference",
-            softcap=softcap)
+    results = interpreter(__name__, "run_interpreted", inputs, softcap=softcap)
+    expected = run(inputs, "reference", softcap=softcap)
     assert_close(results, expected, relative_rms, float32_bounds(inputs, expected, softcap=softcap))
     # beyond, 1 - tanh^2 is 4 e^-2u / (1 + e^-2u)^2 also in float64
     wide = torch.where(logits.abs() > 12, logits, 12.0) / softcap
@@ -265,8 +265,8 @@ def test_interpreted_extreme_logits(softcap, interpreter, relative_rms):
     x, weight = torch.tensor([[1e3], [-1e3], [1.0]]).double(), torch.ones(50, 1).double()
     weight[7] = -1
     inputs = dict(x=x, weight=weight, targets=torch.tensor([3, 3, 7]))
-    results, expected = interpreter(__name__, "run_interpreted", inputs, softcap=softcap), run(inputs, "reference",
-            softcap=softcap)
+    results = interpreter(__name__, "run_interpreted", inputs, softcap=softcap)
+    expected = run(inputs, "reference", softcap=softcap)
     assert_close(results, expected, relative_rms, rounding_bound(2, torch.float32) * min(softcap or 1e3, 1e3)
                  + float_bound(3 + 1 + 50, torch.float32))
 
@@ -378,8 +378,8 @@ def test_quantised_numbers_are_near():
 
 @pytest.mark.parametrize("change", [dict(D=24), dict(V=20), dict(N=8), dict(chunk=8)], ids=str)
 def test_interpreted_fp8_sizes(change, interpreter):
-    sizes, message = dict(N=16, D=16, V=32,
-                          chunk=16) | change, "multiples of 16; got {} = {}".format(*next(iter(change.items())))
+    sizes = dict(N=16, D=16, V=32, chunk=16) | change
+    message = "multiples of 16; got {} = {}".format(*next(iter(change.items())))
     chunk = sizes.pop("chunk")
     with pytest.raises(ValueError, match=message):
         interpreter(__name__, "run_interpreted", make_inputs(**sizes), fp8=True, chunk=chunk)
