@@ -22,11 +22,13 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.timing import Place, kernel_benchmark, measure_arms
+from kernels.backend import has_cpu_loops
 from kernels.splanifold import SplanifoldControls, splanifold, splanifold_reference
 from train_gpt import require
 
-TESTS = {"cpu": ["tests/kernels/splanifold/test_splanifold.py"],
-         "cuda": ["tests/kernels/splanifold/test_splanifold.py", "tests/kernels/splanifold/test_triton.py"]}
+FOLDER = "tests/kernels/splanifold"
+TESTS = {"cpu": [f"{FOLDER}/test_splanifold.py", f"{FOLDER}/test_cpu.py"],
+         "cuda": [f"{FOLDER}/test_splanifold.py", f"{FOLDER}/test_triton.py"]}
 EPS = 1e-3
 
 
@@ -44,7 +46,9 @@ SHAPES = {
     "cpu": dict(
         dense=Shape(8192, 1, 256, 256), K32=Shape(8192, 8, 32, 32, mix="concat"),
         K2=Shape(8192, 128, 2, 2, mix="concat"), K3=Shape(8192, 64, 3, 4, mix="concat"),
-        K4=Shape(8192, 64, 4, 4, mix="concat"), K4sum=Shape(4096, 32, 4, 256), pieces=Shape(4096, 1, 256, 256, S=5)),
+        K4=Shape(8192, 64, 4, 4, mix="concat"), small=Shape(2048, 47, 2, 2, S=3, mix="concat"),
+        lowdim2=Shape(2048, 235, 2, 2, S=3, mix="concat"), K4sum=Shape(4096, 32, 4, 256),
+        pieces=Shape(4096, 1, 256, 256, S=5)),
     "cuda": dict(
         dense=Shape(65_536, 1, 768, 768), K32=Shape(65_536, 24, 32, 32, mix="concat"),
         K2=Shape(65_536, 384, 2, 2, mix="concat"), K3=Shape(65_536, 256, 3, 3, mix="concat"),
@@ -106,6 +110,8 @@ def contenders(shape: Shape, place: Place, compiled: bool) -> dict:
 
     backends = ("triton", "chunked") if place.device.type == "cuda" else ("chunked",)
     arms = {name: partial(by_backend, name) for name in backends}
+    if place.device.type == "cpu" and has_cpu_loops() and shape.mix == "concat" and shape.K <= 4:
+        arms["loops"] = partial(by_backend, "loops")
     if shape.S == 2:
         arms["feature"] = partial(feature_form, mix=shape.mix)
     if shape.M * shape.G * shape.S * shape.N <= PRODUCTS[place.device.type]:

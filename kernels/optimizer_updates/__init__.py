@@ -58,8 +58,8 @@ def adam_step_reference(data: Tensor, gradient: Tensor, mean: Tensor, square: Te
 def nesterov(gradient: Tensor, momentum: Tensor, mu: float) -> Tensor:
     """
     Returns the direction that momentum and gradient give, and changes momentum in place. Both are (...), of one shape
-    and dtype, float32 or float64. This and the other two are the CPU's loops where they can be (contiguous tensors on a CPU,
-    Numba), else the references.
+    and dtype, float32 or float64. This and the other two are the CPU's loops where they can be (contiguous tensors on a
+    CPU, Numba), else the references.
     """
     if not _fit(gradient, momentum):
         return nesterov_reference(gradient, momentum, mu)

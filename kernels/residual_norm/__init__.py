@@ -266,7 +266,9 @@ def _residual_norm_bwd_kernel(gz_ptr, gh_ptr, x_ptr, y_ptr, z_ptr, alpha_ptr, be
             b_c = tl.load(c_ptr + offs_r, mask=offs_r < N, other=0.0)
 
         # gz + rho u, <u, z> and <x, x>
-        without_norm, b_uz, b_n = (), tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
+        without_norm = ()
+        b_uz = tl.zeros((ROWS, BLOCK), tl.float32)
+        b_n = tl.zeros((ROWS, BLOCK), tl.float32)
         for i in tl.static_range(TILES):
             b_gh = _load_tile(gh_ptr, i, offs_r, gh_row, N, D, BLOCK, "").to(tl.float32)
             if MIX:
@@ -286,7 +288,9 @@ def _residual_norm_bwd_kernel(gz_ptr, gh_ptr, x_ptr, y_ptr, z_ptr, alpha_ptr, be
             without_norm += (b_without,)
 
         # g and gc
-        g, b_gc, b_along = (), tl.zeros((ROWS, BLOCK), tl.float32), tl.sum(b_uz, 1) * b_rho * b_rho * b_rho / D
+        g = ()
+        b_gc = tl.zeros((ROWS, BLOCK), tl.float32)
+        b_along = tl.sum(b_uz, 1) * b_rho * b_rho * b_rho / D
         for i in tl.static_range(TILES):
             if x_ptr is not None:
                 b_x = _load_tile(x_ptr, i, offs_r, x_row, N, D, BLOCK, "evict_last").to(tl.float32)

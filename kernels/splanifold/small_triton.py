@@ -72,7 +72,9 @@ def _store_values(ptr, items, inside, values, COUNT: tl.constexpr):
 def _small_groups(r_ptr, start, offs_g, M, scale, shift, eps2, threshold, inverse_delta_max2, G: tl.constexpr,
                   K: tl.constexpr, WARP: tl.constexpr, TOKENS: tl.constexpr):
     """For the tokens from `start` on: t, s and delta (coordinates, then tokens), and where corrections are needed."""
-    ts, factors, by_token = (), (), ()
+    ts = ()
+    factors = ()
+    by_token = ()
     b_needed = tl.zeros([offs_g.shape[0]], tl.int32)
     for i in tl.static_range(TOKENS):
         inside = offs_g < tl.where(start + i < M, G, 0)
@@ -196,8 +198,8 @@ def _small_gradients(sums, ddeltas, dts, dss, grads, table_ptrs, in_table, ts, f
             all_dts, all_dss = (), ()
             for i in tl.static_range(TOKENS):
                 b_x = deltas[k * TOKENS + i] * products[i]
-                all_dts, all_dss = all_dts + (dts[i] + coefficients[3 * i + 1] * b_x,), all_dss + (dss[i]
-                        + coefficients[3 * i + 2] * b_x,)
+                all_dts = all_dts + (dts[i] + coefficients[3 * i + 1] * b_x,)
+                all_dss = all_dss + (dss[i] + coefficients[3 * i + 2] * b_x,)
                 all_ddeltas = all_ddeltas + (ddeltas[k * TOKENS + i] + coefficients[3 * i] * products[i],)
             dts, dss = all_dts, all_dss
         ddeltas = all_ddeltas
@@ -218,7 +220,9 @@ def _splanifold_small_bwd_kernel(r_ptr, table_ptr, grad_ptr, dr_ptr, partial_ptr
     split, offs_g = (pid // G_BLOCKS).to(tl.int64), (pid % G_BLOCKS) * BLOCK_G + tl.arange(0, BLOCK_G)
     table_ptrs, in_table = table_ptr + offs_g, offs_g < G
     b_zero = tl.zeros([BLOCK_G], tl.float32)
-    sums, spine, corrections = (b_zero,) * (MAIN * (K - 1) * N), (b_zero,) * (4 * N), (b_zero,) * (2 * (K - 1) * N)
+    sums = (b_zero,) * (MAIN * (K - 1) * N)
+    spine = (b_zero,) * (4 * N)
+    corrections = (b_zero,) * (2 * (K - 1) * N)
     for start in range(split * split_tokens, tl.minimum((split + 1) * split_tokens, M), TOKENS):
         ts, factors, deltas, b_needed = _small_groups(r_ptr, start, offs_g, M, scale, shift, eps2, threshold,
                                                       inverse_delta_max2, G, K, WARP, TOKENS)
@@ -226,7 +230,9 @@ def _splanifold_small_bwd_kernel(r_ptr, table_ptr, grad_ptr, dr_ptr, partial_ptr
         for i in tl.static_range(TOKENS):
             grads = grads + _load_values(grad_ptr, (start + i) * G + offs_g, offs_g < tl.where(start + i < M, G, 0),
                                          0.0, N)
-        dts, dss, ddeltas = (b_zero,) * TOKENS, (b_zero,) * TOKENS, (b_zero,) * ((K - 1) * TOKENS)
+        dts = (b_zero,) * TOKENS
+        dss = (b_zero,) * TOKENS
+        ddeltas = (b_zero,) * ((K - 1) * TOKENS)
         all_sums = ()
         for place in tl.static_range(4):
             weights = ()

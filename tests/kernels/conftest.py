@@ -88,9 +88,14 @@ def _aot(kernel, signature: dict, constexprs: dict, capability: int, num_warps: 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     names = kernel.arg_names
-    unknown, absent = (set(signature) | set(constexprs)) - set(names), set(names) - set(signature) - set(constexprs)
-    assert not unknown and not absent, f"{kernel.__name__}: not its arguments {sorted(unknown)}, not given {sorted(absent)}"
-    aligned = [name for name, kind in signature.items() if kind.startswith("*")] if aligned is None else aligned
+    unknown = (set(signature) | set(constexprs)) - set(names)
+    absent = set(names) - set(signature) - set(constexprs)
+    assert not unknown, f"{kernel.__name__} has no arguments {sorted(unknown)}"
+    assert not absent, f"{kernel.__name__} needs the arguments {sorted(absent)}"
+    if aligned is None:
+        aligned = [name for name, kind in signature.items() if kind.startswith("*")]
+
+    # the machine code, and what it uses
     source = ASTSource(kernel, {name: signature.get(name, "constexpr") for name in names},
                        {(names.index(name),): value for name, value in constexprs.items()},
                        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned})

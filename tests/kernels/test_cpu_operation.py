@@ -6,6 +6,7 @@ nothing is read or written outside an array.
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,12 +30,15 @@ def draw(*shapes, seed=0):
 
 TABLES = draw((5, 2), (5, 2), seed=1)
 TARGETS = torch.tensor([0, 6, 3, 2])
-CASES = dict(  # function of tensors with gradients -> tensors; their shapes
+
+# function of tensors with gradients -> tensors; their shapes
+CASES = dict(
     norm_rotary=(lambda x: norm_rotary(x, *TABLES, backend="loops"), [(2, 5, 3, 8)]),
-    relu_squared_feed_forward=(lambda *tensors: relu_squared_feed_forward(*tensors, backend="loops"), [(2, 3, 4), (6, 4), (5, 6)]),
-    softcapped_cross_entropy=(lambda *tensors: softcapped_cross_entropy(*tensors, TARGETS, backend="loops"), [(4, 5), (7, 5)]),
-    plain_sum=(lambda *tensors: scaled_sum_norm(*tensors, backend="loops"), [(2, 3, 8), (2, 3, 8)]),
-    scaled_sum=(lambda *tensors: scaled_sum_norm(*tensors, backend="loops"), [(2, 3, 8), (2, 3, 8), (2,)]))
+    relu_squared_feed_forward=(partial(relu_squared_feed_forward, backend="loops"), [(2, 3, 4), (6, 4), (5, 6)]),
+    softcapped_cross_entropy=(partial(softcapped_cross_entropy, targets=TARGETS, backend="loops"), [(4, 5), (7, 5)]),
+    plain_sum=(partial(scaled_sum_norm, backend="loops"), [(2, 3, 8), (2, 3, 8)]),
+    scaled_sum=(partial(scaled_sum_norm, backend="loops"), [(2, 3, 8), (2, 3, 8), (2,)]),
+)
 
 
 def both_passes(function, tensors):
@@ -88,8 +92,8 @@ def test_fake_tensors_are_not_read():
 def test_loops_are_as_many_threads_as_pytorchs_and_repeat():
     for name, (function, shapes) in CASES.items():
         tensors = draw(*shapes)
-        assert all(torch.equal(x, y) for x,
-                   y in zip(both_passes(function, tensors), both_passes(function, tensors))), name
+        assert all(torch.equal(x, y)
+                   for x, y in zip(both_passes(function, tensors), both_passes(function, tensors))), name
 
 
 @pytest.mark.slow

@@ -27,7 +27,10 @@ def make_inputs(counts, D, K=2, integer=torch.int64, dtype=torch.float32, seed=0
     """
     generator, counts = torch.Generator().manual_seed(seed), torch.as_tensor(counts)
     tokens = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    randn = lambda rows: [torch.randn(rows, D, generator=generator).to(dtype).double() for _ in range(K)]
+
+    def randn(rows):
+        return [torch.randn(rows, D, generator=generator).to(dtype).double() for _ in range(K)]
+
     return dict(tokens=tokens[torch.randperm(len(tokens), generator=generator)].to(integer), tables=randn(len(counts)),
                 gs=randn(len(tokens)))
 
@@ -132,7 +135,8 @@ TABLE = torch.zeros(3, 2)
 
 @pytest.mark.parametrize("change, message", [
     (dict(tokens=torch.zeros(4)), "tokens must be int32 or int64; got torch.float32"),
-    (dict(tokens=torch.zeros(0, dtype=torch.int64)), r"tokens must be a tensor \(\.\.\.\), not empty; got \(0,\) torch.int64"),
+    (dict(tokens=torch.zeros(0, dtype=torch.int64)),
+     r"tokens must be a tensor \(\.\.\.\), not empty; got \(0,\) torch.int64"),
     (dict(tokens=1), "tokens must be.*got int"),
     (dict(tables=TABLE), r"tables must be a list or tuple of 1 to 8 tensors; got \(3, 2\) torch.float32"),
     (dict(tables=9 * [TABLE]), "tables must be a list or tuple of 1 to 8 tensors; got list of 9"),
@@ -225,9 +229,8 @@ def test_interpreted_tokens_outside_are_zeros(integer, D, interpreter, relative_
     outside = torch.tensor([4, 5, -1, -2, 2**31 - 1, -(2**31), 2**32 + 2, -(2**63)]).repeat_interleave(35)
     outside = outside[outside == outside.to(integer)].to(integer)
     order = torch.randperm(24 + len(outside), generator=torch.Generator().manual_seed(0))
-    tokens, gs = torch.cat((inputs["tokens"].to(integer), outside)), torch.cat((inputs["gs"][0],
-                                                                                torch.full((len(outside), D),
-            float("nan"))))
+    tokens = torch.cat((inputs["tokens"].to(integer), outside))
+    gs = torch.cat((inputs["gs"][0], torch.full((len(outside), D), float("nan"))))
     (y, gradient), untouched = interpreter(__name__, "guarded_results",
                                            inputs | dict(tokens=tokens[order], gs=[gs[order]]))
     inside, others = order.argsort().split((24, len(outside)))
@@ -236,14 +239,14 @@ def test_interpreted_tokens_outside_are_zeros(integer, D, interpreter, relative_
 
 
 def strided_results(inputs, device="cpu", result=torch.float32):
-    return {name: run(inputs, "triton", torch.float32, result, device=device, form=form) for name,
-            form in FORMS.items()}
+    return {name: run(inputs, "triton", torch.float32, result, device=device, form=form)
+            for name, form in FORMS.items()}
 
 
 def test_interpreted_strides(interpreter, relative_rms):
     *others, contiguous = interpreter(__name__, "strided_results", make_inputs(zipf(10, 60), 6, 1)).values()
-    assert all(torch.equal(result, expected) for results in others for result,
-               expected in zip(results, contiguous, strict=True))
+    assert all(torch.equal(result, expected) for results in others
+               for result, expected in zip(results, contiguous, strict=True))
 
 
 def opcheck_interpreted(inputs):
@@ -267,17 +270,23 @@ def test_compilers_see_the_kernels(monkeypatch):
     would compute stays unrun, as there is no card.
     """
     monkeypatch.setattr(el, "_check", lambda *arguments: None)
-    graphs, tokens, tables = [], torch.zeros(2, 7, dtype=torch.int64), [torch.zeros(5, 6, requires_grad=True)
-                                                                        for _ in range(2)]
+    graphs = []
+    tokens = torch.zeros(2, 7, dtype=torch.int64)
+    tables = [torch.zeros(5, 6, requires_grad=True) for _ in range(2)]
+
     def note(graph, inputs):
         graphs.append([str(node.target) for node in graph.graph.nodes])
         results = [node if node is None else node.meta["val"] for node in graph.graph.output_node().args[0]]
         return make_boxed_func(lambda *inputs: [x if x is None else torch.zeros(x.shape, dtype=x.dtype)
                                                 for x in results])
+
     compiled = torch.compile(embedding_lookup, fullgraph=True, dynamic=False,
                              backend=aot_autograd(fw_compiler=note, bw_compiler=note))
     sum(y.float().sum() for y in compiled(tokens, tables, torch.bfloat16, "triton")).backward()
-    count = lambda name: [sum(name in target for target in graph) for graph in graphs]
+
+    def count(name):
+        return [sum(name in target for target in graph) for graph in graphs]
+
     assert count("triton_kernel_wrapper") == [2, 6] and count("sort.stable") == [1, 0] and count("knotgpt") == [0, 0]
 
 
@@ -303,8 +312,8 @@ def compile_ahead(aot, name, D, table, result, capability):
 FEW = [(768, torch.float32, torch.bfloat16, capability) for capability in (80, 90, 100)]
 SLOW = [*((D, torch.float32, torch.bfloat16, capability) for D in (1, 33, 128, 384, 1024)
           for capability in (80, 90, 100)),
-        *((768, table, result, 90) for table,
-          result in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16),
+        *((768, table, result, 90)
+          for table, result in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16),
                      (torch.bfloat16, torch.float32)))]
 
 
@@ -341,8 +350,8 @@ def test_gpu_equals_the_definition(counts, D, table, result, integer, relative_r
 
 @pytest.mark.gpu
 def test_gpu_tokens_outside_are_zeros(relative_rms):
-    inputs, outside = make_inputs([20, 0, 3, 1], 768,
-                                  1), torch.tensor([4, -1, 2**32 + 2, -(2**63)]).repeat_interleave(35)
+    inputs = make_inputs([20, 0, 3, 1], 768, 1)
+    outside = torch.tensor([4, -1, 2**32 + 2, -(2**63)]).repeat_interleave(35)
     wrong = inputs | dict(tokens=torch.cat((inputs["tokens"], outside)),
                           gs=[torch.cat((inputs["gs"][0], torch.full((len(outside), 768), float("nan"))))])
     y, gradient = run(wrong, "triton", torch.float32, torch.float32, "cuda")
@@ -364,16 +373,17 @@ def test_gpu_compiled_equals_eager_and_runs_repeat_bit_for_bit(dynamic):
 @pytest.mark.gpu
 def test_gpu_strides():
     *others, contiguous = strided_results(make_inputs(TEXT, 64), "cuda", torch.bfloat16).values()
-    assert all(torch.equal(result, expected) for results in others for result,
-               expected in zip(results, contiguous, strict=True))
+    assert all(torch.equal(result, expected) for results in others
+               for result, expected in zip(results, contiguous, strict=True))
 
 
 @pytest.mark.gpu
 def test_gpu_nothing_waits_for_the_host():
     """Both passes in a CUDA graph, replayed for tokens of quite other runs."""
     first, second = (make_inputs(counts, 64) for counts in (TEXT, [20_000, *[0] * 4999]))
-    tokens, tables, gs = first["tokens"].cuda(), [x.cuda().float().requires_grad_()
-                                                  for x in first["tables"]], [g.cuda().bfloat16() for g in first["gs"]]
+    tokens = first["tokens"].cuda()
+    tables = [x.cuda().float().requires_grad_() for x in first["tables"]]
+    gs = [g.cuda().bfloat16() for g in first["gs"]]
     def both_passes():
         results = embedding_lookup(tokens, tables, torch.bfloat16)
         return [*results, *torch.autograd.grad(results, tables, gs)]

@@ -23,7 +23,10 @@ nr = importlib.import_module("kernels.norm_rotary")
 def make_inputs(B=2, T=7, H=3, D=32, P=8, seed=0):
     """dict(x, cosine, sine, g) in float64, of angles that do not fall into order; g: gradient of y."""
     generator = torch.Generator().manual_seed(seed)
-    randn = lambda *shape: torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    def randn(*shape):
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
     angles = 3 * randn(T, P)
     return dict(x=2 * randn(B, T, H, D), cosine=angles.cos(), sine=angles.sin(), g=randn(B, T, H, D))
 
@@ -129,8 +132,8 @@ def test_reference_in_other_dtypes(dtype, own, relative_rms):
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_reference_equals_eager(compiler, relative_rms):
-    inputs, compiled = rounded(make_inputs(), torch.float32), torch.compile(norm_rotary, fullgraph=True,
-                                                                            backend=compiler)
+    inputs = rounded(make_inputs(), torch.float32)
+    compiled = torch.compile(norm_rotary, fullgraph=True, backend=compiler)
     assert_close(run(inputs, "auto", torch.float32, function=compiled), run(inputs), relative_rms)
 
 
@@ -156,8 +159,8 @@ def test_loops_gradient_is_that_of_any_tables(relative_rms):
 
 def test_loops_strides():
     contiguous, *others = (run(make_inputs(), "loops", torch.float32, form=form) for form in FORMS.values())
-    assert all(torch.equal(result, expected) for results in others for result,
-               expected in zip(results, contiguous, strict=True))
+    assert all(torch.equal(result, expected) for results in others
+               for result, expected in zip(results, contiguous, strict=True))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -236,8 +239,8 @@ def strided_results(inputs, device="cpu", dtype=torch.float32):
 
 def test_interpreted_strides(interpreter):
     contiguous, *others = interpreter(__name__, "strided_results", make_inputs()).values()
-    assert all(torch.equal(result, expected) for results in others for result,
-               expected in zip(results, contiguous, strict=True))
+    assert all(torch.equal(result, expected) for results in others
+               for result, expected in zip(results, contiguous, strict=True))
 
 
 def opcheck_interpreted(inputs):
@@ -274,9 +277,9 @@ def compile_ahead(aot, name, D, P, dtype, capability):
     warps = launch.pop("num_warps")
     constants = dict(H=6, D=D, P=P, **launch)
     element = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
-    kinds = lambda argument: "fp32" if argument == "eps" else "i32" if not argument.endswith(
-        "_ptr") else element if argument in ("x_ptr", "y_ptr", "g_ptr", "dx_ptr") else "*fp32"
-    signature = {argument: kinds(argument) for argument in kernel.arg_names if argument not in constants}
+    kinds = dict(eps="fp32", cosine_ptr="*fp32", sine_ptr="*fp32", rho_ptr="*fp32")
+    kinds |= dict.fromkeys(("x_ptr", "y_ptr", "g_ptr", "dx_ptr"), element)
+    signature = {argument: kinds.get(argument, "i32") for argument in kernel.arg_names if argument not in constants}
     aligned = [argument for argument in signature if argument.endswith("_ptr") or argument[1:] in ("_b", "_t", "_h")
                and D % 16 == 0]
     return aot(kernel, signature, constants, capability, warps, 3, aligned)
@@ -336,8 +339,8 @@ def test_gpu_compiled_equals_eager_and_runs_repeat_bit_for_bit(dynamic):
 @pytest.mark.gpu
 def test_gpu_strides():
     contiguous, *others = strided_results(make_inputs(), "cuda", torch.bfloat16).values()
-    assert all(torch.equal(result, expected) for results in others for result,
-               expected in zip(results, contiguous, strict=True))
+    assert all(torch.equal(result, expected) for results in others
+               for result, expected in zip(results, contiguous, strict=True))
 
 
 @pytest.mark.gpu

@@ -97,8 +97,8 @@ def test_ties(name, scores):
 
 
 def test_a_row_of_equal_scores_needs_no_correction():
-    x, grad = torch.zeros(4, dtype=torch.float64, requires_grad=True), torch.tensor([1.0, 0.0, 0.0, 0.0],
-                                                                                    dtype=torch.float64)
+    x = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    grad = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
     probability_map(x, "max_shift_rational").backward(grad)
     torch.testing.assert_close(x.grad, (grad - 0.25) / 4)
 

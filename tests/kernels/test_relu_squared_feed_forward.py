@@ -24,7 +24,10 @@ def make_inputs(N, D, H, D_out=None, dtype=torch.float64, seed=0):
     dict(x (N, D), fc (H, D), proj (D_out, H), dy (N, D_out)): float64 numbers that are exact in dtype, products near 1.
     """
     generator = torch.Generator().manual_seed(seed)
-    randn = lambda *shape: torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    def randn(*shape):
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
     D_out = D_out or D
     inputs = dict(x=randn(N, D), fc=randn(H, D) / D ** 0.5, proj=randn(D_out, H) / H ** 0.5, dy=randn(N, D_out))
     return {name: x.to(dtype).double() for name, x in inputs.items()}
@@ -41,8 +44,9 @@ def run(inputs, backend, dtype=torch.float64, device="cpu", function=relu_square
     dy = tensors.pop("dy")
     wanted = [tensors[name].requires_grad_() for name in needed]
     y = function(**tensors, backend=backend)
-    return {name: x.detach().cpu() for name,
-            x in dict(y=y, **{f"d{name}": d for name, d in zip(needed, torch.autograd.grad(y, wanted, dy))}).items()}
+    gradients = torch.autograd.grad(y, wanted, dy)
+    results = dict(y=y) | {f"d{name}": d for name, d in zip(needed, gradients)}
+    return {name: x.detach().cpu() for name, x in results.items()}
 
 
 def run_interpreted(inputs, dtype=torch.float32, needed=NAMES):
@@ -243,8 +247,9 @@ def special_values(device="cpu", dtype=torch.float32):
     square is too much.
     """
     products = torch.tensor([-1.0, 0.0, float("nan"), float("inf"), 1e-4, 300.0], dtype=dtype, device=device)
-    x, fc, proj = products[:, None], torch.ones(1, 1, dtype=dtype, device=device), torch.ones(1, 1, dtype=dtype,
-            device=device)
+    x = products[:, None]
+    fc = torch.ones(1, 1, dtype=dtype, device=device)
+    proj = torch.ones(1, 1, dtype=dtype, device=device)
     y = relu_squared_feed_forward(x.requires_grad_(), fc, proj, "triton")
     return y.detach().cpu()[:, 0], torch.autograd.grad(y, x, torch.ones_like(y))[0].cpu()[:, 0]
 
@@ -268,8 +273,13 @@ def strided_results(inputs, device="cpu", dtype=torch.float32):
     gradient everywhere.
     """
     ready = {name: x.to(device, dtype) for name, x in inputs.items()}
-    apart = lambda x: torch.nn.functional.pad(x, (0, 16))[:, :x.shape[1]]
-    across = lambda x: x.mT.contiguous().mT
+
+    def apart(x):
+        return torch.nn.functional.pad(x, (0, 16))[:, :x.shape[1]]
+
+    def across(x):
+        return x.mT.contiguous().mT
+
     results = []
     for form in (apart, across, torch.clone):
         x, fc, proj, dy = (form(ready[name]) for name in (*NAMES, "dy"))
@@ -462,8 +472,8 @@ def test_gpu_offsets_beyond_32_bits():
         pytest.skip("needs 40 GiB of GPU memory")
     N, D, H, last = 2**20 + 1000, 64, 2048, 1000
     x, fc, proj, dy = (torch.randn(shape, dtype=torch.bfloat16, device="cuda",
-                                   generator=torch.Generator("cuda").manual_seed(seed)) / shape[1] ** 0.5 for seed,
-                       shape in enumerate(((N, D), (H, D), (D, H), (N, D))))
+                                   generator=torch.Generator("cuda").manual_seed(seed)) / shape[1] ** 0.5
+                       for seed, shape in enumerate(((N, D), (H, D), (D, H), (N, D))))
     results = []
     for rows in (slice(None), slice(-last, None)):
         own = x[rows].detach().requires_grad_()

@@ -25,8 +25,13 @@ def make_inputs(N, D, gates="channel", weight=True, scale=True, seed=0):
     channel's), "beta" (channel, no alpha) or None.
     """
     generator = torch.Generator().manual_seed(seed)
-    randn = lambda *shape: torch.randn(shape, dtype=torch.float64, generator=generator)
-    near_one = lambda *shape: 1 + 0.5 * randn(*shape)
+
+    def randn(*shape):
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    def near_one(*shape):
+        return 1 + 0.5 * randn(*shape)
+
     x = randn(N, D)
     inputs = dict(x=x, y=0.5 * randn(N, D) + 0.5 * x)
     shapes = {"channel": ((D,), (D,)), "scalar": ((), (1,)), "mixed": ((), (D,)), "beta": (None, (D,)),
@@ -53,8 +58,8 @@ def run(inputs, backend, dtype=torch.float64, device="cpu", function=residual_no
         x.requires_grad_()
     z, h = function(**tensors, backend=backend, **options)
     gradients = torch.autograd.grad([z, h], list(tensors.values()), [gz, gh])
-    return {name: x.detach().cpu() for name,
-            x in dict(z=z, h=h, **{"d" + name: d for name, d in zip(tensors, gradients)}).items()}
+    return {name: x.detach().cpu()
+            for name, x in dict(z=z, h=h, **{"d" + name: d for name, d in zip(tensors, gradients)}).items()}
 
 
 def run_interpreted(inputs, dtype=torch.float32, **options):
@@ -158,7 +163,10 @@ def test_scalar_gates_keep_parts_apart_and_channel_gates_do_not():
 def test_rotations(gates, equivariant, relative_rms):
     inputs = make_inputs(5, 16, gates)
     rotation = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
-    z = lambda x, y: residual_norm_reference(x, y, inputs["alpha"], inputs["beta"])[0]
+
+    def z(x, y):
+        return residual_norm_reference(x, y, inputs["alpha"], inputs["beta"])[0]
+
     error = relative_rms(z(inputs["x"] @ rotation, inputs["y"] @ rotation), z(inputs["x"], inputs["y"]) @ rotation,
                          floor=0.0)
     assert error < float_bound(16 + 16, torch.float64) if equivariant else error > 1e-2
@@ -171,7 +179,10 @@ def test_gradcheck(gates, mode):
     inputs["x"][1] *= 0.05  # below eps
     names = [name for name in inputs if name not in ("gz", "gh")]
     tensors = [inputs[name].requires_grad_() for name in names]
-    call = lambda *tensors: residual_norm_reference(**dict(zip(names, tensors)), eps=0.1, eps_norm=0.1, eps_mode=mode)
+
+    def call(*tensors):
+        return residual_norm_reference(**dict(zip(names, tensors)), eps=0.1, eps_norm=0.1, eps_mode=mode)
+
     assert inputs["x"][1].square().sum() < 0.1 < inputs["x"][0].square().sum()
     assert torch.autograd.gradcheck(call, tensors, eps=1e-6, atol=1e-8, rtol=1e-6)
 
@@ -185,7 +196,10 @@ def test_rows_of_zeros(mode):
         results = run(inputs, "reference", dtype, eps_mode=mode)
         assert all(x.isfinite().all() for x in results.values()) and not results["h"][2].any()
     names = [name for name in inputs if name not in ("gz", "gh")]
-    call = lambda *tensors: residual_norm_reference(**dict(zip(names, tensors)), eps=0.1, eps_norm=0.1, eps_mode=mode)
+
+    def call(*tensors):
+        return residual_norm_reference(**dict(zip(names, tensors)), eps=0.1, eps_norm=0.1, eps_mode=mode)
+
     assert torch.autograd.gradcheck(call, [inputs[name].requires_grad_() for name in names], eps=1e-6, atol=1e-8,
                                     rtol=1e-6)
 
@@ -218,8 +232,8 @@ def test_compiled_reference_equals_eager(gates, compiler, relative_rms):
 def test_leading_dimensions():
     inputs = make_inputs(6, 8)
     tensors = {name: x for name, x in inputs.items() if name not in ("gz", "gh")}
-    flat, folded = residual_norm(**tensors), residual_norm(**tensors | dict(x=tensors["x"].view(2, 3, 8),
-                                                                            y=tensors["y"].view(2, 3, 8)))
+    flat = residual_norm(**tensors)
+    folded = residual_norm(**tensors | dict(x=tensors["x"].view(2, 3, 8), y=tensors["y"].view(2, 3, 8)))
     assert all(torch.equal(a.view(2, 3, 8), b) for a, b in zip(flat, folded))
 
 
@@ -268,8 +282,8 @@ def run_scaled(inputs, backend, dtype=torch.float64, grads=("gz", "gh"), form=la
 def assert_scaled_close(results, expected, relative_rms, dtype):
     """dscales are sums of N D numbers of both signs: their error counts against sqrt(N D) at least."""
     N, D = expected["z"].shape
-    wide, roundings = torch.promote_types(dtype, torch.float32), rounding_bound(3,
-                                                                                dtype) if dtype.itemsize == 2 else 0.0
+    wide = torch.promote_types(dtype, torch.float32)
+    roundings = rounding_bound(3, dtype) if dtype.itemsize == 2 else 0.0
     for name in expected:
         if name == "dscales":
             error = (results[name].double() - expected[name]).norm() / expected[name].norm().clamp_min((N * D) ** 0.5)
@@ -324,8 +338,8 @@ def test_loops_keep_what_is_not_finite():
 
 
 @pytest.mark.parametrize("change, message",
-                         [(dict(y=torch.zeros(3, 5)), r"y must be a tensor \(\.\.\., D\) of sizes \(3, 4\), not empty; got \(3, 5\)"),
-                          (dict(scales=torch.zeros(3)), r"scales must be None or a float tensor of shape \(2,\); got \(3,\)"),
+                         [(dict(y=torch.zeros(3, 5)), r"y must be a tensor \(\.\.\., D\) of sizes \(3, 4\)"),
+                          (dict(scales=torch.zeros(3)), r"scales must be None or a float tensor of shape \(2,\)"),
                           (dict(backend="cuda"), "backend must be one of"),
                           (dict(eps_norm=0.0), "eps_norm must be above 0"),
                           (dict(x=torch.zeros(3, 4, device="meta"), y=torch.zeros(3, 4, device="meta"),
@@ -395,18 +409,24 @@ def strided_results(inputs, device="cpu", dtype=torch.float32):
     and three dimensions.
     """
     ready = {name: x.to(device, torch.float32 if name in GAINS else dtype) for name, x in inputs.items()}
-    fold = lambda x: x.view(3, -1, x.shape[-1])
-    apart = lambda x: fold(F.pad(x, (0, 16)))[..., :x.shape[-1]]
-    across = lambda x: fold(x).mT.contiguous().mT
+
+    def fold(x):
+        return x.view(3, -1, x.shape[-1])
+
+    def apart(x):
+        return fold(F.pad(x, (0, 16)))[..., :x.shape[-1]]
+
+    def across(x):
+        return fold(x).mT.contiguous().mT
+
     results = []
     for form in (apart, across, fold):
         x, y, gh = (form(ready[name]) for name in ("x", "y", "gh"))
         tensors = [x.requires_grad_(), y.requires_grad_(), *(ready[name].requires_grad_() for name in GAINS)]
         z, h = residual_norm(*tensors, backend="triton")
-        results.append([z.detach().cpu(), h.detach().cpu(),
-                        *(d.cpu() for d in torch.autograd.grad([z, h], tensors,
-                                                               [torch.ones((), device=device, dtype=dtype).expand_as(z),
-                                                                gh]))])
+        gz = torch.ones((), device=device, dtype=dtype).expand_as(z)
+        gradients = torch.autograd.grad([z, h], tensors, [gz, gh])
+        results.append([x.detach().cpu() for x in (z, h, *gradients)])
     return results
 
 
@@ -427,8 +447,8 @@ def unused_results(inputs, backend, device="cpu"):
         for i, g in ((0, gz), (1, gh)):
             out = residual_norm(**tensors, backend=backend)[i]
             wanted = [tensors[name] for name in needed]
-            gradients += [torch.zeros_like(x) if d is None else d for d,
-                          x in zip(torch.autograd.grad(out, wanted, g, allow_unused=True), wanted)]
+            gradients += [torch.zeros_like(x) if d is None else d
+                          for d, x in zip(torch.autograd.grad(out, wanted, g, allow_unused=True), wanted)]
     return [d.cpu() for d in gradients]
 
 
@@ -473,10 +493,13 @@ def compile_ahead(aot, name, D, dtype, capability, gates="channel", weight=True,
     constants = {argument: value for argument, value in constants.items() if argument in kernel.arg_names}
     element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
     rows = {f"{tensor}_ptr" for tensor in ("x", "y", "z", "h", "gz", "gh", "dx", "dy")}
-    kinds = lambda argument: (element if argument in rows
-                              else "*fp32") if argument.endswith("_ptr") else "fp32" if argument.startswith(
-        "eps") else "i32"
-    signature = {argument: kinds(argument) for argument in kernel.arg_names if argument not in constants}
+
+    def kind(argument):
+        if argument.endswith("_ptr"):
+            return element if argument in rows else "*fp32"
+        return "fp32" if argument.startswith("eps") else "i32"
+
+    signature = {argument: kind(argument) for argument in kernel.arg_names if argument not in constants}
     aligned = [argument for argument in signature if argument.endswith("_ptr") or argument.endswith("_row")
                and argument != "sums_row" and D % 16 == 0]
     return aot(kernel, signature, constants, capability, warps, 3, aligned)

@@ -28,7 +28,10 @@ def make_inputs(N, D, V, dtype=torch.float64, std=3.0, seed=0):
     the last of the vocabulary.
     """
     generator = torch.Generator().manual_seed(seed)
-    randn = lambda *shape: torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype).double()
+
+    def randn(*shape):
+        return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype).double()
+
     targets = torch.randint(0, V, (N,), generator=generator)
     targets[0], targets[-1] = 0, V - 1
     return dict(x=randn(N, D), weight=randn(V, D) * 2.0 ** round(torch.tensor(std / D ** 0.5).log2().item()),
@@ -38,8 +41,8 @@ def make_inputs(N, D, V, dtype=torch.float64, std=3.0, seed=0):
 def run(inputs, backend, dtype=torch.float64, device="cpu", function=softcapped_cross_entropy, weight_dtype=None,
         **options):
     """dict(loss, dx, dweight)"""
-    x, weight = (inputs[name].to(device, own).requires_grad_() for name,
-                 own in (("x", dtype), ("weight", weight_dtype or dtype)))
+    x = inputs["x"].to(device, dtype).requires_grad_()
+    weight = inputs["weight"].to(device, weight_dtype or dtype).requires_grad_()
     loss = function(x, weight, inputs["targets"].to(device), backend=backend, **options)
     dx, dweight = torch.autograd.grad(3 * loss, [x, weight])
     return {name: tensor.detach().cpu() for name, tensor in dict(loss=loss, dx=dx, dweight=dweight).items()}
@@ -58,8 +61,8 @@ def float32_bounds(inputs, expected, softcap=15.0, **options):
     errors are the relative errors of those sums, and of logits, sums over D.
     """
     (N, D), V = inputs["x"].shape, len(inputs["weight"])
-    low, capped = run(inputs, "reference", torch.float32, softcap=softcap,
-                      **options), rounding_bound(2, torch.float32) * softcap
+    low = run(inputs, "reference", torch.float32, softcap=softcap, **options)
+    capped = rounding_bound(2, torch.float32) * softcap
     bounds = {name: reference_bound(low[name], expected[name], N + D + V) + capped for name in ("dx", "dweight")}
     largest = (inputs["x"].abs() @ inputs["weight"].abs().T).max().item()
     token = float_bound(D, torch.float32) * largest + capped + float_bound(V, torch.float32)
@@ -105,8 +108,8 @@ def test_reference_in_other_dtypes(dtype, relative_rms):
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_reference_equals_eager(compiler, relative_rms):
-    inputs, compiled = make_inputs(12, 16, 40), torch.compile(softcapped_cross_entropy, fullgraph=True,
-                                                              backend=compiler)
+    inputs = make_inputs(12, 16, 40)
+    compiled = torch.compile(softcapped_cross_entropy, fullgraph=True, backend=compiler)
     results, expected = run(inputs, "auto", torch.float32, function=compiled), run(inputs, "reference")
     assert_close(results, expected, relative_rms, float32_bounds(inputs, expected))
 
@@ -171,7 +174,7 @@ def test_loops_have_no_float64():
     (dict(weight=None), r"weight must be a tensor \(V, D\) of sizes \(any, 4\), not empty; got NoneType"),
     (dict(weight=torch.zeros(7, 5)), r"weight must be a tensor \(V, D\) of sizes \(any, 4\), not empty; got \(7, 5\)"),
     (dict(weight=torch.zeros(7, 4, device="meta")), "weight must be on the device of x, cpu; got meta"),
-    (dict(targets=torch.zeros(2, dtype=torch.int64)), r"targets must be a tensor \(N,\) of sizes \(3\), not empty; got \(2,\) torch.int64"),
+    (dict(targets=torch.zeros(2, dtype=torch.int64)), r"targets must be a tensor \(N,\) of sizes \(3\).*; got \(2,\)"),
     (dict(targets=torch.zeros(3, dtype=torch.int32)), "targets must be int64; got torch.int32"),
     (dict(softcap=-1.0), "softcap must be finite and not below 0"),
     (dict(softcap=float("nan")), "softcap must be finite"),
@@ -195,15 +198,17 @@ def test_wrong_arguments(change, message):
                          [(1, 1, 2, 1), (7, 16, 33, 3), (33, 8, 264, 4096), (5, 12, 4096, 2), (4, 24, 9001, 3)])
 def test_interpreted_kernel_equals_the_reference(N, D, V, chunk, softcap, interpreter, relative_rms):
     inputs = make_inputs(N, D, V, torch.float32)
-    results, expected = interpreter(__name__, "run_interpreted", inputs, softcap=softcap, chunk=chunk), run(inputs,
-            "reference", softcap=softcap)
+    results = interpreter(__name__, "run_interpreted", inputs, softcap=softcap, chunk=chunk)
+    expected = run(inputs, "reference", softcap=softcap)
     assert_close(results, expected, relative_rms, float32_bounds(inputs, expected, softcap=softcap))
 
 
 def test_interpreted_kernel_equals_the_trainer(interpreter, relative_rms):
     inputs = make_inputs(50, 16, 40, torch.float32)
-    trainer = lambda x, weight, targets, backend, softcap, chunk: SoftcappedCrossEntropy.apply(x, weight, targets,
-            softcap, chunk)
+
+    def trainer(x, weight, targets, backend, softcap, chunk):
+        return SoftcappedCrossEntropy.apply(x, weight, targets, softcap, chunk)
+
     expected = run(inputs, "reference", softcap=2.0)
     bounds = float32_bounds(inputs, expected, softcap=2.0)
     assert_close(interpreter(__name__, "run_interpreted", inputs, softcap=2.0, chunk=16), expected, relative_rms,
@@ -239,8 +244,8 @@ def test_interpreted_gradient_of_every_logit(softcap, interpreter, relative_rms)
     logits = torch.cat([torch.linspace(-60, 60, 4001), torch.logspace(-12, -1, 500), -torch.logspace(-12, -1, 500)])[:,
             None].double()
     inputs = dict(x=torch.ones(1, 1).double(), weight=logits.float().double(), targets=torch.tensor([2000]))
-    results, expected = interpreter(__name__, "run_interpreted", inputs, softcap=softcap), run(inputs, "reference",
-            softcap=softcap)
+    results = interpreter(__name__, "run_interpreted", inputs, softcap=softcap)
+    expected = run(inputs, "reference", softcap=softcap)
     assert_close(results, expected, relative_rms, float32_bounds(inputs, expected, softcap=softcap))
     # beyond, 1 - tanh^2 is 4 e^-2u / (1 + e^-2u)^2 also in float64
     wide = torch.where(logits.abs() > 12, logits, 12.0) / softcap
@@ -260,8 +265,8 @@ def test_interpreted_extreme_logits(softcap, interpreter, relative_rms):
     x, weight = torch.tensor([[1e3], [-1e3], [1.0]]).double(), torch.ones(50, 1).double()
     weight[7] = -1
     inputs = dict(x=x, weight=weight, targets=torch.tensor([3, 3, 7]))
-    results, expected = interpreter(__name__, "run_interpreted", inputs, softcap=softcap), run(inputs, "reference",
-            softcap=softcap)
+    results = interpreter(__name__, "run_interpreted", inputs, softcap=softcap)
+    expected = run(inputs, "reference", softcap=softcap)
     assert_close(results, expected, relative_rms, rounding_bound(2, torch.float32) * min(softcap or 1e3, 1e3)
                  + float_bound(3 + 1 + 50, torch.float32))
 
@@ -297,8 +302,8 @@ def partial_results(inputs, device="cpu", dtype=torch.float32):
     """{(x needs a gradient, weight does): (loss, dx, dweight, FLOPs)}, and without gradients at all at None."""
     results = {}
     for needs in ((True, True), (True, False), (False, True), (False, False), None):
-        x, weight = (inputs[name].to(device, dtype).requires_grad_(needs is None or own) for name,
-                     own in zip(("x", "weight"), needs or (True, True)))
+        x, weight = (inputs[name].to(device, dtype).requires_grad_(needs is None or own)
+                     for name, own in zip(("x", "weight"), needs or (True, True)))
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(needs is not None):
             loss = softcapped_cross_entropy(x, weight, inputs["targets"].to(device), chunk=4, backend="triton")
         if loss.requires_grad:
@@ -373,8 +378,8 @@ def test_quantised_numbers_are_near():
 
 @pytest.mark.parametrize("change", [dict(D=24), dict(V=20), dict(N=8), dict(chunk=8)], ids=str)
 def test_interpreted_fp8_sizes(change, interpreter):
-    sizes, message = dict(N=16, D=16, V=32,
-                          chunk=16) | change, "multiples of 16; got {} = {}".format(*next(iter(change.items())))
+    sizes = dict(N=16, D=16, V=32, chunk=16) | change
+    message = "multiples of 16; got {} = {}".format(*next(iter(change.items())))
     chunk = sizes.pop("chunk")
     with pytest.raises(ValueError, match=message):
         interpreter(__name__, "run_interpreted", make_inputs(**sizes), fp8=True, chunk=chunk)

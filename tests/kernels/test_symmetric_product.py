@@ -37,8 +37,8 @@ def make_inputs(*shape, dtype=torch.float32, summand=True, tall=False, seed=0):
 
 
 def exact(inputs):
-    return symmetric_product_reference(**{name: x.double() if isinstance(x, torch.Tensor) else x for name,
-                                          x in inputs.items()})
+    return symmetric_product_reference(**{name: x.double() if isinstance(x, torch.Tensor) else x
+                                          for name, x in inputs.items()})
 
 
 def run_interpreted(inputs):
@@ -64,7 +64,10 @@ def test_reference_is_the_definition(shape, relative_rms):
 
 def test_gradcheck():
     inputs = make_inputs(2, 3, 4, dtype=torch.float64)
-    call = lambda x, a: symmetric_product(x, a, **SCALES)
+
+    def call(x, a):
+        return symmetric_product(x, a, **SCALES)
+
     assert torch.autograd.gradcheck(call, (inputs["x"].requires_grad_(), inputs["a"].requires_grad_()))
 
 
@@ -138,8 +141,8 @@ def test_interpreted_kernel_reads_half_of_a(interpreter):
     above = torch.ones(70, 70).triu(1).bool()
     half = inputs | dict(a=inputs["a"].masked_fill(above, float("nan")))
     assert torch.equal(interpreter(__name__, "run_interpreted", half), interpreter(__name__, "run_interpreted", inputs))
-    none, unread = make_inputs(2, 70, 20, summand=False), dict(x=inputs["x"], alpha=0.7,
-                                                               a=torch.full_like(inputs["a"], float("nan")))
+    none = make_inputs(2, 70, 20, summand=False)
+    unread = dict(x=inputs["x"], alpha=0.7, a=torch.full_like(inputs["a"], float("nan")))
     assert torch.equal(interpreter(__name__, "run_interpreted", unread), interpreter(__name__, "run_interpreted", none))
     assert not symmetric_product(**unread).isnan().any()
 
@@ -147,8 +150,13 @@ def test_interpreted_kernel_reads_half_of_a(interpreter):
 def strided_results(inputs, device="cpu"):
     """Results for matrices in other places of memory; the last of the list is that of contiguous ones."""
     x, a = inputs["x"].to(device), inputs["a"].to(device)
-    sparse = lambda x: x.repeat_interleave(2, -1).repeat_interleave(2, -2)[..., ::2, ::2]
-    swapped = lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)
+
+    def sparse(x):
+        return x.repeat_interleave(2, -1).repeat_interleave(2, -2)[..., ::2, ::2]
+
+    def swapped(x):
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+
     forms = [(sparse(x), sparse(a)), (swapped(x), swapped(a)), (x.mT.contiguous().mT, a.mT.contiguous().mT), (x, a)]
     return [symmetric_product(x, a, **SCALES, backend="triton").cpu() for x, a in forms]
 
@@ -156,8 +164,8 @@ def strided_results(inputs, device="cpu"):
 def broadcast_results(inputs, device="cpu"):
     """For one matrix as a batch of three, and for that matrix alone."""
     x, a = inputs["x"][0].to(device), inputs["a"][0].to(device)
-    return [symmetric_product(x, a, **SCALES, backend="triton").cpu() for x,
-            a in ((x[:1].expand(3, -1, -1), a[:1].expand(3, -1, -1)), (x[:1], a[:1]))]
+    pairs = [(x[:1].expand(3, -1, -1), a[:1].expand(3, -1, -1)), (x[:1], a[:1])]
+    return [symmetric_product(x, a, **SCALES, backend="triton").cpu() for x, a in pairs]
 
 
 def test_interpreted_strides(interpreter):
@@ -214,8 +222,8 @@ def compile_ahead(aot, N, m, k, dtype, capability, summand, tall):
     warps, stages = launch.pop("num_warps"), launch.pop("num_stages")
     constants = launch | {"x_row" if tall else "x_column": 1} | (dict(a_column=1) if summand else dict(a_ptr=None))
     element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
-    kind = lambda name: element if name.endswith("_ptr") else "fp32" if name in ("alpha", "beta") else "i32"
-    signature = {name: kind(name) for name in kernel.arg_names if name not in constants}
+    kinds = dict(x_ptr=element, a_ptr=element, s_ptr=element, alpha="fp32", beta="fp32")
+    signature = {name: kinds.get(name, "i32") for name in kernel.arg_names if name not in constants}
     aligned = [name for name in signature if name.endswith("_ptr") or name not in ("alpha", "beta") and m % 16 == 0
                and k % 16 == 0]
     return aot(kernel, signature, constants, capability, warps, stages, aligned)
