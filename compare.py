@@ -49,8 +49,25 @@ if __name__ == "__main__":
 # The trainer first: it bounds, for this process and for the runs, how long OpenMP's waiting threads spin, which torch
 # reads when it is loaded.
 from train_gpt import (
-    RANGES, STOPPING, Config, Ranks, RunError, adopt_vocabulary, compile_mode, environment, find_shards, parse_config,
-    read_json, require, say, sha256_of_file, sha256_of_text, write_atomically)
+    RANGES,
+    STOPPING,
+    Config,
+    Ranks,
+    RunError,
+    adopt_vocabulary,
+    compile_mode,
+    environment,
+    find_shards,
+    parse_config,
+    read_json,
+    require,
+    say,
+    sha256_of_file,
+    sha256_of_text,
+    write_atomically,
+)
+
+# isort: split
 import torch
 
 import variants
@@ -60,17 +77,20 @@ from records.runs import Run, read_run
 ROOT = Path(__file__).resolve().parent
 COMPARISONS = Path("comparisons")  # where comparisons lie unless -o says otherwise, and finished runs are looked for
 # Options that this script sets for every run.
-OWN = {"seed", "run_id", "log_dir", "resume", "save", "time_budget", "dry_run"}
+RESERVED = {"seed", "run_id", "log_dir", "resume", "save", "time_budget", "dry_run"}
 # Of a configuration: what says nothing about the result of a run. Data and machine are compared by what they are, not
 # by their names.
 NO_RESULT = {"run_id", "log_dir", "resume", "save", "checkpoint_seconds", "keep_every", "dry_run", "data", "device"}
 RATES = ("lr_matrix", "lr_embed", "lr_head", "lr_scalar")
-SWEEP_SEED, BUDGET_SEED = 1_000_001, 2_000_001  # first seeds of runs that are not reported
+# The first seeds of runs that are not reported.
+SWEEP_SEED = 1_000_001
+BUDGET_SEED = 2_000_001
 
 
 @dataclass
 class Arm:
     """One side of the comparison."""
+
     index: int              # its place on the command line
     name: str               # as given, numbered where it is given again
     variant: list[str]      # [] for the baseline
@@ -89,11 +109,12 @@ class Arm:
 
 @dataclass
 class Job:
-    """One run: its file name, its arm, its seed and the options that only this run has."""
-    name: str
+    """One run."""
+
+    name: str               # of its files, without their endings
     arm: Arm
     seed: int
-    options: list[str]
+    options: list[str]      # of train_gpt.py, that only this run has
 
 
 class Interrupted(Exception):
@@ -155,20 +176,27 @@ def parse_arms(texts: list[str], seeds: int, shared: list[str]) -> list[Arm]:
     """
     The arms of a command line, each tried on the trainer's own parser and the variants' loader. RunError names the arm.
     """
-    arms, times = [], {}
+    arms = []
+    times = {}  # an arm's text: how often it came before
     for index, text in enumerate(texts):
+        # its words
         try:
             words = shlex.split(text)
         except ValueError as error:
             raise RunError(f"arm {text!r:.200}: {error}; close its quotation marks") from None
         require(words and not words[0].startswith("-"),
                 f"arm {text!r:.200} does not begin with a name; write baseline or a variant, then its options")
-        again = times[text] = times.get(text, -1) + 1
+
+        # an arm that is given again has a name and seeds of its own
+        again = times.get(text, 0)
+        times[text] = again + 1
         name = f"{text} ({again + 1})" if again else text
         variant = [] if words[0] == "baseline" else [words[0]]
         arm = Arm(index, name, variant, words[1:], [again * seeds + n for n in range(1, seeds + 1)])
         require(arm.seeds[-1] < SWEEP_SEED,
                 f"arm {text!r:.200} is given too often: its seeds would pass {SWEEP_SEED}; lower --seeds")
+
+        # whether the trainer and the loader take it
         try:
             config = parse_options(trainer_options(arm, shared))
             variants.plan(config.variant, config)
@@ -178,6 +206,7 @@ def parse_arms(texts: list[str], seeds: int, shared: list[str]) -> list[Arm]:
             raise RunError(f"arm {text!r:.200}: train_gpt.py does not take these options: "
                            f"{shlex.join(shared + words[1:])} (its message is above)") from None
         arms.append(arm)
+
     require(len(arms) > 1,
             f"one arm, {texts[0]!r:.200}, has nothing to be compared with; name two or more. The first is what the "
             "others are compared with; an arm that is named twice shows the noise")
@@ -188,9 +217,9 @@ def trainer_options(arm: Arm, shared: list[str]) -> list[str]:
     """The arm's whole command line but for a run's own. RunError for what this script sets itself."""
     options = [*shared, *arm.options]
     names = [word[2:].partition("=")[0].removeprefix("no-") for word in options if word.startswith("--")]
-    if taken := sorted(OWN & {name.replace("-", "_") for name in names}):
-        raise RunError(f"--{taken[0]} is compare.py's to set; leave it out")
-    return [*options, *(["--variant", *arm.variant] if arm.variant else [])]
+    for name in sorted(RESERVED & {name.replace("-", "_") for name in names}):
+        raise RunError(f"--{name} is compare.py's to set; leave it out")
+    return [*options, "--variant", *arm.variant] if arm.variant else options
 
 
 @cache
@@ -220,9 +249,12 @@ def rate_options(arm: Arm, shared: list[str], factor: float) -> list[str]:
 # ---- What runs are the same: code, data, machine
 
 def module_file(module: str) -> Path | None:
-    """The file of a module of this repository; None where there is none."""
+    """
+    The file of a module of this repository, a folder's __init__.py before a file of that name, as Python imports them;
+    None where there is none.
+    """
     path = ROOT.joinpath(*module.split("."))
-    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+    return next((file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()), None)
 
 
 def text_and_digest(file: Path) -> tuple[str, str]:
@@ -234,11 +266,14 @@ def text_and_digest(file: Path) -> tuple[str, str]:
 def source_of(arms: list[Arm]) -> dict[str, str]:
     """
     Return {file: sha256} of all code that the arms' runs load: the trainer and, for arms with variants, the loader,
-    their variants and what these import of variants and kernels, in functions too.
+    their variants and what these import of variants and kernels, in functions and by a name in quotes too. What stands
+    beside them (data, tasks, studies, benchmarks) says nothing about a run.
     """
-    specs = [spec for arm in arms for part in arm.variant for spec in re.split(r"\+(?=[a-z_])", part)]
-    names = [spec.partition(":")[0].strip() for spec in specs]
-    waiting, source, done = ["train_gpt", *(f"variants.{name}" for name in names)], {}, set()
+    specs = [spec for arm in arms for text in arm.variant for spec in re.split(r"\+(?=[a-z_])", text)]
+    waiting = ["train_gpt", *(f"variants.{spec.partition(':')[0].strip()}" for spec in specs)]
+    source = {}
+    done = set()
+
     while waiting:
         module = waiting.pop()
         file = module_file(module)
@@ -246,7 +281,10 @@ def source_of(arms: list[Arm]) -> dict[str, str]:
             continue
         done.add(module)
         text, source[str(file.relative_to(ROOT))] = text_and_digest(file)
-        waiting += [module.rpartition(".")[0]] if "." in module else []  # a package is loaded before its modules
+
+        # what it loads
+        if "." in module:
+            waiting.append(module.rpartition(".")[0])  # a package is loaded before its modules
         # The trainer loads what it is told to, and so does the variants' loader, beside what stands at its top.
         statements = [] if module == "train_gpt" else parse_source(file, text).body
         for statement in statements:
@@ -263,7 +301,11 @@ def parse_source(file: Path, text: str) -> ast.Module:
 
 
 def imported(node: ast.AST, module: str, file: Path) -> list[str]:
-    """The modules of variants and kernels that a statement of a module may import."""
+    """
+    The modules of variants and kernels that a piece of a module's code may import. A text in a kernel is taken for the
+    name of a module below kernels, which is how kernels name the loops that they import late.
+    """
+    names = []
     if isinstance(node, ast.Import):
         names = [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
@@ -272,12 +314,14 @@ def imported(node: ast.AST, module: str, file: Path) -> list[str]:
             package = package.rpartition(".")[0]
         base = ".".join(filter(None, [package if node.level else "", node.module]))
         names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
-    else:
-        names = []
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str) and module.startswith("kernels."):
+        names = [f"kernels.{name}" for name in re.findall(r"\A\w+(?:\.\w+)*\Z", node.value)]
     return [name for name in names if name.split(".")[0] in ("variants", "kernels")]
 
 
-BLOCK, BLOCKS = 2 ** 16, 256  # bytes; a shard of up to BLOCK x BLOCKS is read whole, of a longer one so many blocks
+# A shard of up to BLOCK x BLOCKS bytes is read in full, of a longer one so many blocks.
+BLOCK = 2 ** 16     # bytes
+BLOCKS = 256
 
 
 def data_identity(config: Config) -> dict:
@@ -419,9 +463,10 @@ class Comparison:
         for attempt in range(120):
             self.interrupt.check()
             try:
-                return fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
             except OSError:
-                if not attempt:
+                if attempt == 0:
                     say(f"compare.py: waiting for a run or comparison that still uses {self.folder}")
                 time.sleep(0.5)
         raise RunError(f"another comparison uses {self.folder}; wait for it, or stop it, or choose another folder with "
@@ -429,17 +474,18 @@ class Comparison:
 
     def check_plan(self, plan: dict):
         """RunError if the plan that began this folder is another one."""
-        other, remedy = [name for name in PLAN if self.plan[name] != plan[name]], "or choose another folder with -o"
-        for name in other:
-            if name not in (*UNCOMPARED, "source", "data"):
-                raise RunError(f"{self.folder} holds another plan ({name}: {plan[name]!r:.200}, now "
-                               f"{self.plan[name]!r:.200}); repeat its command, {remedy}")
-        old, new = plan["source"], self.plan["source"]
+        remedy = "or choose another folder with -o"
+        for name in PLAN:
+            require(name in (*UNCOMPARED, "source", "data") or self.plan[name] == plan[name],
+                    f"{self.folder} holds another plan ({name}: {plan[name]!r:.200}, now {self.plan[name]!r:.200}); "
+                    f"repeat its command, {remedy}")
+        old = plan["source"]
+        new = self.plan["source"]
         changed = [file for file in new | old if new.get(file) != old.get(file)]
         require(not changed, f"{', '.join(changed)} changed since {self.folder} was begun; runs of different code are "
                 f"not compared: restore it, {remedy}")
-        require("data" not in other, f"the shards of {', '.join(self.plan['data'])} changed since {self.folder} was "
-                f"begun; runs on different data are not compared: restore them, {remedy}")
+        require(self.plan["data"] == plan["data"], f"the shards of {', '.join(self.plan['data'])} changed since "
+                f"{self.folder} was begun; runs on different data are not compared: restore them, {remedy}")
 
     def save(self, path: Path, content: dict):
         write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
@@ -490,9 +536,10 @@ class Comparison:
             return None
         if not run.finished:
             return None
+
+        # whether it is the job's
         remedy = f"delete {log.name} and {log.stem}.json to run it again, or choose another folder with -o"
-        names = self.differing_settings(run.config, job)
-        for name in names:
+        for name in self.differing_settings(run.config, job):
             raise RunError(f"{log} is no run of arm {job.arm.name!r:.200}: its {name} is "
                            f"{run.config.get(name)!r:.200}; {remedy}")
         for module, digest in run.code.items():
@@ -503,40 +550,51 @@ class Comparison:
 
     def execute(self, jobs: list[Job], done: int, total: int):
         """Do what is not yet done, in this order. done and total: runs of the whole plan, for the progress line."""
-        for job in jobs:
+        for number, job in enumerate(jobs, done + 1):
             self.interrupt.check()
             run = self.read(job)
             if run is None and job.name not in self.state["failed"]:
-                title = f"run {done + 1}/{total}: {job.arm.name}, seed {job.seed}"
-                if log := self.take_over(job):
-                    say(f"{title}: taken over from {log}")
-                else:
-                    changed = [file for file, digest in self.plan["source"].items() if digest_of(ROOT / file) != digest]
-                    require(not changed, f"{', '.join(changed)} changed while its comparison was under way; restore it "
-                            "and call again")
-                    say(title)
-                    self.run(job, done, total)
+                self.train_or_take_over(job, number, total)
                 run = self.read(job)
             if run is not None:
                 self.scored = self.scored or [run]
                 check_scored([*self.scored, run])
-            done += 1
+
+    def train_or_take_over(self, job: Job, number: int, total: int):
+        """Do one run of the plan, the number-th. RunError if its code changed since the comparison began."""
+        title = f"run {number}/{total}: {job.arm.name}, seed {job.seed}"
+        log = self.take_over(job)
+        if log:
+            say(f"{title}: taken over from {log}")
+            return
+        changed = [file for file, digest in self.plan["source"].items() if digest_of(ROOT / file) != digest]
+        require(not changed, f"{', '.join(changed)} changed while its comparison was under way; restore it and call "
+                "again")
+        say(title)
+        self.run(job, number - 1, total)
 
     def command(self, job: Job) -> list[str]:
-        launch = [sys.executable]
+        """The command line of a job's process. What a run without a checkpoint left behind is deleted."""
+        words = [sys.executable]
         if self.plan["ranks"] > 1:
-            launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.plan['ranks']}"]
-        log, checkpoint = self.logs / f"{job.name}.txt", self.logs / f"{job.name}.pt"
-        resume = ["--resume", str(checkpoint)] if checkpoint.exists() and log.exists() else []
-        if not resume:
-            for path in (log, log.with_suffix(".json"), checkpoint):
-                path.unlink(missing_ok=True)
-        own = ["--seed", str(job.seed), "--run_id", job.name, "--log_dir", str(self.logs), *resume]
-        return [*launch, str(ROOT / "train_gpt.py"), *self.options(job), *own]
+            words += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.plan['ranks']}"]
+        words += [str(ROOT / "train_gpt.py"), *self.options(job)]
+        words += ["--seed", str(job.seed), "--run_id", job.name, "--log_dir", str(self.logs)]
+
+        # go on, or begin
+        log = self.logs / f"{job.name}.txt"
+        checkpoint = self.logs / f"{job.name}.pt"
+        if checkpoint.exists() and log.exists():
+            return [*words, "--resume", str(checkpoint)]
+        for path in (log, log.with_suffix(".json"), checkpoint):
+            path.unlink(missing_ok=True)
+        return words
 
     def run(self, job: Job, done: int, total: int):
         """One training process, from its start or its checkpoint. A fault of its own is noted, and the others go on."""
-        start, last, output = time.perf_counter(), "", self.logs / f"{job.name}.out"
+        start = time.perf_counter()
+        last = ""           # the run's last line that is not empty
+        output = self.logs / f"{job.name}.out"
         progress = Progress(job, done, total, self.state)
         self.state["reused"].pop(job.name, None)  # a log that was to be taken over and is not there
         if job.name not in [name for name, _, _ in self.state["order"]]:
@@ -607,7 +665,8 @@ class Comparison:
         config = self.config(job)
         if self.reuse is None or self.plan["budget"] == "time" or names_a_file(config):
             return None, []
-        source, seen = None, []
+        source = None
+        seen = []
         for log in sorted(self.reuse.glob(f"*/logs/*-seed{job.seed}.txt")):
             if log.parent.resolve() != self.logs.resolve() and self.is_same_run(log, job, config):
                 source = source or log
@@ -624,7 +683,8 @@ class Comparison:
         if not facts or self.differing_settings(facts["config"], job):
             return False
         try:
-            run, plan = read_run(log), read_fields(log.parent.parent / "plan.json", PLAN)
+            run = read_run(log)
+            plan = read_fields(log.parent.parent / "plan.json", PLAN)
         except RunError:
             return False
         if not run.finished or self.differing_settings(run.config, job) or not run.code:
@@ -658,17 +718,23 @@ class Comparison:
         """
         if not jobs:
             return 0.0, 0
-        track, device = self.config(jobs[0]).track, self.machine(self.config(jobs[0]))["device"]
-        rates = {}  # variant: (seconds a token, seconds of warm-up) of each earlier run
+        track = self.config(jobs[0]).track
+        device = self.machine(self.config(jobs[0]))["device"]
+
+        # earlier runs
+        rates = {}  # variant: (seconds a token, seconds of warm-up) of each
         for log in sorted((self.reuse or COMPARISONS).glob("*/logs/*.txt")):
             facts = self.other_facts(log)
             if facts and facts["config"].get("track") == track and facts.get("device") == device:
-                tokens, seconds = facts.get("tokens_per_second"), facts.get("warmup_seconds")
+                tokens = facts.get("tokens_per_second")
+                seconds = facts.get("warmup_seconds")
                 if fits(tokens, float) and tokens > 0 and fits(seconds, float):
                     rates.setdefault(json.dumps(facts["config"].get("variant")), []).append((1 / tokens, seconds))
         every = [pair for pairs in rates.values() for pair in pairs]
         if not every:
             return None, 0
+
+        # these runs
         total = 0.0
         for config in map(self.config, jobs):
             pairs = rates.get(json.dumps(list(config.variant)), every)
@@ -683,29 +749,33 @@ class Comparison:
         Try every arm once for causality and the isolation of documents, in seconds and before the first run. RunError
         names an arm that fails, unless the plan goes on anyway.
         """
-        from variants.check import faults_of  # not needed by a call that only shows its help
-        known = self.state["faults"]
         for arm in self.arms:
             self.interrupt.check()
-            same = [known[other.name] for other in self.arms
-                    if other.name in known and (other.variant, other.options) == (arm.variant, arm.options)]
-            if arm.name not in known:
-                try:
-                    known[arm.name] = same[0] if same else faults_of(self.config(self.job(arm, arm.seeds[0])))
-                except RunError as error:
-                    raise RunError(f"arm {arm.name!r:.200}: {error}") from None
+            if arm.name not in self.state["faults"]:
+                self.state["faults"][arm.name] = self.find_faults(arm)
                 self.save_state()
-            faults = [" ".join(fault.split()) for fault in known[arm.name]]
+            faults = [" ".join(fault.split()) for fault in self.state["faults"][arm.name]]
             require(not faults or self.plan["anyway"], f"arm {arm.name!r:.200} is not sound: {'; '.join(faults)}. Mend "
                     "it, or add --anyway: the report will say so")
+
+    def find_faults(self, arm: Arm) -> list[str]:
+        """What makes an arm unsound, which is known where an arm of the same settings was tried. RunError names it."""
+        from variants.check import faults_of  # not needed by a call that only shows its help
+        for other in self.arms:
+            if other.name in self.state["faults"] and (other.variant, other.options) == (arm.variant, arm.options):
+                return self.state["faults"][other.name]
+        try:
+            return faults_of(self.config(self.job(arm, arm.seeds[0])))
+        except RunError as error:
+            raise RunError(f"arm {arm.name!r:.200}: {error}") from None
 
     def budget(self) -> float:
         """
         Seconds of training an arm: as given, else what the first arm takes for its tokens, on a seed that is not
         reported.
         """
-        if seconds := self.plan["seconds"]:
-            return seconds
+        if self.plan["seconds"]:
+            return self.plan["seconds"]
         job = self.job(self.arms[0], BUDGET_SEED, "-budget")
         self.execute([job], 0, 1 + self.total())
         run = self.read(job)
@@ -728,18 +798,21 @@ class Comparison:
         jobs = {(arm.name, factor, seed): self.job(arm, seed, f"-lr{factor!r}", common + self.rates(arm, factor))
                 for seed in seeds for factor in self.plan["sweep"] for arm in self.arms}
         self.execute(list(jobs.values()), 0, self.total())
+
+        # the best of each arm, of the rates that no seed failed with
         result = {}
         for arm in self.arms:
             tries = []
             for factor in self.plan["sweep"]:
                 runs = [self.read(jobs[arm.name, factor, seed]) for seed in seeds]
-                tries.append(dict(factor=factor, seeds=seeds, losses=[run and run.val_loss for run in runs]))
-            whole = [attempt for attempt in tries if None not in attempt["losses"]]
-            if not whole:
+                losses = [run.val_loss if run else None for run in runs]
+                tries.append(dict(factor=factor, seeds=seeds, losses=losses))
+            complete = [attempt for attempt in tries if None not in attempt["losses"]]
+            if not complete:
                 names = [jobs[arm.name, factor, seed].name for factor in self.plan["sweep"] for seed in seeds]
                 failed = [self.state["failed"][name] for name in names if name in self.state["failed"]]
                 raise RunError(f"every learning rate of arm {arm.name!r} failed: {failed[0]}")
-            best = min(whole, key=lambda attempt: sum(attempt["losses"]))
+            best = min(complete, key=lambda attempt: sum(attempt["losses"]))
             result[arm.name] = dict(tries=tries, chosen=best["factor"])
         return result
 
@@ -749,17 +822,20 @@ class Comparison:
     def reported(self, common: list[str], sweep: dict | None) -> list[list[Job]]:
         """The reported runs of each arm, in its seeds' order."""
         rates = [self.rates(arm, sweep[arm.name]["chosen"]) if sweep else [] for arm in self.arms]
-        return [[self.job(arm, seed, options=common + own) for seed in arm.seeds] for arm, own in zip(self.arms, rates)]
+        return [[self.job(arm, seed, options=common + options) for seed in arm.seeds]
+                for arm, options in zip(self.arms, rates)]
 
     def show(self):
         """Print the plan, what is done of it and how long the rest will take. Runs nothing and writes nothing."""
-        seconds, measured = self.plan["seconds"], self.plan["budget"] == "time" and not self.plan["seconds"]
-        common = ["--time_budget", f"{seconds:.3f}"] if seconds else []
-        jobs = [job for turn in zip(*self.reported(common, None)) for job in turn]
+        seconds = self.plan["seconds"]
+        measured = self.plan["budget"] == "time" and not seconds  # the first arm says how many seconds
+        jobs = [job for turn in zip(*self.reported(self.time_options(seconds), None)) for job in turn]
         before = self.total() - len(jobs) + measured
         if before:
             purpose = "the learning rates" if self.plan["sweep"] else "the time budget"
             say(f"first, on other seeds for {purpose}: {before} runs, on which what follows depends")
+
+        # the reported runs
         missing = []
         for number, job in enumerate(jobs, 1):
             source = None if before else self.find_finished(job)[0]
@@ -777,9 +853,13 @@ class Comparison:
         if expected is None:
             say("expected time: not known; there is no earlier run of this track on this machine")
         else:
-            each = expected / max(1, 1 if measured else len(missing))
+            each = expected / (1 if measured else max(1, len(missing)))
             say(f"expected time: {duration(each * (len(missing) + before))}, by {runs} earlier runs of this track on "
                 "this machine")
+
+    def time_options(self, seconds: float | None) -> list[str]:
+        """The options of runs that have so many seconds; none for runs with equal tokens."""
+        return ["--time_budget", f"{seconds:.3f}"] if seconds else []
 
     def compare(self, log_x: bool = False) -> dict:
         """Everything: budget, sweep, the reported runs, the report (log_x: of its picture). Returns the results."""
@@ -787,7 +867,7 @@ class Comparison:
         try:
             self.check_arms()
             seconds = self.budget() if self.plan["budget"] == "time" else None
-            common = ["--time_budget", f"{seconds:.3f}"] if seconds else []
+            common = self.time_options(seconds)
             sweep = self.sweep(common)
             jobs = self.reported(common, sweep)
             turns = [job for turn in zip(*jobs) for job in turn]
@@ -800,24 +880,29 @@ class Comparison:
         return results
 
     def results(self, jobs: list[list[Job]], seconds: float | None, sweep: dict | None) -> dict:
-        plan, state = self.plan, self.state
+        """What the report says, as summarize gives it, of the reported jobs of each arm."""
+        plan = self.plan
+        state = self.state
         arms = []
-        for arm, own in zip(self.arms, jobs):
-            errors = [dict(seed=job.seed, error=state["failed"].get(job.name, "not finished")) for job in own]
-            runs = [self.read(job) or error for job, error in zip(own, errors)]
-            faults = state["faults"].get(arm.name, [])
-            arms.append(dict(name=arm.name, variant=arm.variant, options=arm.options, runs=runs, faults=faults))
-        reported = {job.name: job for own in jobs for job in own}
+        for arm, arm_jobs in zip(self.arms, jobs):
+            runs = [self.read(job) or dict(seed=job.seed, error=state["failed"].get(job.name, "not finished"))
+                    for job in arm_jobs]
+            arms.append(dict(name=arm.name, variant=arm.variant, options=arm.options, runs=runs,
+                             faults=state["faults"].get(arm.name, [])))
+
+        # what the reader must know beside it
+        reported = {job.name: job for arm_jobs in jobs for job in arm_jobs}
         reused = [dict(arm=job.arm.name, seed=job.seed, **state["reused"][name])
                   for name, job in reported.items() if name in state["reused"]]
+        order = [[arm, seed] for name, arm, seed in state["order"] if name in reported]
         config = self.config(jobs[0][0])
-        wall, runs = state["wall_seconds"], state["runs_seconds"]
+        wall = state["wall_seconds"]
+        trained = state["runs_seconds"]
         settings = dict(
             track=config.track, target=config.target, seeds=sorted({seed for arm in self.arms for seed in arm.seeds}),
-            budget=plan["budget"], budget_seconds=seconds, command=plan["command"],
-            order=[[arm, seed] for name, arm, seed in state["order"] if name in reported], sweep=sweep,
+            budget=plan["budget"], budget_seconds=seconds, command=plan["command"], order=order, sweep=sweep,
             tried=len(self.arms), reused=reused,
-            overhead=dict(wall_seconds=wall, runs_seconds=runs, share=wall / runs - 1 if runs else None))
+            overhead=dict(wall_seconds=wall, runs_seconds=trained, share=wall / trained - 1 if trained else None))
         return summarize(settings, arms)
 
 
@@ -848,18 +933,30 @@ class Progress:
     """The line of one run in the whole plan: on a terminal rewritten in place, elsewhere every half minute."""
 
     def __init__(self, job: Job, done: int, total: int, state: dict):
-        self.job, self.done, self.total, self.state, self.terminal = job, done, total, state, sys.stdout.isatty()
-        self.start = self.shown = time.perf_counter()
+        self.job = job
+        self.done = done                        # runs of the plan before this one
+        self.total = total                      # runs of the plan
+        self.state = state                      # of the comparison, as STATE says
+        self.terminal = sys.stdout.isatty()
+        self.start = time.perf_counter()
+        self.shown = self.start                 # when the line was last shown
 
     def show(self, line: str):
-        now, step = time.perf_counter(), re.match(r"step (\d+)/(\d+) ", line)
-        if step and now - self.shown >= (0 if self.terminal else 30):
-            self.shown, part = now, int(step[1]) / max(int(step[2]), 1)
-            known = [seconds for own in self.state["durations"].values() for seconds in own]
-            known = known or [(now - self.start) / max(part, 0.01)]
-            left = sum(known) / len(known) * (self.total - self.done - part)
-            text = f"  {line} | plan {100 * (self.done + part) / self.total:.0f} %, {duration(left)} left"
-            say(f"\r\033[K{text}" if self.terminal else text, end="" if self.terminal else "\n")
+        """Show a line of the run's output that tells its step, unless the last one is too recent."""
+        now = time.perf_counter()
+        step = re.match(r"step (\d+)/(\d+) ", line)
+        if not step or now - self.shown < (0 if self.terminal else 30):
+            return
+        self.shown = now
+        share = int(step[1]) / max(int(step[2]), 1)  # of this run
+        known = [seconds for durations in self.state["durations"].values() for seconds in durations]
+        known = known or [(now - self.start) / max(share, 0.01)]
+        left = sum(known) / len(known) * (self.total - self.done - share)
+        text = f"  {line} | plan {100 * (self.done + share) / self.total:.0f} %, {duration(left)} left"
+        if self.terminal:
+            say(f"\r\033[K{text}", end="")
+        else:
+            say(text)
 
     def end(self, run: Run | None, error: str | None, seconds: float):
         result = f"  failed: {error}"
@@ -890,6 +987,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     plan.add_argument("--sweep", type=numbers, default=[], metavar="FACTORS",
                       help="of all learning rates that every arm tries first, such as 0.5,1,2 (default: none)")
     plan.add_argument("--sweep-seeds", type=int, default=1, help="runs for each of them (default: %(default)s)")
+
     how = parser.add_argument_group("how it is run")
     how.add_argument("--ranks", type=int, default=max(1, torch.cuda.device_count()),
                      help="processes a run (default: one a GPU, here %(default)s)")
@@ -902,35 +1000,48 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
                      help="take finished runs over from the comparisons in this folder (default: ./%(default)s)")
     how.add_argument("--no-reuse", dest="reuse", action="store_const", const=None,
                      help="train every run, in turn, so that times are compared, too")
+
     report = parser.add_argument_group("the report")
     report.add_argument("-o", "--output", type=Path,
                         help="its folder (default: one in ./comparisons that the same command finds again)")
     report.add_argument("--log-x", action="store_true", help="curves.png with logarithmic axes of tokens and time "
                         "(default: linear; report.html has a switch)")
+
+    # what stands after -- is the trainer's
     cut = argv.index("--") if "--" in argv else len(argv)
     given = parser.parse_args(argv[:cut])
+    check_arguments(given)
+    return given, argv[cut + 1:]
 
+
+def check_arguments(given: argparse.Namespace):
+    """RunError for values outside their ranges."""
     most_ranks = max(torch.cuda.device_count() or os.cpu_count() or 1, 1)
     for name, most in dict(seeds=10_000, sweep_seeds=1000, ranks=most_ranks).items():
         value = getattr(given, name)
         require(1 <= value <= most, f"--{name.replace('_', '-')} must be at least 1 and at most {most:,}, got {value}")
+
+    # the time
     longest = RANGES["time_budget"][1]
     require(0 <= given.seconds <= longest,
             f"--seconds must be greater than 0 and at most {longest:,.0f}, got {given.seconds:g}")
     require(not given.seconds or given.budget == "time",
             f"--seconds {given.seconds:g} belongs to --budget time; add it, or leave --seconds out")
+
+    # the folders
     for name, path in dict(output=given.output, reuse=given.reuse).items():
         try:
-            found = path is None or path.is_dir() or not path.exists()
+            usable = path is None or path.is_dir() or not path.exists()
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise RunError(f"--{name} {str(path)[:60]!r}: {reason}; choose another folder") from None
-        require(found, f"--{name} {path} is a file; give a folder")
+        require(usable, f"--{name} {path} is a file; give a folder")
+
+    # the factors
     different = len(given.sweep) == len(set(given.sweep))
     require(all(0 < factor <= 1e6 for factor in given.sweep) and different and len(given.sweep) <= 100,
             f"--sweep takes up to 100 factors, all different, greater than 0 and at most 1,000,000, got "
             f"{given.sweep!r:.100}")
-    return given, argv[cut + 1:]
 
 
 def plan_of(given: argparse.Namespace, options: list[str], argv: list[str]) -> tuple[dict, list[Arm]]:
@@ -965,10 +1076,12 @@ def main(argv: list[str] | None = None) -> int:
     """
     Run a command line. Returns the exit code: 0 done, 1 a fault (one line on stderr), 128 + n stopped by signal n.
     """
-    argv, folder = sys.argv[1:] if argv is None else argv, None
+    argv = sys.argv[1:] if argv is None else argv
+    folder = None
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a locale without the letters of a variant's name
+
     with Interrupt() as interrupt:
         try:
             given, options = parse_arguments(argv)
@@ -990,6 +1103,8 @@ def main(argv: list[str] | None = None) -> int:
             say(f"compare.py: stopped; finished runs are kept, call it again to go on (folder {folder})",
                 stream=sys.stderr)
             return 128 + stop.args[0]
+
+    # what came of it
     report = f"report: {folder / 'README.md'} and report.html"
     say("\n".join([*sentences(results), "", console_table(results), "", report]))
     return 0

@@ -28,7 +28,6 @@ import codecs
 import hashlib
 import json
 import os
-import re
 import sys
 import tempfile
 import time
@@ -36,29 +35,49 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import train_gpt  # before torch: it sets how long PyTorch's waiting threads spin
-import variants
+import train_gpt  # isort: skip  before torch: it sets how long PyTorch's waiting threads spin
 import torch
-from data.shards import encoder, load_merges, run_script
-from kernels.topological_attention_cache import TokenBuffer, hidden_keys
+import torch.nn.functional as F
 from torch import Tensor
-from train_gpt import (AttentionContext, AttentionMask, Config, GPT, Ranks, RunError, changed_sources, check_value,
-                       config_from, digest_of, find_checkpoint, memory_of_machine, read_checkpoint, read_json,
-                       read_meta, require, sha256_of_file)
 
-TRIAL, TRIAL_ERROR = (40, 1, 1, 22), 1e-3  # tokens of the trial in steps, and how far its logits may be from the whole pass, relative to their RMS
+import variants
+from data.command_line import Parser, check_limits, run_script
+from data.tokenizer import build_encoder, load_merges
+from kernels.topological_attention.cache import TokenBuffer, hidden_keys
+from train_gpt import (
+    GPT,
+    AttentionContext,
+    AttentionMask,
+    Config,
+    Ranks,
+    RunError,
+    changed_sources,
+    check_value,
+    config_from,
+    digest_of,
+    find_checkpoint,
+    memory_of_machine,
+    read_checkpoint,
+    read_json,
+    read_meta,
+    require,
+    sha256_of_file,
+)
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------------
-# Decoding
+TRIAL = (40, 1, 1, 22)  # tokens of the trial, in steps
+TRIAL_ERROR = 1e-3      # how far its logits may be from those of the whole pass, relative to their RMS
+
+# ---- Decoding ---------------------------------------------------------------
 
 
 class LayerCache:
-    """
-    What one layer keeps of earlier tokens. Its attention finds it as ctx.cache. context: most tokens that softmax attention sees back; bins: of topological
-    attention's state (0: exact), which has no such limit.
-    """
+    """What one layer keeps of earlier tokens. Its attention finds it as ctx.mask.cache."""
+
     def __init__(self, context: int, bins: int = 0):
-        self.context, self.bins, self.parts, self.length = context, bins, {}, 0
+        self.context = context  # most tokens that softmax attention sees back
+        self.bins = bins        # of topological attention's state, which has no such limit; 0: exact
+        self.parts = {}         # name -> a memory, see part()
+        self.length = 0         # tokens that attend() has seen
 
     def part(self, name: str, make: Callable):
         """The layer's memory of that name, made at its first use; it has .bytes_kept."""
@@ -66,18 +85,24 @@ class LayerCache:
             self.parts[name] = make()
         return self.parts[name]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext, scale: float) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Tensor:
         """train_gpt.attend for the new tokens q, k, v (B, t, H, D), over the earlier ones too."""
-        keys, values = (self.part(name, TokenBuffer) for name in ("keys", "values"))
+        # keep the new keys and values
+        mask = getattr(mask, "mask", mask)  # attend still passes an AttentionContext on
+        keys, values = self.part("keys", TokenBuffer), self.part("values", TokenBuffer)
         for buffer, new in ((keys, k), (values, v)):
-            buffer.keep((ctx.window or self.context) - 1)
+            buffer.keep((mask.window or self.context) - 1)
             buffer.append(new.transpose(1, 2))
-        self.length += q.shape[1]
-        if self.length == q.shape[1] and (ctx.first_key is None or ctx.stretches is not None):  # whole rows, as in training
-            return train_gpt.attend(q, k, v, replace(ctx.mask, cache=None), scale)
-        hidden = hidden_keys(ctx.first_key, self.length - keys.tokens.shape[2], q.shape[1], self.length)
-        mask = None if hidden is None else ~hidden[:, None].to(q.device)
-        return torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), keys.tokens, values.tokens, attn_mask=mask, scale=scale).transpose(1, 2)
+        t = q.shape[1]
+        self.length += t
+
+        # whole rows as in training, later tokens over the keys that they see
+        if self.length == t and (mask.first_key is None or mask.stretches is not None):
+            return train_gpt.attend(q, k, v, replace(mask, cache=None), scale)
+        hidden = hidden_keys(mask.first_key, self.length - keys.tokens.shape[2], t, self.length)
+        seen = None if hidden is None else ~hidden[:, None].to(q.device)
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), keys.tokens, values.tokens, attn_mask=seen, scale=scale)
+        return y.transpose(1, 2)
 
     def running_sum(self, x: Tensor) -> Tensor:
         """x (B, t, H) -> its sum over all tokens so far, at each of the new ones."""
@@ -88,9 +113,12 @@ class LayerCache:
         return total
 
     def with_earlier(self, x: Tensor, count: int) -> Tensor:
-        """x (B, t, C) -> the `count` inputs before the new ones, zeros where there are none, then x: (B, count + t, C)."""
+        """
+        x (B, t, C) -> (B, count + t, C): the `count` inputs before the new ones, zeros where there are none, then x.
+        """
         before = self.part("inputs", TokenBuffer)
-        joined = torch.cat((x.new_zeros(x.shape[0], count, x.shape[2]) if before.data is None else before.tokens[:, 0], x), 1)
+        earlier = x.new_zeros(x.shape[0], count, x.shape[2]) if before.data is None else before.tokens[:, 0]
+        joined = torch.cat((earlier, x), 1)
         before.keep(0)
         before.append(joined[:, None, -count:])
         return joined
@@ -101,52 +129,74 @@ class LayerCache:
 
 
 class Decoder:
-    """
-    A model that goes on with B rows of tokens. feed() takes the next ones, whole rows first. context: how many tokens each sees back, itself included;
-    cached: by what its layers keep, else all of the last `context` tokens run anew.
-    """
+    """A model that goes on with B rows of tokens: feed() takes the next ones, whole rows first."""
+
     def __init__(self, model: GPT, context: int, bins: int = 0, cached: bool = True):
-        self.model, self.context, self.cached = model, context, cached
+        self.model = model
+        self.context = context  # how many tokens each one sees back, itself included
+        self.cached = cached    # by what the layers keep; else all of the last `context` tokens run anew
         self.caches = [LayerCache(context, bins) for _ in model.blocks]
-        self.length, self.tokens, self.doc_start = 0, None, None
+        self.length = 0         # tokens so far, of a row
+        self.tokens = None      # (B, n) int32: the last one, without caches the last `context`; None at first
+        self.doc_start = None   # (B,) int32: where the document of the last token begins; None at first
 
     @torch.no_grad()
     def feed(self, tokens: Tensor) -> Tensor:
         """The next tokens (B, t) -> logits (B, vocabulary) of what follows the last one, float32."""
-        return (self._step if self.cached else self._whole)(tokens.to(self.model.embedding.weight.device))
-
-    def _whole(self, tokens: Tensor) -> Tensor:
-        self.tokens = (tokens if self.tokens is None else torch.cat((self.tokens, tokens), 1))[:, -self.context:]
+        tokens = tokens.to(self.model.embedding.weight.device)
+        joined = tokens if self.tokens is None else torch.cat((self.tokens, tokens), 1)
+        if self.cached:
+            return self._step(tokens, joined)
+        self.tokens = joined[:, -self.context:]
         return self.model(self.tokens)[:, -1]
 
-    def _step(self, tokens: Tensor) -> Tensor:
-        model, start, device = self.model, self.length, tokens.device
-        B, t = tokens.shape
-        index = torch.arange(start, start + t, device=device, dtype=torch.int32)
-        doc_start = torch.where(tokens == model.config.end_of_text, index, 0) if model.config.document_mask else torch.zeros_like(tokens)
+    def _step(self, tokens: Tensor, joined: Tensor) -> Tensor:
+        """feed() by the caches. joined: the tokens and, as an embedding reads it, the one before them."""
+        model = self.model
+        start, t = self.length, tokens.shape[1]
+        index = torch.arange(start, start + t, device=tokens.device, dtype=torch.int32)
+
+        # where each token's document begins
+        doc_start = torch.zeros_like(tokens)
+        if model.config.document_mask:
+            doc_start = torch.where(tokens == model.config.end_of_text, index, 0)
         if start:
             doc_start[:, 0] = torch.maximum(doc_start[:, 0], self.doc_start)
         doc_start = doc_start.cummax(1).values.int()
+
+        # which keys each token sees
         if not start and t <= self.context:
             masks = [replace(mask, window=window) for mask, window in zip(model.masks(tokens), self._windows())]
         else:
             masks = [self._mask(doc_start, index, window) for window in self._windows()]
-        joined = tokens if self.tokens is None else torch.cat((self.tokens, tokens), 1)  # an embedding reads the token before
+
+        # the new tokens through the model
         overlap = joined.shape[1] - t
         x, contexts = model.embed(joined, masks, start - overlap)
-        contexts = [replace(ctx, mask=replace(ctx.mask, cache=cache), rotary=None if ctx.rotary is None else tuple(table[overlap:] for table in ctx.rotary),
-                            x0=ctx.x0[:, overlap:], value=None if ctx.value is None else ctx.value[:, overlap:]) for ctx, cache in zip(contexts, self.caches)]
+        contexts = [self._of_new(ctx, cache, overlap) for ctx, cache in zip(contexts, self.caches)]
         x = model.run_blocks(x[:, overlap:], contexts)
-        self.length, self.tokens, self.doc_start = start + t, tokens[:, -1:], doc_start[:, -1]
+        self.length = start + t
+        self.tokens = tokens[:, -1:]
+        self.doc_start = doc_start[:, -1]
         return model.head(model.final_norm(model.select_outputs(x)[:, -1:]))[:, 0]
 
+    def _of_new(self, ctx: AttentionContext, cache: LayerCache, overlap: int) -> AttentionContext:
+        """A layer's context of the new tokens alone, without the `overlap` before them, and with the layer's cache."""
+        rotary = None if ctx.rotary is None else tuple(table[overlap:] for table in ctx.rotary)
+        value = None if ctx.value is None else ctx.value[:, overlap:]
+        return AttentionContext(replace(ctx.mask, cache=cache), rotary, ctx.x0[:, overlap:], value)
+
     def _windows(self) -> Iterator[int | None]:
-        """The window of each layer, no longer than the context, but for a state of fixed size, which forgets nothing."""
+        """The window of each layer, at most the context; None for a state of fixed size, which forgets nothing."""
         for layer, cache in enumerate(self.caches):
             window = self.model.window(layer)
-            yield min(window, self.context) if window else None if cache.bins else self.context
+            if window:
+                yield min(window, self.context)
+            else:
+                yield None if cache.bins else self.context
 
     def _mask(self, doc_start: Tensor, index: Tensor, window: int | None) -> AttentionMask:
+        """The mask of tokens at these indices (t,) whose documents begin at doc_start (B, t)."""
         first_key = doc_start if window is None else torch.maximum(doc_start, index - (window - 1))
         return AttentionMask(doc_start, index - doc_start, window, first_key)
 
@@ -158,28 +208,35 @@ class Decoder:
 
 @torch.no_grad()
 def decodes_from_cache(model: GPT) -> bool:
-    """Whether a short random text gives the same logits by what the layers keep, in several steps, as by the whole forward pass."""
-    n, vocabulary = sum(TRIAL), model.config.vocab_size
-    tokens = torch.randint(vocabulary, (2, n), generator=torch.Generator().manual_seed(0), dtype=torch.int32).to(model.embedding.weight.device)
-    whole = model(tokens)
-    decoder, end = Decoder(model, n), 0
+    """
+    Whether a short random text gives the same logits by what the layers keep, in several steps, as by the whole forward
+    pass.
+    """
+    # the whole pass
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (2, sum(TRIAL)), generator=generator, dtype=torch.int32)
+    logits = model(tokens.to(model.embedding.weight.device))
+
+    # the same in steps
+    decoder, end = Decoder(model, sum(TRIAL)), 0
     try:
         for count in TRIAL:
             end += count
-            expected, got = whole[:, end - 1], decoder.feed(tokens[:, end - count:end])
-            if not (got - expected).square().mean().sqrt() <= TRIAL_ERROR * expected.square().mean().sqrt().clamp_min(TRIAL_ERROR):
+            expected, got = logits[:, end - 1], decoder.feed(tokens[:, end - count:end])
+            error = (got - expected).square().mean().sqrt()
+            if not error <= TRIAL_ERROR * expected.square().mean().sqrt().clamp_min(TRIAL_ERROR):
                 return False
     except (TypeError, AttributeError, RuntimeError):  # of a part with other arguments, or one that expects whole rows
         return False
     return True
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------------
-# Sampling
+# ---- Sampling ---------------------------------------------------------------
 
 
 def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
     """A token for each row of logits (B, V) -> (B,) int64 on the CPU. RunError for logits that are no numbers."""
+    # without a choice, or among all
     logits = logits.float().cpu()
     highest = logits.amax(-1, keepdim=True)
     require(highest.isfinite().all(),
@@ -189,6 +246,8 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     logits = (logits - highest) / max(temperature, 1e-30)  # below that a float32 quotient would be infinity times zero
     if not top_k and top_p == 1:
         return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+    # among the likeliest
     logits, order = logits.sort(-1, descending=True)
     if top_k:
         logits, order = logits[:, :top_k], order[:, :top_k]
@@ -198,9 +257,11 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     return order.gather(1, torch.multinomial(probability, 1, generator=generator))[:, 0]
 
 
-def sample(decoder: Decoder, prompt: Tensor, count: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 1) -> Iterator[Tensor]:
+def sample(decoder: Decoder, prompt: Tensor, count: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+           seed: int = 1) -> Iterator[Tensor]:
     """Prompt (B, T) -> `count` times the next tokens (B,) int64, each as soon as it is chosen."""
-    generator, logits = torch.Generator().manual_seed(seed), decoder.feed(prompt)
+    generator = torch.Generator().manual_seed(seed)
+    logits = decoder.feed(prompt)
     for number in range(count):
         tokens = choose(logits, temperature, top_k, top_p, generator)
         yield tokens
@@ -208,15 +269,16 @@ def sample(decoder: Decoder, prompt: Tensor, count: int, temperature: float = 1.
             logits = decoder.feed(tokens[:, None].int())
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------------
-# Text
+# ---- Text -------------------------------------------------------------------
 
 
 class Tokenizer:
-    """Text to tokens and back. merges: {token's bytes: id}, None for bytes."""
+    """Text to tokens and back."""
+
     def __init__(self, merges: dict[bytes, int] | None):
-        self.encode_texts, self.pieces = encoder(merges), [bytes([n]) for n in range(256)] if merges is None else sorted(merges, key=merges.get)
-        self.merges = merges
+        self.merges = merges                       # {token's bytes: id}; None: tokens are bytes
+        self.encode_texts = build_encoder(merges)
+        self.pieces = [bytes([n]) for n in range(256)] if merges is None else sorted(merges, key=merges.get)
 
     @classmethod
     def of(cls, folder: Path, config: Config) -> "Tokenizer":
@@ -224,13 +286,17 @@ class Tokenizer:
         That of a data folder, or of an exported model's. RunError if there is none, or if the model has another
         vocabulary.
         """
-        remedy, meta = "give --data the folder of the training shards", read_meta(folder)
+        # the merges
+        remedy = "give --data the folder of the training shards"
+        meta = read_meta(folder)
         name = meta.get("tokenizer") if meta else {257: "bytes", 50257: "gpt2"}.get(config.vocab_size, "")
         check_value(str, name, f"{folder / 'meta.json'}: tokenizer", None)
         files = sorted(folder.glob("*.tiktoken"))
         require(files or name in ("bytes", "gpt2"), f"no tokenizer of {config.vocab_size} ids for text in {folder} "
                 f"(its name there: {name or 'none'}); give --data a folder that has its .tiktoken file")
         tokenizer = cls(load_merges(str(files[0]) if files else name))
+
+        # do they fit the model?
         least = len(tokenizer.pieces) + 1  # the document's end, which has no text
         most = -(-least // 128) * 128  # a vocabulary may be padded to whole matrix units
         require(least <= config.vocab_size <= most,
@@ -241,15 +307,19 @@ class Tokenizer:
         return [int(token) for token in self.encode_texts([text if self.merges else text.encode()])[0]]
 
     def text_of(self) -> Callable[[int], str]:
-        """A function of one token after another that returns what can be shown so far: a character's bytes may lie in several tokens."""
+        """
+        A function of one token after another that returns what can be shown so far: a character's bytes may lie in
+        several tokens.
+        """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return lambda token: decoder.decode(self.pieces[token]) if token < len(self.pieces) else ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# ---- Checkpoints ------------------------------------------------------------
 
-WEIGHTS, SETTINGS, FORMAT = "model.safetensors", "config.json", "knotgpt-1"
+WEIGHTS = "model.safetensors"
+SETTINGS = "config.json"
+FORMAT = "knotgpt-1"
 UNFINISHED = ".export-"  # the beginning of a folder that an export fills
 AGAIN = "export the model again, or give a run's .pt file"
 
@@ -278,6 +348,7 @@ def read_export(folder: Path) -> dict:
     An exported folder's config, model and sources; checked: whether it has checksums, which older ones lack. RunError
     where they do not hold, and for anything else in the folder that is not as --export writes it.
     """
+    # the settings
     origin = folder / SETTINGS
     require(origin.is_file(), f"{folder} has no {SETTINGS}; give a folder that --export made, or a .pt file")
     settings = read_json(origin, AGAIN)
@@ -334,13 +405,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def share_tensors(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Name -> tensor -> ({name: tensor}, every tensor once, under its first name; {other name: that first name})."""
-    places, first, shared = {}, {}, {}
+    first, shared = {}, {}
+    names = {}  # a tensor's memory and form -> its first name
     for name, tensor in tensors.items():
-        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and place in places:
-            shared[name] = places[place]
+        memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and memory in names:
+            shared[name] = names[memory]
         else:
-            first[name], places[place] = tensor, name
+            first[name] = tensor
+            names[memory] = name
     return first, shared
 
 
@@ -349,6 +422,7 @@ def export(saved: dict, config: Config, folder: Path, checkpoint: Path, tokenize
     model.safetensors, each tensor once, the tokenizer's files where there are any, and, last, config.json with what
     each tensor's other names are and the checksums of all. RunError if `folder` holds anything but an earlier export.
     """
+    # what the folder may hold, and what goes there
     folder, source = folder.resolve(), checkpoint.resolve()
     require(folder != source and folder not in source.parents,
             f"--export {folder} is the checkpoint's own folder; give another one")
@@ -391,8 +465,9 @@ def load_model(saved: dict, config: Config, ranks: Ranks, path: str) -> GPT:
     """
     with torch.device("meta"):
         expected = train_gpt.GPT(config).state_dict()
-    tensors, fault = saved["model"], f"{path} does not fit the model that its settings describe"
-    for title, names in dict(lacks=expected.keys() - tensors, **{"has besides": tensors.keys() - expected}).items():
+    tensors = saved["model"]
+    fault = f"{path} does not fit the model that its settings describe"
+    for title, names in (("lacks", expected.keys() - tensors), ("has besides", tensors.keys() - expected)):
         require(not names, f"{fault}: it {title} {', '.join(sorted(map(str, names))[:3])} ({len(names)} in all)")
     for name, tensor in expected.items():
         got = tensors[name]
@@ -419,8 +494,7 @@ def start_alone(config: Config) -> Ranks:
     return Ranks.start(config)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Memory
+# ---- Memory -----------------------------------------------------------------
 
 
 def bytes_needed(model: GPT, context: int, bins: int, cached: bool, batch: int, prompt: int, count: int) -> int:
@@ -429,12 +503,16 @@ def bytes_needed(model: GPT, context: int, bins: int, cached: bool, batch: int, 
     keep at the end, the logits and their probabilities, the streams of the longest pass and the texts. What a layer
     keeps of a token is measured on two short rows.
     """
+    # the weights, the logits and the texts
     config, longest = model.config, min(context, prompt + count)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
-    total = weights + batch * (3 * 4 * config.vocab_size + 4 * prompt + (count if batch > 1 else 0))
+    texts = 4 * prompt + (count if batch > 1 else 0)
+    total = weights + batch * (3 * 4 * config.vocab_size + texts)
     width = (config.model_dim + config.mlp_hidden) * model.dtype.itemsize
     if not cached:
         return total + batch * longest * (width + 2 * 4 * config.vocab_size)
+
+    # what the layers keep: so much at first, and so much of each token
     kept = []  # bytes of every layer after 16 tokens and after 32
     for length in (16, 32):
         decoder = Decoder(model, max(context, 32), bins)
@@ -451,31 +529,26 @@ def bytes_needed(model: GPT, context: int, bins: int, cached: bool, batch: int, 
     return total + batch * prompt * width
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------------
-# The command
+# ---- The command ------------------------------------------------------------
 
 LIMITS = dict(tokens=(1, 10 ** 9), temperature=(0.0, 1e6), top_k=(0, 65_536), top_p=(1e-6, 1.0),
               seed=train_gpt.RANGES["seed"], batch=(1, 2 ** 20), context=(0, 2 ** 24), bins=(0, 65_536))
 MOST_PROMPT = 2 ** 26  # bytes of a prompt
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose faults are one line, with its help as it is written."""
-    def __init__(self, *arguments, formatter_class=argparse.RawDescriptionHelpFormatter, **settings):
-        super().__init__(*arguments, formatter_class=formatter_class, allow_abbrev=False, **settings)
-
-    def parse_args(self, words: list[str] | None = None, namespace=None) -> argparse.Namespace:
-        words = sys.argv[1:] if words is None else words
-        for word in words:  # argparse makes an empty list of such a value
-            require(not re.fullmatch("--?[a-z-]+=--", word), f"{word} is no option with a value; see --help")
-        return super().parse_args(words, namespace)
-
-    def error(self, message: str):
-        raise RunError(f"{message[:200]}; see --help")
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The options of a command line. RunError for a value outside of its range."""
+    """The options of a command line. RunError for a value outside of its range, and for two that exclude each other."""
+    options = build_parser().parse_args(argv)
+    check_limits(options, LIMITS)
+    require(options.bins != 1, "--bins must be at least 2, or 0 for none, got 1")
+    require(not (options.bins and options.no_cache),
+            "--bins is a way to keep earlier tokens, which --no-cache forbids; leave one out")
+    require(options.prompt is None or options.prompt_file is None, "give --prompt or --prompt-file, not both")
+    return options
+
+
+def build_parser() -> Parser:
+    """The command line."""
     parser = Parser(prog="generate.py", description=__doc__)
     where = parser.add_argument_group("where the model comes from")
     where.add_argument("--checkpoint", required=True, metavar="RUN",
@@ -484,6 +557,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     where.add_argument("--data", default="", metavar="DIR",
                        help="folder with the tokenizer (default: the training's data)")
     where.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
+
     say = parser.add_argument_group("what to say")
     say.add_argument("--prompt", metavar="TEXT", help="what the text begins with")
     say.add_argument("--prompt-file", type=Path, metavar="FILE", help="file with it, UTF-8")
@@ -491,6 +565,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                      help="tokens of each text after the prompt (default: %(default)s)")
     say.add_argument("--batch", type=int, default=1, metavar="N", help="texts from one prompt (default: %(default)s)")
     say.add_argument("--endless", action="store_true", help="go on after a document's end")
+
     how = parser.add_argument_group("how to sample")
     how.add_argument("--temperature", type=float, default=1.0, metavar="T",
                      help="divides the logits; 0: the likeliest token (default: %(default)s)")
@@ -504,17 +579,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     how.add_argument("--bins", type=int, default=0, metavar="N",
                      help="topological attention by a state of so many bins; 0: exact (default: %(default)s)")
     how.add_argument("--no-cache", action="store_true", help="run the whole context for every token")
+
     output = parser.add_argument_group("output (default: the text to the terminal)")
     output.add_argument("--export", type=Path, metavar="DIR", help="write the model there instead")
-    options = parser.parse_args(argv)
-    for name, limits in LIMITS.items():
-        value = getattr(options, name)
-        check_value(type(parser.get_default(name)), value, f"--{name.replace('_', '-')}", limits)
-    require(options.bins != 1, "--bins must be at least 2, or 0 for none, got 1")
-    require(not (options.bins and options.no_cache),
-            "--bins is a way to keep earlier tokens, which --no-cache forbids; leave one out")
-    require(options.prompt is None or options.prompt_file is None, "give --prompt or --prompt-file, not both")
-    return options
+    return parser
 
 
 def read_prompt(options: argparse.Namespace) -> str:
@@ -542,7 +610,8 @@ def data_folder(name: str) -> Path:
 
 
 def generate(options: argparse.Namespace):
-    # the model and its tokenizer
+    """Print the texts that a command line asks for, or export its model."""
+    # the checkpoint
     path = find_checkpoint(options.checkpoint, options.log_dir)
     saved = read_model(str(path))
     config = config_from(saved.get("config"), str(path))
@@ -554,14 +623,18 @@ def generate(options: argparse.Namespace):
         numbers = sum(tensor.numel() for tensor in share_tensors(saved["model"])[0].values())
         print(f"{options.export}: {numbers:,} numbers")
         return
-    tokenizer, text = Tokenizer.of(data, config), read_prompt(options)
+
+    # the prompt and the model
+    tokenizer = Tokenizer.of(data, config)
+    text = read_prompt(options)
+    tokens = [config.end_of_text, *tokenizer.encode(text)]
     config = replace(config, compile="off", device=options.device)
     ranks = start_alone(config)
     variants.apply(config.variant, config)
     model = load_model(saved, config, ranks, str(path))
 
     # the decoder
-    context, tokens = options.context or config.sequence_length, [config.end_of_text, *tokenizer.encode(text)]
+    context = options.context or config.sequence_length
     require(len(tokens) <= context, f"the prompt has {len(tokens):,} tokens and the model sees {context:,} back; "
             f"give a shorter one or --context {len(tokens)}")
     cached = not options.no_cache and decodes_from_cache(model)
@@ -574,10 +647,25 @@ def generate(options: argparse.Namespace):
     if not cached:
         reason = "" if options.no_cache else ": a part of this model keeps nothing for later tokens"
         print(f"generate.py: every token runs the whole context{reason}", file=sys.stderr)
-    decoder, start = Decoder(model, context, options.bins, cached), time.perf_counter()
+    decoder = Decoder(model, context, options.bins, cached)
 
     # the texts
-    shown = [tokenizer.text_of() for _ in range(options.batch)]
+    start = time.perf_counter()
+    end_of_text = None if options.endless else config.end_of_text
+    count = say_texts(decoder, tokenizer, text, tokens, end_of_text, options)
+    seconds = time.perf_counter() - start
+    print(f"{count:,} tokens in {seconds:.2f} s, {1000 * seconds / count:.2f} ms each; "
+          f"{decoder.bytes_kept:,} bytes kept", file=sys.stderr)
+
+
+def say_texts(decoder: Decoder, tokenizer: Tokenizer, text: str, tokens: list[int], end_of_text: int | None,
+              options: argparse.Namespace) -> int:
+    """
+    Print what follows a text, whose tokens these are: a single row as it comes, several at the end. Returns the number
+    of tokens chosen for each. end_of_text: the token that ends a row; None: nothing does.
+    """
+    # every row until it ends
+    show = [tokenizer.text_of() for _ in range(options.batch)]  # for each row: a token -> text
     texts, open_rows, count = [text] * options.batch, set(range(options.batch)), 0
     if options.batch == 1:
         print(text, end="", flush=True)
@@ -586,24 +674,28 @@ def generate(options: argparse.Namespace):
                          options.seed):
         count += 1
         for row in sorted(open_rows):
-            if chosen[row] == config.end_of_text and not options.endless:
+            token = int(chosen[row])
+            if token == end_of_text:
                 open_rows.remove(row)
                 continue
-            piece = shown[row](int(chosen[row]))
+            piece = show[row](token)
             if options.batch == 1:
                 print(piece, end="", flush=True)
             else:
                 texts[row] += piece
         if not open_rows:
             break
-    seconds = time.perf_counter() - start
-    print("" if options.batch == 1 else "\n\n".join(f"--- {number + 1}\n{text}" for number, text in enumerate(texts)))
-    print(f"{count:,} tokens in {seconds:.2f} s, {1000 * seconds / count:.2f} ms each; "
-          f"{decoder.bytes_kept:,} bytes kept", file=sys.stderr)
+
+    # the end of the line, or all rows
+    if options.batch == 1:
+        print()
+    else:
+        print("\n\n".join(f"--- {number}\n{text}" for number, text in enumerate(texts, 1)))
+    return count
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line. Returns the exit code, see data.shards.run_script."""
+    """Run a command line. Returns the exit code, see data.command_line.run_script."""
     return run_script("generate.py", lambda: generate(parse(argv)), explain=variants.blame)
 
 

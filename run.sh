@@ -17,11 +17,15 @@ train and decide
 results
   generate --checkpoint FILE   texts from a checkpoint (default: 256 tokens, temperature 1)
   visualize WHAT FILE -o FILE  pictures: manifold, splanifold, stream
-  runs ...                     the logs of runs
+  runs ...                     past runs, a line each; --json for scripts
+  clean ...                    delete the files of runs that did not finish, after asking
   board COMMAND                the records: add, check, render, stats
 
-data
-  data NAME ...                run data/NAME.py, which makes shards or reads them
+data, tasks and measurements
+  data NAME ...                run data/NAME.py, which makes shards, or Laplacians for topological attention
+  task NAME ...                run tasks/NAME.py, which makes a synthetic task and marks a checkpoint's answers
+  study NAME ...               run studies/NAME.py, an experiment
+  bench NAME ...               run benchmarks/NAME.py, which says how fast
 
 environment
   test [PYTEST'S ARGUMENTS]    the linter and the tests (default: all tests, a process for each core)
@@ -81,19 +85,28 @@ help | -h | --help)
     exit
     ;;
 '' | -*) ;;
-train | compare | check | variants | generate | visualize | runs | board | data | test | python)
+train | compare | check | variants | generate | visualize | runs | clean | board | data | task | study | bench | \
+    test | python)
     verb=$1
     shift
     ;;
-*) unknown verb "$1" train compare check variants generate visualize runs board data test python help ;;
+*) unknown verb "$1" train compare check variants generate visualize runs clean board data task study bench test \
+    python help ;;
 esac
-if [ "$verb" = data ]; then
-    names=$(grep -l __main__ "$checkout"/data/*.py | sed 's,.*/,,; s,\.py$,,')
+case "$verb" in  # of these verbs a name follows, that of a script in a folder
+data) folder=data ;;
+task) folder=tasks ;;
+study) folder=studies ;;
+bench) folder=benchmarks ;;
+*) folder='' ;;
+esac
+if [ -n "$folder" ]; then
+    names=$(grep -l __main__ "$checkout/$folder"/*.py | sed 's,.*/,,; s,\.py$,,')
     # shellcheck disable=SC2086  # a word for each name
-    printf '%s\n' "$names" | grep -qxF -- "${1:-}" || unknown "data script" "${1:-}" $names
+    printf '%s\n' "$names" | grep -qxF -- "${1:-}" || unknown "$verb script" "${1:-}" $names
 fi
 
-# ---- environment
+# ---- environment ------------------------------------------------------------
 
 # Are the requirements installed, and does PyTorch load? Sets gpus, their number.
 is_ready() {
@@ -189,7 +202,7 @@ if [ -z "${GOMP_SPINCOUNT+set}${OMP_WAIT_POLICY+set}${KMP_BLOCKTIME+set}" ]; the
     export GOMP_SPINCOUNT=20000 KMP_BLOCKTIME=1
 fi
 
-# ---- verbs
+# ---- verbs ------------------------------------------------------------------
 
 # prepare TRACK: its data, unless the caller's folder has its own of that name, where the trainer looks first.
 prepare() {
@@ -199,7 +212,8 @@ prepare() {
         return
     fi
     if [ "$1" = cpu ]; then
-        ls "$checkout/$folder/meta.json" "$checkout/$folder"/*_train_*.bin >/dev/null 2>&1 || "$python" -P -m data.local_corpus
+        ls "$checkout/$folder/meta.json" "$checkout/$folder"/*_train_*.bin >/dev/null 2>&1 ||
+            "$python" -P -m data.local_corpus
         return
     fi
     # a third more than the track's tokens: rows that begin with a document leave the ends of long documents out
@@ -270,12 +284,12 @@ compare) train_or_compare compare.py "$@" ;;
 generate | visualize) exec "$python" "$checkout/$verb.py" "$@" ;;
 check) exec "$python" -P -m variants.check "$@" ;;
 variants) exec "$python" -P -m variants "$@" ;;
-runs) exec "$python" -P -m records.runs "$@" ;;
+runs | clean) exec "$python" -P -m "records.$verb" "$@" ;;
 board) exec "$python" -P -m records.leaderboard "$@" ;;
-data)
+data | task | study | bench)
     name=$1
     shift
-    exec "$python" -P -m "data.$name" "$@"
+    exec "$python" -P -m "$folder.$name" "$@"
     ;;
 test) run_tests "$@" ;;
 python) exec "$python" "$@" ;;

@@ -275,12 +275,14 @@ def check_settings(values: dict, name=lambda setting: f"--{setting}"):
     other. values: all fields of Config. name(setting) is how a message calls a setting: an option of the command line,
     or a position in a file.
     """
+    # each value by itself
     kinds = {field.name: field.type for field in dataclasses.fields(Config)}
     for setting, value in values.items():
         check_value(kinds[setting], value, name(setting), RANGES.get(setting))
         choices = CHOICES.get(setting, (value,))
         require(value in choices, f"{name(setting)} must be one of {', '.join(map(str, choices))}; got {value!r}")
 
+    # values together
     c = Config(**values)
     require(c.track in TRACKS, f"unknown track {c.track!r}; the tracks are {', '.join(TRACKS)}")
     require(not c.run_id or re.fullmatch(RUN_ID, c.run_id),
@@ -308,6 +310,7 @@ def check_value(kind, value, name: str, limits: tuple | None):
     Raise RunError, which calls the value `name`, unless it is of a field's type and, if a number, within limits. A
     tuple's items are looked at.
     """
+    # a tuple is looked at item by item
     items = (value,)
     if get_origin(kind) is tuple:
         kind, items = get_args(kind)[0], value
@@ -315,15 +318,18 @@ def check_value(kind, value, name: str, limits: tuple | None):
     article = dict(int="an integer", float="a number", bool="true or false", str="text")[kind.__name__]
 
     for item in items:
+        # its type: a bool is no number, an integer is one
         number = isinstance(item, int | float) and not isinstance(item, bool)
         if kind in (int, float):
             fits = number and (kind is float or isinstance(item, int))
         else:
             fits = isinstance(item, kind)
         require(fits, f"{name} must be {article}, got {item!r:.60}")
+        # its size
         if limits and number:  # NaN is within no limits
             least, most = limits
             require(least <= item <= most, f"{name} must be from {least:,} to {most:,}, got {item!r:.60}")
+        # its length and letters
         if kind is str:
             require(len(item) < 4096 and not re.search(r"[\x00-\x1f\x7f]", item),
                     f"{name} must be text of less than 4096 characters without control characters, got {item[:60]!r}")
@@ -397,12 +403,14 @@ def make_config(settings: dict) -> Config:
     Return the Config of explicit settings over their track's or, with resume, over the checkpoint's. RunError for
     settings that contradict each other.
     """
+    # runs by their names
     track = settings.get("track", Config.track)
     require(track in TRACKS, f"unknown track {track!r}; the tracks are {', '.join(TRACKS)}")
     for name in ("resume", "init_from"):
         if settings.get(name):
             settings = settings | {name: str(find_checkpoint(settings[name], settings.get("log_dir", Config.log_dir)))}
 
+    # what explicit settings stand over
     base = TRACKS[track]
     if settings.get("resume"):
         base = read_checkpoint(settings["resume"])["config"]
@@ -415,6 +423,7 @@ def make_config(settings: dict) -> Config:
     c = Config(**{**base, **settings})
     check_settings(dataclasses.asdict(c))
 
+    # the length of the run, and what follows from it
     planned = c.steps or max(1, c.tokens // c.batch_tokens)
     c.steps = 0 if c.time_budget else planned
     if c.val_every < 0:
@@ -440,6 +449,7 @@ class Ranks:
         Join the process group, choose the device and the dtype. RunError for an environment that torchrun would not
         have made.
         """
+        # who this process is
         texts = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         wrong = [f"{name}={text}" for name, text in texts.items() if text and not re.fullmatch(r"\d{1,6}", text)]
         require(not wrong, f"{', '.join(wrong)} in the environment is no number; unset it, or start by torchrun")
@@ -449,6 +459,7 @@ class Ranks:
                 f"WORLD_SIZE={world} in the environment, but not by torchrun (no RANK, MASTER_ADDR or MASTER_PORT); "
                 "unset it, or start by torchrun")
 
+        # its device
         cuda = torch.cuda.is_available() and config.device != "cpu"
         require(cuda or config.device != "cuda",
                 "--device cuda: PyTorch sees no CUDA device; use --device cpu, or install a CUDA build of PyTorch and "
@@ -458,6 +469,8 @@ class Ranks:
         if cuda:
             torch.cuda.set_device(local)
             torch.backends.cuda.matmul.allow_tf32 = True
+
+        # its peers
         if world > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 
@@ -500,12 +513,14 @@ class Bucket:
 
     def __init__(self, parameters: dict, matrices: bool, lr: float, weight_decay: float, ranks: Ranks):
         """parameters: name -> nn.Parameter."""
+        # where each parameter lies
         sizes = [p[..., 0, 0].numel() if matrices else p.numel() for p in parameters.values()]
         offsets = np.cumsum([0] + [size if matrices else -(-size // 64) * 64 for size in sizes]).tolist()
         length = -(-offsets[-1] // ranks.world)
         first = next(iter(parameters.values()))
         unit = first.shape[-2:] if matrices else ()
 
+        # state
         self.parameters = list(parameters.values())
         self.lr = lr
         self.weight_decay = weight_decay
@@ -520,6 +535,7 @@ class Bucket:
         self.reduced = False        # whether the gradient holds the sum over the ranks
         self.follow = None          # what is called with the bucket when its reduction has begun; None: nothing
 
+        # parameters and gradients become views
         for (name, p), offset, size in zip(parameters.items(), offsets, sizes):
             self.slices[name] = region = slice(offset, offset + size)
             self.data[region] = p.detach().reshape(size, *unit)
@@ -543,9 +559,10 @@ class Bucket:
                 self.follow(self)
 
     def _reduce(self):
+        # NCCL leaves each rank its slice; gloo sums all of it
         if self.grad.is_cuda:
             self.work = REDUCE_SCATTER(self.grad[self.slice], self.grad, async_op=True)
-        else:  # gloo sums whole tensors only
+        else:
             self.work = dist.all_reduce(self.grad, async_op=True)
 
     def reduced_gradient(self) -> Tensor:
@@ -570,6 +587,7 @@ class Bucket:
         A tensor of this rank's slice -> each parameter's share of all, copied: equal for any number of ranks.
         Collective.
         """
+        # the slices of all ranks, then each parameter by its name
         joined = local if self.world == 1 else local.new_empty(len(local) * self.world, *local.shape[1:])
         work = self.gather(local, joined)
         if work is not None:
@@ -597,6 +615,7 @@ class Overlap:
         self.progress = progress
         self.waiting = None     # (optimizer, bucket) whose reduction began last; None before the first
         for optimizer in optimizers:
+            # a bucket says when its reduction has begun
             follow = functools.partial(self._begun, optimizer) if update and hasattr(optimizer,
                                                                                      "update_bucket") else None
             for bucket in getattr(optimizer, "buckets", ()):
@@ -634,6 +653,7 @@ class ShardedOptimizer:
         # tensors of no dimension: a compiled update takes them as inputs and need not be compiled anew when they change
         rates = torch.tensor(lr), torch.tensor(decay)
         self.update(data, gradient, *bucket.state.values(), *rates, *self.hyperparameters(progress))
+        # other ranks get this slice while the next bucket is updated
         self.gathering[bucket] = bucket.gather(data, bucket.data)
         bucket.clear_gradient()
 
@@ -642,6 +662,7 @@ class ShardedOptimizer:
         for bucket in self.buckets:
             if bucket not in self.gathering:
                 self.update_bucket(bucket, lr_factor, progress)
+        # no rank goes on before it has every slice
         for work in self.gathering.values():
             if work is not None:
                 work.wait()
@@ -714,9 +735,11 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     (n, rows, columns) -> about U V' of each matrix' U S V' (singular values within about 0.3 of 1), in the input's
     dtype.
     """
+    # the smaller Gram matrix; a norm of at most 1, as the series needs
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    # x <- a x + (b G + c G^2) x with G = x x'
     for a, b, c in POLAR_EXPRESS:
         gram = symmetric_product(x)
         x = torch.baddbmm(x, symmetric_product(gram, gram, alpha=c, beta=b), x, beta=a)
@@ -727,6 +750,7 @@ class Muon(ShardedOptimizer):
     """For matrices; its buckets are batches of equal ones."""
 
     def new_state(self, local: Tensor) -> dict:
+        # a number for each line of the longer side
         lines = local[..., :1] if local.shape[-2] >= local.shape[-1] else local[..., :1, :]
         return dict(momentum=torch.zeros_like(local), second=torch.zeros_like(lines))
 
@@ -738,6 +762,7 @@ class Muon(ShardedOptimizer):
         """
         Nesterov momentum, orthogonalisation, NorMuon's normalisation by row, cautious weight decay; of equal matrices.
         """
+        # Nesterov momentum, then the nearest orthogonal matrix
         gradient = gradient * (1 - mu)
         momentum.mul_(mu).add_(gradient)  # no lerp: its weight may not be on another device
         update = (gradient + momentum * mu).to(torch.bfloat16 if data.is_cuda else torch.float32)
@@ -765,8 +790,10 @@ class Adam(ShardedOptimizer):
 
     @staticmethod
     def update(data, gradient, mean, square, lr, decay, beta1: float, beta2: float, correction1, correction2):
+        # m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2
         mean.lerp_(gradient, 1 - beta1)
         square.lerp_(gradient.square(), 1 - beta2)
+        # both divided by 1 - b^t; weight decay where it agrees in sign
         update = (mean / correction1) / ((square / correction2).sqrt() + 1e-10)
         data.sub_(lr * update + decay * data * (update * data > 0))
 
@@ -778,6 +805,7 @@ def build_optimizers(model: nn.Module, config: Config, ranks: Ranks) -> list[Sha
     dimensions as a batch of matrices. The trainer calls step, state_dict and load_state_dict of what this returns; of
     several ranks it also reads .buckets and, where there is one, calls update_bucket: see Overlap.
     """
+    # learning rates by kind
     rates = dict(muon=config.lr_matrix, adam=config.lr_scalar, adam_embed=config.lr_embed, adam_head=config.lr_head)
 
     # Several ranks: a bucket of matrices for every few layers, up to four, so that all but the first layers' are
@@ -857,6 +885,7 @@ class Linear(nn.Module):
 
     def __init__(self, config: Config, layer: int | None, role: str, n_in: int, n_out: int):
         super().__init__()
+        # gates begin at a half, the head at equal logits, a branch at nothing
         zero = role in ("gate", "head") or role in ("o", "proj") and config.zero_init_projections
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.weight.init_std = 0.0 if zero else 0.5 * n_in ** -0.5
@@ -874,6 +903,7 @@ class RMSNormalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
+        # sums of squares in float32 at least
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
         inverse = (norm.square() / x.shape[-1] + 1e-6).rsqrt()
         y = (x * inverse).to(x.dtype)
@@ -883,6 +913,7 @@ class RMSNormalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         y, inverse = ctx.saved_tensors
+        # dx = (dy - y mean(dy y)) / rms
         return (grad - y * (grad * y).mean(-1, keepdim=True, dtype=inverse.dtype)).mul_(inverse).to(y.dtype)
 
 
@@ -915,6 +946,7 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     Rotary positions on x (B, T, H, D): channel c < D / 2 is paired with c + D / 2; the first pairs turn, as many as
     rotary (T, n).
     """
+    # (T, 1, n): the same for all heads
     cosine, sine = (t[:, None, :].type_as(x) for t in rotary)
     still = x.shape[-1] // 2 - cosine.shape[-1]
     a, a_still, b, b_still = x.split((cosine.shape[-1], still) * 2, dim=-1)
@@ -928,11 +960,13 @@ def interval_block_mask(first_key: Tensor, block: int = 128):
     """
     from torch.nn.attention.flex_attention import BlockMask
 
+    # which blocks of keys a block of queries needs: some of its pairs, or all
     index = torch.arange(first_key.shape[1] // block, device=first_key.device)
     query, key = index[:, None], index[None, :]
     some = (key <= query) & (key * block + block > first_key[:, ::block, None])
     full = (key < query) & (key * block >= first_key[:, block - 1::block, None])
 
+    # as lists of blocks, which FlexAttention reads
     def count(dense):
         return dense.sum(-1, dtype=torch.int32)[:, None]
 
@@ -952,10 +986,12 @@ def mask_stretches(first_key: Tensor, window: int | None, dtype: torch.dtype) ->
     The same rule for some queries at a time, so that the mask of a long row never exists at once: (first query, query
     after the last, first key, mask to add to the scores (B, 1, queries, keys)).
     """
+    # queries a stretch
     T = first_key.shape[1]
     size = min(T, max(128, min(window or T, 1024)))
     stretches = []
     for start in range(0, T, size):
+        # keys that its queries may see, and which of them each does not
         stop, begin = min(T, start + size), max(0, start - (window or T) + 1)
         key = torch.arange(begin, stop, device=first_key.device)
         query = torch.arange(start, stop, device=first_key.device)
@@ -967,8 +1003,11 @@ def mask_stretches(first_key: Tensor, window: int | None, dtype: torch.dtype) ->
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Tensor:
     """Softmax attention of q, k, v (B, T, H, D) over the keys that the mask allows; returns (B, T, H, D)."""
+    # of a text that is continued
     if mask.cache is not None:
         return mask.cache.attend(q, k, v, mask, scale)
+
+    # by blocks, whole rows, or stretches
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if mask.block_mask is not None:
         from torch.nn.attention.flex_attention import flex_attention
@@ -1007,6 +1046,7 @@ class CausalSelfAttention(nn.Module):
     def heads(self, x: Tensor, ctx: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, T, H, D), ready to attend."""
         q, k, v = (linear(x).unflatten(-1, (-1, self.config.head_dim)) for linear in (self.q, self.k, self.v))
+        # norm before rotation: a rotation keeps it
         if self.config.qk_norm:
             q, k = RMSNormalize.apply(q), RMSNormalize.apply(k)
         if ctx.rotary is not None:
@@ -1016,11 +1056,13 @@ class CausalSelfAttention(nn.Module):
     def mix_value(self, v: Tensor, ctx: AttentionContext) -> Tensor:
         if self.value_mix is None:
             return v
+        # two numbers for all heads
         mix = self.value_mix.type_as(v)
         return mix[0] * v + mix[1] * ctx.value.view_as(v)
 
     def gate_heads(self, y: Tensor, x: Tensor) -> Tensor:
         """y (B, T, H, D), each head gated by the first channels of the layer's input x -> (B, T, H D)."""
+        # a factor in (0, 2) for each token and head
         if self.gate is not None:
             y = y * (2 * torch.sigmoid(self.gate(x[..., :GATE_CHANNELS])))[..., None]
         return y.flatten(2)
@@ -1080,6 +1122,7 @@ def loss_of_chunk(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) ->
     (sum of the cross-entropies, capped logits, log-normalisers) of n tokens. x (n, D), weight (V, D), targets (n,)
     int64.
     """
+    # (n, V), in float32 from here on
     logits = (x @ weight.T).float()
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     normaliser = logits.logsumexp(-1, keepdim=True)
@@ -1100,8 +1143,10 @@ class SoftcappedCrossEntropy(torch.autograd.Function):
         dx, dw = [], torch.zeros_like(weight)
         for rows, target in zip(x.split(chunk), targets.split(chunk)):
             rows_loss, logits, normaliser = loss_of_chunk(rows, w, target, softcap)
+            # dloss/dlogits = (softmax - one at the target) (1 - (logits / c)^2)
             d = torch.exp(logits - normaliser).scatter_add(1, target[:, None], -torch.ones_like(normaliser))
             d = (d * (1 - (logits / softcap).square()) if softcap else d).type_as(x)
+            # dx = d W, dW = d' x
             loss, dw = loss + rows_loss, dw + d.T @ rows
             dx.append(d @ w)
         ctx.save_for_backward(torch.cat(dx), dw)
@@ -1142,6 +1187,7 @@ class LanguageModelHead(nn.Module):
 
 def value_table(config: Config, layer: int) -> int | None:
     """Which value embedding a layer uses: tables 0, 1, .. in the first layers and again in the last, None between."""
+    # as many tables as half of the layers at the most
     n = min(config.value_embeddings, config.layers // 2)
     if layer < n:
         return layer
@@ -1160,6 +1206,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
+        # state
         width, rows = config.model_dim, config.padded_vocabulary
         self.config = config
         self.dtype = torch.float32      # of activations
@@ -1180,6 +1227,7 @@ class GPT(nn.Module):
         if config.tied_embedding:
             self.head.projection.weight = self.embedding.weight
 
+        # rotary positions
         turning = config.head_dim // (2 if config.rope == "full" else 4)  # pairs of channels
         self.register_buffer("frequencies", config.rope_base ** -torch.linspace(0, 1, turning), persistent=False)
 
@@ -1193,6 +1241,7 @@ class GPT(nn.Module):
             std = getattr(p, "init_std", None)
             if std is None:
                 continue
+            # the name's checksum and the seed
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) * 1_000_003 + seed)
             p.copy_(torch.randn(p.shape, generator=generator) * std if std else torch.zeros(p.shape))
 
@@ -1209,6 +1258,7 @@ class GPT(nn.Module):
 
     def masks(self, tokens: Tensor) -> list[AttentionMask]:
         """One AttentionMask a layer, for tokens (B, T)."""
+        # where documents begin
         config, T = self.config, tokens.shape[1]
         index = torch.arange(T, device=tokens.device, dtype=torch.int32)
         starts = torch.zeros_like(tokens)
@@ -1242,10 +1292,12 @@ class GPT(nn.Module):
         Nothing passes the start of a document.
         """
         config = self.config
+        # the embedding, and which tokens have one before them in their document
         index = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         x, *values = self.look_up(tokens)
         inside = (index > 0) & (tokens != config.end_of_text if config.document_mask else True)
 
+        # what a token knows of the one before it
         if self.smear_gate is not None:
             gate = torch.sigmoid(self.smear_gate(x[..., :GATE_CHANNELS]))
             gate = self.smear_scale.type_as(x) * gate * inside[..., None]
@@ -1256,6 +1308,7 @@ class GPT(nn.Module):
             x = x + self.bigram_embedding(row).to(self.dtype)
         x = self.embedding_norm(x)
 
+        # what layers need besides
         angles = index[:, None] * self.frequencies
         rotary = (angles.cos(), angles.sin()) if config.rope != "none" else None
         contexts = []
@@ -1343,6 +1396,7 @@ def compiler_fault(device: torch.device) -> str | None:
     """
     Why torch.compile does not work here, in a few words; None if it does. Tried on an addition that no cache has seen.
     """
+    # a number that is in no cache on the disk
     number = 1 + secrets.randbits(50) / 2 ** 50
     try:
         torch.compile(lambda x: x + number, dynamic=False)(torch.ones(8, device=device))
@@ -1383,6 +1437,7 @@ def measure_model(config: Config) -> dict:
     with FlopCounterMode(display=False) as counter:
         model(tokens, tokens).backward()
 
+    # tables and the head are counted once
     head = model.head.projection.weight
     tables = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
     tables[id(head)] = head.numel()
@@ -1403,10 +1458,12 @@ def memory_needed(config: Config, dtype: torch.dtype) -> int:
     every layer, the logits of a chunk and the tokens of two batches. Parameters of more than eight layers are counted
     at four and eight and continued in a straight line: any depth takes a second.
     """
+    # parameters
     few, more = (dataclasses.replace(config, layers=min(config.layers, n)) for n in (4, 8))
     with torch.device("meta"):
         counts = [sum(p.numel() for p in GPT(c).parameters()) for c in (few, more)]
     parameters = counts[1] + max(config.layers - 8, 0) / 4 * (counts[1] - counts[0])
+    # activations
     rows = max(1, min(config.micro_batch_tokens, config.batch_tokens) // config.sequence_length)
     tokens = rows * config.sequence_length
     streams = tokens * config.layers * config.model_dim * dtype.itemsize
@@ -1421,6 +1478,7 @@ def memory_of_machine(ranks: Ranks) -> int:
     """
     if ranks.device.type == "cuda":
         return torch.cuda.get_device_properties(ranks.device).total_memory
+    # the machine, then version 2 and 1 of control groups
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for file in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
         text = file.read_text().strip() if file.exists() else ""
@@ -1433,6 +1491,7 @@ def measured_peak(ranks: Ranks) -> float:
     """FLOP/s of a large product on this device in the activations' dtype: the ceiling that MFU refers to."""
     from torch.utils.benchmark import Timer
 
+    # large enough to be bound by arithmetic
     n = 8192 if ranks.device.type == "cuda" else 1024
     matrices = {name: torch.randn(n, n, device=ranks.device, dtype=ranks.dtype) for name in "ab"}
     timer = Timer("a @ b", globals=matrices, num_threads=torch.get_num_threads())
@@ -1457,6 +1516,7 @@ def open_shard(path: Path) -> np.ndarray:
     require(len(header) == HEADER_INTS and header[0] == SHARD_MAGIC and header[1] == SHARD_VERSION,
             f"{path} is no token shard: it begins with {header[:2].tolist()}, wanted [{SHARD_MAGIC}, {SHARD_VERSION}]; "
             "make shards with data/tokenize_text.py")
+    # its length, by the header and by the file
     tokens, body = int(header[2]), size - 4 * HEADER_INTS
     require(not tokens > 0 or body not in (4 * tokens, 8 * tokens),
             f"{path} holds tokens of {body // max(tokens, 1)} bytes, wanted 2 (uint16); make the shard again with "
@@ -1488,6 +1548,7 @@ def find_shards(config: Config, split: str) -> list[Path]:
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise RunError(f"cannot read the folder {config.data[:80]}: {error.strerror}; give --data a folder of "
                        "shards") from None
+    # by the split in their names
     both = ", ".join(file.name for file in files if is_of_split(file, "train") and is_of_split(file, "val"))
     require(not both, f"{config.data}: {both} says both train and val, so its split is not known; rename it")
     files = [file for file in files if is_of_split(file, split)]
@@ -1507,11 +1568,13 @@ def read_meta(folder: Path, must: bool = True) -> dict:
         return {}
     try:
         meta = read_json(path, remedy)
+        # the vocabulary
         size, end = meta.get("vocab_size"), meta.get("end_of_text", 0)
         require(type(size) is int and 2 <= size <= 65_536,
                 f"{path}: vocab_size is {size!r:.40}, wanted an integer from 2 to 65536; {remedy}")
         require(type(end) is int and 0 <= end < size,
                 f"{path}: end_of_text is {end!r:.40}, wanted a token id below {size}; {remedy}")
+        # the files of each split
         for split in ("train", "val"):
             hashes = meta.get(split, {}).get("sha256", {}) if isinstance(meta.get(split, {}), dict) else None
             require(isinstance(hashes, dict) and all(isinstance(value, str) for value in hashes.values()),
@@ -1565,6 +1628,7 @@ def sha256_of_files(folder: Path, names) -> dict[str, str]:
     except RunError:  # there is none, or it is damaged: all files are read
         known = {}
 
+    # read what is new
     before, digests = dict(known), {}
     for name in names:
         try:
@@ -1577,6 +1641,7 @@ def sha256_of_files(folder: Path, names) -> dict[str, str]:
             raise RunError(f"cannot read {folder / name}: {error.strerror}; fetch or make it again") from None
         digests[name] = known[name][3]
 
+    # remember
     if known != before:
         try:
             write_atomically(store, lambda file: file.write(json.dumps(known).encode()))
@@ -1592,12 +1657,14 @@ def check_shards(config: Config):
     folder = find_shards(config, "train")[0].parent
     meta = read_meta(folder, must=False)
     for split in ("train", "val"):
+        # by name
         recorded = meta.get(split, {}).get("sha256", {})
         present = {file.name for file in find_shards(config, split)}
         other = ", ".join(sorted(present ^ set(recorded)))[:200]
         require(not recorded or not other,
                 f"{folder}: its {split} shards are not those that meta.json records ({other}); fetch or make them "
                 "again")
+        # by contents
         changed = [name for name, sha256 in sha256_of_files(folder, recorded).items() if sha256 != recorded[name]]
         require(not changed,
                 f"{folder}: {', '.join(changed)[:200]} is not the file that meta.json describes (its sha256 differs); "
@@ -1629,6 +1696,7 @@ def read_merges(path: Path) -> dict[bytes, int]:
     require(len(content) <= MERGES_BYTES,
             f"{path} is no .tiktoken file: it has more than {MERGES_BYTES:,} bytes; give gpt2, bytes or another file")
 
+    # a token a line
     merges = {}
     for number, line in enumerate(content.splitlines(), 1):
         match = re.fullmatch(rb"((?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?) ([0-9]{1,9})", line)
@@ -1637,6 +1705,7 @@ def read_merges(path: Path) -> dict[bytes, int]:
                 f"{number} is not")
         if match:
             merges[base64.b64decode(match[1])] = int(match[2])
+    # all ids, all bytes
     complete = sorted(merges.values()) == list(range(len(merges))) and all(bytes([b]) in merges for b in range(256))
     require(complete and b"" not in merges,
             f"{path} is no whole set of merges: ids must be 0 to n-1, each once, with all 256 single bytes; got "
@@ -1654,6 +1723,7 @@ def token_bytes(config: Config) -> np.ndarray | None:
     merges = next(find_shards(config, "val")[0].parent.glob("*.tiktoken"), None)
     if merges is None:
         return None
+    # ids without a token of their own, as the end of text, have no bytes
     ranks = read_merges(merges)
     sizes = np.zeros(max(config.vocab_size, max(ranks.values()) + 1), dtype=np.int64)
     sizes[list(ranks.values())] = [len(token) for token in ranks]
@@ -1662,6 +1732,7 @@ def token_bytes(config: Config) -> np.ndarray | None:
 
 def checked(rows: np.ndarray, config: Config) -> np.ndarray:
     """Rows of tokens as int32. RunError for a token outside the vocabulary."""
+    # uint16 has no negative ids
     largest = rows.max() if rows.size else 0
     require(largest < config.vocab_size,
             f"token {largest} in {config.data} is outside the vocabulary of {config.vocab_size}; give --vocab_size or "
@@ -1675,10 +1746,12 @@ def validation_batches(config: Config) -> list[np.ndarray]:
     batch holds, fewer in the last one. Every row is in one of them, so that the loss depends on neither the batch's
     size nor the ranks.
     """
+    # one more token than is scored: the first is no target
     T, pieces, missing = config.sequence_length, [], config.val_tokens + 1
     for file in find_shards(config, "val"):
         pieces.append(open_shard(file)[:missing])
         missing -= len(pieces[-1])
+    # rows overlap by the token that is the last target of one and the first input of the next
     tokens = np.concatenate(pieces)
     count = (len(tokens) - 1) // T
     require(count > 0,
@@ -1749,6 +1822,7 @@ class TokenLoader:
     def _open(self):
         """Read the shard of this number in the epoch, and order its rows."""
         T = self.config.sequence_length
+        # the shard
         shards = order_shards(self.config, self.epoch, len(self.files))
         require(self.shard < len(shards), f"the checkpoint stood in training shard {self.shard + 1}, but an epoch of "
                 f"{self.config.data} has {len(shards)}; give the same shards")
@@ -1758,6 +1832,7 @@ class TokenLoader:
             with open(self.files[shards[self.shard + 1]], "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
+        # where its rows begin
         generator = np.random.default_rng([self.config.seed, self.epoch, self.shard])
         if self.config.align_documents:
             documents = np.flatnonzero(self.tokens == self.config.end_of_text)
@@ -1773,6 +1848,7 @@ class TokenLoader:
     def _read(self, count: int) -> tuple[Tensor, dict]:
         """The next `count` rows of every rank: this rank's, and the state after them."""
         T, rows, opened = self.config.sequence_length, [], 0  # rows: (a shard's tokens, start)
+        # rows of all ranks, from as many shards as it takes
         while len(rows) < count * self.world:
             if self.row >= len(self.starts):
                 self.shard, self.row, opened = (self.shard + 1) % self.shards, 0, opened + 1
@@ -1786,6 +1862,7 @@ class TokenLoader:
             rows += [(self.tokens, start) for start in taken]
             self.row += len(taken)
 
+        # those of this rank
         rows = rows[self.rank * count:(self.rank + 1) * count]
         batch = np.stack([tokens[start:start + T + 1] for tokens, start in rows])
         batch = torch.from_numpy(checked(batch, self.config))
@@ -1797,6 +1874,7 @@ class TokenLoader:
         (this rank's rows (count, sequence_length + 1) int32 on the host, the loader's state after them, which is also
         its .state). count: self.rows if None. What is read ahead is a batch of the same size.
         """
+        # what was read ahead may be of another size
         count = count or self.rows
         if self.ahead is not None and self.ahead[0] != count:  # the size has changed: back to where this batch begins
             self.ahead[1].result()
@@ -1855,6 +1933,7 @@ def digest_of(value, digest=None) -> str:
     nested.
     """
     digest = digest or hashlib.sha256()
+    # a tensor, a container, or a number or text
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -1902,6 +1981,7 @@ def read_checkpoint(path: str | Path) -> dict:
         raise RunError(f"there is no checkpoint {path}") from None
     except Exception as error:
         raise RunError(f"{damaged} ({type(error).__name__}); give another one") from None
+    # its kind and digest
     require(content.get("format") == CHECKPOINT,
             f"{path} is not a checkpoint of this trainer, or of an older one; give a .pt file from its log folder")
     require(saved.get("digest") == digest,
@@ -1943,6 +2023,7 @@ def find_checkpoint(name: str, log_dir: str | Path = "logs") -> Path:
     """
     if os.path.exists(name) or "/" in name or name.endswith(".pt"):
         return Path(name)
+    # the ends of runs, oldest first
     files = sorted(Path(log_dir).glob("*.pt"), key=lambda file: file.stat().st_mtime)
     ends = [file for file in files if not re.search(r"-step\d{6,}$", file.stem)]
     if name == "last":
@@ -1959,6 +2040,7 @@ def find_checkpoint(name: str, log_dir: str | Path = "logs") -> Path:
 
 def sources_of_run() -> dict[str, str]:
     """{module: source text} of this file and of the variants and kernels that have been loaded."""
+    # this file first: a resumed run's later header begins with it
     modules = [sys.modules[__name__]]
     for name, module in sorted(sys.modules.items()):
         if name.split(".")[0] in ("variants", "kernels") and getattr(module, "__file__", None):
@@ -1976,6 +2058,7 @@ def changed_sources(saved: dict) -> list[str]:
     """
     root, changed = Path(__file__).resolve().parent, []
     for module, sha256 in saved.get("sources", {}).items():
+        # a module is a file, a package its __init__.py
         stem = root.joinpath(*module.split("."))
         files = [stem.with_suffix(".py"), stem / "__init__.py"]
         texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
@@ -2021,6 +2104,7 @@ def new_run_id(config: Config, ranks: Ranks) -> str:
     A name such as 1130-0412-cpu-my_mlp-s1-7f3a: month and day, time, track, variants, seed, four random digits; the
     same on all ranks.
     """
+    # rank 0 says, the others say 0
     stamp = ranks.agree((int(time.strftime("%m%d%H%M")) << 16 | secrets.randbits(16)) * (ranks.rank == 0))
     names = "+".join(variant.partition(":")[0] for variant in config.variant)[:40] or "baseline"
     moment = f"{stamp >> 16:08d}"
@@ -2047,6 +2131,7 @@ class RunLog:
         """
         RunError if the id is taken by another run, or this one is still under way, or the folder cannot be written.
         """
+        # state
         files = [Path(config.log_dir) / f"{config.run_id}.{kind}" for kind in ("txt", "json", "pt")]
         self.text, self.json, self.checkpoint = files
         self.main = rank == 0
@@ -2060,6 +2145,7 @@ class RunLog:
 
         try:
             self.text.parent.mkdir(parents=True, exist_ok=True)
+            # the files of an earlier process of this run, or none
             for file in () if resumed else (self.text, self.json, self.checkpoint):
                 require(not file.exists(),
                         f"{file} exists: a run's id is its own; go on with --resume {self.checkpoint}, or choose "
@@ -2089,8 +2175,10 @@ class RunLog:
         """
         Cut off what a killed process left unfinished at the end of the log: half a line, or a header without its end.
         """
+        # half a line
         content = self.text.read_bytes()
         lines = content[:content.rfind(b"\n") + 1]
+        # half a header
         header = lines.rfind(b"# ---- train_gpt\n")
         if header > 0 and lines.count(b"\n" + b"=" * 100 + b"\n", header) < 2:
             lines = lines[:header]
@@ -2111,6 +2199,7 @@ class RunLog:
             raise self._refusal(error, "choose another --log_dir") from None
 
     def _begin_new(self, header: str):
+        # under another name first
         temporary = self.text.with_name(f".{self.text.name}.{os.getpid()}")
         self.file = open(temporary, "w", encoding="utf-8", errors="replace", newline="\n")
         self._lock()
@@ -2176,6 +2265,7 @@ def cut_rows(rows: Tensor, T: int) -> Tensor:
 
 def micro_batches(rows: Tensor, config: Config) -> tuple[Tensor, ...]:
     """Rows (n, T + 1) in equal shares of at most micro_batch_tokens, or of one row."""
+    # the largest number of rows that fits and divides
     fit = max(1, config.micro_batch_tokens // (rows.shape[1] - 1))
     size = max(n for n in range(1, min(fit, len(rows)) + 1) if len(rows) % n == 0)
     return rows.split(size)
@@ -2188,6 +2278,7 @@ class Trainer:
         """
         replaced: variant -> names of this module that it replaced, for the record. RunError for what cannot be run.
         """
+        # state
         saved = read_checkpoint(config.resume) if config.resume else None
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -2204,6 +2295,7 @@ class Trainer:
         self.loss_taken = 0.0               # when that was taken, time.perf_counter()
         self.step_seconds = []              # of every step of this process
 
+        # data, cost and compiler, before anything is written
         warning = self._open_data(saved)
         needed, available = memory_needed(config, self.ranks.dtype), memory_of_machine(self.ranks)
         require(config.dry_run or needed <= available,
@@ -2215,6 +2307,7 @@ class Trainer:
         if config.dry_run:
             return
 
+        # log, model and optimizers
         self.log = RunLog(config, self.ranks.rank, resumed=bool(saved))
         self.model = build_model(config, self.ranks)
         self._write_header(replaced or {})
@@ -2233,6 +2326,7 @@ class Trainer:
         or None.
         """
         config = self.config
+        # the shards
         adopt_vocabulary(config)
         if self.ranks.rank == 0:
             check_shards(config)
@@ -2271,6 +2365,7 @@ class Trainer:
 
     def _write_header(self, replaced: dict):
         config, log, ranks = self.config, self.log, self.ranks
+        # for machines: the record, and the JSON beside it
         sources = sources_of_run()
         self.sources = {name: sha256_of_text(text) for name, text in sources.items()}
         facts = log.facts = dict(
@@ -2288,6 +2383,7 @@ class Trainer:
             "facts: "
             f"{json_text(facts)}", command_output("nvidia-smi") if ranks.device.type == "cuda" else "no GPU", "=" * 100,
         ]))
+        # the curves follow; for people a line
         facts |= dict(curve=[], train_curve=[])  # train_curve: [[step, loss], ...], of rank 0's rows
         log.show(f"run {config.run_id}: track {' + '.join((config.track, *config.variant))}, "
                  f"{facts['parameters'] / 1e6:.2f}M parameters, {self._length()} of {config.batch_tokens} tokens on "
@@ -2299,6 +2395,7 @@ class Trainer:
 
     def _load_matching(self, path: str):
         """Start from another run's tensors where name and shape agree; say which did and which did not."""
+        # equal name and shape
         saved, current = read_checkpoint(path)["model"], self.model.state_dict()
         matching = {name: saved[name] for name in current if name in saved and saved[name].shape == current[name].shape}
         require(matching,
@@ -2336,6 +2433,7 @@ class Trainer:
 
     def state_dict(self) -> dict:
         """A copy of all that a step changes. Collective."""
+        # generators and tensors
         rng = [torch.get_rng_state()]
         if self.ranks.device.type == "cuda":
             rng.append(torch.cuda.get_rng_state())
@@ -2384,6 +2482,7 @@ class Trainer:
         loss, the auxiliary one included, without waiting for the device.
         """
         config, ranks = self.config, self.ranks
+        # what the schedules say
         lr_factor = schedule_learning_rate(config, progress)
         self.model.set_windows(progress)
         batches = micro_batches(cut_rows(rows, self._batch_at(progress)[1]), config)
@@ -2427,14 +2526,19 @@ class Trainer:
         Compile and run every shape and window stage on dummy rows, then put everything back exactly. Returns seconds.
         """
         start, kept = self._now(), self.state_dict()
+        # every size of a step, under every window
         stages = len(self.config.window_long)
         times = {}  # (stage of the windows, rows, their length) -> when in the run that is first so
         for progress in sorted({stage / stages for stage in range(stages)} | {i / 512 for i in range(512)}):
             times.setdefault((window_stage(self.config, progress), *self._batch_at(progress)), progress)
+
+        # run each once
         for (_, count, _), progress in times.items():
             shape = (count, self.config.sequence_length + 1)
             rows = torch.randint(self.config.vocab_size, shape, dtype=torch.int32).to(self.ranks.device)
             self.train_step(rows, progress)
+
+        # and every size of a validation batch
         shapes = {len(batch): batch for batch in self.val_batches}
         self.validate([batch for batch in shapes.values() for _ in range(self.ranks.world)])
         self.load_state_dict(kept)
@@ -2443,10 +2547,13 @@ class Trainer:
     def run(self) -> int:
         """Train to the end or until a signal. Returns the exit code."""
         config, log, ranks = self.config, self.log, self.ranks
+        # off the clock
         compile_model(self.model, compile_mode(config, ranks))
         log.progress("compiling and warming up")
         log.save_facts(warmup_seconds=self.warm_up())
         log.write(f"warm-up, compilation included, not timed: {log.facts['warmup_seconds']:.1f} s", console=True)
+
+        # signals stop the run between two steps
         for number in STOPPING:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's background jobs leave it
                 signal.signal(number, self._on_signal)
@@ -2540,6 +2647,7 @@ class Trainer:
         Put a training loss into log and JSON, at most ten a second and 4,000 in all, and never wait for a GPU: the loss
         is copied on the device's queue and read when it has come. RunError for one that is no finite number.
         """
+        # take a loss
         now = time.perf_counter()
         if self.loss_on_its_way is None and now - self.loss_taken >= 0.1:
             copy, event = self.loss, None
@@ -2549,12 +2657,15 @@ class Trainer:
                 event.record()
             self.loss_taken = now
             self.loss_on_its_way = self.step, copy, event
+
+        # has one come?
         if self.loss_on_its_way is None:
             return
         step, copy, event = self.loss_on_its_way
         if event is not None and not event.query():
             return
 
+        # note it
         self.train_loss = copy.item()
         self.loss_on_its_way = None
         if not math.isfinite(self.train_loss) and self.log.main:  # one rank's is everybody's a step later
@@ -2575,6 +2686,7 @@ class Trainer:
                           f"ms/step  MFU {100 * self._mfu(rate):.1f} %  {left // 60}:{left % 60:02d} left")
 
     def _validate_and_log(self):
+        # the loss
         loss, log = self.validate(self.val_batches), self.log
         bits = loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
         bits_text = "val_bits_per_byte: unknown, no .tiktoken file beside the shards"
@@ -2586,6 +2698,7 @@ class Trainer:
                 f"the validation loss is {loss} at step {self.step}; lower the learning rates or look at the variant's "
                 "arithmetic")
 
+        # a point of the curve
         tokens = torch.from_numpy(self.val_batches[0][:, :-1]).to(self.ranks.device)
         with torch.no_grad(), self._averaged():
             facts = collect_facts(self.model, tokens)
@@ -2601,6 +2714,7 @@ class Trainer:
         """Write a checkpoint, if the run wants any. Collective."""
         if not self.config.save:
             return
+        # of all ranks; rank 0 writes
         state = dict(config=dataclasses.asdict(self.config), data=self.data, sources=self.sources, **self.state_dict())
         try:
             if self.log.main:
@@ -2620,6 +2734,7 @@ class Trainer:
     def _finished(self) -> int:
         """Write the run's figures, for machines and for people."""
         config, log = self.config, self.log
+        # figures
         last = log.facts["curve"][-1]
         rate = self.tokens / self.train_seconds
         if self.ranks.device.type == "cuda":
@@ -2634,6 +2749,8 @@ class Trainer:
             train_seconds=self.train_seconds, ms_per_step=1000 * self.train_seconds / self.step, tokens_per_second=rate,
             mfu=self._mfu(rate), peak_memory_mib=allocated, peak_memory_reserved_mib=reserved,
         )
+
+        # for machines
         log.save_facts(**facts)
         log.write(f"ms_per_step:{facts['ms_per_step']:.2f} tokens_per_second:{rate:.0f} mfu:{facts['mfu']:.4f} "
                   f"of {log.facts['peak_flops'] / 1e12:.2f} TFLOP/s a device, the measured rate of a large product")
@@ -2665,6 +2782,7 @@ class Trainer:
         """A remark where a tenth of the steps took more than twice the median: other work has shared the machine."""
         if self.ranks.device.type == "cuda" or len(self.step_seconds) < 20:
             return ""
+        # the slowest tenth beside the median
         ordered = sorted(self.step_seconds)
         median, late = ordered[len(ordered) // 2], ordered[len(ordered) * 9 // 10]
         if late <= 2 * median:
@@ -2676,6 +2794,7 @@ class Trainer:
         """What --dry_run prints."""
         config, costs = self.config, self.costs
         steps = config.steps or max(1, config.tokens // config.batch_tokens)
+        # of the whole run
         flops = costs["flops_per_token"] * config.batch_tokens * steps
         names = " + ".join((config.track, *config.variant))
         mode = compile_mode(config, self.ranks)
@@ -2694,6 +2813,7 @@ class Trainer:
         config = self.config
         if config.time_budget:
             return f"{config.time_budget:.0f} s of training, as asked"
+        # the newest run that was alike
         here = ["finished", config.track, environment(self.ranks)["device"], self.ranks.world]
         for file in sorted(Path(config.log_dir).glob("*.json"), key=lambda file: -file.stat().st_mtime):
             try:
@@ -2724,6 +2844,7 @@ def main(argv: list[str] | None = None, loader=None) -> int:
             stream.reconfigure(errors="replace")
     trainer = None
     try:
+        # the run
         config = parse_config(argv)
         require(loader is not None or not config.variant,
                 "--variant needs the loader of variants; start train_gpt.py as a script")

@@ -2,9 +2,9 @@
 The elementwise parts of the optimizers: the CPU's loops beside the trainer's operations, eager and compiled, and beside
 a plain copy of the bytes that they have to move.
 
-    python benchmarks/optimizer_updates.py             all sizes; it measures a CPU, whatever else the machine has
-    python benchmarks/optimizer_updates.py --quick     one size: under a minute on two cores
-    python benchmarks/optimizer_updates.py --sizes N=12,rows=768,columns=3072
+    python -m benchmarks.optimizer_updates             all sizes; it measures a CPU, whatever else the machine has
+    python -m benchmarks.optimizer_updates --quick     one size: under a minute on two cores
+    python -m benchmarks.optimizer_updates --sizes N=12,rows=768,columns=3072
 
 One table, and benchmarks/results/optimizer_updates-<device>.json, written after every size. Arms take turns; the loops'
 tests run first, and an arm is timed only if its tensors are those of the reference in float64. Forms: "nesterov" and
@@ -15,22 +15,32 @@ bytes.
 
 import os
 import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.timing import Place, fault_of, kernel_benchmark, rows_in_turn
-from kernels import optimizer_updates as updates
+from functools import partial
 
 import torch
 
+from benchmarks.timing import (
+    Place,
+    compile_arms,
+    fault_of,
+    fault_rows,
+    faults_of,
+    kernel_benchmark,
+    rows_in_turn,
+    sizes,
+)
+from kernels import optimizer_updates as updates
+
 TESTS = dict.fromkeys(("cpu", "cuda"), ["tests/kernels/test_optimizer_updates.py"])
-sizes = lambda *shapes: [dict(zip(("N", "rows", "columns"), shape)) for shape in shapes]
-CPU = sizes((16, 128, 128), (4, 512, 128), (4, 128, 512), (12, 768, 768))
-SIZES, QUICK = dict.fromkeys(("cpu", "cuda"), CPU), dict.fromkeys(("cpu", "cuda"), CPU[:1])
+CPU = sizes("N rows columns", (16, 128, 128), (4, 512, 128), (4, 128, 512), (12, 768, 768))
+SIZES = dict.fromkeys(("cpu", "cuda"), CPU)
+QUICK = dict.fromkeys(("cpu", "cuda"), CPU[:1])
 TOLERANCE = 1e-5  # relative RMS error of what is changed
-A = dict(nesterov=4, step=4, adam=7)  # times the bytes of a tensor
+MOVED = dict(nesterov=4, step=4, adam=7)  # times the bytes of a tensor
+FORMS = dict(  # form: (function, its numbers); rates are so small that no number of steps changes what a step costs
+    nesterov=("nesterov", (0.9,)),
+    step=("normalised_step", (1e-6, 1e-7, 0.95)),
+    adam=("adam_step", (1e-6, 1e-7, (0.8, 0.95), (0.9, 0.8))))
 
 
 def make_inputs(N: int, rows: int, columns: int) -> dict:
@@ -38,14 +48,13 @@ def make_inputs(N: int, rows: int, columns: int) -> dict:
     generator = torch.Generator().manual_seed(0)
     w, g, m, v = (torch.randn(N, rows, columns, generator=generator) for _ in range(4))
     second = v.square().mean(-1 if rows >= columns else -2, keepdim=True)
-    return dict(nesterov=[g, m], step=[w, g, second], adam=[w.flatten(), g.flatten(), m.flatten(), v.square().flatten()])
+    adam = [x.flatten() for x in (w, g, m, v.square())]
+    return dict(nesterov=[g, m], step=[w, g, second], adam=adam)
 
 
-def functions(form: str) -> tuple:
-    """(loops, reference) of tensors. Rates are so small that no number of steps changes what a step costs."""
-    options = dict(nesterov=(0.9,), step=(1e-6, 1e-7, 0.95), adam=(1e-6, 1e-7, (0.8, 0.95), (0.9, 0.8)))[form]
-    names = dict(nesterov="nesterov", step="normalised_step", adam="adam_step")[form]
-    return tuple(lambda *tensors, function=getattr(updates, names + suffix): function(*tensors, *options) for suffix in ("", "_reference"))
+def update(name: str, numbers: tuple, *tensors: torch.Tensor):
+    """A function of kernels/optimizer_updates.py on these tensors."""
+    return getattr(updates, name)(*tensors, *numbers)
 
 
 def changed(function, tensors: list) -> list:
@@ -59,20 +68,26 @@ def changed(function, tensors: list) -> list:
 def measure(place: Place, N: int, rows: int, columns: int) -> list[dict]:
     """A row of results for every form and arm."""
     results = []
-    torch.compiler.reset()  # what is compiled for other sizes counts towards the number after which nothing more is
     for form, tensors in make_inputs(N, rows, columns).items():
-        loops, reference = functions(form)
-        case, arms = dict(form=form, N=N, rows=rows, columns=columns), {"loops": loops, "trainer": reference}
+        # the arms
+        name, numbers = FORMS[form]
+        reference = partial(update, f"{name}_reference", numbers)
+        arms = {"loops": partial(update, name, numbers), "trainer": reference}
         if not place.quick:
-            arms["trainer, compiled"] = torch.compile(reference, dynamic=False)
+            arms |= compile_arms(trainer=reference)
+
+        # those that are right, in turn
+        case = dict(form=form, N=N, rows=rows, columns=columns)
         expected = changed(reference, [x.double() for x in tensors])
-        faults = {arm: fault for arm, function in arms.items() if (fault := fault_of(lambda: changed(function, tensors), expected, TOLERANCE))}
-        results += [case | dict(arm=arm, what="check", fault=fault) for arm, fault in faults.items()]
-        calls = {arm: lambda function=function: function(*tensors) for arm, function in arms.items() if arm not in faults}
-        results += rows_in_turn(place, case, "step", calls, moved=4 * A[form] * N * rows * columns)
+        faults = faults_of(arms, lambda function, tensors=tensors, expected=expected:
+                           fault_of(lambda: changed(function, tensors), expected, TOLERANCE))
+        calls = {arm: partial(function, *tensors) for arm, function in arms.items() if arm not in faults}
+        results += fault_rows(case, faults)
+        results += rows_in_turn(place, case, "step", calls, moved=4 * MOVED[form] * N * rows * columns)
     return results
 
 
 if __name__ == "__main__":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when PyTorch first looks for devices
-    sys.exit(kernel_benchmark("optimizer_updates", __doc__, measure, TESTS, SIZES, QUICK, names=("form", "N", "rows", "columns")))
+    sys.exit(kernel_benchmark("optimizer_updates", __doc__, measure, TESTS, SIZES, QUICK,
+                              names=("form", "N", "rows", "columns")))

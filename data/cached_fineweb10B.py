@@ -1,14 +1,15 @@
 """
 FineWeb as GPT-2 tokens, ready-made, from the Hugging Face Hub: the validation shard and the first N training shards.
 
-    python data/cached_fineweb10B.py [N] [--dataset fineweb10B|fineweb100B|finewebedu10B] [-o DIR]
+    python -m data.cached_fineweb10B [N] [--dataset fineweb10B|fineweb100B|finewebedu10B] [-o DIR]
 
 A shard holds 100 million tokens in 200 MB; N is 9 unless given. DIR is data/<dataset> unless given. Shards that are
 there and whole stay, damaged ones are fetched again, and an interrupted download goes on where it stopped. Whole is a
 shard whose sha256 is the Hub's; while the Hub cannot be asked, one that has the size its header promises, and a line
 says so. Beside the shards: meta.json, with every shard's sha256, and gpt2.tiktoken if tiktoken can get GPT-2's merges.
 Exit code 1 and one line for a fault.
-Sources: the data sets kjj0/fineweb10B-gpt2, kjj0/fineweb100B-gpt2 and kjj0/finewebedu10B-gpt2, which modded-nanogpt trains on.
+Sources: the data sets kjj0/fineweb10B-gpt2, kjj0/fineweb100B-gpt2 and kjj0/finewebedu10B-gpt2, which modded-nanogpt
+trains on.
 """
 
 import argparse
@@ -16,10 +17,10 @@ import errno
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.shards import (SHARD_TOKENS, SPLITS, RunError, check_space, claim_folder, files_of, gpt2_merges, open_shard,
-                         read_meta, require, run_script, write_merges, write_meta)
-from train_gpt import sha256_of_files
+from data.command_line import run_script
+from data.shards import SHARD_TOKENS, SPLITS, check_space, claim_folder, files_of, write_meta
+from data.tokenizer import gpt2_merges, write_merges
+from train_gpt import RunError, open_shard, read_meta, require, sha256_of_files
 
 DATASETS = {  # name: (repository, first part of the file names, training shards there are)
     "fineweb10B": ("kjj0/fineweb10B-gpt2", "fineweb", 103),
@@ -38,7 +39,8 @@ def quiet_hub():
 
 def hub_digests(repository: str, names: list[str]) -> dict[str, str]:
     """{name: sha256} of the files among `names` that the Hub has. RunError if it cannot be asked."""
-    api, digests = quiet_hub().HfApi(), {}
+    api = quiet_hub().HfApi()
+    digests = {}
     try:
         for start in range(0, len(names), 100):
             for info in api.get_paths_info(repository, names[start:start + 100], repo_type="dataset"):
@@ -69,11 +71,12 @@ def fetch(repository: str, path: Path, digests: dict[str, str]):
         quiet_hub().hf_hub_download(repository, path.name, repo_type="dataset", local_dir=path.parent)
     except Exception as error:  # of the network, the hub or the disk, in whatever library it came up
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise RunError(f"no space left for {path}; free some or give another folder with -o; finished shards are kept") from None
+            raise RunError(f"no space left for {path}; free some or give another folder with -o; finished shards are "
+                           "kept") from None
         if isinstance(error, PermissionError):
             raise RunError(f"cannot write {path}: {error.strerror}; give another folder with -o") from None
-        raise RunError(f"cannot fetch {path.name} of {repository} ({type(error).__name__}); check the network and run this again: "
-                       "finished shards are kept") from None
+        raise RunError(f"cannot fetch {path.name} of {repository} ({type(error).__name__}); check the network and run "
+                       "this again: finished shards are kept") from None
     fault = fault_of(path, digests)
     if fault:
         path.unlink(missing_ok=True)
@@ -82,7 +85,11 @@ def fetch(repository: str, path: Path, digests: dict[str, str]):
 
 
 def download(dataset: str, count: int, folder: Path) -> dict:
-    """The validation shard, `count` training shards, meta.json and the merges into folder; returns the splits' facts. RunError for any fault."""
+    """
+    Fetch the validation shard and `count` training shards into a folder, with meta.json and the merges; returns the
+    splits' facts. RunError for any fault.
+    """
+    # the folder
     repository, name, available = DATASETS[dataset]
     require(1 <= count <= available, f"{dataset} has 1 to {available} training shards to fetch, got {count}")
     claim_folder(folder, name)
@@ -109,6 +116,7 @@ def download(dataset: str, count: int, folder: Path) -> dict:
     if len(missing) < len(paths):
         print(f"{folder}: {len(paths) - len(missing)} of {len(paths)} shards are there", flush=True)
 
+    # the missing shards, and the facts of all
     for number, path in enumerate(missing, 1):
         print(f"fetching {path.name} ({number} of {len(missing)})", flush=True)
         fetch(repository, path, digests)
@@ -118,6 +126,7 @@ def download(dataset: str, count: int, folder: Path) -> dict:
         facts[split] = dict(shards=len(shards), tokens=sum(len(open_shard(path)) for path in shards),
                             sha256=sha256_of_files(folder, [path.name for path in shards]))
 
+    # the merges, and last meta.json
     merges = folder / "gpt2.tiktoken"
     if not merges.exists():
         try:
@@ -131,8 +140,10 @@ def download(dataset: str, count: int, folder: Path) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line. Returns the exit code: 0, 1 for a fault (one line on stderr), 130 when interrupted."""
-    parser = argparse.ArgumentParser(prog="cached_fineweb10B.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shards", nargs="?", type=int, default=9, metavar="N", help="training shards of 100 million tokens (default: 9)")
+    parser = argparse.ArgumentParser(prog="cached_fineweb10B.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", nargs="?", type=int, default=9, metavar="N",
+                        help="training shards of 100 million tokens (default: 9)")
     parser.add_argument("--dataset", choices=DATASETS, default="fineweb10B")
     parser.add_argument("-o", "--output", type=Path, help="folder to write (default: data/<dataset>)")
     options = parser.parse_args(argv)

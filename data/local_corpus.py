@@ -1,10 +1,11 @@
 """
 The embedded corpus: this machine's own Python standard library as bytes. Real text, nothing to download.
 
-    python data/local_corpus.py [-o data/python_bytes]
+    python -m data.local_corpus [-o data/python_bytes]
 
-Every module of the library is a document (tests, bundled wheels and generated files left out). A document's path decides by its hash whether it
-belongs to the validation set (one in ten) and where it stands in the order, so that the result is the same for one Python version on any machine.
+Every module of the library is a document (tests, bundled wheels and generated files left out). A document's path
+decides by its hash whether it belongs to the validation set (one in ten) and where it stands in the order, so that the
+result is the same for one Python version on any machine.
 Vocabulary: bytes 0..255 and 256, the end of text. meta.json records the Python version and the sha256 of each shard.
 """
 
@@ -16,20 +17,23 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.shards import RunError, encode_bytes, require, run_script, write_folder
+from data.command_line import run_script
+from data.shards import write_folder
+from data.tokenizer import encode_bytes
+from train_gpt import RunError, require
 
 # Absent from some distributions, generated at build time, or not source text.
-LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "lib2to3", "ensurepip", "__pycache__", "pydoc_data",
-            "distutils", "tkinter"}
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "lib2to3", "ensurepip",
+            "__pycache__", "pydoc_data", "distutils", "tkinter"}
 
 
 def library_files() -> list[tuple[str, Path]]:
     """(path inside the library, file) of every module that counts, in the corpus' order."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [(p.relative_to(root).as_posix(), p) for p in root.rglob("*.py")
-             if not LEFT_OUT & set(p.relative_to(root).parts) and not p.name.startswith(("_sysconfigdata", "sitecustomize"))]
-    return sorted(files, key=lambda item: hashlib.sha256(item[0].encode()).hexdigest())
+    files = {path.relative_to(root): path for path in root.rglob("*.py")
+             if not path.name.startswith(("_sysconfigdata", "sitecustomize"))}
+    counted = [(name.as_posix(), path) for name, path in files.items() if not LEFT_OUT & set(name.parts)]
+    return sorted(counted, key=lambda item: hashlib.sha256(item[0].encode()).hexdigest())
 
 
 def documents(files: list[tuple[str, Path]]) -> Iterator[tuple]:
@@ -38,10 +42,11 @@ def documents(files: list[tuple[str, Path]]) -> Iterator[tuple]:
         try:
             text = path.read_bytes()
         except OSError as error:
-            raise RunError(f"cannot read {path}: {error.strerror}; mend this Python, or give the trainer's --data another folder of shards") from None
+            raise RunError(f"cannot read {path}: {error.strerror}; mend this Python, or give the trainer's --data "
+                           "another folder of shards") from None
         if text.strip():
-            split = "val" if int(hashlib.sha256(b"split" + name.encode()).hexdigest(), 16) % 10 == 0 else "train"
-            yield split, encode_bytes(text), len(text), True
+            digest = int(hashlib.sha256(b"split" + name.encode()).hexdigest(), 16)
+            yield "train" if digest % 10 else "val", encode_bytes(text), len(text), True
 
 
 def build(folder: Path) -> dict:
@@ -55,16 +60,18 @@ def build(folder: Path) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run a command line. Returns the exit code: 0, 1 for a fault (one line on stderr), 130 when interrupted."""
+    default = Path(__file__).resolve().parent / "python_bytes"
     parser = argparse.ArgumentParser(prog="local_corpus.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).resolve().parent / "python_bytes", help="folder to write")
+    parser.add_argument("-o", "--output", type=Path, default=default, help="folder to write")
     folder = parser.parse_args(argv).output
 
     def work():
         meta = build(folder)
-        print(f"{folder}: {meta['source']}, " + ", ".join(
-            f"{split} {meta[split]['tokens']:,} tokens "
-            f"in {meta[split]['documents']} documents" for split in ("train", "val")))
+        counts = [f"{split} {meta[split]['tokens']:,} tokens in {meta[split]['documents']} documents"
+                  for split in ("train", "val")]
+        print(f"{folder}: {meta['source']}, {', '.join(counts)}")
     return run_script("local_corpus.py", work, f"interrupted; {folder} holds no shards of this run")
 
 

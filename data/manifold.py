@@ -1,60 +1,89 @@
 """
 The domain Laplacian: a graph of the channels of a feature space, for topological attention's laplacian=domain:FILE.npz.
 
-    python data/manifold.py corpus DIR -o FILE.npz [--features 64] [--window 5] [--vocabulary 16384] [--min_count 100] [--tokens 10000000] [--seed 1] [graph] [tau]
-    python data/manifold.py checkpoint FILE.pt -o FILE.npz [--layer -1] [--head -1] [--data DIR] [--tokens 65536] [--seed 1] [graph] [tau]
-    python data/manifold.py random FILE.npz -o CONTROL.npz [--seed 1]
-    python data/manifold.py chain -o FILE.npz [--features 64]
-        graph: --eps 1.31 --k 25 --topk 15 --p 1.8 --sigma 0.535        tau: --tau fixed | median | mean | percentile [--percentile 50]
+    python -m data.manifold corpus DIR -o FILE.npz [--features 64] [--window 5] [--vocabulary 16384] [--min_count 100]
+        [--tokens 10000000] [--seed 1] [graph] [tau]
+    python -m data.manifold checkpoint FILE.pt -o FILE.npz [--layer -1] [--head -1] [--data DIR] [--tokens 65536]
+        [--seed 1] [graph] [tau]
+    python -m data.manifold random FILE.npz -o CONTROL.npz [--seed 1]
+    python -m data.manifold chain -o FILE.npz [--features 64]
+        graph: --eps 1.31 --k 25 --topk 15 --p 1.8 --sigma 0.535
+        tau:   --tau fixed | median | mean | percentile [--percentile 50]
 
-corpus reads training shards. Its vectors are those of the `vocabulary` most frequent tokens, of at least `min_count` occurrences: rarer ones would take most
-features for themselves. The end of text has none and ends every window. M = max(0, log p(w, c) / (p(w) p(c))) is the positive pointwise mutual information of
-tokens up to `window` apart, with p(c) from counts to the power 0.75, and M ~ U S V' its truncated singular value decomposition. Columns of U S are
-orthogonal: their cosines are 0 whatever the corpus. Hence they are rotated, U S R, by the R that makes U R sparse (varimax). A feature is then a topic, its
-sign that of its third moment, and the cosine of two says how far tokens share them. Features are in the order of their norms.
-checkpoint takes the keys of a layer on validation data (in whole batches), of all heads as if they were one or of one head, normalised where the model does
-that, without rotary positions: channels that turn through all phases have cosines near 0.
-random is the control for both: another matrix with the same eigenvalues, whose eigenvectors are drawn at random, but for the constant one.
+corpus reads training shards. Its vectors are those of the `vocabulary` most frequent tokens, of at least `min_count`
+occurrences: rarer ones would take most features for themselves. The end of text has none and ends every window.
+M = max(0, log p(w, c) / (p(w) p(c))) is the positive pointwise mutual information of tokens up to `window` apart, with
+p(c) from counts to the power 0.75, and M ~ U S V' its truncated singular value decomposition. Columns of U S are
+orthogonal: their cosines are 0 whatever the corpus. Hence they are rotated, U S R, by the R that makes U R sparse
+(varimax). A feature is then a topic, its sign that of its third moment, and the cosine of two says how far tokens share
+them. Features are in the order of their norms.
+checkpoint takes the keys of a layer on validation data (in whole batches), of all heads as if they were one or of one
+head, normalised where the model does that, without rotary positions: channels that turn through all phases have cosines
+near 0.
+random is the control for both: another matrix with the same eigenvalues, whose eigenvectors are drawn at random, but
+for the constant one.
 chain is the variant's own default, stored in the same way.
 
-The graph has a node for each of the F channels, the columns of the vectors; distance d = 1 - max(0, cosine). A node's candidates are its k nearest of those
-with d <= eps (of equal distance: the larger cosine first, to 9 digits, then the lower index). Edges go to the topk nearest of them and hold in both
-directions, so that a node may have more; a graph in several parts is refused. Weight A = 1 / (1 + (d / sigma)^p), and L = D - A with D the sums of rows.
-In arrowspace's code only topk chooses neighbours, k is recorded, and dense graphs are thinned besides. An eps of 1 or more excludes no pair.
+The graph has a node for each of the F channels, the columns of the vectors; distance d = 1 - max(0, cosine). A node's
+candidates are its k nearest of those with d <= eps (of equal distance: the larger cosine first, to 9 digits, then the
+lower index). Edges go to the topk nearest of them and hold in both directions, so that a node may have more; a graph in
+several parts is refused. Weight A = 1 / (1 + (d / sigma)^p), and L = D - A with D the sums of rows. In arrowspace's
+code only topk chooses neighbours, k is recorded, and dense graphs are thinned besides. An eps of 1 or more excludes no
+pair.
 
-tau is the scale of lambda = E / (E + tau) with E = x'Lx / x'x: 1 (fixed), or the median, mean or a percentile of E over the vectors, each as often as its
-token occurs; never below 1e-10. Where there are no vectors, as with chain, it is 1.
+tau is the scale of lambda = E / (E + tau) with E = x'Lx / x'x: 1 (fixed), or the median, mean or a percentile of E over
+the vectors, each as often as its token occurs; never below 1e-10. Where there are no vectors, as with chain, it is 1.
 
-FILE.npz: laplacian (F, F) float64; provenance, JSON; tau, float64; vectors (n, F) float32 with counts (n,), how often each occurs, and tokens (n,), their ids:
-all of a vocabulary, or 8,192 keys, counted once and without tokens; labels (F,), the tokens with the largest entries where their text is known. Equal
-input, options, seed and number of threads on one machine give equal bytes. Exit code 1 and one line for a fault.
-10M of GPT-2's tokens took 12 s at F = 64 and 58 s at F = 384, with 0.8 GB, on two virtual x86-64 cores that had other work as well.
+FILE.npz: laplacian (F, F) float64; provenance, JSON; tau, float64; vectors (n, F) float32 with counts (n,), how often
+each occurs, and tokens (n,), their ids: all of a vocabulary, or 8,192 keys, counted once and without tokens; labels
+(F,), the tokens with the largest entries where their text is known. Equal input, options, seed and number of threads on
+one machine give equal bytes. Exit code 1 and one line for a fault.
+10M of GPT-2's tokens took 12 s at F = 64 and 58 s at F = 384, with 0.8 GB, on two virtual x86-64 cores that had other
+work as well.
 
-Source: graph and tau: Moriondo, arrowspace, JOSS 09002, github.com/tuned-org-uk/arrowspace-rs, with the parameters of his Topological Transformer; embedding:
-Levy, Goldberg and Dagan, 2015; varimax: Kaiser, 1958, for the left singular vectors: Rohe and Zeng, Vintage factor analysis with varimax, 2023.
+Source: graph and tau: Moriondo, arrowspace, JOSS 09002, github.com/tuned-org-uk/arrowspace-rs, with the parameters of
+his Topological Transformer; embedding: Levy, Goldberg and Dagan, 2015; varimax: Kaiser, 1958, for the left singular
+vectors: Rohe and Zeng, Vintage factor analysis with varimax, 2023.
 """
 
 import argparse
-import hashlib
 import json
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_gpt
-import variants
-from data.shards import RunError, check_value, open_shard, read_merges, require, run_script, sha256_of, write_atomically
-from train_gpt import RANGES, Config, Ranks, adopt_vocabulary, checked, find_checkpoint, find_shards, read_checkpoint, validation_batches
-from variants.topological_attention import chain_laplacian, read_laplacian
-
+import train_gpt  # isort: skip  before torch: it sets how long PyTorch's waiting threads spin
 import numpy as np
 import torch
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import svds
 
-SMOOTHING, KEPT_KEYS, TAU_FLOOR = 0.75, 8192, 1e-10
+import variants
+from data.command_line import run_script
+from data.shards import sha256_of
+from train_gpt import (
+    RANGES,
+    Config,
+    Ranks,
+    RunError,
+    adopt_vocabulary,
+    check_value,
+    checked,
+    find_checkpoint,
+    find_shards,
+    open_shard,
+    read_checkpoint,
+    read_merges,
+    require,
+    validation_batches,
+    write_atomically,
+)
+from variants.topological_attention import chain_laplacian, read_laplacian
+
+SMOOTHING = 0.75      # the power of the counts in p(c)
+KEPT_KEYS = 8192      # vectors in the file of a checkpoint
+TAU_FLOOR = 1e-10
 TAU_MODES = ("fixed", "median", "mean", "percentile")
 MOST_FEATURES = 4096  # the width of a head
 
@@ -92,25 +121,28 @@ class Tau:
             return 1.0
         if self.mode == "mean":
             return max(np.average(energies, weights=counts), TAU_FLOOR)
-        return max(quantile(energies, counts, 0.5 if self.mode == "median" else self.percentile / 100), TAU_FLOOR)
+        share = 0.5 if self.mode == "median" else self.percentile / 100
+        return max(quantile(energies, counts, share), TAU_FLOOR)
 
 
 @dataclass
 class Manifold:
-    """What a file holds, see above; provenance has the Tau's fields under "tau"."""
-    laplacian: np.ndarray
-    provenance: dict
-    vectors: np.ndarray
-    counts: np.ndarray
-    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, "<U1"))
+    """What a file holds, see above."""
+    laplacian: np.ndarray                                                     # (F, F) float64
+    provenance: dict                                                          # the Tau's fields are under "tau"
+    vectors: np.ndarray                                                       # (n, F) float32
+    counts: np.ndarray                                                        # (n,): how often each vector occurs
+    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64)) # (n,): their ids; (0,) of no tokens
+    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, "<U1"))    # (F,): words; (0,) where there are none
 
     @property
     def energies(self) -> np.ndarray:
+        """E of every vector (n,)."""
         return rayleigh_quotients(self.laplacian, self.vectors)
 
     @property
     def tau(self) -> float:
+        """The scale of lambda, as the provenance says that it is chosen."""
         return Tau(**self.provenance["tau"]).choose(self.energies, self.counts)
 
     def save(self, path: Path):
@@ -129,25 +161,30 @@ def read_manifold(path: Path) -> Manifold:
     except ValueError as error:  # read_laplacian's names the option of the variant
         raise RunError(str(error).removeprefix("laplacian=domain:")) from None
     except Exception as error:  # of the archive or its arrays
-        raise RunError(f"{path} was not made by data/manifold.py, or is damaged ({type(error).__name__}); make it again") from None
+        raise RunError(f"{path} was not made by data/manifold.py, or is damaged ({type(error).__name__}); make it again"
+                       ) from None
     check_manifold(manifold, path)
     return manifold
 
 
 def check_manifold(manifold: Manifold, path: Path):
     """Raise RunError, which names the file, unless the arrays and the provenance fit each other."""
-    vectors, counts, provenance = manifold.vectors, manifold.counts, manifold.provenance
+    vectors, counts = manifold.vectors, manifold.counts
     F, n = len(manifold.laplacian), counts.size
 
     def check(holds, what):
         require(holds, f"{path} was not made by data/manifold.py, or is damaged: {what}; make it again")
+
+    # the arrays
     check(vectors.shape == (n, F) and vectors.dtype == np.float32 and np.isfinite(vectors).all(),
           f"its vectors are no {n} x {F} numbers")
     check(counts.shape == (n,) and counts.dtype.kind == "i" and (counts > 0).all(), "its counts are no numbers above 0")
     check(manifold.tokens.shape in ((n,), (0,)) and manifold.tokens.dtype.kind == "i", f"its tokens are no {n} ids")
     check(manifold.labels.shape in ((F,), (0,)) and manifold.labels.dtype.kind == "U", f"its labels are no {F} words")
-    tau = provenance.get("tau")
-    check(isinstance(provenance.get("source"), str), "its provenance names no source")
+
+    # the provenance
+    tau = manifold.provenance.get("tau")
+    check(isinstance(manifold.provenance.get("source"), str), "its provenance names no source")
     check(isinstance(tau, dict) and set(tau) == set(Tau.__dataclass_fields__),
           "its provenance does not say how tau was chosen")
     try:
@@ -156,7 +193,8 @@ def check_manifold(manifold: Manifold, path: Path):
         check(False, error)
 
 
-# ---- graph
+# ---- Graph ------------------------------------------------------------------
+
 
 def rayleigh_quotients(laplacian: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     """x'Lx / x'x (n,) of vectors (n, F); 0 for a vector of zeros."""
@@ -182,6 +220,7 @@ def cosines(vectors: np.ndarray) -> np.ndarray:
 
 def weights(cosine: np.ndarray, graph: Graph) -> np.ndarray:
     """The weights A (F, F) of the graph of nodes with these cosines (F, F). RunError if it is not connected."""
+    # the edges
     n = len(cosine)
     distance = 1 - np.clip(cosine, 0, 1)
     others = np.where(np.eye(n, dtype=bool) | (distance > graph.eps), -np.inf, cosine.round(9))
@@ -189,10 +228,14 @@ def weights(cosine: np.ndarray, graph: Graph) -> np.ndarray:
     edges = np.zeros((n, n), dtype=bool)
     np.put_along_axis(edges, nearest, np.take_along_axis(others, nearest, 1) > -np.inf, 1)
     edges |= edges.T
+
+    # is it one graph?
     components, component = connected_components(edges, directed=False)
     require(components == 1,
             f"the graph of {n} nodes and {edges.sum() // 2} edges falls into {components} components, the largest of "
             f"{np.bincount(component).max()} nodes; raise --eps, --k or --topk")
+
+    # their weights
     with np.errstate(over="ignore"):
         weight = np.where(edges, 1 / (1 + (distance / graph.sigma) ** graph.p), 0)
     require((weight[edges] > 0).all(),
@@ -207,32 +250,38 @@ def laplacian_of(weights: np.ndarray) -> np.ndarray:
 
 def random_laplacian(laplacian: np.ndarray, seed: int) -> np.ndarray:
     """
-    A symmetric matrix (F, F) with the eigenvalues of laplacian and random eigenvectors, the constant one excepted: rows sum to 0 as before, but weights
-    may be negative. RunError if rows of laplacian do not sum to 0.
+    A symmetric matrix (F, F) with the eigenvalues of laplacian and random eigenvectors, the constant one excepted: rows
+    sum to 0 as before, but weights may be negative. RunError if rows of laplacian do not sum to 0.
     """
     n, eigenvalues = len(laplacian), np.linalg.eigvalsh(laplacian)
-    if np.abs(laplacian.sum(1)).max() > 1e-6 * eigenvalues[-1]:
-        raise RunError("rows of this Laplacian do not sum to 0; give one of a graph")
+    require(np.abs(laplacian.sum(1)).max() <= 1e-6 * eigenvalues[-1],
+            "rows of this Laplacian do not sum to 0; give one of a graph")
     columns = np.concatenate((np.ones((n, 1)), np.random.default_rng(seed).standard_normal((n, n - 1))), axis=1)
     basis = np.linalg.qr(columns)[0]
     result = (basis * np.maximum(eigenvalues, 0)) @ basis.T
     return (result + result.T) / 2
 
 
-# ---- vectors of a corpus
+# ---- Vectors of a corpus ----------------------------------------------------
+
 
 def read_tokens(config: Config, count: int) -> tuple[np.ndarray, list[Path]]:
     """(the first `count` training tokens (n,), all where there are fewer; the shards they are from)."""
-    parts, shards = [], []
+    pieces, shards = [], []
     for file in find_shards(config, "train"):
-        if (missing := count - sum(map(len, parts))) > 0:
-            parts.append(open_shard(file)[:missing])
-            shards.append(file)
-    return checked(np.concatenate(parts), config), shards
+        missing = count - sum(map(len, pieces))
+        if missing <= 0:
+            break
+        pieces.append(open_shard(file)[:missing])
+        shards.append(file)
+    return checked(np.concatenate(pieces), config), shards
 
 
 def cooccurrences(words: np.ndarray, documents: np.ndarray, vocabulary: int, window: int) -> sparse.csr_matrix:
-    """Symmetric counts (vocabulary, vocabulary) of pairs up to `window` places apart; words (n,), negative ones belong to no pair, documents (n,): of which document."""
+    """
+    Symmetric counts (vocabulary, vocabulary) of pairs up to `window` tokens apart. words (n,): negative ones belong to
+    no pair; documents (n,): the document of each.
+    """
     counts = sparse.csr_matrix((vocabulary, vocabulary), dtype=np.int64)
     for gap in range(1, min(window, len(words) - 1) + 1):
         first, second = words[:-gap], words[gap:]
@@ -243,8 +292,12 @@ def cooccurrences(words: np.ndarray, documents: np.ndarray, vocabulary: int, win
 
 
 def mutual_information(counts: sparse.csr_matrix) -> sparse.csr_matrix:
-    """Positive pointwise mutual information, float32, of symmetric counts; p of a column is that of counts to the power SMOOTHING."""
-    totals, pairs = np.asarray(counts.sum(1), dtype=np.float64).ravel(), counts.tocoo()
+    """
+    Positive pointwise mutual information, float32, of symmetric counts; p of a column is that of counts to the power
+    SMOOTHING.
+    """
+    totals = np.asarray(counts.sum(1), dtype=np.float64).ravel()
+    pairs = counts.tocoo()
     context = totals ** SMOOTHING
     values = np.log(pairs.data / (totals[pairs.row] * (context / context.sum())[pairs.col]))
     kept = values > 0
@@ -252,7 +305,10 @@ def mutual_information(counts: sparse.csr_matrix) -> sparse.csr_matrix:
 
 
 def singular_vectors(matrix: sparse.csr_matrix, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(left singular vectors (n, count), singular values (count,), largest first) of a square matrix (n, n), count < n. RunError if its rank is smaller."""
+    """
+    (left singular vectors (n, count), singular values (count,), largest first) of a square matrix (n, n), count < n.
+    RunError if its rank is smaller.
+    """
     n = matrix.shape[0]
     if n <= 1024:
         left, values, _ = np.linalg.svd(matrix.toarray().astype(np.float64))
@@ -262,8 +318,8 @@ def singular_vectors(matrix: sparse.csr_matrix, count: int, seed: int) -> tuple[
         left, values, _ = svds(matrix, k=count, v0=start)
         left, values = left[:, ::-1].astype(np.float64), values[::-1].astype(np.float64)
     rank = np.count_nonzero(values > 1e-5 * max(values[0], 1e-30))
-    if rank < count:
-        raise RunError(f"the mutual information of {n} tokens has rank {rank}, too low for {count} features; lower --features or read more --tokens")
+    require(rank >= count, f"the mutual information of {n} tokens has rank {rank}, too low for {count} features; lower "
+            "--features or read more --tokens")
     return left, values
 
 
@@ -281,20 +337,30 @@ def varimax(loadings: np.ndarray, iterations: int = 200) -> np.ndarray:
     return rotation
 
 
-def embedding(words: np.ndarray, documents: np.ndarray, vocabulary: int, features: int, window: int, seed: int) -> np.ndarray:
-    """Vectors (vocabulary, features) float32 of words (n,), see above. RunError if there are more features than the rank."""
-    left, values = singular_vectors(mutual_information(cooccurrences(words, documents, vocabulary, window)), features, seed)
+def embedding(words: np.ndarray, documents: np.ndarray, vocabulary: int, features: int, window: int,
+              seed: int) -> np.ndarray:
+    """
+    Vectors (vocabulary, features) float32 of words (n,), see above. RunError if there are more features than the rank.
+    """
+    information = mutual_information(cooccurrences(words, documents, vocabulary, window))
+    left, values = singular_vectors(information, features, seed)
     x = (left * values) @ varimax(left)
     x *= np.where((x ** 3).sum(0) < 0, -1, 1)
     return x[:, np.argsort(-(x * x).sum(0), kind="stable")].astype(np.float32)
 
 
 def labels_of(vectors: np.ndarray, tokens: np.ndarray, config: Config) -> np.ndarray:
-    """The three tokens with the largest entry of each column, as text (F,); of none where there are neither bytes nor merges."""
+    """
+    The three tokens with the largest entry of each column, as text (F,); of none where there are neither bytes nor
+    merges.
+    """
     merges = next(find_shards(config, "train")[0].parent.glob("*.tiktoken"), None)
-    if config.vocab_size != 257 and not merges:
+    if config.vocab_size == 257:
+        text = {i: bytes([i]) for i in range(256)}
+    elif merges:
+        text = {i: token for token, i in read_merges(merges).items()}
+    else:
         return np.zeros(0, "<U1")
-    text = {i: bytes([i]) for i in range(256)} if config.vocab_size == 257 else {i: token for token, i in read_merges(merges).items()}
     top = tokens[np.argsort(-vectors, axis=0, kind="stable")[:3].T]
     return np.array([" ".join(readable(text.get(i, b"")) for i in row) for row in top.tolist()])
 
@@ -308,17 +374,21 @@ def readable(token: bytes) -> str:
     return word if word.isprintable() and word else f"<{token.hex()}>"
 
 
-# ---- commands
+# ---- Manifolds of every source ----------------------------------------------
 
-def from_corpus(folder: str, features: int = 64, window: int = 5, vocabulary: int = 16384, min_count: int = 100, tokens: int = 10_000_000, seed: int = 1,
-                graph: Graph = Graph(), tau: Tau = Tau()) -> Manifold:
+
+def from_corpus(folder: str, features: int = 64, window: int = 5, vocabulary: int = 16384, min_count: int = 100,
+                tokens: int = 10_000_000, seed: int = 1, graph: Graph = Graph(), tau: Tau = Tau()) -> Manifold:
     """The manifold of a folder of shards. RunError for too little data, or a graph in parts."""
+    # the options
     for name, value, least, most in (("features", features, 2, MOST_FEATURES), ("window", window, 1, 10_000),
                                      ("vocabulary", vocabulary, 1, 2 ** 16), ("min_count", min_count, 1, 10 ** 15),
                                      ("tokens", tokens, 1, 10 ** 15)):
         require(value >= least, f"--{name} must be at least {least}, got {value}")
         check_value(int, value, f"--{name}", (least, most))
     check_value(int, seed, "--seed", RANGES["seed"])
+
+    # the tokens that get a vector
     config = Config(data=folder)
     adopt_vocabulary(config)
     text, shards = read_tokens(config, tokens)
@@ -330,12 +400,18 @@ def from_corpus(folder: str, features: int = 64, window: int = 5, vocabulary: in
             f"{len(kept)} tokens of the vocabulary occur {min_count} times or more among the {len(text):,} "
             f"read from {folder}, and {features} features need more; give more data or a higher --vocabulary, or lower "
             "--min_count or --features")
-    place = np.full(config.vocab_size, -1, dtype=np.int32)
-    place[kept] = np.arange(len(kept))
-    vectors = embedding(place[text], np.cumsum(text == config.end_of_text, dtype=np.int32), len(kept), features, window, seed)
-    provenance = dict(source="corpus", data=Path(folder).resolve().name, sha256=sha256_of(shards), tokens=len(text), vocabulary=len(kept), vocab_size=config.vocab_size,
-                      features=features, window=window, min_count=min_count, smoothing=SMOOTHING, seed=seed, graph=asdict(graph), tau=asdict(tau))
-    return Manifold(laplacian_of(weights(cosines(vectors), graph)), provenance, vectors, counts[kept], kept, labels_of(vectors, kept, config))
+
+    # their vectors and their graph
+    rows = np.full(config.vocab_size, -1, dtype=np.int32)  # of every token: its row among the vectors, -1 for none
+    rows[kept] = np.arange(len(kept))
+    documents = np.cumsum(text == config.end_of_text, dtype=np.int32)
+    vectors = embedding(rows[text], documents, len(kept), features, window, seed)
+    provenance = dict(
+        source="corpus", data=Path(folder).resolve().name, sha256=sha256_of(shards), tokens=len(text),
+        vocabulary=len(kept), vocab_size=config.vocab_size, features=features, window=window, min_count=min_count,
+        smoothing=SMOOTHING, seed=seed, graph=asdict(graph), tau=asdict(tau))
+    laplacian = laplacian_of(weights(cosines(vectors), graph))
+    return Manifold(laplacian, provenance, vectors, counts[kept], kept, labels_of(vectors, kept, config))
 
 
 class Recorder(torch.nn.Module):
@@ -343,7 +419,8 @@ class Recorder(torch.nn.Module):
 
     def __init__(self, projection: torch.nn.Module):
         super().__init__()
-        self.projection, self.outputs = projection, []
+        self.projection = projection
+        self.outputs = []  # of every call, float32 on the CPU
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.projection(x)
@@ -353,19 +430,26 @@ class Recorder(torch.nn.Module):
 
 @torch.no_grad()
 def keys_of(saved: dict, config: Config, layer: int) -> np.ndarray:
-    """The keys (tokens, heads, head_dim) float32 of a layer of a checkpoint's model on the first val_tokens validation tokens. RunError if it has none."""
+    """
+    The keys (tokens, heads, head_dim) float32 of a layer of a checkpoint's model on the first val_tokens validation
+    tokens. RunError if it has none.
+    """
     ranks = Ranks.start(config)
     with variants.applied(config.variant, config):
+        # the model
         model = train_gpt.build_model(config, ranks)
         model.load_state_dict(saved["model"])
         model.eval()
         model.set_windows(1.0)
-        if not -config.layers <= layer < config.layers:
-            raise RunError(f"--layer {layer} is none of the checkpoint's {config.layers} layers")
+        require(-config.layers <= layer < config.layers,
+                f"--layer {layer} is none of the checkpoint's {config.layers} layers")
         attention = getattr(model.blocks[layer], "attention", None)
-        if getattr(attention, "k", None) is None:
-            raise RunError(f"layer {layer} of this checkpoint, {type(attention).__name__}, has no keys; choose another --layer")
-        attention.k = recorder = Recorder(attention.k)
+        require(getattr(attention, "k", None) is not None, f"layer {layer} of this checkpoint, "
+                f"{type(attention).__name__}, has no keys; choose another --layer")
+
+        # its keys
+        recorder = Recorder(attention.k)
+        attention.k = recorder
         for batch in validation_batches(config):
             batch = torch.from_numpy(batch).to(ranks.device)
             model(batch[:, :-1], batch[:, 1:])
@@ -375,20 +459,27 @@ def keys_of(saved: dict, config: Config, layer: int) -> np.ndarray:
 
 def from_checkpoint(path: str, layer: int = -1, head: int = -1, data: str = "", tokens: int = 65_536, seed: int = 1,
                     graph: Graph = Graph(), tau: Tau = Tau(), device: str = "auto") -> Manifold:
-    """The manifold of a layer's keys, of all heads or (head >= 0) of one. RunError if they cannot be had, or for a graph in parts."""
+    """
+    The manifold of a layer's keys, of all heads or (head >= 0) of one. RunError if they cannot be had, or for a graph
+    in parts.
+    """
+    # the keys
     check_value(int, tokens, "--tokens", RANGES["val_tokens"])
     check_value(int, seed, "--seed", RANGES["seed"])
     saved = read_checkpoint(find_checkpoint(path))
     config = Config(**saved["config"])
     config = replace(config, compile="off", device=device, data=data or config.data, val_tokens=tokens)
     keys = keys_of(saved, config, layer)
-    if not -1 <= head < keys.shape[1]:
-        raise RunError(f"--head {head} is none of the layer's {keys.shape[1]} heads (-1: all of them)")
-    read, vectors = len(keys), (keys if head < 0 else keys[:, head]).reshape(-1, keys.shape[-1])
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    provenance = dict(source="checkpoint", checkpoint={Path(path).name: digest}, variant=list(config.variant), layer=layer % config.layers, head=head,
-                      data=Path(config.data).resolve().name, sha256=sha256_of(find_shards(config, "val")), tokens=read, features=vectors.shape[1], seed=seed,
-                      graph=asdict(graph), tau=asdict(tau))
+    require(-1 <= head < keys.shape[1],
+            f"--head {head} is none of the layer's {keys.shape[1]} heads (-1: all of them)")
+    vectors = (keys if head < 0 else keys[:, head]).reshape(-1, keys.shape[-1])
+
+    # their graph, and a sample of them
+    provenance = dict(
+        source="checkpoint", checkpoint=sha256_of([Path(path)]), variant=list(config.variant),
+        layer=layer % config.layers, head=head, data=Path(config.data).resolve().name,
+        sha256=sha256_of(find_shards(config, "val")), tokens=len(keys), features=vectors.shape[1], seed=seed,
+        graph=asdict(graph), tau=asdict(tau))
     laplacian = laplacian_of(weights(cosines(vectors), graph))
     sample = np.sort(np.random.default_rng(seed).permutation(len(vectors))[:KEPT_KEYS])
     return Manifold(laplacian, provenance, vectors[sample], np.ones(len(sample), np.int64))
@@ -400,8 +491,10 @@ def from_random(path: str, seed: int = 1) -> Manifold:
     original = read_manifold(path)
     require(original.provenance["source"] != "random",
             f"{path} is such a control already; give the file that it was made from, with another --seed")
-    provenance = dict(source="random", matrix="eigenvalues of `of`, random eigenvectors but for the constant one: not made from a graph", seed=seed,
-                      sha256={Path(path).name: hashlib.sha256(Path(path).read_bytes()).hexdigest()}, of=original.provenance, tau=original.provenance["tau"])
+    provenance = dict(
+        source="random",
+        matrix="eigenvalues of `of`, random eigenvectors but for the constant one: not made from a graph",
+        seed=seed, sha256=sha256_of([Path(path)]), of=original.provenance, tau=original.provenance["tau"])
     return replace(original, laplacian=random_laplacian(original.laplacian, seed), provenance=provenance)
 
 
@@ -409,32 +502,66 @@ def from_chain(features: int = 64) -> Manifold:
     """The chain of `features` nodes."""
     require(features >= 2, f"--features must be at least 2, got {features}")
     check_value(int, features, "--features", (2, MOST_FEATURES))
-    return Manifold(chain_laplacian(features).double().numpy(), dict(source="chain", features=features, tau=asdict(Tau("fixed"))),
-                    np.zeros((0, features), np.float32), np.zeros(0, np.int64))
+    provenance = dict(source="chain", features=features, tau=asdict(Tau("fixed")))
+    return Manifold(chain_laplacian(features).double().numpy(), provenance, np.zeros((0, features), np.float32),
+                    np.zeros(0, np.int64))
 
 
 def summary(manifold: Manifold) -> str:
     """One line about it."""
-    n, eigenvalues = len(manifold.laplacian), np.linalg.eigvalsh(manifold.laplacian)
-    line = f"{n} nodes, eigenvalues 0 and {eigenvalues[1]:.3f} to {eigenvalues[-1]:.3f}, tau {manifold.tau:.4g}"
+    n = len(manifold.laplacian)
+    facts = [f"{n} nodes"]
     if manifold.provenance["source"] != "random":
         edges = -manifold.laplacian[np.triu_indices(n, 1)]
         edges = edges[edges > 0]
-        line = line.replace("nodes,", f"nodes, {len(edges)} edges of weight {edges.min():.3f} to {edges.max():.3f},")
+        facts.append(f"{len(edges)} edges of weight {edges.min():.3f} to {edges.max():.3f}")
+    eigenvalues = np.linalg.eigvalsh(manifold.laplacian)
+    facts.append(f"eigenvalues 0 and {eigenvalues[1]:.3f} to {eigenvalues[-1]:.3f}")
+    facts.append(f"tau {manifold.tau:.4g}")
+    line = ", ".join(facts)
     if len(manifold.vectors):
         scale = manifold.energies / (manifold.energies + manifold.tau)
-        line += "; lambda " + " / ".join(f"{quantile(scale, manifold.counts, q):.3f}" for q in (0.05, 0.5, 0.95)) + " (5, 50, 95 % of its vectors)"
+        quantiles = " / ".join(f"{quantile(scale, manifold.counts, q):.3f}" for q in (0.05, 0.5, 0.95))
+        line += f"; lambda {quantiles} (5, 50, 95 % of its vectors)"
     return line
+
+
+# ---- The command ------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line. Returns the exit code: 0, 1 for a fault (one line on stderr), 130 when interrupted."""
-    parser = argparse.ArgumentParser(prog="manifold.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, dest="command")
+    parser = build_parser()
+    options = vars(parser.parse_args(argv))
+    make = options.pop("make")
+    output = options.pop("output")
+
+    def work():
+        require(len(output.name.encode()) <= 200 and output.parent.is_dir() and not output.is_dir(),
+                f"cannot write {output}: it must be a file of up to 200 letters in a folder that is "
+                "there; give another -o")
+        if "tau" in options:
+            options["tau"] = Tau(options["tau"], options.pop("percentile"))
+            options["graph"] = Graph(**{name: options.pop(name) for name in asdict(Graph())})
+        source = [options.pop("source")] if "source" in options else []
+        manifold = make(*source, **options)
+        manifold.save(output)
+        print(f"{output}: {summary(manifold)}")
+    return run_script("manifold.py", work)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; an option `make` is the function that the others, but --output, are the arguments of."""
+    parser = argparse.ArgumentParser(prog="manifold.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+
+    # what each source needs
     corpus = commands.add_parser("corpus", help="from the tokens of a folder of shards")
     corpus.add_argument("source", metavar="DIR", help="folder of shards")
     corpus.add_argument("--window", type=int, default=5, help="largest distance of a pair, in tokens")
-    corpus.add_argument("--vocabulary", type=int, default=16384, help="number of tokens that get a vector, the most frequent ones")
+    corpus.add_argument("--vocabulary", type=int, default=16384,
+                        help="number of tokens that get a vector, the most frequent ones")
     corpus.add_argument("--min_count", type=int, default=100, help="least number of times that they occur")
     checkpoint = commands.add_parser("checkpoint", help="from the keys of a checkpoint of the trainer")
     checkpoint.add_argument("source", metavar="FILE.pt")
@@ -445,6 +572,8 @@ def main(argv: list[str] | None = None) -> int:
     random = commands.add_parser("random", help="the control: the same eigenvalues, other eigenvectors")
     random.add_argument("source", metavar="FILE.npz")
     chain = commands.add_parser("chain", help="the variant's default")
+
+    # what several have
     for command, tokens in ((corpus, 10_000_000), (checkpoint, 65_536)):
         command.add_argument("--tokens", type=int, default=tokens, help="number of tokens to read, from the start")
         for name, default in asdict(Graph()).items():
@@ -457,21 +586,10 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("--seed", type=int, default=1, help="of the random numbers")
     for command in (corpus, checkpoint, random, chain):
         command.add_argument("-o", "--output", metavar="FILE.npz", type=Path, required=True)
-    given = vars(parser.parse_args(argv))
-    make, output = dict(corpus=from_corpus, checkpoint=from_checkpoint, random=from_random, chain=from_chain)[given.pop("command")], given.pop("output")
-
-    def work():
-        require(len(output.name.encode()) <= 200 and output.parent.is_dir() and not output.is_dir(),
-                f"cannot write {output}: it must be a file of up to 200 letters in a folder that is "
-                "there; give another -o")
-        if "tau" in given:
-            given["tau"] = Tau(given["tau"], given.pop("percentile"))
-            given["graph"] = Graph(**{name: given.pop(name) for name in asdict(Graph())})
-        source = [given.pop("source")] if "source" in given else []
-        manifold = make(*source, **given)
-        manifold.save(output)
-        print(f"{output}: {summary(manifold)}")
-    return run_script("manifold.py", work)
+    makers = {corpus: from_corpus, checkpoint: from_checkpoint, random: from_random, chain: from_chain}
+    for command, make in makers.items():
+        command.set_defaults(make=make)
+    return parser
 
 
 if __name__ == "__main__":

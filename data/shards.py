@@ -12,83 +12,37 @@ it is the last id of the vocabulary. A file belongs to a split whose name, train
 Format: modded-nanogpt's and llm.c's; the header's fourth number, bytes a token, is ignored there.
 """
 
-import base64
-import hashlib
-import io
 import json
 import os
 import re
 import shutil
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts beside this file are run by their path
-from train_gpt import (HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, Config, RunError, check_shards, check_value,
-                       find_shards, is_of_split, open_shard, read_merges, read_meta, require, write_atomically)  # noqa: F401
+from data.tokenizer import write_merges
+from train_gpt import (
+    HEADER_INTS,
+    SHARD_MAGIC,
+    SHARD_VERSION,
+    Config,
+    RunError,
+    check_shards,
+    is_of_split,
+    read_merges,
+    read_meta,
+    require,
+    sha256_of_file,
+    write_atomically,
+)
 
 SHARD_TOKENS = 100_000_000
 MOST_SHARDS = 10 ** 6   # of one split: six digits
 SPLITS = ("train", "val")
 
 
-def run_script(name: str, work: Callable[[], int | None], interrupted: str = "interrupted",
-               explain: Callable[[Exception], str | None] = lambda error: None) -> int:
-    """
-    Run a script's work and return its exit code: what `work` returns (None is 0); 1 for a fault, which becomes one line
-    on stderr; 130 for an interrupt; 141, as of a program that SIGPIPE ends, when nobody reads the output any more.
-    Characters that a console cannot show are replaced. explain: the line for an error of another kind, None where it
-    is a defect, which is raised.
-    """
-    streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]  # a closed one is None
-    for stream in streams:
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-    try:
-        code = code_of(name, work, interrupted, explain)
-        for stream in streams:
-            stream.flush()
-        return code
-    except OSError as error:
-        for stream in streams:  # what is left unwritten must not be tried again when Python ends
-            try:
-                stream.flush()
-            except OSError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        if isinstance(error, BrokenPipeError):
-            return 141
-        file = f"{error.filename}"[:300] if error.filename else "the output"
-        fault = f"{file} cannot be used: {error.strerror or error}; check its name and its rights, or give another"
-        print(f"{name}: error: {fault}", file=sys.stderr)
-        return 1
-
-
-def code_of(name: str, work: Callable[[], int | None], interrupted: str, explain: Callable) -> int:
-    """run_script without its care for consoles that are gone."""
-    try:
-        return work() or 0
-    except KeyboardInterrupt:
-        print(f"{name}: {interrupted}", file=sys.stderr)
-        return 130
-    except SystemExit as end:  # argparse's, after --help
-        return end.code
-    except OSError:
-        raise
-    except Exception as error:
-        fault = str(error) if isinstance(error, RunError) else explain(error)
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "OutOfMemory" in type(error).__name__:
-            fault = f"this machine has too little memory for that ({error!s:.200}); ask for less"
-        if fault is None:
-            raise
-        print(f"{name}: error: {' '.join(fault.split())[:1000]}", file=sys.stderr)
-        return 1
-
-
-def check_option(options, name: str, least: int, most: int):
-    """Raise RunError, which names the option, unless the whole number options.NAME lies between least and most."""
-    check_value(int, getattr(options, name), f"--{name}", (least, most))
+# ---- Shards -----------------------------------------------------------------
 
 
 def check_space(folder: Path, tokens: int, what: str, remedy: str):
@@ -102,9 +56,6 @@ def check_space(folder: Path, tokens: int, what: str, remedy: str):
             f"{what} need {needed / 1e9:,.1f} GB and {folder} has {free / 1e9:,.1f} GB free; {remedy}, free "
             "some space or give another folder with -o")
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Shards
-
 
 def as_uint16(tokens) -> np.ndarray:
     """Tokens (n,) as uint16. ValueError for one that does not fit."""
@@ -115,8 +66,12 @@ def as_uint16(tokens) -> np.ndarray:
 
 
 def write_shard(path: Path, tokens: np.ndarray):
-    """Write tokens (n,) as one shard, atomically. ValueError for a token that does not fit in 16 bits, RunError where the disk refuses."""
-    tokens, header = as_uint16(tokens), np.zeros(HEADER_INTS, dtype="<i4")
+    """
+    Write tokens (n,) as one shard, atomically. ValueError for a token that does not fit in 16 bits, RunError where the
+    disk refuses.
+    """
+    tokens = as_uint16(tokens)
+    header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:4] = SHARD_MAGIC, SHARD_VERSION, len(tokens), 2
 
     def write(file):
@@ -137,13 +92,19 @@ def files_of(folder: Path, name: str, splits: Iterable[str] = SPLITS) -> list[Pa
 
 
 def claim_folder(folder: Path, name: str):
-    """Make the folder for shards called NAME. RunError if that fails, or if the trainer would take others for these, or one split for the other."""
+    """
+    Make the folder for shards called NAME. RunError if that fails, or if the trainer would take others for these, or
+    one split for the other.
+    """
+    # the name
     folder = Path(folder)
     require(re.fullmatch(r"[\w.-]+", name) and len(name.encode()) <= 200,
             f"shards cannot be called {name[:60]!r}: use up to 200 letters, digits, '_', '.' and '-'")
     require(not splits_in(f"{name}.bin"),
             f"shards cannot be called {name!r}: between '_', '.' or '-' the words train and val name the "
             "splits; leave them out")
+
+    # the folder, and what else is in it
     try:
         folder.mkdir(parents=True, exist_ok=True)
         others = {path.name for path in folder.glob("*.bin")} - {path.name for path in files_of(folder, name)}
@@ -158,12 +119,24 @@ def claim_folder(folder: Path, name: str):
 
 
 class ShardWriter:
-    """Collects one split's documents, a shard for every `shard_tokens`. Until close() files end in .part: the trainer never sees half a corpus."""
+    """
+    Collects one split's documents, a shard for every `shard_tokens`. Until close() files end in .part: the trainer
+    never sees half a corpus.
+    """
 
     def __init__(self, folder: Path, name: str, split: str, end_of_text: int, shard_tokens: int = SHARD_TOKENS):
-        self.folder, self.name, self.split, self.end_of_text, self.shard_tokens = Path(folder), name, split, end_of_text, shard_tokens
-        self.held, self.held_tokens, self.parts = [], 0, []
-        self.documents, self.tokens, self.text_bytes = 0, 0, 0
+        self.folder = Path(folder)
+        self.name = name                  # first part of the shards' file names
+        self.split = split                # train or val
+        self.end_of_text = end_of_text    # the token id that begins a document
+        self.shard_tokens = shard_tokens  # tokens of a full shard
+        self.held = []                    # arrays of tokens that no file has yet
+        self.held_tokens = 0              # how many tokens these are
+        self.unfinished = []              # paths of the shards written so far, each with .part at its end
+        self.documents = 0
+        self.tokens = 0                   # of all documents, end-of-text tokens included
+        self.text_bytes = 0               # UTF-8 bytes that the tokens stand for
+
         require(1 <= shard_tokens < 2 ** 31,
                 f"a shard holds at least 1 token and less than 2^31, as its header counts them; got {shard_tokens}")
         claim_folder(self.folder, name)
@@ -175,9 +148,15 @@ class ShardWriter:
             raise RunError(f"cannot replace {old}: {error.strerror}; give another folder with -o") from None
 
     def add(self, tokens, text_bytes: int, begins: bool = True):
-        """A document, or with begins=False more of the last one: its tokens without the end-of-text token, and the UTF-8 bytes they stand for."""
+        """
+        Add a document, or with begins=False more of the last one: its tokens without the end-of-text token, and the
+        number of UTF-8 bytes that they stand for.
+        """
         tokens = np.concatenate((as_uint16([self.end_of_text] if begins else []), as_uint16(tokens)))
-        self.documents, self.tokens, self.text_bytes = self.documents + begins, self.tokens + len(tokens), self.text_bytes + text_bytes
+        self.documents += begins
+        self.tokens += len(tokens)
+        self.text_bytes += text_bytes
+
         while self.held_tokens + len(tokens) >= self.shard_tokens:
             room = self.shard_tokens - self.held_tokens
             self.held.append(tokens[:room])
@@ -188,56 +167,65 @@ class ShardWriter:
             self.held_tokens += len(tokens)
 
     def _flush(self):
-        require(len(self.parts) < MOST_SHARDS,
+        require(len(self.unfinished) < MOST_SHARDS,
                 f"{self.tokens:,} tokens make more than {MOST_SHARDS:,} shards of {self.shard_tokens:,}; "
                 "make shards larger")
-        self.parts.append(self.folder / f"{self.name}_{self.split}_{len(self.parts):06d}.bin.part")
-        write_shard(self.parts[-1], np.concatenate(self.held))
-        self.held, self.held_tokens = [], 0
+        self.unfinished.append(self.folder / f"{self.name}_{self.split}_{len(self.unfinished):06d}.bin.part")
+        write_shard(self.unfinished[-1], np.concatenate(self.held))
+        self.held = []
+        self.held_tokens = 0
 
     def close(self) -> dict:
         """Write what is left and give every shard its name; returns this split's facts for meta.json."""
         if self.held:
             self._flush()
-        shards = [part.with_suffix("") for part in self.parts]
-        for part, shard in zip(self.parts, shards):
-            os.replace(part, shard)
+        shards = [path.with_suffix("") for path in self.unfinished]
+        for path, shard in zip(self.unfinished, shards):
+            os.replace(path, shard)
         return dict(documents=self.documents, tokens=self.tokens, utf8_bytes=self.text_bytes, sha256=sha256_of(shards))
 
     def discard(self):
         """Delete all that was written."""
-        for part in self.parts:
-            part.unlink(missing_ok=True)
-            part.with_suffix("").unlink(missing_ok=True)
+        for path in self.unfinished:
+            path.unlink(missing_ok=True)
+            path.with_suffix("").unlink(missing_ok=True)
 
 
-def write_folder(folder: Path, name: str, documents: Iterable[tuple], end_of_text: int, merges: dict[bytes, int] | None = None,
-                 shard_tokens: int = SHARD_TOKENS, beside: Iterable[str] = (), **facts) -> dict:
+def write_folder(folder: Path, name: str, documents: Iterable[tuple], end_of_text: int,
+                 merges: dict[bytes, int] | None = None, shard_tokens: int = SHARD_TOKENS, beside: Iterable[str] = (),
+                 **facts) -> dict:
     """
     A whole folder: shards of both splits, the merges if there are any, and meta.json with the facts. Returns the meta
     data. documents yields (split, tokens, text_bytes, begins), see ShardWriter.add. beside: names of other files that
     it writes into the folder, whose sha256 is recorded too. Whatever interrupts it, no shard and no meta.json is left.
     RunError if a split gets no document.
     """
-    folder, own_merges = Path(folder), Path(folder) / f"{name}.tiktoken"
+    folder = Path(folder)
+    merges_file = folder / f"{name}.tiktoken"
     writers = {split: ShardWriter(folder, name, split, end_of_text, shard_tokens) for split in SPLITS}
-    for other in set(folder.glob("*.tiktoken")) - {own_merges} if merges else ():
+    for other in set(folder.glob("*.tiktoken")) - {merges_file} if merges else ():
         require(read_merges(other) == merges,
                 f"{other} holds other merges than this tokenizer's, and the trainer could count bytes by them; "
                 "give another folder with -o, or delete it")
+
     try:
+        # the documents
         for split, *document in documents:
             writers[split].add(*document)
+        count = sum(writer.documents for writer in writers.values())
         for split, writer in writers.items():
-            count = sum(w.documents for w in writers.values())
             require(writer.documents,
                     f"none of {count} documents fell to the {split} set; give more text or another --val_fraction")
+
+        # what lies beside them
         if merges:
-            write_merges(own_merges, merges)
-            beside = [*beside, own_merges.name]
+            write_merges(merges_file, merges)
+            beside = [*beside, merges_file.name]
         else:
-            own_merges.unlink(missing_ok=True)
+            merges_file.unlink(missing_ok=True)
         recorded = dict(beside=dict(sha256=sha256_of([folder / other for other in beside]))) if beside else {}
+
+        # the shards' names, and last meta.json
         splits = {split: writer.close() for split, writer in writers.items()}
         meta = dict(vocab_size=end_of_text + 1, end_of_text=end_of_text, **facts, **recorded, **splits)
         write_meta(folder, **meta)
@@ -247,8 +235,8 @@ def write_folder(folder: Path, name: str, documents: Iterable[tuple], end_of_tex
             writer.discard()
         raise
 
-# ----------------------------------------------------------------------------------------------------------------------
-# meta.json and checksums
+
+# ---- meta.json and checksums ------------------------------------------------
 
 
 def write_meta(folder: Path, **facts):
@@ -279,11 +267,14 @@ def check_folder(folder: Path):
     Raise RunError unless all files whose sha256 meta.json records are there and unchanged, and each split that has such
     records holds no other shards. Where meta.json records nothing, or is not there, there is nothing to check.
     """
+    # the shards
     folder = Path(folder)
     meta = read_meta(folder)
     recorded = {section: recorded_in(meta, section, folder / "meta.json") for section in (*SPLITS, "beside")}
     if recorded["train"] or recorded["val"]:
         check_shards(Config(data=str(folder.absolute())))
+
+    # the files beside them
     for name in recorded["beside"]:
         require(os.path.isfile(folder / name),
                 f"{folder} lacks {name[:200]}, which its meta.json records; fetch or make the folder again")
@@ -294,61 +285,6 @@ def check_folder(folder: Path):
             "meta.json; fetch or make it again")
 
 
-def sha256_of(shards: Iterable[Path]) -> dict[str, str]:
+def sha256_of(files: Iterable[Path]) -> dict[str, str]:
     """{name: sha256} of files."""
-    digests = {}
-    for path in shards:
-        with open(path, "rb") as file:
-            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokenizers
-
-
-def encode_bytes(text: bytes) -> np.ndarray:
-    """Bytes as tokens 0..255; 256 is the end of text."""
-    return np.frombuffer(text, dtype=np.uint8)
-
-
-def write_merges(path: Path, merges: dict[bytes, int]):
-    """A .tiktoken file: a token in base64 and its id on every line, by id."""
-    lines = [base64.b64encode(token) + b" %d\n" % i for token, i in sorted(merges.items(), key=lambda item: item[1])]
-    write_atomically(Path(path), lambda file: file.write(b"".join(lines)))
-
-
-def gpt2_merges() -> dict[bytes, int]:
-    """GPT-2's 50,256 merges by tiktoken, which may have to download them. RunError if it cannot."""
-    import tiktoken
-    try:
-        return tiktoken.get_encoding("gpt2")._mergeable_ranks
-    except Exception as error:  # of the network, in whatever library it came up
-        raise RunError(f"tiktoken cannot get GPT-2's merges ({type(error).__name__}); connect once, or give data/tokenize_text.py a "
-                       "--tokenizer FILE.tiktoken") from None
-
-
-def load_merges(tokenizer: str) -> dict[bytes, int] | None:
-    """{token: id} of a tokenizer, None for bytes. RunError if there is no such tokenizer or its ids do not fit in 16 bits."""
-    merges = None if tokenizer == "bytes" else gpt2_merges() if tokenizer == "gpt2" else read_merges(Path(tokenizer))
-    require(not merges or len(merges) < 2 ** 16,
-            f"{tokenizer} has {len(merges or ())} tokens besides the end of text, and shards hold at most 65535; give "
-            "a smaller vocabulary")
-    return merges
-
-
-def encoder(merges: dict[bytes, int] | None) -> Callable[[list], list]:
-    """A function from a list of texts (bytes without merges, str with) to a list of their tokens, without the end of text."""
-    if not merges:
-        return lambda texts: [encode_bytes(text) for text in texts]
-    import tiktoken
-    from tiktoken_ext.openai_public import r50k_pat_str
-    encoding = tiktoken.Encoding("merges", pat_str=r50k_pat_str, mergeable_ranks=merges, special_tokens={"<|endoftext|>": len(merges)})
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        try:
-            return encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
-        except BaseException as error:
-            if type(error).__name__ != "PanicException":  # of tiktoken's Rust code, which derives from BaseException
-                raise
-            raise RunError("tiktoken's pattern overflows on a document, as it does on a run of about a million blanks; shorten such runs") from None
-    return encode
+    return {path.name: sha256_of_file(path) for path in files}

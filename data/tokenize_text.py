@@ -1,8 +1,8 @@
 """
 Text to token shards for the trainer.
 
-    python data/tokenize_text.py FILES... -o DIR [--tokenizer gpt2|bytes|PATH.tiktoken] [--val_fraction 0.01] [--name NAME] [--shard_tokens N]
-                                 [--text_field text] [--separator TEXT]
+    python -m data.tokenize_text FILES... -o DIR [--tokenizer gpt2|bytes|PATH.tiktoken] [--val_fraction 0.01]
+                                 [--name NAME] [--shard_tokens N] [--text_field text] [--separator TEXT]
 
 FILES    .jsonl, .ndjson, .jsonlines, .json: a document on every line, in --text_field. .parquet: a document in every
          row, in the column --text_field. Any other file is plain text, UTF-8, kept byte for byte: one document, or with
@@ -12,14 +12,16 @@ FILES    .jsonl, .ndjson, .jsonlines, .json: a document on every line, in --text
          hub:OWNER/NAME[/FOLDER]: the parquet files of a data set on the Hugging Face Hub (its files of JSON lines if it
          has none), downloaded one by one into the Hub's cache. Empty documents are left out; half of a surrogate pair,
          which JSON can hold and UTF-8 cannot, becomes U+FFFD. A document may have 1 GiB.
-Split    a document goes to validation if its hash (sha256 of its bytes) is below val_fraction, so that equal documents stay together and the order
-         does not matter; where none is, the one with the lowest hash goes. A single document is cut instead: its last val_fraction is for validation,
-         from byte int(length * (1 - val_fraction)) on with bytes, from the beginning of that byte's character on with merges.
-Tokens   gpt2 by tiktoken (which downloads the merges once), bytes 0..255, or the merges of a .tiktoken file with GPT-2's pattern for words. Text
-         that looks like a special token is text. The end of text is the id after the last one: 50256 for GPT-2's merges, 256 for bytes.
+Split    a document goes to validation if its hash (sha256 of its bytes) is below val_fraction, so that equal documents
+         stay together and the order does not matter; where none is, the one with the lowest hash goes. A single
+         document is cut instead: its last val_fraction is for validation, from byte int(length * (1 - val_fraction)) on
+         with bytes, from the beginning of that byte's character on with merges.
+Tokens   gpt2 by tiktoken (which downloads the merges once), bytes 0..255, or the merges of a .tiktoken file with
+         GPT-2's pattern for words. Text that looks like a special token is text. The end of text is the id after the
+         last one: 50256 for GPT-2's merges, 256 for bytes.
 
-Shards, meta.json and NAME.tiktoken appear in DIR when all is done; shards of the same name are replaced, others refused. Exit code 1 and one line
-for a fault.
+Shards, meta.json and NAME.tiktoken appear in DIR when all is done; shards of the same name are replaced, others
+refused. Exit code 1 and one line for a fault.
 """
 
 import argparse
@@ -38,8 +40,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.shards import SHARD_TOKENS, RunError, encoder, load_merges, require, run_script, write_folder
+from data.command_line import run_script
+from data.shards import SHARD_TOKENS, write_folder
+from data.tokenizer import build_encoder, load_merges
+from train_gpt import RunError, require
 
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".json")
 SEARCHED = (".txt", ".md", ".jsonl", ".ndjson", ".jsonlines", ".parquet")  # in a folder, which a .json often describes
@@ -49,8 +53,7 @@ TABLE = "write its texts as JSON lines ({\"text\": ...} on every line) or as par
 REFUSED = {".csv": TABLE, ".tsv": TABLE, ".arrow": TABLE, ".xlsx": TABLE} | dict.fromkeys(
     (".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".lz4"), "unpack it, and give its files or their folder")
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------------
-# Documents
+# ---- Documents --------------------------------------------------------------
 
 
 def kind_of(name: str) -> tuple[str, str]:
@@ -66,53 +69,67 @@ def is_searched(name: str) -> bool:
 
 
 def find_files(inputs: list[str]) -> list[tuple[str, Callable[[], Path]]]:
-    """(name, function that returns the local file) of every file the inputs stand for, each once. RunError for an input that stands for none."""
-    found = {}
-    for given in inputs:
-        path = Path(given)
-        require(given, "one of FILES is an empty name; write . for the folder you are in")
-        if given.startswith("hub:"):
-            found |= hub_files(given)
+    """
+    (name, function that returns the local file) of every file the inputs stand for, each once. RunError for an input
+    that stands for none.
+    """
+    files = {}
+    for word in inputs:
+        path = Path(word)
+        require(word, "one of FILES is an empty name; write . for the folder you are in")
+        if word.startswith("hub:"):
+            files |= hub_files(word)
         elif path.is_dir():
-            files = sorted(p for p in path.rglob("*") if is_searched(p.name) and p.is_file())
-            require(files, f"no {', '.join(SEARCHED)} file in {path}; name other files one by one")
-            found |= {str(p): partial(Path, p) for p in files}
+            texts = sorted(p for p in path.rglob("*") if is_searched(p.name) and p.is_file())
+            require(texts, f"no {', '.join(SEARCHED)} file in {path}; name other files one by one")
+            files |= {str(p): partial(Path, p) for p in texts}
         else:
             require(path.exists(),
-                    f"there is no file {given}; for a data set of the Hugging Face Hub write hub:OWNER/NAME")
-            found[given] = partial(Path, path)
-    for name in found:
+                    f"there is no file {word}; for a data set of the Hugging Face Hub write hub:OWNER/NAME")
+            files[word] = partial(Path, path)
+
+    # what is not read, however it came here
+    for name in files:
         ending, compression = kind_of(name)
         require(ending not in REFUSED, f"{name} is a {ending} file, which is not read: {REFUSED.get(ending)}")
         require(not compression or ending != ".parquet",
                 f"{name} is compressed parquet, which is not read: unpack it, and give the .parquet file")
-    return list(found.items())
+    return list(files.items())
 
 
-def hub_files(given: str) -> dict[str, Callable[[], Path]]:
-    """{name: function that downloads} of the files of hub:OWNER/NAME[/FOLDER]. RunError if it has none or the hub cannot be reached."""
-    owner, _, rest = given.removeprefix("hub:").partition("/")
+def hub_files(address: str) -> dict[str, Callable[[], Path]]:
+    """
+    {name: function that downloads} of the files of hub:OWNER/NAME[/FOLDER]. RunError if it has none or the hub cannot
+    be reached.
+    """
+    owner, _, rest = address.removeprefix("hub:").partition("/")
     name, _, folder = rest.strip("/").partition("/")
-    if not owner or not name:
-        raise RunError(f"{given} names no data set; write hub:OWNER/NAME or hub:OWNER/NAME/FOLDER")
+    require(owner and name, f"{address} names no data set; write hub:OWNER/NAME or hub:OWNER/NAME/FOLDER")
     try:
         import huggingface_hub.utils
     except ImportError:
-        raise RunError(f"reading {given} needs the package huggingface_hub: pip install huggingface_hub") from None
+        raise RunError(f"reading {address} needs the package huggingface_hub: pip install huggingface_hub") from None
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries would hide the one line that counts
 
     def ask(function, *arguments):
         try:
             return function(*arguments, repo_type="dataset")
         except Exception as error:  # each library under it raises its own
-            raise RunError(f"cannot get {given} from the Hugging Face Hub ({type(error).__name__}); check the name and the network "
-                           "(HF_TOKEN for a closed data set), or download its files elsewhere and give those") from None
-    files = [file for file in sorted(ask(huggingface_hub.list_repo_files, f"{owner}/{name}")) if file.startswith(f"{folder}/" if folder else "")]
-    texts = [file for file in files if is_searched(file)]
+            raise RunError(f"cannot get {address} from the Hugging Face Hub ({type(error).__name__}); check the name "
+                           "and the network (HF_TOKEN for a closed data set), or download its files elsewhere and give "
+                           "those") from None
+
+    def download(file: str) -> Path:
+        return Path(ask(huggingface_hub.hf_hub_download, repository, file))
+
+    # parquet files, else those of JSON lines
+    repository, prefix = f"{owner}/{name}", f"{folder}/" if folder else ""
+    listed = sorted(ask(huggingface_hub.list_repo_files, repository))
+    texts = [file for file in listed if file.startswith(prefix) and is_searched(file)]
     chosen = ([file for file in texts if kind_of(file)[0] == ".parquet"]
               or [file for file in texts if kind_of(file)[0] in JSON_LINES])
-    require(chosen, f"{given} has no .parquet or .jsonl file; download what it has and give those files")
-    return {f"hub:{owner}/{name}/{file}": lambda file=file: Path(ask(huggingface_hub.hf_hub_download, f"{owner}/{name}", file)) for file in chosen}
+    require(chosen, f"{address} has no .parquet or .jsonl file; download what it has and give those files")
+    return {f"hub:{repository}/{file}": partial(download, file) for file in chosen}
 
 
 def open_file(path: Path, compression: str) -> io.BufferedReader:
@@ -189,6 +206,7 @@ def read_json_lines(file: io.BufferedReader, name: str, field: str) -> Iterator[
 
 
 def read_parquet(path: Path, name: str, field: str) -> Iterator[bytes]:
+    """The text of every row of a column. RunError for a file that is not parquet or has no such column."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -200,15 +218,16 @@ def read_parquet(path: Path, name: str, field: str) -> Iterator[bytes]:
                     f"{name} has no column {field!r} but {', '.join(columns)[:200]}; give --text_field")
             for number in range(file.num_row_groups):
                 for rows in file.iter_batches(batch_size=1024, row_groups=[number], columns=[field]):
-                    yield from (utf8(text, f"row group {number} of {name}", field) for text in rows.column(0).to_pylist())
+                    for text in rows.column(0).to_pylist():
+                        yield utf8(text, f"row group {number} of {name}", field)
     except (ValueError, OSError, MemoryError, pyarrow.ArrowException) as error:
         raise RunError(f"{name} is not a whole parquet file ({type(error).__name__}); fetch or make it again") from None
 
 
-def utf8(text, place: str, field: str) -> bytes:
-    """Text as UTF-8, None as nothing. RunError for anything else."""
+def utf8(text, origin: str, field: str) -> bytes:
+    """Text as UTF-8, None as nothing. RunError, which names the origin, for anything else."""
     require(isinstance(text, str | None),
-            f"{field!r} in {place} is a {type(text).__name__}, not text; give another --text_field")
+            f"{field!r} in {origin} is a {type(text).__name__}, not text; give another --text_field")
     try:
         return (text or "").encode()
     except UnicodeEncodeError:
@@ -223,7 +242,10 @@ def read_file(path: Path, name: str, field: str, separator: bytes) -> Iterator[b
         return
     try:
         with open_file(path, compression) as file:
-            yield from read_json_lines(file, name, field) if ending in JSON_LINES else read_text(file, name, separator)
+            if ending in JSON_LINES:
+                yield from read_json_lines(file, name, field)
+            else:
+                yield from read_text(file, name, separator)
     except (OSError, EOFError, ValueError, zlib.error) as error:  # of the disk or of what unpacks
         fault = getattr(error, "strerror", None) or error
         raise RunError(f"cannot read {name}: {fault}; check it, fetch it again or leave it out") from None
@@ -238,7 +260,8 @@ def read_documents(files: list[tuple[str, Callable[[], Path]]], field: str, sepa
     texts, separators = 0, 0  # files of plain text, and what was found in them
     for number, (name, fetch) in enumerate(files, 1):
         bar.set_postfix_str(f"file {number} of {len(files)}", refresh=False)
-        is_plain, documents, marks = kind_of(name)[0] not in (*JSON_LINES, ".parquet"), 0, 0
+        is_plain = kind_of(name)[0] not in (*JSON_LINES, ".parquet")
+        documents, marks = 0, 0  # of this file, and its lines that end in <|endoftext|>
 
         for text in read_file(fetch(), name, field, separator):
             bar.update(len(text))
@@ -249,7 +272,8 @@ def read_documents(files: list[tuple[str, Callable[[], Path]]], field: str, sepa
                 yield text
 
         if is_plain:
-            texts, separators = texts + 1, separators + documents - 1
+            texts += 1
+            separators += documents - 1
         if marks > 1 and not separator:
             print(f"tokenize_text.py: warning: {name} has {marks:,} lines that end in <|endoftext|>, which "
                   "are taken as text; --separator '<|endoftext|>' cuts there", file=sys.stderr)
@@ -259,7 +283,11 @@ def read_documents(files: list[tuple[str, Callable[[], Path]]], field: str, sepa
 
 
 def split_documents(texts: Iterator[bytes], val_fraction: float, whole_characters: bool) -> Iterator[tuple[str, bytes]]:
-    """(train or val, document) for every document, by the rule at the top. RunError if there is none, or a single one is too short to cut."""
+    """
+    (train or val, document) for every document, by the rule at the top. RunError if there is none, or a single one is
+    too short to cut.
+    """
+    # a single document is cut
     first = list(islice(texts, 2))
     require(first, "every document is empty; give files with text in them")
     if len(first) == 1:
@@ -272,7 +300,9 @@ def split_documents(texts: Iterator[bytes], val_fraction: float, whole_character
                 "other --val_fraction")
         yield from (("train", text[:cut]), ("val", text[cut:]))
         return
-    waiting, validated = [], False  # [(hash, document)] of the lowest hash, for validation if no other document goes there
+
+    # of several, each goes where its hash says; that of the lowest hash waits, until another goes to validation
+    waiting, validated = [], False  # [(hash, document)]
     for text in chain(first, texts):
         share = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2 ** 64
         if share < val_fraction:
@@ -286,14 +316,13 @@ def split_documents(texts: Iterator[bytes], val_fraction: float, whole_character
     for _share, text in waiting:
         yield "val", text
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------------
-# Tokens
+# ---- Tokens -----------------------------------------------------------------
 
 
 def pieces(text: str, size: int = 1 << 18) -> Iterator[str]:
     """
-    A long text cut where GPT-2's pattern for words cuts as well: after a line end between two characters that are no blanks. The tokens are those of
-    the whole text, many cores can work on one document, and memory stays bounded.
+    A long text cut where GPT-2's pattern for words cuts as well: after a line end between two characters that are no
+    blanks. The tokens are those of the whole text, many cores can work on one document, and memory stays bounded.
     """
     start, boundary = 0, re.compile(r"(?<=\S\n)(?=\S)")
     while len(text) - start > size and (cut := boundary.search(text, start + size)):
@@ -302,17 +331,22 @@ def pieces(text: str, size: int = 1 << 18) -> Iterator[str]:
     yield text[start:]
 
 
-def encode_documents(documents: Iterable[tuple[str, bytes]], merges: dict[bytes, int] | None, size: int = 1 << 22) -> Iterator[tuple]:
+def encode_documents(documents: Iterable[tuple[str, bytes]], merges: dict[bytes, int] | None,
+                     size: int = 1 << 22) -> Iterator[tuple]:
     """(split, tokens, bytes of text, begins) as ShardWriter.add takes it, encoded about `size` characters at a time."""
-    encode, texts, facts, held = encoder(merges), [], [], 0
+    encode = build_encoder(merges)
+    texts, facts = [], []  # what is not encoded yet: pieces of documents, and (split, bytes of text, begins) of each
+    held = 0               # characters of these texts
 
     def encoded():
         for (split, *rest), tokens in zip(facts, encode(texts)):
             yield split, tokens, *rest
+
     for split, document in documents:
         for number, text in enumerate(pieces(document.decode()) if merges else [document]):
             texts.append(text)
-            facts.append((split, len(document) * (number == 0), number == 0))
+            begins = number == 0
+            facts.append((split, len(document) if begins else 0, begins))
             held += len(text)
             if held >= size:
                 yield from encoded()
@@ -321,22 +355,28 @@ def encode_documents(documents: Iterable[tuple[str, bytes]], merges: dict[bytes,
 
 
 def tokenize(options: argparse.Namespace) -> dict:
-    """Everything; returns the meta data. RunError for whatever the user can mend."""
+    """Read, split, encode and write all documents; returns the meta data. RunError for whatever the user can mend."""
+    # the options
     require(0 < options.val_fraction < 1, f"--val_fraction must lie between 0 and 1, got {options.val_fraction:g}")
     require(options.separator != "", "--separator must not be empty; leave it out where a file is one document")
     merges, files = load_merges(options.tokenizer), find_files(options.files)
     separator = os.fsencode(options.separator or "")
+
+    # a document at a time, from the files to the shards
     with tqdm(unit="B", unit_scale=True, disable=None) as bar:  # None: only on a terminal
         texts = read_documents(files, options.text_field, separator, bar)
         documents = split_documents(texts, options.val_fraction, whole_characters=bool(merges))
         end_of_text = len(merges) if merges else 256
-        return write_folder(options.output, options.name, encode_documents(documents, merges), end_of_text, merges, options.shard_tokens,
-                            tokenizer=Path(options.tokenizer).name, sources=options.files, val_fraction=options.val_fraction)
+        return write_folder(
+            options.output, options.name, encode_documents(documents, merges), end_of_text, merges,
+            options.shard_tokens, tokenizer=Path(options.tokenizer).name, sources=options.files,
+            val_fraction=options.val_fraction)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line. Returns the exit code: 0, 1 for a fault (one line on stderr), 130 when interrupted."""
-    parser = argparse.ArgumentParser(prog="tokenize_text.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="tokenize_text.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="FILES", help="files, folders, hub:OWNER/NAME")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bytes or a .tiktoken file")
@@ -349,9 +389,9 @@ def main(argv: list[str] | None = None) -> int:
 
     def work():
         meta = tokenize(options)
-        print(f"{options.output}: vocabulary {meta['vocab_size']}, " + ", ".join(
-            f"{split} {facts['tokens']:,} tokens in {facts['documents']:,} documents ({facts['utf8_bytes']:,} bytes)"
-            for split, facts in meta.items() if split in ("train", "val")))
+        counts = [f"{split} {facts['tokens']:,} tokens in {facts['documents']:,} documents "
+                  f"({facts['utf8_bytes']:,} bytes)" for split, facts in meta.items() if split in ("train", "val")]
+        print(f"{options.output}: vocabulary {meta['vocab_size']}, {', '.join(counts)}")
     return run_script("tokenize_text.py", work, f"interrupted; {options.output} holds no shards of this run")
 
 

@@ -3,8 +3,8 @@ What the CPU's compiled loops share: how Numba compiles and caches them, how man
 that the compiler can vectorise.
 
 Numba turns a loop over arrays into machine code for the processor it runs on; the user needs no compiler. Files named
-kernels/<op>_loops.py hold such loops and import Numba, which takes half a second. kernels.backend imports these files
-when their loops are first called.
+kernels/<op>/cpu.py or *_cpu.py hold such loops and import Numba, which takes half a second. kernels.backend imports
+these files when their loops are first called.
 
 Threads: a parallel loop takes as many as PyTorch does (torch.get_num_threads()), through Numba's OpenMP layer where
 there is one. A parallel call then costs 2 microseconds on two cores; it costs 54 to 94 through Numba's own queue of
@@ -37,9 +37,10 @@ def _cache_folder() -> Path | None:
     the file of a function, while a loop calls functions of other files. Returns None where no folder can be written;
     loops are then compiled in every process.
     """
-    # the state of the sources
-    names = ["simd.py", *sorted(file.name for file in Path(__file__).parent.glob("*loops.py"))]
-    sources = b"".join(Path(__file__).with_name(name).read_bytes() for name in names)
+    # the state of the sources, and of the files whose constants they take
+    endings = ("cpu", "loops", "simd", "reference")
+    files = sorted(file for file in Path(__file__).parent.rglob("*.py") if file.stem.endswith(endings))
+    sources = b"".join(file.read_bytes() for file in files)
     settings = repr((numba.__version__, numba.config.BOUNDSCHECK)).encode()
     digest = hashlib.sha256(sources + settings)
 
@@ -103,15 +104,15 @@ def _run_alone(address, counts, state):
             _call(address, np.int64(stage), np.int64(task), np.int64(0), state)
 
 
-def run_stages(function, counts: list[int], state, threads: bool = True):
+def run_stages(function, counts: list[int], state, threads: bool = True, kind=None):
     """
     Calls function(stage, task, thread, state) for every stage, one stage after another, and for all counts[stage] tasks
     of a stage side by side, or, with one thread or not `threads`, one after another. The function is a called_loop or
     an inner_loop without a result, `thread` is the number of the thread that runs it, and `state` is a named tuple of
-    contiguous arrays. The function is called by its address: inside the parallel loop Numba would optimise its code
-    three times more.
+    contiguous arrays. `kind` may tell the types of these arrays by one value: to look at each takes microseconds. The
+    function is called by its address: inside the parallel loop Numba would optimise its code three times more.
     """
-    address, tasks = _address(function, state), np.array(counts, np.int64)
+    address, tasks = _address(function, state, kind), np.array(counts, np.int64)
     alone = not threads or min(thread_count(), max(counts)) == 1
     if alone or BOUNDSCHECK:  # an error in a parallel loop would go unseen
         _run_alone(address, tasks, state)
@@ -123,10 +124,10 @@ def run_stages(function, counts: list[int], state, threads: bool = True):
 _addresses = {}     # of the functions that run_stages has compiled, by the types of their arrays
 
 
-def _address(function, state) -> int:
+def _address(function, state, kind) -> int:
     """Returns the address of the function, which is compiled when it is first asked for with arrays of these types."""
     # the types that Numba finds for so many arrays take 0.2 ms, this key less
-    key = (function, *((array.dtype.char, array.ndim) for array in state))
+    key = (function, kind or tuple((array.dtype.char, array.ndim) for array in state))
     if key not in _addresses:
         kinds = (types.int64, types.int64, types.int64, numba.typeof(state))
         function.compile(kinds)
@@ -155,7 +156,7 @@ def exp2_f32(x):
     exponent's bits, so that the compiler vectorises a loop of it, but not one of math.exp (0.18 against 8 ns a number
     on an AMD EPYC). The result is 0 below -126.5, infinity from 127.5 up, and NaN for NaN.
     """
-    # x = whole + f
+    # x is whole + f
     bounded = min(max(x, np.float32(-127.0)), np.float32(128.0))
     whole = np.floor(bounded + np.float32(0.5))
     f = x - whole if x == bounded else np.float32(0.0)

@@ -6,12 +6,13 @@ indices that could be negative (Numba lets them wrap around), arrays that could 
 could be NaN. Here load and store read and write a row of D numbers, D a multiple of 8, without any of that, and the
 numbers stay in registers between.
 
-    Vector      8 float32 or 8 float64; + - * and the functions below take two vectors of one type
+    Vector      8 float32 or 8 float64; + - * / and the functions below take vectors of one type
     load, store at an index of a one-dimensional contiguous array: no wrap-around; NUMBA_BOUNDSCHECK=1 checks the index
     splat       a scalar in all 8 places                    madd        a b + c
     total       the sum of the 8 numbers                    largest     the larger of each pair; of NaN, the second
     peak        the largest of the 8 numbers, NaN aside
     exp2        2^x, as loops.exp2_f32 for float32          distance    |a - b|
+    floor       of each number                              root        the square root of each number
     cast        to an array's dtype                         select      x where a > b, else y
 """
 
@@ -125,6 +126,7 @@ def _larger(builder, a, b):
 _add = _pairwise("_add", lambda builder, a, b: builder.fadd(a, b, flags=FLAGS))
 _subtract = _pairwise("_subtract", lambda builder, a, b: builder.fsub(a, b, flags=FLAGS))
 _multiply = _pairwise("_multiply", lambda builder, a, b: builder.fmul(a, b, flags=FLAGS))
+_divide = _pairwise("_divide", lambda builder, a, b: builder.fdiv(a, b, flags=FLAGS))
 largest = _pairwise("largest", _larger)
 distance = _pairwise("distance", lambda builder, a, b: _call(builder, "fabs", builder.fsub(a, b)))
 
@@ -139,6 +141,7 @@ def _operate(symbol, function):
 _operate(operator.add, _add)
 _operate(operator.sub, _subtract)
 _operate(operator.mul, _multiply)
+_operate(operator.truediv, _divide)
 
 
 @intrinsic
@@ -201,8 +204,15 @@ def _cast(a, array):
 
 
 @intrinsic
-def _floor(typing, a):
+def floor(typing, a):
+    """Returns the largest whole numbers that are not above a."""
     return a(a), lambda context, builder, signature, arguments: _call(builder, "floor", *arguments)
+
+
+@intrinsic
+def root(typing, a):
+    """Returns the square root of a."""
+    return a(a), lambda context, builder, signature, arguments: _call(builder, "sqrt", *arguments)
 
 
 @intrinsic
@@ -234,10 +244,10 @@ def _or_nan(typing, a, b):
 @inner_loop
 def _exp2_f32(x):
     """Returns 2^x as loops.exp2_f32 does."""
-    # x = whole + f, within bounds
+    # x is whole + f, within bounds
     bounded = largest(x, splat(np.float32(-127.0)))
     bounded = select(bounded, splat(np.float32(128.0)), splat(np.float32(128.0)), bounded)
-    whole = _floor(bounded + splat(np.float32(0.5)))
+    whole = floor(bounded + splat(np.float32(0.5)))
     f = bounded - whole
 
     # 2^f

@@ -4,7 +4,7 @@ What the fields of JSON files are: the one place where a value that was read fro
 A shape says what a value must be:
     int, float, bool, str       a value of that type; a text has no control characters, a float may be an integer
     (kind, least, most)         the same, a number within limits
-    TEXT                        any text, of several lines too
+    check_text                  any text, of several lines too
     Maybe(shape)                the same or null
     [shape]                     a list of such values
     {"name": shape}             an object with this field, or "name?" where it may be missing; it may have others
@@ -33,11 +33,12 @@ class Maybe:
     shape: object
 
 
-def TEXT(value, name: str):
+def check_text(value, name: str):
+    """Any text."""
     require(isinstance(value, str), f"{name} must be text, got {value!r:.60}")
 
 
-def config(settings, name: str):
+def check_config(settings, name: str):
     """A run's configuration. It may hold settings of other versions of the trainer, too: values and lists of values."""
     require(isinstance(settings, dict), f"{name} must be an object of settings, got {settings!r:.60}")
     kinds = {field.name: field.type for field in dataclasses.fields(Config)}
@@ -51,47 +52,110 @@ def config(settings, name: str):
                     f"{name}.{setting} must be a value or a list of values, got {item!r:.60}")
 
 
-FACTS = {  # of a log's header
-    "run_id?": str, "status?": TEXT, "config?": config, "command?": TEXT, "seed?": COUNT, "replaced?": {str: [str]},
-    "python?": str, "torch?": str, "cuda?": Maybe(str), "triton?": Maybe(str), "platform?": str,
-    "device?": str, "world_size?": (int, 1, 2 ** 20), "dtype?": str, "compile?": str,
-    "git_commit?": str, "git_dirty?": bool, "sources?": {str: str},
-    "parameters?": COUNT, "parameters_without_embeddings?": COUNT,
-    "flops_per_token?": Maybe(POSITIVE), "peak_flops?": Maybe(POSITIVE),
-    "train_data?": str, "train_tokens_available?": COUNT, "target?": POSITIVE,
-    "val_tokens?": COUNT, "val_bytes_per_token?": Maybe(POSITIVE), "val_sha256?": {str: str},
-}
-POINT = {
-    "step": COUNT, "tokens?": Maybe(COUNT), "train_ms?": POSITIVE,
-    "val_loss": NUMBER, "val_bits_per_byte?": Maybe(NUMBER), "train_loss?": Maybe(NUMBER),
-}
-SAVED = FACTS | {  # the JSON beside a log
-    "curve?": [POINT], "train_curve?": [[NUMBER]],
-    "step?": COUNT, "val_loss?": NUMBER, "val_bits_per_byte?": Maybe(NUMBER), "train_seconds?": POSITIVE,
-    "warmup_seconds?": Maybe(POSITIVE), "ms_per_step?": Maybe(POSITIVE), "tokens_per_second?": Maybe(POSITIVE),
-    "mfu?": Maybe(POSITIVE), "peak_memory_mib?": Maybe(COUNT), "peak_memory_reserved_mib?": Maybe(COUNT),
-}
-SUMMARY = {"mean": NUMBER, "sd": Maybe(POSITIVE), "n": (int, 1, 2 ** 31), "min": NUMBER, "max": NUMBER}
-TEST = {
-    "difference": Maybe(NUMBER), "low": Maybe(NUMBER), "high": Maybe(NUMBER), "p_holm": Maybe(SHARE), "verdict": str,
-}
-SETTINGS = {"command?": TEXT, "target?": Maybe(NUMBER)}
-STATS = {  # stats.json of a record
-    "format": str, "name": str, "date": str, "track": str, "what": TEXT, "kind": str, "arm": Maybe(TEXT),
-    "rules": {"target": POSITIVE, "val_tokens": COUNT}, "settings": SETTINGS,
-    "hardware": str, "val_sha256": {str: str}, "versions": {str: Maybe(str)},
-    "arms": [{
-        "name": TEXT, "folder": str, "variant": [str], "options": [TEXT], "parameters": Maybe(COUNT),
-        "seeds": [COUNT], "losses": [NUMBER], "train_seconds": [POSITIVE],
-        "loss": SUMMARY, "time": SUMMARY, "p_target": Maybe(SHARE),
-        "vs_baseline": Maybe({"loss": TEST, "time": TEST}),
-    }],
-}
-RESULTS = {  # results.json of a comparison, as far as the board reads it
-    "format": str, "settings": SETTINGS,
-    "arms": [{"name": TEXT, "options": [TEXT], "runs": [{"seed": COUNT, "log?": str}]}],
-}
+# ---- The shapes
 
+# The facts in a log's header.
+FACTS = {
+    "run_id?": str,
+    "status?": check_text,
+    "config?": check_config,
+    "command?": check_text,
+    "seed?": COUNT,
+    "replaced?": {str: [str]},          # by each variant, names of the trainer
+
+    "python?": str,
+    "torch?": str,
+    "cuda?": Maybe(str),
+    "triton?": Maybe(str),
+    "platform?": str,
+    "device?": str,
+    "world_size?": (int, 1, 2 ** 20),
+    "dtype?": str,
+    "compile?": str,
+    "git_commit?": str,
+    "git_dirty?": bool,
+    "sources?": {str: str},             # module: sha256
+
+    "parameters?": COUNT,
+    "parameters_without_embeddings?": COUNT,
+    "flops_per_token?": Maybe(POSITIVE),
+    "peak_flops?": Maybe(POSITIVE),
+
+    "train_data?": str,
+    "train_tokens_available?": COUNT,
+    "target?": POSITIVE,                # 0 where it was set for other validation data
+    "val_tokens?": COUNT,
+    "val_bytes_per_token?": Maybe(POSITIVE),
+    "val_sha256?": {str: str}}          # shard: sha256
+
+# A validation.
+POINT = {
+    "step": COUNT,
+    "tokens?": Maybe(COUNT),
+    "train_ms?": POSITIVE,
+    "val_loss": NUMBER,
+    "val_bits_per_byte?": Maybe(NUMBER),
+    "train_loss?": Maybe(NUMBER)}
+
+# The JSON beside a log.
+SAVED = FACTS | {
+    "curve?": [POINT],
+    "train_curve?": [[NUMBER]],
+    "step?": COUNT,
+    "val_loss?": NUMBER,
+    "val_bits_per_byte?": Maybe(NUMBER),
+    "train_seconds?": POSITIVE,
+    "warmup_seconds?": Maybe(POSITIVE),
+    "ms_per_step?": Maybe(POSITIVE),
+    "tokens_per_second?": Maybe(POSITIVE),
+    "mfu?": Maybe(POSITIVE),
+    "peak_memory_mib?": Maybe(COUNT),
+    "peak_memory_reserved_mib?": Maybe(COUNT)}
+
+SUMMARY = {"mean": NUMBER, "sd": Maybe(POSITIVE), "n": (int, 1, 2 ** 31), "min": NUMBER, "max": NUMBER}
+TEST = {"difference": Maybe(NUMBER), "low": Maybe(NUMBER), "high": Maybe(NUMBER), "p_holm": Maybe(SHARE),
+        "verdict": str}
+SETTINGS = {"command?": check_text, "target?": Maybe(NUMBER)}
+
+# An arm in stats.json.
+ARM = {
+    "name": check_text,
+    "folder": str,
+    "variant": [str],
+    "options": [check_text],
+    "parameters": Maybe(COUNT),
+    "seeds": [COUNT],
+    "losses": [NUMBER],
+    "train_seconds": [POSITIVE],
+    "loss": SUMMARY,
+    "time": SUMMARY,
+    "p_target": Maybe(SHARE),
+    "vs_baseline": Maybe({"loss": TEST, "time": TEST})}
+
+# stats.json of a record.
+STATS = {
+    "format": str,
+    "name": str,
+    "date": str,
+    "track": str,
+    "what": check_text,
+    "kind": str,
+    "arm": Maybe(check_text),
+    "rules": {"target": POSITIVE, "val_tokens": COUNT},
+    "settings": SETTINGS,
+    "hardware": str,
+    "val_sha256": {str: str},
+    "versions": {str: Maybe(str)},
+    "arms": [ARM]}
+
+# results.json of a comparison, as far as the board reads it.
+RESULTS = {
+    "format": str,
+    "settings": SETTINGS,
+    "arms": [{"name": check_text, "options": [check_text], "runs": [{"seed": COUNT, "log?": str}]}]}
+
+
+# ---- Checking
 
 def check_fields(value, shape, name: str):
     """Raise RunError, which calls the value `name`, unless it has the shape."""
@@ -114,16 +178,17 @@ def check_fields(value, shape, name: str):
 
 
 def check_object(value: dict, shape: dict, prefix: str):
+    """check_fields of an object's fields, which messages call `prefix` and their names."""
     if str in shape:
         for key, item in value.items():
             check_fields(key, str, f"a name in {prefix.rstrip('.')}")
             check_fields(item, shape[str], f"{prefix}{key}")
         return
-    for field, part in shape.items():
+    for field, kind in shape.items():
         key = field.removesuffix("?")
         require(key in value or key != field, f"{prefix}{key} is missing")
         if key in value:
-            check_fields(value[key], part, f"{prefix}{key}")
+            check_fields(value[key], kind, f"{prefix}{key}")
 
 
 def check_content(value):
@@ -149,7 +214,7 @@ def check_content(value):
 
 def read_fields(path: Path, remedy: str, shape: dict) -> dict:
     """Return a file's JSON object. RunError, one line with the file's name and the remedy, unless it has the shape."""
-    return checked(read_json(path, remedy), path, remedy, shape)
+    return check_file_content(read_json(path, remedy), path, remedy, shape)
 
 
 def parse_fields(text: str, path: Path, name: str, remedy: str, shape: dict) -> dict:
@@ -158,10 +223,11 @@ def parse_fields(text: str, path: Path, name: str, remedy: str, shape: dict) -> 
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RunError(f"{path}: damaged: {name} are not a JSON object ({type(error).__name__}); {remedy}") from None
-    return checked(content, path, remedy, shape)
+    return check_file_content(content, path, remedy, shape)
 
 
-def checked(content, path: Path, remedy: str, shape: dict) -> dict:
+def check_file_content(content, path: Path, remedy: str, shape: dict) -> dict:
+    """Return the content. RunError, one line with the file's name and the remedy, unless it has the shape."""
     try:
         check_content(content)
         check_fields(content, shape, "")

@@ -2,15 +2,20 @@
 Reading the logs of runs, this trainer's and modded-nanogpt's: the one place that knows what a log looks like.
 
     source of train_gpt, of variants and kernels, each under a line "# ---- NAME"
-    100 times "=", a line that begins with "Running", and in the lines after it "facts: {JSON}" and what nvidia-smi says, 100 times "="
+    100 times "=", a line that begins with "Running", and in the lines after it "facts: {JSON}" and what nvidia-smi
+        says, 100 times "="
     step:N/M train_time:Tms step_avg:Ams                 after each step
     step:N/M val_loss:L train_time:Tms step_avg:Ams      at a validation
-    others, among them the peak memory, which ends a whole log
+    others, among them the peak memory, which ends a complete log
 
-A resumed run adds all of this to its log again, with "resumed from PATH at step N" before its steps: they replace the earlier ones after step N,
-a validation at N included, which comes after the checkpoint.
-modded-nanogpt's logs have the same shape without facts; those of its track 3 have validations only and times in seconds. Where M is not known
-beforehand (a budget of time), it is an estimate that may change until the last line. Losses are nats a token, as precise as the log's digits.
+NAME is the module's: kernels.topological_attention is the file kernels/topological_attention.py or, where an operation
+is a folder, its __init__.py, and kernels.topological_attention.tiled is tiled.py there.
+
+A resumed run adds all of this to its log again, with "resumed from PATH at step N" before its steps: they replace the
+earlier ones after step N, a validation at N included, which comes after the checkpoint. modded-nanogpt's logs have the
+same shape without facts; those of its track 3 have validations only and times in seconds. Where M is not known
+beforehand (a budget of time), it is an estimate that may change until the last line. Losses are nats a token, as
+precise as the log's digits.
 
 read_run takes one sound run and refuses all else: what is compared or stored passes through it. read_trials and
 read_usable are for statistics of logs that others wrote. They take as much as is sound, and Run.notes says what a
@@ -34,7 +39,6 @@ SHA-256 of its text, and the text is the source exactly as Run.source has it. Re
 import argparse
 import dataclasses
 import datetime
-import hashlib
 import json
 import math
 import re
@@ -49,15 +53,14 @@ except ImportError:  # Windows
     fcntl = None
 
 from records.fields import FACTS, SAVED, parse_fields, read_fields
-from train_gpt import RunError, require
+from train_gpt import RunError, require, sha256_of_text
 
 RULE = "=" * 100
 MODULE = re.compile(r"# ---- ([\w.]+)")
 NUMBER = r"\d{1,15}(?:\.\d{1,15})?"  # longer ones are damage
 STEP = re.compile(
     rf"step:(\d{{1,15}})/(\d{{1,15}}) (?:val_loss:(\S+) )?(?:\w+:\S+ )*?"
-    rf"train_time:({NUMBER})(ms|s) step_avg:\S+ms(?: \w+:\S+)*"
-)
+    rf"train_time:({NUMBER})(ms|s) step_avg:\S+ms(?: \w+:\S+)*")
 STORED_SOURCE = re.compile(r"source: (source-[0-9a-f]{12}\.txt) sha256 ([0-9a-f]{64})")
 RESUMED = re.compile(r"resumed from .* at step (\d{1,15})")
 STOPPED = re.compile(r"(stopped by \S+) after step \d+.*")
@@ -76,32 +79,34 @@ LATE_CLOCK = 11  # the step from which modded-nanogpt's trainers of 2024 count t
 
 @dataclass
 class Point:
-    """A validation: after `step` steps of `tokens` tokens altogether (None where the log does not say), training time so far, loss in nats a token."""
-    step: int
-    tokens: int | None
-    train_ms: float | None                                      # None where no time is known
-    val_loss: float
+    """A validation."""
+
+    step: int                       # after so many steps
+    tokens: int | None              # of them altogether; None where the log does not say
+    train_ms: float | None          # training time so far; None where no time is known
+    val_loss: float                 # nats a token
 
 
 @dataclass
 class Run:
-    """What one log says. step_ms: training time after each step, of steps 1 to last_step ([] where the log has validations only)."""
-    path: Path
-    source: str
-    facts: dict = field(default_factory=dict)                   # {} of logs that are not this trainer's
-    points: list[Point] = field(default_factory=list)
-    step_ms: list[float] = field(default_factory=list)
-    last_step: int = 0
-    steps: int = 0                                              # M of the last line
-    status: str = "unfinished"                                  # or finished, "stopped by SIGNAL", "failed: ERROR"
-    peak_memory_mib: int | None = None
+    """What one log says."""
+
+    path: Path                      # of the log
+    source: str                     # the code, all modules in one text
+    facts: dict = field(default_factory=dict)           # of the header; {} of logs that are not this trainer's
+    points: list[Point] = field(default_factory=list)   # the validations
+    step_ms: list[float] = field(default_factory=list)  # training time after each step; [] for validations only
+    last_step: int = 0              # N of the last line of steps
+    steps: int = 0                  # M of the last line of steps
+    status: str = "unfinished"      # or finished, "stopped by SIGNAL", "failed: ERROR"
+    peak_memory_mib: int | None = None          # None, here and below: the log does not say
     warmup_seconds: float | None = None
-    mfu: float | None = None
+    mfu: float | None = None                    # a share of the measured peak
     tokens_per_second: float | None = None
     ms_per_step: float | None = None
-    bits_per_byte: float | None = None
-    notes: list[str] = field(default_factory=list)              # what a reader of another's log must know about it
-    clock_start: int | None = 1                                 # the step from which the time counts; None: not known
+    bits_per_byte: float | None = None          # of the last validation
+    notes: list[str] = field(default_factory=list)      # what a reader of another's log must know about it
+    clock_start: int | None = 1     # the step from which the time counts; None: not known
 
     @property
     def finished(self) -> bool:
@@ -147,7 +152,7 @@ class Run:
 
     @property
     def source_sha256(self) -> str:
-        return hashlib.sha256(self.source.encode()).hexdigest()
+        return sha256_of_text(self.source)
 
     @property
     def source_file(self) -> str:
@@ -156,25 +161,28 @@ class Run:
 
     @property
     def code(self) -> dict[str, str]:
-        """{module: sha256 of its part of the source}; {} where the source does not name its modules."""
-        parts, name = {}, None
+        """{module: sha256 of its text in the source}; {} where the source does not name its modules."""
+        texts = {}  # module: lines
+        name = None
         for line in self.source.split("\n"):
-            if match := MODULE.fullmatch(line):
+            match = MODULE.fullmatch(line)
+            if match:
                 name = match[1]
-                parts[name] = []
+                texts[name] = []
             elif name:
-                parts[name].append(line)
-        return {name: hashlib.sha256("\n".join(lines).strip("\n").encode()).hexdigest() for name, lines in parts.items()}
+                texts[name].append(line)
+        return {name: sha256_of_text("\n".join(lines).strip("\n")) for name, lines in texts.items()}
 
 
 @dataclass
 class Event:
-    """One line of steps: after a training step, or at a validation, which has a loss. line: its number in the log."""
-    step: int
-    steps: int
-    val_loss: float | None
+    """One line of steps: after a training step, or at a validation."""
+
+    step: int                       # N
+    steps: int                      # M
+    val_loss: float | None          # None after a training step
     train_ms: float
-    line: int
+    line: int                       # its number in the log
 
 
 def read_run(path: Path | str, strict: bool = False) -> Run:
@@ -194,24 +202,27 @@ def read_run(path: Path | str, strict: bool = False) -> Run:
     check_times(run, events)
     take_events(run, events)
 
-    if run.status == "unfinished" and events and events[-1].val_loss is not None and run.last_step == run.steps:
-        run.status = "finished" if run.peak_memory_mib is not None or not run.facts else run.status
+    ended = bool(events) and events[-1].val_loss is not None and run.last_step == run.steps
+    if run.status == "unfinished" and ended and (run.peak_memory_mib is not None or not run.facts):
+        run.status = "finished"
     if path.with_suffix(".json").exists():
         check_json(run)
-    if strict and not run.finished:
-        raise RunError(f"{path}: {run.status} after step {run.last_step} of {run.steps}; only finished runs count here: finish it or leave it out")
+    require(run.finished or not strict,
+            f"{path}: {run.status} after step {run.last_step} of {run.steps}; only finished runs count here: finish it "
+            "or leave it out")
     return run
 
 
 def take_events(run: Run, events: list[Event]):
+    """Set what the lines of steps say of the run."""
     batch_tokens = run.config.get("batch_tokens")
     run.points = [
         Point(event.step, batch_tokens and event.step * batch_tokens, event.train_ms, event.val_loss)
-        for event in events if event.val_loss is not None
-    ]
+        for event in events if event.val_loss is not None]
     run.step_ms = [event.train_ms for event in events if event.val_loss is None]
     if events:
-        run.last_step, run.steps = events[-1].step, events[-1].steps
+        run.last_step = events[-1].step
+        run.steps = events[-1].steps
 
 
 def read_trials(path: Path | str) -> list[Run]:
@@ -233,22 +244,22 @@ def read_trials(path: Path | str) -> list[Run]:
         if any(pattern.fullmatch(cut) for pattern in (STEP, *MEASURED.values())):
             lines.append(cut)
     if header_starts(lines):
-        whole, body = read_headers(path, lines)
+        file, body = read_headers(path, lines)
     else:
-        whole, body = read_headless(path, lines)
-        notes.append("no header" if whole.source else "no header, no source")
+        file, body = read_headless(path, lines)
+        notes.append("no header" if file.source else "no header, no source")
 
     # one run after the other
     events = []
     for number, line in body:
-        read_line(whole, events, number, line)
+        read_line(file, events, number, line)
     require(any(event.val_loss is not None for event in events),
             f"{path}: no log of this trainer or modded-nanogpt: no line of steps with a val_loss after its header")
     starts = [i for i, event in enumerate(events) if i == 0 or event.step == 0 and events[i - 1].step > 0]
     trials = []
     for trial, (start, end) in enumerate(zip(starts, starts[1:] + [len(events)]), 1):
         count = [f"trial {trial} of {len(starts)}"] if len(starts) > 1 else []
-        run = dataclasses.replace(whole, notes=count + notes)
+        run = dataclasses.replace(file, notes=count + notes)
         read_trial(run, events[start:end])
         trials.append(run)
     return trials
@@ -327,20 +338,19 @@ def read_folder(folder: Path | str, strict: bool = False) -> list[Run]:
     """The runs of all logs in a folder, by name. RunError if there is none, or for one that read_run refuses."""
     folder = Path(folder)
     files = log_files(folder)
-    if not files:
-        raise RunError(f"{folder}: {'no log (.txt or .log) in this folder' if folder.is_dir() else 'no such folder'}; give the folder that holds a run's log")
+    fault = "no log (.txt or .log) in this folder" if folder.is_dir() else "no such folder"
+    require(files, f"{folder}: {fault}; give the folder that holds a run's log")
     return [read_run(file, strict) for file in files]
 
 
 def log_files(folder: Path) -> list[Path]:
     """The .txt and .log files in a folder, by name, without the sources of stored records."""
-    return sorted(
-        path for path in folder.glob("*")
-        if path.suffix in (".txt", ".log") and not re.fullmatch(r"source-[0-9a-f]{12}\.txt", path.name)
-    )
+    texts = [path for path in folder.glob("*") if path.suffix in (".txt", ".log")]
+    return sorted(path for path in texts if not re.fullmatch(r"source-[0-9a-f]{12}\.txt", path.name))
 
 
 def read_text(path: Path) -> str:
+    """The text of a log. RunError, which names the file and a remedy, where there is none."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -348,7 +358,8 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError:
         raise RunError(f"{path}: not UTF-8 text, so no log; give RUN_ID.txt of the trainer's log folder") from None
     except OSError as error:
-        raise RunError(f"{path}: cannot be read: {error.strerror}; give a log, RUN_ID.txt in the trainer's log folder") from None
+        raise RunError(f"{path}: cannot be read: {error.strerror}; give a log, RUN_ID.txt in the trainer's log "
+                       "folder") from None
     require(text.strip(), f"{path}: empty; copy it again or leave it out")
     return text
 
@@ -385,29 +396,38 @@ def find_headers(path: Path, lines: list[str]) -> list[Header]:
 
 
 def read_headers(path: Path, lines: list[str]) -> tuple[Run, list[tuple[int, str]]]:
-    """(a Run with source and facts, [(number, line)] after the headers); every header of a resumed run must tell of the same run."""
-    run, body, end = None, [], 0
+    """
+    (a Run with source and facts, [(number, line)] after the headers). RunError unless every header of a resumed run
+    tells of the same run.
+    """
+    run = None  # what the headers up to here say
+    body = []
+    end = 0
     for header in find_headers(path, lines):
         if run:
             body += enumerate(lines[end:header.source], end + 1)
         end = header.end
         source = read_source(path, "\n".join(lines[header.source:header.rule]).removeprefix(RULE).strip("\n"))
         facts = read_facts(path, lines[header.rule:end])
-        if not source.strip():
-            raise RunError(f"{path}: the source of the code is missing before line {header.rule + 1}; "
-                           "a run without its source is no evidence")
+        number = header.rule + 1
+        require(source.strip(), f"{path}: the source of the code is missing before line {number}; a run without its "
+                "source is no evidence")
         check_source(path, source, facts.get("sources", {}))
-        part = Run(path, source, facts)
+        resumed = Run(path, source, facts)
         if run:
-            for name in ("source", "seed", "variant", "val_sha256"):
-                if getattr(part, name) != getattr(run, name):
-                    raise RunError(f"{path}: resumed with another {name} (line {header.rule + 1}); "
-                                   "a run that changes on its way is no evidence, leave it out")
-            if any(facts.get(name) != run.facts.get(name) for name in ("device", "world_size")):
-                raise RunError(f"{path}: resumed on another device (line {header.rule + 1}), so its times mean "
-                               "nothing; leave it out")
-        run = part
+            check_resumed(run, resumed, number)
+        run = resumed
     return run, body + list(enumerate(lines[end:], end + 1))
+
+
+def check_resumed(run: Run, resumed: Run, number: int):
+    """RunError unless a later header, which ends in this line, tells of the same run on the same device."""
+    for name in ("source", "seed", "variant", "val_sha256"):
+        require(getattr(resumed, name) == getattr(run, name),
+                f"{run.path}: resumed with another {name} (line {number}); a run that changes on its way is no "
+                "evidence, leave it out")
+    require(all(resumed.facts.get(name) == run.facts.get(name) for name in ("device", "world_size")),
+            f"{run.path}: resumed on another device (line {number}), so its times mean nothing; leave it out")
 
 
 def read_source(path: Path, text: str) -> str:
@@ -420,8 +440,8 @@ def read_source(path: Path, text: str) -> str:
         source = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         raise RunError(f"{path}: its source is missing: there is no text {file}; {RESTORE}") from None
-    if hashlib.sha256(source.encode()).hexdigest() != match[2]:
-        raise RunError(f"{path}: its source was altered: {file} has not the SHA-256 that the log names; {RESTORE}")
+    require(sha256_of_text(source) == match[2],
+            f"{path}: its source was altered: {file} has not the SHA-256 that the log names; {RESTORE}")
     return source
 
 
@@ -436,15 +456,18 @@ def check_source(path: Path, source: str, sources: dict[str, str]):
         starts.append(lines.index(f"# ---- {name}", after))
     for (name, digest), start, end in zip(sources.items(), starts, starts[1:] + [len(lines)]):
         text = "\n".join(lines[start + 1:end])
-        texts = [text] if end < len(lines) else [text + "\n" * ends for ends in range(3)]  # the last ends are not kept
-        require(digest in [hashlib.sha256(text.encode()).hexdigest() for text in texts],
+        texts = [text]
+        if end == len(lines):  # a log does not keep the ends of its source's last lines
+            texts += [text + "\n", text + "\n\n"]
+        require(digest in [sha256_of_text(text) for text in texts],
                 f"{path}: the source of {name} was altered: it has not the SHA-256 that the facts name; {COPY}")
 
 
 def stored_text(run: Run) -> str:
     """The run's log as a record stores it: a line that names the source in place of each copy of it."""
     lines = read_text(run.path).split("\n")
-    stored, end = [], 0
+    stored = []
+    end = 0
     for header in find_headers(run.path, lines):
         stored += lines[end:header.source]
         stored.append(f"source: {run.source_file} sha256 {run.source_sha256}")
@@ -460,47 +483,64 @@ def read_facts(path: Path, header: list[str]) -> dict:
 
 def read_line(run: Run, events: list[Event], number: int, line: str):
     """Take what one line after the headers says."""
-    if match := STEP.fullmatch(line):
-        step, steps, val_loss, milliseconds = int(match[1]), int(match[2]), match[3], float(match[4]) * (1000 if match[5] == "s" else 1)
-        if val_loss is not None:
-            try:
-                val_loss = float(val_loss)
-            except ValueError:
-                val_loss = math.nan
-            require(abs(val_loss) < 1e30,  # NaN is not
-                    f"{run.path}: val_loss is not a number at step {step} (line {number}: {match[3]:.20}); "
-                    "the run is of no use, leave it out")
-        events.append(Event(step, steps, val_loss, milliseconds, number))
+    step = STEP.fullmatch(line)
+    resumed = RESUMED.fullmatch(line)
+    stopped = STOPPED.fullmatch(line)
+    if step:
+        events.append(read_step(run, step, number))
     elif re.match(r"step:\d", line):
-        raise RunError(f"{run.path}: damaged: line {number} is cut or no line of steps; copy the log again or leave it out")
-    elif match := RESUMED.fullmatch(line):
-        resumed_at = int(match[1])
+        raise RunError(f"{run.path}: damaged: line {number} is cut or no line of steps; copy the log again or leave it "
+                       "out")
+    elif resumed:
+        resumed_at = int(resumed[1])
         events[:] = [event for event in events if event.step < resumed_at + (event.val_loss is None)]
         run.status = "unfinished"
-    elif match := STOPPED.fullmatch(line):
-        run.status = match[1]
+    elif stopped:
+        run.status = stopped[1]
     elif line.startswith("error: ") and run.facts:
         run.status = f"failed: {line.removeprefix('error: ')}"
+
     for name, pattern in MEASURED.items():
-        if match := pattern.fullmatch(line):
+        match = pattern.fullmatch(line)
+        if match:
             setattr(run, name, int(match[1]) if name == "peak_memory_mib" else float(match[1]))
+
+
+def read_step(run: Run, match: re.Match, number: int) -> Event:
+    """What a line of steps says. RunError for a loss that is no number."""
+    step = int(match[1])
+    val_loss = None
+    if match[3] is not None:
+        try:
+            val_loss = float(match[3])
+        except ValueError:
+            val_loss = math.nan
+        require(abs(val_loss) < 1e30,  # NaN is not
+                f"{run.path}: val_loss is not a number at step {step} (line {number}: {match[3]:.20}); the run is of "
+                "no use, leave it out")
+    unit = 1000 if match[5] == "s" else 1
+    return Event(step, int(match[2]), val_loss, float(match[4]) * unit, number)
 
 
 def check_steps(run: Run, events: list[Event]):
     """RunError if a step is missing, repeated or out of order, or if the number of steps changes without leave to."""
-    path, trained, validated = run.path, 0, -1
+    path = run.path
+    trained = 0         # the last training step
+    validated = -1      # the step of the last validation
     every_step = bool(run.facts) or any(event.val_loss is None for event in events)
     for event in events:
-        place = f"at step {event.step} (line {event.line})"
+        where = f"at step {event.step} (line {event.line})"
         expected = trained + (event.val_loss is None)
-        if every_step and event.step > expected:
-            raise RunError(f"{path}: step {trained + 1} is missing {place}; {COPY}")
-        if every_step and event.step < expected or event.val_loss is not None and event.step <= validated:
-            raise RunError(f"{path}: steps are repeated or out of order {place}; {COPY}")
-        if event.steps != events[0].steps and not run.config.get("time_budget"):
-            raise RunError(f"{path}: {events[0].steps} steps become {event.steps} {place}; a run's length is fixed beforehand, leave it out")
+        require(not every_step or event.step <= expected, f"{path}: step {trained + 1} is missing {where}; {COPY}")
+        again = event.val_loss is not None and event.step <= validated
+        require(not (every_step and event.step < expected or again),
+                f"{path}: steps are repeated or out of order {where}; {COPY}")
+        require(event.steps == events[0].steps or run.config.get("time_budget"),
+                f"{path}: {events[0].steps} steps become {event.steps} {where}; a run's length is fixed beforehand, "
+                "leave it out")
         trained = event.step
-        validated = event.step if event.val_loss is not None else validated
+        if event.val_loss is not None:
+            validated = event.step
 
 
 def check_times(run: Run, events: list[Event]):
@@ -516,22 +556,34 @@ def check_json(run: Run):
     path = run.path.with_suffix(".json")
     saved = read_fields(path, "copy it again, or delete it: the log alone will do", SAVED)
     if not run.finished:
-        if saved.get("status") == "finished":
-            raise RunError(f"{run.path}: truncated: {path.name} says finished, the log ends after step {run.last_step} of {run.steps}; copy the log again or leave it out")
+        require(saved.get("status") != "finished",
+                f"{run.path}: truncated: {path.name} says finished, the log ends after step {run.last_step} of "
+                f"{run.steps}; copy the log again or leave it out")
         return
 
-    def agree(number, logged, tolerance):  # the log rounds
-        return number is not None and abs(number - logged) <= tolerance + 1e-9
+    # what differs by more than the log's rounding
     last = run.points[-1]
-    differing = [name for name, logged, tolerance in (("val_loss", last.val_loss, 5e-5), ("step", last.step, 0), ("train_seconds", last.train_ms / 1000, 5e-4))
-                 if not agree(saved.get(name), logged, tolerance)]
+    names = []
+    for name, logged, tolerance in (("val_loss", last.val_loss, 5e-5), ("step", last.step, 0),
+                                    ("train_seconds", last.train_ms / 1000, 5e-4)):
+        if not is_close(saved.get(name), logged, tolerance):
+            names.append(name)
     curve = {point["step"]: point["val_loss"] for point in saved.get("curve", [])}
-    differing += [] if curve.keys() == {p.step for p in run.points} and all(agree(curve[p.step], p.val_loss, 5e-5) for p in run.points) else ["curve"]
-    differing += [name for name in ("config", "seed", "val_sha256") if saved.get(name) != run.facts.get(name)]
-    differing += ["status"] if saved.get("status") != "finished" else []
-    if differing:
-        raise RunError(f"{run.path}: tampered: {path.name} has another {', '.join(differing)} than the log; copy both again or leave the run out")
+    logged = {point.step: point.val_loss for point in run.points}
+    if curve.keys() != logged.keys() or not all(is_close(curve[step], logged[step], 5e-5) for step in curve):
+        names.append("curve")
+    names += [name for name in ("config", "seed", "val_sha256") if saved.get(name) != run.facts.get(name)]
+    if saved.get("status") != "finished":
+        names.append("status")
+    require(not names, f"{run.path}: tampered: {path.name} has another {', '.join(names)} than the log; copy both "
+            "again or leave the run out")
 
+
+def is_close(number: float | None, logged: float, tolerance: float) -> bool:
+    return number is not None and abs(number - logged) <= tolerance + 1e-9
+
+
+# ---- The list of past runs
 
 def list_runs(folder: Path) -> tuple[list[dict], list[str]]:
     """
@@ -539,20 +591,22 @@ def list_runs(folder: Path) -> tuple[list[dict], list[str]]:
     Keys: id, when (the last change, seconds since 1970), track, variant, val_loss, bits_per_byte, status.
     """
     require(folder.is_dir(), f"{folder}: no such folder; give the trainer's log folder with --log_dir")
-    found, left_out = [], []
+    runs = []
+    left_out = []
     for path in sorted(folder.glob("*.json")):
         try:
-            saved = read_fields(path, "delete it if it is no run's", SAVED)
-            require("config" in saved and "status" in saved, f"{path}: no run's: it has no config and status")
-            found.append(listed_run(path, saved))
+            runs.append(describe_run(path))
         except RunError as error:
             left_out.append(str(error))
-    return sorted(found, key=lambda run: (run["when"], run["id"])), left_out
+    return sorted(runs, key=lambda run: (run["when"], run["id"])), left_out
 
 
-def listed_run(path: Path, saved: dict) -> dict:
-    """A row of the list."""
-    config, status = saved["config"], saved["status"]
+def describe_run(path: Path) -> dict:
+    """A row of the list, of the run that this JSON file belongs to. RunError where it is no run's."""
+    saved = read_fields(path, "delete it if it is no run's", SAVED)
+    require("config" in saved and "status" in saved, f"{path}: no run's: it has no config and status")
+    config = saved["config"]
+    status = saved["status"]
     last = saved["curve"][-1] if saved.get("curve") else {}
     return dict(
         id=path.stem,
@@ -566,6 +620,7 @@ def listed_run(path: Path, saved: dict) -> dict:
 
 
 def one_line(text: str) -> str:
+    """The text without control characters and ends of lines."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
@@ -590,6 +645,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--log_dir", type=Path, default=Path("logs"), help="the trainer's log folder (default: logs)")
     parser.add_argument("--json", action="store_true", help="one JSON list, with the time in seconds since 1970")
     options = parser.parse_args(argv)
+
+    # print them
     try:
         runs, left_out = list_runs(options.log_dir)
     except RunError as error:

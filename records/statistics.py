@@ -1,8 +1,10 @@
 """
-The statistics of comparisons: differences of means, their tests and what they could have found. Pure functions of numbers; lower is better.
+The statistics of comparisons: differences of means, their tests and what they could have found. Pure functions of
+numbers; lower is better.
 
-Tests are SciPy's: Welch's t test between runs (their variances may differ), the paired one over equal seeds, the one-sample one against a target.
-Sources: Welch 1947; Holm 1979; Wilson 1927; the rule with a fixed standard deviation is modded-nanogpt's track 3.
+Tests are SciPy's: Welch's t test between runs (their variances may differ), the paired one over equal seeds, the
+one-sample one against a target. Sources: Welch 1947; Holm 1979; Wilson 1927; the rule with a fixed standard deviation
+is modded-nanogpt's track 3.
 """
 
 import math
@@ -27,9 +29,10 @@ def summary(values: Sequence[float]) -> dict:
 
 def welch(a: Sequence[float], b: Sequence[float]) -> dict:
     """
-    difference = mean(a) - mean(b), low and high of its 95 % interval, and the p values: p_less of a's true mean being lower, p_greater, p two-sided.
-    One value on a side: None but for the difference. No variance on either side: the difference is taken as exact, so that the interval is the
-    difference itself, and p is 0 or 1 (all three 1 where it is 0).
+    difference = mean(a) - mean(b), low and high of its 95 % interval, and the p values: p_less of a's true mean being
+    lower, p_greater, p two-sided. One value on a side: None but for the difference. No variance on either side: the
+    difference is taken as exact, so that the interval is the difference itself, and p is 0 or 1 (all three 1 where it
+    is 0).
     """
     difference = float(np.mean(a) - np.mean(b))
     if min(len(a), len(b)) < 2:
@@ -58,36 +61,47 @@ def no_variance(values: Sequence[float]) -> bool:
 
 
 def exact(difference: float) -> dict:
-    less, greater = difference < 0, difference > 0
-    return dict(difference=difference, low=difference, high=difference, p_less=1.0 - less, p_greater=1.0 - greater, p=1.0 - (less or greater))
+    """What welch gives of a difference without any noise."""
+    less = difference < 0
+    greater = difference > 0
+    return dict(difference=difference, low=difference, high=difference, p_less=1.0 - less, p_greater=1.0 - greater,
+                p=1.0 - (less or greater))
 
 
 def of_test(difference: float, test) -> dict:
-    interval, t, freedom = test.confidence_interval(LEVEL), test.statistic, test.df
-    return dict(difference=difference, low=float(interval.low), high=float(interval.high), p_less=float(stats.t.cdf(t, freedom)),
-                p_greater=float(stats.t.sf(t, freedom)), p=float(test.pvalue))
+    """What welch gives of a difference and SciPy's result of its t test."""
+    interval = test.confidence_interval(LEVEL)
+    return dict(difference=difference, low=float(interval.low), high=float(interval.high),
+                p_less=float(stats.t.cdf(test.statistic, test.df)),
+                p_greater=float(stats.t.sf(test.statistic, test.df)), p=float(test.pvalue))
 
 
-def detectable(sd_a: float | None, n_a: int, sd_b: float | None, n_b: int, alpha: float = ALPHA, power: float = POWER) -> float | None:
+def detectable(sd_a: float | None, n_a: int, sd_b: float | None, n_b: int, alpha: float = ALPHA,
+               power: float = POWER) -> float | None:
     """
-    The smallest true difference that Welch's one-sided test at alpha finds with this power, if the standard deviations are as given (noncentral t).
-    None for fewer than two values on a side.
+    The smallest true difference that Welch's one-sided test at alpha finds with this power, if the standard deviations
+    are as given (noncentral t). None for fewer than two values on a side.
     """
     if min(n_a, n_b) < 2:
         return None
-    variance_a, variance_b = sd_a ** 2 / n_a, sd_b ** 2 / n_b
+    variance_a = sd_a ** 2 / n_a
+    variance_b = sd_b ** 2 / n_b
     error = math.sqrt(variance_a + variance_b)
     if error == 0:
         return 0.0
     freedom = error ** 4 / (variance_a ** 2 / (n_a - 1) + variance_b ** 2 / (n_b - 1))
     critical = stats.t.isf(alpha, freedom)
-    return error * float(optimize.brentq(lambda shift: stats.nct.sf(critical, freedom, shift) - power, 0.0, 10 * critical + 10))
+
+    def missing_power(shift):
+        return stats.nct.sf(critical, freedom, shift) - power
+    return error * float(optimize.brentq(missing_power, 0.0, 10 * critical + 10))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """p values adjusted for their number by Holm's method, in the same order; None stays None and is not counted."""
     order = sorted((i for i, p in enumerate(p_values) if p is not None), key=lambda i: p_values[i])
-    adjusted, largest = [None] * len(p_values), 0.0
+    adjusted = [None] * len(p_values)
+    largest = 0.0
     for rank, i in enumerate(order):
         largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
         adjusted[i] = largest
@@ -120,13 +134,19 @@ def reach(curve: Sequence[tuple[float, float]], target: float) -> float | None:
     previous = None
     for x, loss in curve:
         if loss <= target:
-            return x if previous is None else previous[0] + (x - previous[0]) * (previous[1] - target) / (previous[1] - loss)
+            if previous is None:
+                return x
+            x_before, loss_before = previous
+            return x_before + (x - x_before) * (loss_before - target) / (loss_before - loss)
         previous = x, loss
     return None
 
 
 def verdict(p: float | None, difference: float) -> str:
-    """better, worse or not distinguishable, from a two-sided p: without any true difference, one of the first two comes up in ALPHA of all cases."""
+    """
+    better, worse or not distinguishable, from a two-sided p: without any true difference, one of the first two comes up
+    in ALPHA of all cases.
+    """
     if p is None or p >= ALPHA or difference == 0:
         return "not distinguishable"
     return "better" if difference < 0 else "worse"

@@ -3,6 +3,7 @@ Tolerances of comparisons between floating-point results, taken from error bound
 order of its additions, and that order on the processor's vector width, its libraries and its threads: what one machine
 gave is no bound for the next.
 """
+
 import torch
 
 

@@ -2,6 +2,7 @@
 compare.py: the plan with a stand-in for training that copies prepared logs. Real runs, which are killed, are in
 faults/test_compare.py.
 """
+
 import fcntl
 import json
 import os
@@ -41,6 +42,11 @@ for kind in ("txt", "json"):
 """
 
 
+def module_of(file):
+    """The module that a file of this repository is."""
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """One for all tests, so that equal command lines are parsed once. A test that changes a shard puts it back."""
@@ -59,6 +65,7 @@ def stage(tmp_path, monkeypatch, corpus):
     stage.calls(): the trainer's arguments. A prepared log has the configuration of the command line that would have
     made it, and the source of its arm.
     """
+
     class Stage:
         folder, prepared, runs, data = tmp_path / "out", tmp_path / "prepared", {}, corpus
         faults = {}  # variant: what variants.check finds
@@ -73,17 +80,24 @@ def stage(tmp_path, monkeypatch, corpus):
         def write(self, comparison, job, argv):
             run = self.runs[job.name]
             at = argv.index("--seed")
-            own = dict(zip(argv[at::2], argv[at + 1::2]))
-            config = replace(self.parse(argv[:at]), seed=int(own["--seed"]), run_id=own["--run_id"],
-                             log_dir=own["--log_dir"])
+            own = dict(zip(argv[at::2], argv[at + 1 :: 2]))
+            config = replace(
+                self.parse(argv[:at]), seed=int(own["--seed"]), run_id=own["--run_id"], log_dir=own["--log_dir"]
+            )
             adopt_vocabulary(config)
-            texts = {file.removesuffix(".py").replace("/", "."): (ROOT / file).read_text(encoding="utf-8")
-                     for file in compare.source_of([job.arm])}
+            texts = {
+                module_of(file): (ROOT / file).read_text(encoding="utf-8") for file in compare.source_of([job.arm])
+            }
             facts = comparison.machine(config) | dict(val_sha256=comparison.plan["data"][config.data]["val"])
             facts |= dict(val_tokens=64, seed=config.seed, target=0.0) | run["facts"]
             facts["config"] = json.loads(json.dumps(asdict(config)))
-            lines, saved = log_lines({0: 5.0, 1: 2 * run["loss"], 2: run["loss"]}, run_id=job.name,
-                                     ms_per_step=run["ms"], source=texts.pop("train_gpt"), modules=texts.items())
+            lines, saved = log_lines(
+                {0: 5.0, 1: 2 * run["loss"], 2: run["loss"]},
+                run_id=job.name,
+                ms_per_step=run["ms"],
+                source=texts.pop("train_gpt"),
+                modules=texts.items(),
+            )
             saved |= facts
             at = next(i for i, line in enumerate(lines) if line.startswith("facts: "))
             lines[at] = f"facts: {json.dumps(json.loads(lines[at][7:]) | facts)}"
@@ -101,6 +115,7 @@ def stage(tmp_path, monkeypatch, corpus):
 
         def results(self, folder=None):
             return json.loads(((folder or self.folder) / "results.json").read_text())
+
     stage = Stage()
     stage.prepared.mkdir()
     (tmp_path / "stand_in.py").write_text(STAND_IN)
@@ -111,6 +126,7 @@ def stage(tmp_path, monkeypatch, corpus):
         if job.name in stage.runs:
             stage.write(self, job, argv)
         return [sys.executable, str(tmp_path / "stand_in.py"), str(stage.prepared), *argv]
+
     monkeypatch.setattr(Comparison, "command", command)
     check = SimpleNamespace(faults_of=lambda config: stage.faults.get(config.variant, []))
     monkeypatch.setitem(sys.modules, "variants.check", check)
@@ -130,16 +146,28 @@ def test_runs_take_turns_and_the_report_has_a_verdict(stage, capsys):
     prepare_all(stage, "A1-swiglu_mlp-lr_matrix-0.02", [0.90, 0.91, 0.89])
     assert stage.call("baseline", "swiglu_mlp --lr_matrix 0.02", "--seeds", "3") == 0
     calls = stage.calls()
-    assert [(call.get("--variant"), call["--seed"]) for call in calls] == [(variant, seed) for seed in "123" for variant in (None, "swiglu_mlp")]
-    assert calls[1]["--lr_matrix"] == "0.02" and "--lr_matrix" not in calls[0] and {call["--track"] for call in calls} == {"cpu"}
+    assert [(call.get("--variant"), call["--seed"]) for call in calls] == [
+        (variant, seed) for seed in "123" for variant in (None, "swiglu_mlp")
+    ]
+    assert calls[1]["--lr_matrix"] == "0.02"
+    assert "--lr_matrix" not in calls[0]
+    assert {call["--track"] for call in calls} == {"cpu"}
     out = capsys.readouterr().out
-    assert "run 6/6: swiglu_mlp --lr_matrix 0.02, seed 3" in out and "swiglu_mlp --lr_matrix 0.02 is better than baseline by 0.1000 nats" in out
+    assert "run 6/6: swiglu_mlp --lr_matrix 0.02, seed 3" in out
+    assert "swiglu_mlp --lr_matrix 0.02 is better than baseline by 0.1000 nats" in out
     assert out.index("is better than") < out.index("\narm  ") < out.index("report: ")
     assert "0.9000 ± 0.0100  3 of 3  -0.1000" in out
     results = stage.results()
-    assert results["settings"]["order"][:2] == [["baseline", 1], ["swiglu_mlp --lr_matrix 0.02", 1]] and results["settings"]["target"] == TRACKS["cpu"]["target"]
+    assert results["settings"]["order"][:2] == [["baseline", 1], ["swiglu_mlp --lr_matrix 0.02", 1]]
+    assert results["settings"]["target"] == TRACKS["cpu"]["target"]
     assert results["settings"]["overhead"]["wall_seconds"] >= results["settings"]["overhead"]["runs_seconds"] > 0
-    assert {path.name for path in stage.folder.iterdir()} >= {"README.md", "report.html", "curves.png", "results.json", "logs"}
+    assert {path.name for path in stage.folder.iterdir()} >= {
+        "README.md",
+        "report.html",
+        "curves.png",
+        "results.json",
+        "logs",
+    }
 
 
 def test_a_run_inherits_the_bound_on_spinning_and_threads_are_an_arms_own(stage):
@@ -201,13 +229,18 @@ def test_a_failing_arm_is_reported_and_the_others_go_on(stage, capsys):
     stage.prepare("A1-swiglu_mlp-seed2", 1.2)
     call = ("baseline", "swiglu_mlp", "--seeds", "2")
     assert stage.call(*call) == 0
-    assert ("failed: the training loss is nan at step 7 (exit code 1; all of its output: logs/A1-swiglu_mlp-seed1.out)"
-            in capsys.readouterr().out)
+    assert (
+        "failed: the training loss is nan at step 7 (exit code 1; all of its output: logs/A1-swiglu_mlp-seed1.out)"
+        in capsys.readouterr().out
+    )
     arm = stage.results()["arms"][1]
-    assert arm["status"] == "1 of 2 finished" and "the training loss is nan" in (stage.folder / "README.md").read_text()
+    assert arm["status"] == "1 of 2 finished"
+    assert "the training loss is nan" in (stage.folder / "README.md").read_text()
     assert stage.call(*call) == 0 and len(stage.calls()) == 4, "a failure is not tried again by itself"
     stage.prepare("A1-swiglu_mlp-seed1", 1.3)
-    assert stage.call(*call, "--retry") == 0 and len(stage.calls()) == 5 and stage.results()["arms"][1]["status"] == "complete"
+    assert stage.call(*call, "--retry") == 0
+    assert len(stage.calls()) == 5
+    assert stage.results()["arms"][1]["status"] == "complete"
 
 
 def test_an_arm_given_again_has_seeds_of_its_own(stage):
@@ -227,14 +260,16 @@ def test_a_sweep_chooses_each_arms_rates_on_other_seeds(stage):
     stage.prepare(f"A1-swiglu_mlp-lr0.5-seed{SWEEP_SEED}", fault="the training loss is inf")
     assert stage.call("baseline", "swiglu_mlp", "--seeds", "2", "--sweep", "0.5,1,2") == 0
     tries, reported = stage.calls()[:6], stage.calls()[6:]
-    assert {call["--seed"] for call in tries} == {str(SWEEP_SEED)} and {call["--seed"] for call in reported} == {"1", "2"}
+    assert {call["--seed"] for call in tries} == {str(SWEEP_SEED)}
+    assert {call["--seed"] for call in reported} == {"1", "2"}
     lr = TRACKS["cpu"] | dict(lr_matrix=0.03)
     for call in reported:
         rates = {name: float(call[f"--{name}"]) for name in compare.RATES if f"--{name}" in call}
         assert rates.get("lr_matrix") == (pytest.approx(2 * lr["lr_matrix"]) if "--variant" in call else None)
         assert len(rates) == (4 if "--variant" in call else 0)
     sweep = stage.results()["settings"]["sweep"]
-    assert {arm: entry["chosen"] for arm, entry in sweep.items()} == best and sweep["swiglu_mlp"]["tries"][0]["losses"] == [None]
+    assert {arm: entry["chosen"] for arm, entry in sweep.items()} == best
+    assert sweep["swiglu_mlp"]["tries"][0]["losses"] == [None]
 
 
 def test_equal_time_is_what_the_first_arm_takes(stage):
@@ -251,35 +286,45 @@ def fault(capsys, text):
     assert error.startswith("compare.py: error: ") and re.search(text, error), error
 
 
-@pytest.mark.parametrize("argv, text", [
-    (["baseline", "no_such_thing"], "arm 'no_such_thing': unknown variant 'no_such_thing'; there are"),
-    (["baseline", "swiglu_mlp --no_such_option 1"], "arm 'swiglu_mlp --no_such_option 1': train_gpt.py does not take these options"),
-    (["baseline", "swiglu_mlp --seed 3"], "--seed is compare.py's to set"),
-    (["baseline", "swiglu_mlp --dry_run"], "--dry_run is compare.py's to set"),
-    (["baseline", "baseline 'x"], "arm \"baseline 'x\": No closing quotation; close its quotation marks"),
-    (["baseline", "--heads 3"], "does not begin with a name|arguments are required"),
-    (["baseline", "baseline --head_dim 3"], "arm 'baseline --head_dim 3': .*--head_dim 3 is not a multiple of 4"),
-    (["baseline", "baseline --val_tokens 64"],
-     "is validated on 64 tokens, 'baseline' on 65,536; give --val_tokens to all"),
-    (["baseline"], "one arm, 'baseline', has nothing to be compared with; name two or more"),
-    (["baseline", "baseline", "--track", "no_such_track"], "unknown track 'no_such_track'"),
-    (["baseline", "baseline", "--seeds", "0"], "--seeds must be at least 1 and at most 10,000, got 0"),
-    (["baseline", "baseline", "--seeds", str(10 ** 9)], "at most 10,000, got 1000000000"),
-    ([*["baseline"] * 101, "--seeds", "10000"], "given too often: its seeds would pass"),
-    (["baseline", "baseline", "--sweep-seeds", str(10 ** 9)], "--sweep-seeds must be at least 1 and at most 1,000"),
-    (["baseline", "baseline", "--ranks", str(10 ** 6)], "--ranks must be at least 1 and at most"),
-    (["baseline", "baseline", "--sweep", "1,-1"], "greater than 0"),
-    (["baseline", "baseline", "--sweep", "nan"], "up to 100 factors, all different, greater than 0"),
-    (["baseline", "baseline", "--sweep", "inf"], "up to 100 factors"),
-    (["baseline", "baseline", "--sweep", "1,1"], "all different"),
-    (["baseline", "baseline", "--sweep", ""], "--sweep: invalid numbers value"),
-    (["baseline", "baseline", "--sweep", "999999"], "--sweep factor 999999: --lr_matrix must be from 0.0 to"),
-    (["baseline", "baseline", "--budget", "time", "--seconds", "nan"],
-     "--seconds must be greater than 0 and at most 31,536,000, got nan"),
-    (["baseline", "baseline", "--budget", "time", "--seconds", "1e20"], "got 1e\\+20"),
-    (["baseline", "baseline", "--seconds", "5"], "belongs to --budget time"),
-    (["baseline", "baseline", "--reuse", "r" * 300], "--reuse 'r+': File name too long"),
-])
+@pytest.mark.parametrize(
+    "argv, text",
+    [
+        (["baseline", "no_such_thing"], "arm 'no_such_thing': unknown variant 'no_such_thing'; there are"),
+        (
+            ["baseline", "swiglu_mlp --no_such_option 1"],
+            "arm 'swiglu_mlp --no_such_option 1': train_gpt.py does not take these options",
+        ),
+        (["baseline", "swiglu_mlp --seed 3"], "--seed is compare.py's to set"),
+        (["baseline", "swiglu_mlp --dry_run"], "--dry_run is compare.py's to set"),
+        (["baseline", "baseline 'x"], 'arm "baseline \'x": No closing quotation; close its quotation marks'),
+        (["baseline", "--heads 3"], "does not begin with a name|arguments are required"),
+        (["baseline", "baseline --head_dim 3"], "arm 'baseline --head_dim 3': .*--head_dim 3 is not a multiple of 4"),
+        (
+            ["baseline", "baseline --val_tokens 64"],
+            "is validated on 64 tokens, 'baseline' on 65,536; give --val_tokens to all",
+        ),
+        (["baseline"], "one arm, 'baseline', has nothing to be compared with; name two or more"),
+        (["baseline", "baseline", "--track", "no_such_track"], "unknown track 'no_such_track'"),
+        (["baseline", "baseline", "--seeds", "0"], "--seeds must be at least 1 and at most 10,000, got 0"),
+        (["baseline", "baseline", "--seeds", str(10**9)], "at most 10,000, got 1000000000"),
+        ([*["baseline"] * 101, "--seeds", "10000"], "given too often: its seeds would pass"),
+        (["baseline", "baseline", "--sweep-seeds", str(10**9)], "--sweep-seeds must be at least 1 and at most 1,000"),
+        (["baseline", "baseline", "--ranks", str(10**6)], "--ranks must be at least 1 and at most"),
+        (["baseline", "baseline", "--sweep", "1,-1"], "greater than 0"),
+        (["baseline", "baseline", "--sweep", "nan"], "up to 100 factors, all different, greater than 0"),
+        (["baseline", "baseline", "--sweep", "inf"], "up to 100 factors"),
+        (["baseline", "baseline", "--sweep", "1,1"], "all different"),
+        (["baseline", "baseline", "--sweep", ""], "--sweep: invalid numbers value"),
+        (["baseline", "baseline", "--sweep", "999999"], "--sweep factor 999999: --lr_matrix must be from 0.0 to"),
+        (
+            ["baseline", "baseline", "--budget", "time", "--seconds", "nan"],
+            "--seconds must be greater than 0 and at most 31,536,000, got nan",
+        ),
+        (["baseline", "baseline", "--budget", "time", "--seconds", "1e20"], "got 1e\\+20"),
+        (["baseline", "baseline", "--seconds", "5"], "belongs to --budget time"),
+        (["baseline", "baseline", "--reuse", "r" * 300], "--reuse 'r+': File name too long"),
+    ],
+)
 def test_bad_arguments(stage, capsys, argv, text):
     try:
         assert stage.call(*argv) == 1
@@ -341,8 +386,12 @@ def test_two_comparisons_do_not_share_a_folder(stage, capsys, monkeypatch):
 # ---- What belongs to an arm
 
 def test_arms_that_look_alike_have_runs_of_their_own(stage):
-    texts = ["swiglu_mlp:layers=0-3", "swiglu_mlp:layers=0,3", "swiglu_mlp:layers=0+parallel_residual:layers=3",
-             "swiglu_mlp:layers=3"]
+    texts = [
+        "swiglu_mlp:layers=0-3",
+        "swiglu_mlp:layers=0,3",
+        "swiglu_mlp:layers=0+parallel_residual:layers=3",
+        "swiglu_mlp:layers=3",
+    ]
     arms = compare.parse_arms(texts, 1, ["--data", str(stage.data)])
     assert arms[0].readable == arms[1].readable and len({arm.slug.lower() for arm in arms}) == 4
     for n, arm in enumerate(arms):
@@ -354,8 +403,10 @@ def test_arms_that_look_alike_have_runs_of_their_own(stage):
     assert len(f"{long.slug}-lr1e-05-seed{SWEEP_SEED}") < 80
 
 
-@pytest.mark.parametrize("field, value", [
-    ("variant", ["parallel_residual"]), ("layers", 5), ("seed", 2), ("no_such_setting", 1), (None, None)])
+@pytest.mark.parametrize(
+    "field, value",
+    [("variant", ["parallel_residual"]), ("layers", 5), ("seed", 2), ("no_such_setting", 1), (None, None)],
+)
 def test_a_log_of_other_settings_is_not_taken(stage, capsys, field, value):
     for slug in ("A0-baseline", "A1-swiglu_mlp"):
         prepare_all(stage, slug, [1.0])
@@ -372,7 +423,9 @@ def test_a_log_of_other_settings_is_not_taken(stage, capsys, field, value):
     log.write_text("\n".join(lines), encoding="utf-8")
     log.with_suffix(".json").write_text(json.dumps(saved))
     assert stage.call("baseline", "swiglu_mlp", "--seeds", "1") == 1
-    fault(capsys, f"is no run of arm 'swiglu_mlp': its {field} is" if field else r"ran another variants/swiglu_mlp\.py")
+    fault(
+        capsys, f"is no run of arm 'swiglu_mlp': its {field} is" if field else r"ran another variants/swiglu_mlp\.py"
+    )
 
 
 def test_arms_that_are_scored_on_different_tokens_stop_after_the_first_of_them(stage, capsys):
@@ -416,9 +469,51 @@ def test_the_arms_are_tried_by_variants_check(stage, monkeypatch):
 def test_what_code_belongs_to_an_arm():
     names = ([], ["swiglu_mlp"], ["swiglu_mlp+orthogonal_residual:layers=0-3"])
     baseline, swiglu, both = (set(compare.source_of([compare.Arm(0, "", name, [], [1])])) for name in names)
-    assert baseline == {"train_gpt.py"} and swiglu == {"train_gpt.py", "variants/__init__.py", "variants/swiglu_mlp.py"}
-    assert both > swiglu | {"variants/orthogonal_residual.py", "kernels/residual_norm.py", "kernels/__init__.py"}
+    assert baseline == {"train_gpt.py"}
+    assert swiglu == {"train_gpt.py", "variants/__init__.py", "variants/swiglu_mlp.py"}
+    kernels = {"kernels/residual_norm/__init__.py", "kernels/__init__.py"}
+    assert both > swiglu | kernels | {"variants/orthogonal_residual.py"}
     assert not any("routed_skips" in file for file in both)
+    assert all(compare.module_file(module_of(file)) == ROOT / file for file in both)
+
+
+def test_an_operation_may_be_a_folder(tmp_path, monkeypatch):
+    """What its modules import counts, relative to the folder and by a name in quotes too; nothing outside does."""
+    files = {
+        "train_gpt.py": "import tasks.recall",
+        "variants/__init__.py": "import importlib",
+        "variants/mine.py": "from kernels.op import op\nimport studies.claims\nimport data.shards",
+        "kernels/__init__.py": "",
+        "kernels/op.py": "shadowed = 'by the folder'",
+        "kernels/op/__init__.py": '"""The op."""\nfrom .reference import op\nfrom kernels.backend import cpu_loops',
+        "kernels/op/reference.py": "def op():\n    from . import tiled",
+        "kernels/op/tiled.py": "from kernels.backend import cpu_loops\nloops = cpu_loops('op.cpu')\nword = 'op.no'",
+        "kernels/op/cpu.py": "from ..scan import running",
+        "kernels/op/unused.py": "",
+        "kernels/scan.py": "",
+        "kernels/backend.py": "import importlib",
+        "kernels/other/__init__.py": "",
+        "tasks/recall.py": "",
+        "studies/claims.py": "",
+        "data/shards.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    expected = {
+        "train_gpt.py",
+        "variants/__init__.py",
+        "variants/mine.py",
+        "kernels/__init__.py",
+        "kernels/scan.py",
+        "kernels/backend.py",
+        "kernels/op/__init__.py",
+        "kernels/op/reference.py",
+        "kernels/op/tiled.py",
+        "kernels/op/cpu.py",
+    }
+    assert set(compare.source_of([compare.Arm(0, "", ["mine"], [], [1])])) == expected
 
 
 # ---- Runs of other comparisons
@@ -445,8 +540,10 @@ def test_finished_runs_of_other_comparisons_are_taken_over(begun, capsys):
     assert new == ["A0-baseline-seed3", "A1-swiglu_mlp-seed3"]
     out, results = capsys.readouterr().out, begun.results(second)
     assert "run 1/6: baseline, seed 1: taken over from comparisons/first/logs/A0-baseline-seed1.txt" in out
-    assert ("4 of the 6 runs were taken over from earlier comparisons, whose results had been seen; their times are "
-            "not compared.") in out
+    assert (
+        "4 of the 6 runs were taken over from earlier comparisons, whose results had been seen; their times are "
+        "not compared."
+    ) in out
     text = (second / "README.md").read_text()
     assert "baseline 1 (comparisons/first/logs/A0-baseline-seed1.txt), baseline 2" in text
     assert "Looks: 1 earlier comparison with runs of these arms had a result" in text
@@ -469,11 +566,17 @@ def test_finished_runs_of_other_comparisons_are_taken_over(begun, capsys):
 def test_an_edited_variant_alone_is_trained_again(begun, monkeypatch, capsys):
     second = Path("comparisons/second")
     original = compare.text_and_digest
-    edited = lambda file: ("", "edited") if file.name == "swiglu_mlp.py" else original(file)
+
+    def edited(file):
+        return ("", "edited") if file.name == "swiglu_mlp.py" else original(file)
+
     monkeypatch.setattr(compare, "text_and_digest", edited)
     begun.write = lambda *parts, write=begun.write: (write(*parts), edit_log(begun.prepared / f"{parts[1].name}.txt"))
     code = compare.Run.code.fget
-    edited_code = lambda run: {"variants.swiglu_mlp": "edited"} if "# edited" in run.source else {}
+
+    def edited_code(run):
+        return {"variants.swiglu_mlp": "edited"} if "# edited" in run.source else {}
+
     monkeypatch.setattr(compare.Run, "code", property(lambda run: code(run) | edited_code(run)))
     assert begun.call("baseline", "swiglu_mlp", "--seeds", "2", folder=Path("comparisons/first")) == 1
     fault(capsys, r"variants/swiglu_mlp\.py changed since .*choose another folder")
@@ -500,17 +603,24 @@ def test_what_is_not_the_same_run_is_trained(begun, monkeypatch):
 
     def trained(case, *more, options=()):
         return len(finished(begun, Path("others") / case, *argv, *more, options=options))
+
     assert trained("the same") == 0
     assert trained("turned off", "--no-reuse") == 2
     assert trained("another setting", options=["--momentum", "0.9"]) == 2
     assert trained("equal time", "--budget", "time", "--seconds", "5") == 2
     for name in ("device", "threads", "torch", "compile"):
         with monkeypatch.context() as patch:
-            other = lambda self, config, name=name: machine(self, config) | {name: "another"}
+
+            def other(self, config, name=name):
+                return machine(self, config) | {name: "another"}
+
             patch.setattr(Comparison, "machine", other)
             assert trained(f"another {name}") == 2
     with monkeypatch.context() as patch:
-        without = lambda argv: [word for word in argv if word not in ("--init_from", "x.pt")]  # no such file
+
+        def without(argv):
+            return [word for word in argv if word not in ("--init_from", "x.pt")]  # no such file
+
         begun.parse = lambda argv: replace(parse_config(without(argv)), init_from="x.pt")
         patch.setattr(compare, "parse_config", begun.parse)
         assert trained("from a checkpoint", options=["--init_from", "x.pt"]) == 2
@@ -533,8 +643,11 @@ def test_a_variant_that_reads_a_file_is_trained_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("book.npz").write_text("")
     config = parse_config([])
-    for variant, expected in (("swiglu_mlp:layers=0-3", False), ("x:laplacian=domain:missing.npz", False),
-                              ("x:laplacian=domain:book.npz,tau=file", True)):
+    for variant, expected in (
+        ("swiglu_mlp:layers=0-3", False),
+        ("x:laplacian=domain:missing.npz", False),
+        ("x:laplacian=domain:book.npz,tau=file", True),
+    ):
         assert compare.names_a_file(replace(config, variant=("swiglu_mlp", variant))) == expected
     assert compare.names_a_file(replace(config, init_from="book.npz"))
 
@@ -573,7 +686,9 @@ def test_the_plan_alone(begun, capsys):
     assert re.search(r"expected time: \d+:\d\d h, by 4 earlier runs of this track on this machine", out)
     assert begun.call("baseline", "swiglu_mlp", "--seeds", "2", "--dry-run", folder=Path("comparisons/first")) == 0
     assert capsys.readouterr().out.count(": finished") == 4
-    assert begun.call("baseline", "swiglu_mlp", "--sweep", "1,2", "--dry-run", "--reuse", "nowhere", folder=second) == 0
+    assert (
+        begun.call("baseline", "swiglu_mlp", "--sweep", "1,2", "--dry-run", "--reuse", "nowhere", folder=second) == 0
+    )
     out = capsys.readouterr().out
     assert "first, on other seeds for the learning rates: 4 runs, on which what follows depends" in out
     assert "not known; there is no earlier run" in out
@@ -596,8 +711,13 @@ def test_a_closed_console_and_a_locale_without_accents(corpus, tmp_path):
     """A plan whose folder has accents, on a console that knows ASCII only and that closes after the first line."""
     argv = ["baseline", "swiglu_mlp", "--dry-run", "-o", "résultats", "--", "--steps", "2", "--data", str(corpus)]
     locale = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii:strict")
-    process = subprocess.Popen([sys.executable, str(ROOT / "compare.py"), *argv], cwd=tmp_path, env=os.environ | locale,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "compare.py"), *argv],
+        cwd=tmp_path,
+        env=os.environ | locale,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout.readline() == b"2 arms x 3 seeds, 6 runs; folder r??sultats\n"
     process.stdout.close()
     errors = process.stderr.read()

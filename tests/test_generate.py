@@ -1,4 +1,6 @@
-"""Texts from checkpoints: the cache against the whole forward pass, sampling, tokens and text, exported models, bad input."""
+"""
+Texts from checkpoints: the cache against the whole forward pass, sampling, tokens and text, exported models, bad input.
+"""
 import io
 import json
 import math
@@ -19,12 +21,16 @@ from generate import Decoder, Tokenizer, choose, decodes_from_cache, sample
 from train_gpt import Config
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = dict(vocab_size=61, layers=3, model_dim=32, heads=2, head_dim=16, mlp_hidden=64, sequence_length=64, attention_scale=0.25)
+TINY = dict(vocab_size=61, layers=3, model_dim=32, heads=2, head_dim=16, mlp_hidden=64, sequence_length=64,
+            attention_scale=0.25)
 SHORT = dict(window_pattern="SL", window_short=(9,))
 ALONE = train_gpt.Ranks(0, 1, torch.device("cpu"), torch.float32)
-CACHED = ["baseline", "forgetting_attention:short_conv=3", "forgetting_attention:decay=per_head", "topological_attention", "topological_attention:preset=fast",
-          "topological_attention:preset=key_only", "topological_attention:coordinate=linear,temperature=per_head,decay=per_head,key_bias=on,gate=output",
-          "topological_attention:preset=fast,quantize_bins=32", "topological_attention:preset=fast,layers=0-1+forgetting_attention:layers=2", "parallel_residual", "swiglu_mlp"]
+CACHED = ["baseline", "forgetting_attention:short_conv=3", "forgetting_attention:decay=per_head",
+          "topological_attention", "topological_attention:preset=fast", "topological_attention:preset=key_only",
+          "topological_attention:coordinate=linear,temperature=per_head,decay=per_head,key_bias=on,gate=output",
+          "topological_attention:preset=fast,quantize_bins=32",
+          "topological_attention:preset=fast,layers=0-1+forgetting_attention:layers=2", "parallel_residual",
+          "swiglu_mlp"]
 
 
 def shaken(model):
@@ -39,7 +45,9 @@ def shaken(model):
 
 @pytest.fixture
 def model_of():
-    """model_of("variant+variant", **settings) -> a shaken model; its variants stay applied for the length of the test."""
+    """
+    model_of("variant+variant", **settings) -> a shaken model; its variants stay applied for the length of the test.
+    """
     contexts = []
     def make(specs, **settings):
         config = Config(variant=() if specs == "baseline" else tuple(specs.split("+")), **(TINY | settings))
@@ -65,7 +73,8 @@ def worst(decoder, tokens, whole, first):
     return worst
 
 
-# ---- decoding
+# ---- decoding ---------------------------------------------------------------
+
 
 @pytest.mark.parametrize("windows", [{}, SHORT, dict(document_mask=False)], ids=["long", "short", "no-documents"])
 @pytest.mark.parametrize("specs", CACHED)
@@ -79,7 +88,8 @@ def test_decoding_equals_the_whole_pass(model_of, specs, windows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("specs", ["baseline", "topological_attention:preset=fast", "forgetting_attention", "topological_attention:preset=fast,layers=0-1+forgetting_attention:layers=2"])
+@pytest.mark.parametrize("specs", ["baseline", "topological_attention:preset=fast", "forgetting_attention",
+                                   "topological_attention:preset=fast,layers=0-1+forgetting_attention:layers=2"])
 def test_two_thousand_tokens(model_of, specs):
     model, tokens = model_of(specs), text_rows(2000, B=1, ends=False)
     with torch.no_grad():
@@ -87,7 +97,8 @@ def test_two_thousand_tokens(model_of, specs):
     assert worst(Decoder(model, 2000), tokens, whole, 100) < 1e-4
 
 
-@pytest.mark.parametrize("specs", ["topological_attention:preset=fast,quantize_bins=64", "topological_attention:preset=key_only"])
+@pytest.mark.parametrize("specs", ["topological_attention:preset=fast,quantize_bins=64",
+                                   "topological_attention:preset=key_only"])
 def test_a_state_of_fixed_size(model_of, specs):
     """Coordinates that were rounded in training lie on the bins: the state is exact, and it does not grow."""
     model, tokens, sizes = model_of(specs), text_rows(120), []
@@ -132,7 +143,8 @@ def test_a_part_that_mixes_tokens_runs_the_whole_context(model_of, monkeypatch):
     assert worst(Decoder(model, 64, cached=False), tokens, whole, 20) < 1e-5
 
 
-# ---- sampling
+# ---- sampling ---------------------------------------------------------------
+
 
 def test_choose():
     generator = torch.Generator().manual_seed(1)
@@ -141,7 +153,8 @@ def test_choose():
     assert (choose(logits, 5.0, 1, 1.0, generator) == 1).all()
     assert set(choose(logits, 5.0, 2, 1.0, generator).tolist()) == {1, 2}
     probability = logits[0].softmax(-1)  # 0.09 0.66 0.24 0.01
-    assert set(choose(logits, 1.0, 0, 0.7, generator).tolist()) == {1, 2} and set(choose(logits, 1.0, 0, 0.6, generator).tolist()) == {1}
+    assert set(choose(logits, 1.0, 0, 0.7, generator).tolist()) == {1, 2}
+    assert set(choose(logits, 1.0, 0, 0.6, generator).tolist()) == {1}
     shares = torch.bincount(choose(logits, 1.0, 0, 1.0, generator), minlength=4) / 20_000
     torch.testing.assert_close(shares, probability, atol=0.015, rtol=0)
     hot = torch.bincount(choose(logits, 2.0, 0, 1.0, generator), minlength=4) / 20_000
@@ -182,7 +195,8 @@ def test_samples_follow_the_probabilities(model_of):
     assert abs(gains.mean()) < 4 * gains.std() / math.sqrt(len(gains))
 
 
-# ---- text
+# ---- text -------------------------------------------------------------------
+
 
 def test_characters_over_several_tokens():
     tokenizer = Tokenizer(None)
@@ -194,17 +208,23 @@ def test_characters_over_several_tokens():
     assert tokenizer.encode("hello") == [257, 108, 111] and "".join(map(shown, [257, 108, 111])) == "hello"
 
 
-# ---- the command, from a run's checkpoint
+# ---- the command, from a run's checkpoint -----------------------------------
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A folder with a run of two steps on bytes: its checkpoint run.pt and its shards in data/."""
     folder = tmp_path_factory.mktemp("run")
     text = [("train", b"def main():\n    return 0\n" * 200, 0, True), ("val", b"import sys\n" * 60, 0, True)]
-    write_folder(folder / "data", "tiny", ((split, list(words), len(words), begins) for split, words, _, begins in text), end_of_text=256, tokenizer="bytes")
-    done = subprocess.run([sys.executable, "train_gpt.py", "--steps", "2", "--data", str(folder / "data"), "--log_dir", str(folder), "--run_id", "run", "--val_tokens", "256",
-                           "--layers", "2", "--model_dim", "32", "--heads", "2", "--head_dim", "16", "--mlp_hidden", "32", "--batch_tokens", "256", "--sequence_length", "64", "--window_pattern", "L",
-                           "--variant", "topological_attention:preset=fast,layers=0"], cwd=ROOT, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    write_folder(folder / "data", "tiny",
+                 ((split, list(words), len(words), begins) for split, words, _, begins in text), end_of_text=256,
+                 tokenizer="bytes")
+    done = subprocess.run([sys.executable, "train_gpt.py", "--steps", "2", "--data", str(folder / "data"), "--log_dir",
+                           str(folder), "--run_id", "run", "--val_tokens", "256", "--layers", "2", "--model_dim", "32",
+                           "--heads", "2", "--head_dim", "16", "--mlp_hidden", "32", "--batch_tokens", "256",
+                           "--sequence_length", "64", "--window_pattern", "L", "--variant",
+                           "topological_attention:preset=fast,layers=0"], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | dict(OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -224,18 +244,23 @@ def unpatched():
 
 
 def test_text_to_the_terminal(run, capsys):
-    code, out, error = command(capsys, "--checkpoint", run / "run.pt", "--prompt", "def", "--tokens", 20, "--endless", "--temperature", 0.5)
+    code, out, error = command(capsys, "--checkpoint", run / "run.pt", "--prompt", "def", "--tokens", 20, "--endless",
+                               "--temperature", 0.5)
     assert code == 0 and out.startswith("def") and "20 tokens in" in error and "runs the whole context" not in error
-    again = command(capsys, "--checkpoint", run / "run.pt", "--prompt", "def", "--tokens", 20, "--endless", "--temperature", 0.5, "--no-cache")
+    again = command(capsys, "--checkpoint", run / "run.pt", "--prompt", "def", "--tokens", 20, "--endless",
+                    "--temperature", 0.5, "--no-cache")
     assert again[1] == out and "every token runs the whole context" in again[2]
     (run / "prompt.txt").write_text("import é")
-    code, out, _ = command(capsys, "--checkpoint", run / "run.pt", "--prompt-file", run / "prompt.txt", "--tokens", 5, "--batch", 3, "--bins", 16)
+    code, out, _ = command(capsys, "--checkpoint", run / "run.pt", "--prompt-file", run / "prompt.txt", "--tokens", 5,
+                           "--batch", 3, "--bins", 16)
     assert code == 0 and out.count("import é") == 3 and "--- 3\n" in out
 
 
 def test_exported_models_give_identical_logits(run, capsys, tmp_path):
     code, out, _ = command(capsys, "--checkpoint", run / "run.pt", "--export", tmp_path / "model")
-    assert code == 0 and sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "meta.json", "model.safetensors"]
+    assert code == 0
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "meta.json",
+                                                                            "model.safetensors"]
     config = train_gpt.config_from(train_gpt.read_checkpoint(run / "run.pt")["config"], "run.pt")
     assert train_gpt.config_from(generate.read_model(str(tmp_path / "model"))["config"], "model") == config
     logits = []
@@ -245,7 +270,8 @@ def test_exported_models_give_identical_logits(run, capsys, tmp_path):
         with variants.applied(config.variant, config), torch.no_grad():
             logits.append(train_gpt.trained_model(saved, config, ALONE)(text_rows(30)))
     assert torch.equal(*logits)
-    texts = [command(capsys, "--checkpoint", path, "--prompt", "re", "--tokens", 9)[1] for path in (run / "run.pt", tmp_path / "model")]
+    texts = [command(capsys, "--checkpoint", path, "--prompt", "re", "--tokens", 9)[1]
+             for path in (run / "run.pt", tmp_path / "model")]
     assert texts[0] == texts[1]
 
 
@@ -332,7 +358,8 @@ def test_extreme_numbers_that_mean_something(run, capsys):
     assert "prompt has 2 tokens and the model sees 1 back" in refused(capsys, *good, "--context", 1)
 
 
-# ---- memory
+# ---- memory -----------------------------------------------------------------
+
 
 def test_what_the_layers_will_keep_is_known_before(model_of):
     """The estimate's caches are, to the byte, those after the text: growth is measured on 32 tokens, here to 100."""
@@ -370,10 +397,12 @@ def test_memory_that_others_took(run, capsys, monkeypatch, error):
     def fail(*arguments):
         raise error
     monkeypatch.setattr(generate, "decodes_from_cache", fail)
-    assert f"this machine has too little memory for that ({error}); ask for less" in refused(capsys, "--checkpoint", run / "run.pt")
+    assert f"this machine has too little memory for that ({error}); ask for less" in refused(capsys, "--checkpoint",
+                                                                                             run / "run.pt")
 
 
-# ---- where the model comes from
+# ---- where the model comes from ---------------------------------------------
+
 
 def test_a_run_by_its_name(run, capsys):
     options = ["--log-dir", run, "--prompt", "de", "--tokens", 4]
@@ -476,7 +505,8 @@ def test_bins_without_a_cache(run, capsys, monkeypatch):
     assert "a part of this model keeps nothing for later tokens" in refused(capsys, *good)
 
 
-# ---- the console
+# ---- the console ------------------------------------------------------------
+
 
 def test_an_interrupt(run, capsys, monkeypatch):
     def interrupt(*arguments):
@@ -541,7 +571,8 @@ def test_the_help_names_defaults_in_groups(capsys, monkeypatch):
     assert "(default: 256)" in " ".join(out.split()) and "(default: 1.0)" in " ".join(out.split())
 
 
-# ---- exported folders
+# ---- exported folders -------------------------------------------------------
+
 
 def test_the_umask_holds_for_exported_files(run, capsys, tmp_path):
     before = os.umask(0o027)
@@ -571,11 +602,10 @@ def test_an_export_never_damages_a_folder(run, capsys, tmp_path, monkeypatch):
 
     # a full disk, at any file: the earlier export stays, nothing is left behind
     for file in ("meta.json", "model.safetensors", "config.json"):
-        def fill(path, write, file=file):
+        def fill(path, write, file=file, write_atomically=train_gpt.write_atomically):
             if path.name == file:
                 raise train_gpt.RunError(f"cannot write {path}: No space left on device")
             write_atomically(path, write)
-        write_atomically = train_gpt.write_atomically
         with monkeypatch.context() as patch:
             patch.setattr(train_gpt, "write_atomically", fill)
             assert "No space left" in refused(capsys, "--checkpoint", logs / "run.pt", "--export", model)

@@ -19,18 +19,17 @@ CHECKOUT_BYTES = 20 * 2**20
 PATH_LENGTH = 120               # characters, from the checkout's root
 
 # What is above the trainer, at the root of the checkout or, of a folder of other things, by name.
-SCRIPTS = {"compare", "generate", "visualize", "manifold"}
-COMMANDS = {"variants.check", "variants.__main__"}  # commands that live beside the variants which they look at
+SCRIPTS = {"compare", "generate", "visualize"}
+COMMANDS = {"variants.check", "variants.__main__", "data.manifold"}  # commands that live beside what they look at
 
 # layer -> layers that its modules may import
-LIBRARY = {"variants", "data", "records", "command_line", "train_gpt", "kernels"}
+LIBRARY = {"variants", "data", "records", "train_gpt", "kernels"}
 ARROWS = {
     "kernels": {"kernels"},
     "train_gpt": set(),
-    "command_line": {"train_gpt"},
     "variants": {"variants", "train_gpt", "kernels"},
-    "data": {"data", "train_gpt", "command_line"},
-    "records": {"records", "train_gpt", "command_line"},
+    "data": {"data", "train_gpt"},
+    "records": {"records", "train_gpt"},
     "scripts": LIBRARY | {"scripts"},
     "tasks": LIBRARY | {"scripts", "tasks"},
     "benchmarks": LIBRARY | {"scripts", "benchmarks"},

@@ -133,8 +133,10 @@ def scratch(tmp_path_factory):
     (folder / "data/python_bytes").mkdir(parents=True)
     for name in ("run.sh", "requirements.txt"):
         shutil.copy(ROOT / name, folder)
-    for file in (ROOT / "data").glob("*.py"):
-        shutil.copy(file, folder / "data")
+    for name in ("data", "tasks", "studies", "benchmarks"):
+        (folder / name).mkdir(exist_ok=True)
+        for file in (ROOT / name).glob("*.py"):
+            shutil.copy(file, folder / name)
     (folder / "data/python_bytes/meta.json").write_text("{}")
     shutil.copy(ROOT / "requirements.txt", folder / ".venv/requirements.installed.txt")
     (folder / ".venv/bin/python").write_text(STAND_IN)
@@ -274,7 +276,7 @@ def test_the_readmes_variant_is_a_variant(examples):
 def test_the_readmes_laplacian_fits_the_default_track():
     """As many features as a head of the track has channels; the run that is shown gives no --head_dim."""
     text = (ROOT / "docs/usage.md").read_text()
-    features = re.search(r"-m manifold corpus .* --features (\d+)", text)[1]
+    features = re.search(r"run.sh data manifold corpus .* --features (\d+)", text)[1]
     assert int(features) == train_gpt.parse_config([]).head_dim
 
 
@@ -303,7 +305,7 @@ def test_broken_links_are_found(tmp_path):
     "./run.sh compare baseline my_mlp --seeds 6        equal tokens",
     "./run.sh compare baseline my_mlp --seeds 6 equal tokens",
     "./run.sh data tokenize_text book.txt -o data/book   your own text",
-    "./run.sh python -m tasks.recall make --no-such-option 3",
+    "./run.sh task recall make --no-such-option 3",
     "./run.sh generate --checkpoint a.pt --top-k many",
     "./run.sh --variant no_such_variant",
     "./run.sh --variant topological_attention:laplacian=domain:bytes.npz --head_dim 64",
@@ -343,11 +345,11 @@ TINY = {  # what is set behind a command: the longest beginning that fits decide
     "./run.sh data local_corpus": "",
     "./run.sh data cached_fineweb10B": None,                 # from the Hub
     "./run.sh data tokenize_text": "--tokenizer bytes",      # GPT-2's is from the Hub
-    "./run.sh python -m studies.ngram_loss": "",
-    "./run.sh python -m tasks.recall make": "--count 200 --val_count 50",
-    "./run.sh python -m tasks.recall --help": "",
-    "./run.sh python -m tasks.symbolic_language": "--count 200 --val_count 50 --test_count 10",
-    "./run.sh python -m manifold": "--tokens 300000",
+    "./run.sh study ngram_loss": "",
+    "./run.sh task recall make": "--count 200 --val_count 50",
+    "./run.sh task recall --help": "",
+    "./run.sh task symbolic_language": "--count 200 --val_count 50 --test_count 10",
+    "./run.sh data manifold": "--tokens 300000",
 }
 
 

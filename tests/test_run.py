@@ -21,7 +21,9 @@ from data.shards import write_meta, write_shard
 ROOT = Path(__file__).resolve().parent.parent
 BASH = os.environ.get("RUN_SH_BASH", "bash")
 SPIN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
-VERBS = "train compare check variants generate visualize runs board data test python help".split()
+VERBS = ("train compare check variants generate visualize runs clean board data task study bench test "
+         "python help").split()
+FOLDERS = ("data", "tasks", "studies", "benchmarks")  # of scripts that run.sh names
 
 PIP = "-m pip install --quiet --disable-pip-version-check -r @/requirements.txt"
 
@@ -59,11 +61,12 @@ cp "$STAND_IN" "$3/bin/python"
 def checkout(tmp_path):
     """A copy of what run.sh looks at, with an environment that is set up; beside it what environments are made from."""
     folder = tmp_path / "checkout"
-    (folder / "data").mkdir(parents=True)
+    for name in FOLDERS:
+        (folder / name).mkdir(parents=True)
+        for file in (ROOT / name).glob("*.py"):
+            shutil.copy(file, folder / name)
     for name in ("run.sh", "requirements.txt", "train_gpt.py"):
         shutil.copy(ROOT / name, folder)
-    for file in (ROOT / "data").glob("*.py"):
-        shutil.copy(file, folder / "data")
     for name, text in (("stand-in", STAND_IN), ("base", BASE)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -106,7 +109,8 @@ def give_corpus(folder):
         (folder / "data/python_bytes" / name).write_text("{}")
 
 
-# ---- training and comparing
+# ---- training and comparing -------------------------------------------------
+
 
 def test_alone_it_prepares_the_embedded_corpus_and_trains(checkout):
     assert call(checkout)[1] == ["-P -m data.local_corpus", "@/train_gpt.py"]
@@ -177,17 +181,22 @@ def test_the_exit_code_is_the_trainers(checkout):
     assert call(checkout, "python", "-m", "variants", EXIT="7")[:2] == (7, ["-m variants"])
 
 
-# ---- verbs
+# ---- verbs ------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("arguments, expected", {
     "generate --checkpoint a.pt": "@/generate.py --checkpoint a.pt",
     "visualize stream a.json": "@/visualize.py stream a.json",
     "check swiglu_mlp:layers=0": "-P -m variants.check swiglu_mlp:layers=0",
     "variants": "-P -m variants",
-    "runs logs": "-P -m records.runs logs",
+    "runs --json": "-P -m records.runs --json",
+    "clean --yes": "-P -m records.clean --yes",
     "board check": "-P -m records.leaderboard check",
     "data tokenize_text book.txt -o book": "-P -m data.tokenize_text book.txt -o book",
     "data local_corpus": "-P -m data.local_corpus",
+    "task recall make -o a": "-P -m tasks.recall make -o a",
+    "study ngram_loss a": "-P -m studies.ngram_loss a",
+    "bench gpu_suite --list": "-P -m benchmarks.gpu_suite --list",
     "python": "",
     "python -c pass": "-c pass",
 }.items())
@@ -218,7 +227,11 @@ def test_help_shows_every_verb_without_an_environment(checkout):
     "zzz": "there is no verb 'zzz'; choose from: " + " ".join(VERBS),
     "train_gpt.py": "there is no verb 'train_gpt.py', the nearest is train; choose from: " + " ".join(VERBS),
     "data": "there is no data script ''; choose from: ",
-    "data manifld": "there is no data script 'manifld', the nearest is manifold; choose from: ",
+    "data local_corpse": "there is no data script 'local_corpse', the nearest is local_corpus; choose from: ",
+    "data recall": "there is no data script 'recall'; choose from: cached_fineweb10B local_corpus manifold",
+    "task": "there is no task script ''; choose from: recall symbolic_language",
+    "study ngram": "there is no study script 'ngram', the nearest is ngram_loss; choose from: ",
+    "bench timing": "there is no bench script 'timing'",  # a module that is no script
     "data shards": "there is no data script 'shards'; choose from: ",  # a module that is no script
     "data ../train_gpt": "there is no data script '../train_gpt'; choose from: ",
 }.items())
@@ -229,7 +242,8 @@ def test_an_unknown_verb_is_one_line_before_anything_is_set_up(checkout, argumen
     assert not (checkout / ".venv").exists()
 
 
-# ---- the linter and the tests
+# ---- the linter and the tests -----------------------------------------------
+
 
 def test_test_runs_linter_and_tests(checkout):
     ruff = "-m ruff check @"
@@ -254,7 +268,8 @@ def test_tests_from_another_folder_are_the_checkouts_or_those_named(checkout, tm
         assert call(checkout, "test", *arguments.split(), folder=tmp_path / "mine")[1][-1] == f"{here} {expected}"
 
 
-# ---- folders and links
+# ---- folders and links ------------------------------------------------------
+
 
 @pytest.mark.parametrize("form", ["absolute", "relative", "chain", "folder"])
 def test_a_link_leads_to_the_checkout(checkout, tmp_path, form):
@@ -322,7 +337,8 @@ def test_waiting_threads_spin_for_a_bounded_time_unless_the_user_says_otherwise(
         assert [shown(checkout, other, **{name: value}) for other in SPIN] == expected
 
 
-# ---- the environment
+# ---- the environment --------------------------------------------------------
+
 
 def test_changed_requirements_are_installed_once(checkout):
     (checkout / "requirements.txt").write_text("torch==0\n")
@@ -485,7 +501,7 @@ def test_the_lock_is_not_held_while_the_work_goes_on(checkout, tmp_path):
     assert "run.sh.lock" not in errors.split("(once)")[1]
 
 
-# ---- the shell
+# ---- the shell --------------------------------------------------------------
 
 NEWER_THAN_3_2 = (r"declare -A|local -A|typeset -A|mapfile|readarray|coproc|\$\{!|&>>|\|&|;;&|;&|\$\{\w+[,^@]"
                   r"|\[\[? -v|wait -n|local -n|declare -n|exec \{|\{\d+\.\.\d+\.\.|printf '%\(|\bEPOCH|\*\*/")
@@ -522,7 +538,8 @@ def test_ci_says_what_it_runs_and_runs_the_readmes_command(tmp_path):
     assert (result.returncode, result.stdout) == (3, f"./run.sh test\ncalled: test in {tmp_path}\n")
 
 
-# ---- in earnest
+# ---- in earnest -------------------------------------------------------------
+
 
 @pytest.fixture
 def real(tmp_path):
@@ -554,8 +571,8 @@ def test_training_from_another_folder_through_a_link(real):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", [
-    "train", "compare", "generate", "visualize", "board", "data manifold", "data local_corpus", "data recall",
-    "data symbolic_language", "data tokenize_text", "data cached_fineweb10B", "data ngram_loss"])
+    "train", "compare", "generate", "visualize", "board", "data local_corpus", "data tokenize_text",
+    "data cached_fineweb10B", "task recall", "task symbolic_language", "study ngram_loss", "bench decode"])
 def test_every_verb_works_from_another_folder(real, verb):
     (real["cwd"] / "data").mkdir()  # neither the caller's modules nor folders stand in the way
     (real["cwd"] / "data/__init__.py").write_text("raise SystemExit('the wrong data')")

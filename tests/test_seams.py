@@ -14,7 +14,8 @@ import torch.nn.functional as F
 import train_gpt
 import variants
 from data.shards import write_meta, write_shard
-from train_gpt import Config, Ranks, RunError, TokenLoader, Trainer, make_config
+from tests.ranks import run_ranks
+from train_gpt import Config, Ranks, TokenLoader, Trainer, make_config
 
 T = 32
 TINY = dict(
@@ -40,19 +41,38 @@ def corpus(tmp_path_factory):
     return folder
 
 
+def arguments(corpus, folder, *specs, **changes) -> list[str]:
+    """The command line of a run in this folder, with these variants."""
+    words = [f"--{name}={value}" for name, value in {**TINY, "data": corpus, "log_dir": folder, **changes}.items()]
+    return [*words, "--variant", *specs] if specs else words
+
+
 def run(corpus, folder, *specs, **changes) -> dict:
-    """The JSON of a run of the command line."""
-    words = []
-    for name, value in {**TINY, "data": corpus, "log_dir": folder, **changes}.items():
-        words += [f"--{name}", str(value)]
-    if specs:
-        words += ["--variant", *specs]
-    assert train_gpt.main(words, loader=variants) == 0
+    """The JSON of a run that ends well."""
+    assert train_gpt.main(arguments(corpus, folder, *specs, **changes), loader=variants) == 0
+    return facts_of(folder)
+
+
+def facts_of(folder) -> dict:
     return json.loads((folder / "run.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def plain(corpus, tmp_path_factory):
+    """The folder of the baseline's run, which keeps the weights of every step; tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("plain")
+    run(corpus, folder, keep_every=1)
+    return folder
 
 
 def checkpoint(folder, name="run") -> dict:
     return train_gpt.read_checkpoint(folder / f"{name}.pt")
+
+
+def go_on(file):
+    """Resume a run from a kept checkpoint, whose last one it writes anew."""
+    (file.parent / "run.pt").unlink()
+    assert train_gpt.main(["--resume", str(file), "--keep_every", "0"], loader=variants) == 0
 
 
 def same_tensors(a: dict, b: dict) -> bool:
@@ -70,18 +90,7 @@ def test_every_seam_exists_and_the_readme_gives_its_signature():
             assert signature == list(inspect.signature(seam).parameters), name
 
 
-@pytest.mark.parametrize("name", ["TokenLoader", "Trainer", "RunLog", "validation_batches", "write_checkpoint"])
-def test_the_referee_is_refused_by_name(name, monkeypatch, tmp_path):
-    cheat = f"cheat_{name.lower()}"
-    (tmp_path / f"{cheat}.py").write_text(
-        '"""Cheats.\n\nSource: x\nStatus: y\n"""\nfrom dataclasses import dataclass\nimport train_gpt\n'
-        f"@dataclass\nclass Options:\n    pass\ndef patch(options):\n    train_gpt.{name} = None\n")
-    monkeypatch.setattr(variants, "__path__", [*variants.__path__, str(tmp_path)])
-    with pytest.raises(RunError, match=f"its patch changes {name}, which all arms of a comparison must share; a variant"):
-        variants.apply((cheat,), make_config({}))
-
-
-# ---- schedules
+# ---- Schedules --------------------------------------------------------------
 
 
 def schedules(**options):
@@ -105,7 +114,8 @@ def test_rates_at_points():
     assert module.learning_rate(config, 0.05, wsd) == pytest.approx(0.5)
     assert module.learning_rate(config, 0.7, wsd) == 1
     assert module.learning_rate(config, 0.9375, wsd) == pytest.approx(1 - math.sqrt(0.75))
-    assert module.momentum(config, 1.0, schedules(momentum_end=0.5)[1], train_gpt.schedule_momentum) == pytest.approx(0.5)
+    _, falling = schedules(momentum_end=0.5)
+    assert module.momentum(config, 1.0, falling, train_gpt.schedule_momentum) == pytest.approx(0.5)
     assert module.adam_betas(config, 0.5, schedules(beta2_end=0.99)[1]) == pytest.approx((0.8, 0.97))
 
 
@@ -146,7 +156,7 @@ def test_the_rate_is_the_one_of_the_schedule(corpus, tmp_path, monkeypatch):
     assert factors[-1] == (pytest.approx((1 + math.cos(math.pi * 7 / 8)) / 2), 7 / 8)
 
 
-# ---- the size of a step
+# ---- The size of a step -----------------------------------------------------
 
 
 def test_batch_schedule_keeps_tokens_and_order(corpus, tmp_path):
@@ -167,29 +177,29 @@ def test_rows_are_cut_so_that_every_target_counts_once():
     rows = torch.arange(2 * (T + 1)).view(2, T + 1)
     short = train_gpt.cut_rows(rows, T // 4)
     assert short.shape == (8, T // 4 + 1)
-    assert torch.equal(short[:, 1:].flatten(), rows[:, 1:].flatten()) and torch.equal(short[:, :-1].flatten(), rows[:, :-1].flatten())
+    assert torch.equal(short[:, 1:].flatten(), rows[:, 1:].flatten())
+    assert torch.equal(short[:, :-1].flatten(), rows[:, :-1].flatten())
 
 
 def test_a_run_with_a_batch_schedule_resumes_exactly(corpus, tmp_path):
     spec = "batch_schedule:batch_until=0.5,rows_until=0.75"
     run(corpus, tmp_path, spec, keep_every=5)
     before = checkpoint(tmp_path)
-    (tmp_path / "run.pt").unlink()
-    assert train_gpt.main(["--resume", str(tmp_path / "run-step000005.pt"), "--keep_every", "0"], loader=variants) == 0
-    assert same_tensors(before["model"], checkpoint(tmp_path)["model"]) and checkpoint(tmp_path)["tokens"] == before["tokens"]
+    go_on(tmp_path / "run-step000005.pt")
+    after = checkpoint(tmp_path)
+    assert same_tensors(before["model"], after["model"]) and after["tokens"] == before["tokens"]
 
 
 def test_sizes_that_do_not_divide_are_refused(corpus, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(train_gpt, "schedule_batch", lambda config, progress: (8 * T, 5))
-    words = [f"--{name}={value}" for name, value in {**TINY, "data": corpus, "log_dir": tmp_path}.items()]
-    assert train_gpt.main(words) == 1
+    assert train_gpt.main(arguments(corpus, tmp_path)) == 1
     assert "schedule_batch gives 256 tokens in rows of 5 at 0.000 of the run" in capfd.readouterr().err
 
 
-# ---- gradients
+# ---- Gradients --------------------------------------------------------------
 
 
-def test_gradients_are_clipped_to_the_norm(corpus, tmp_path, monkeypatch):
+def test_gradients_are_clipped_to_the_norm(corpus, tmp_path, plain, monkeypatch):
     norms = []
     treat = variants.load("gradient_clipping").treat
 
@@ -202,43 +212,43 @@ def test_gradients_are_clipped_to_the_norm(corpus, tmp_path, monkeypatch):
     run(corpus, tmp_path / "clipped", "gradient_clipping:norm=0.01")
     assert len(norms) == 9 and norms == pytest.approx([0.01] * 9, rel=1e-3)  # the warm-up has one step
     run(corpus, tmp_path / "far", "gradient_clipping:norm=1e9")
-    run(corpus, tmp_path / "plain")
-    assert same_tensors(checkpoint(tmp_path / "far")["model"], checkpoint(tmp_path / "plain")["model"])
+    assert same_tensors(checkpoint(tmp_path / "far")["model"], checkpoint(plain)["model"])
 
 
-# ---- averages
+# ---- Averages ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", ["kind=ema,decay=0.5", "kind=last,count=3,every=2"])
-def test_validation_and_checkpoint_see_the_average_and_training_goes_on(corpus, tmp_path, options):
-    run(corpus, tmp_path / "averaged", f"weight_average:{options}", keep_every=1)
-    run(corpus, tmp_path / "plain", keep_every=1)
-    averaged, plain = checkpoint(tmp_path / "averaged"), checkpoint(tmp_path / "plain")
-    assert same_tensors(averaged["trained"], plain["model"]) and not same_tensors(averaged["model"], plain["model"])
-    assert averaged["curve"][0]["val_loss"] == plain["curve"][0]["val_loss"]
-    assert averaged["curve"][-1]["val_loss"] != plain["curve"][-1]["val_loss"]
+def test_validation_and_checkpoint_see_the_average_and_training_goes_on(corpus, tmp_path, plain, options):
+    run(corpus, tmp_path, f"weight_average:{options}")
+    averaged, baseline = checkpoint(tmp_path), checkpoint(plain)
+    assert same_tensors(averaged["trained"], baseline["model"])
+    assert not same_tensors(averaged["model"], baseline["model"])
+    assert averaged["curve"][0]["val_loss"] == baseline["curve"][0]["val_loss"]
+    assert averaged["curve"][-1]["val_loss"] != baseline["curve"][-1]["val_loss"]
 
     # the average by hand from the plain run's kept weights
-    steps = [checkpoint(tmp_path / "plain", f"run-step{step:06d}")["model"] for step in range(1, 8)] + [plain["model"]]
     name = "blocks.0.mlp.fc.weight"
+    kept = [checkpoint(plain, f"run-step{step:06d}") for step in range(1, 8)]
+    weights = [saved["model"][name] for saved in (*kept, baseline)]
     if "last" in options:
-        expected = torch.stack([steps[i][name] for i in (3, 5, 7)]).mean(0)
+        expected = torch.stack([weights[i] for i in (3, 5, 7)]).mean(0)
     else:
-        expected = steps[0][name].clone()
-        for n, weights in enumerate(steps[1:], 2):
-            expected = expected.lerp(weights[name], 1 - min(0.5, (1 + n) / (10 + n)))
+        expected = weights[0].clone()
+        for n, w in enumerate(weights[1:], 2):
+            expected = expected.lerp(w, 1 - min(0.5, (1 + n) / (10 + n)))
     torch.testing.assert_close(averaged["model"][name], expected, rtol=1e-6, atol=1e-7)
 
 
 def test_a_run_with_an_average_resumes_exactly(corpus, tmp_path):
     run(corpus, tmp_path, "weight_average", keep_every=5)
     before = checkpoint(tmp_path)
-    assert train_gpt.main(["--resume", str(tmp_path / "run-step000005.pt"), "--keep_every", "0"], loader=variants) == 0
+    go_on(tmp_path / "run-step000005.pt")
     after = checkpoint(tmp_path)
     assert same_tensors(before["model"], after["model"]) and same_tensors(before["trained"], after["trained"])
 
 
-# ---- auxiliary losses, dropout and smoothing
+# ---- Auxiliary losses, dropout and smoothing --------------------------------
 
 
 def test_more_tokens_are_predicted_in_training_only(corpus, tmp_path):
@@ -289,7 +299,7 @@ def test_dropout_and_smoothing_are_of_training_only(corpus):
         torch.testing.assert_close(model(*arguments), expected, rtol=1e-5, atol=1e-5)
 
 
-# ---- data
+# ---- Data -------------------------------------------------------------------
 
 
 def test_rows_come_in_the_order_of_the_variant(corpus):
@@ -335,18 +345,36 @@ def test_a_mixture_repeats_and_leaves_out_shards(corpus):
         assert torch.equal(again.next_batch()[0], loader.next_batch()[0])
 
 
-# ---- extra facts
+# ---- Extra facts ------------------------------------------------------------
 
 
-def test_facts_stand_in_the_curve_and_leave_the_run_as_it_is(corpus, tmp_path):
-    plain, noted = run(corpus, tmp_path / "plain"), run(corpus, tmp_path / "noted", "stream_statistics")
+def test_facts_stand_in_the_curve_and_leave_the_run_as_it_is(corpus, tmp_path, plain):
+    noted, baseline = run(corpus, tmp_path, "stream_statistics"), facts_of(plain)
     assert [len(point["stream"]) for point in noted["curve"]] == [4, 4, 4]
-    assert not any("stream" in point for point in plain["curve"])
-    assert same_tensors(checkpoint(tmp_path / "plain")["model"], checkpoint(tmp_path / "noted")["model"])
+    assert not any("stream" in point for point in baseline["curve"])
+    assert [point["val_loss"] for point in noted["curve"]] == [point["val_loss"] for point in baseline["curve"]]
+    assert same_tensors(checkpoint(tmp_path)["model"], checkpoint(plain)["model"])
 
 
 def test_a_trainer_without_variants_needs_no_loader(corpus, tmp_path, capfd):
-    words = [f"--{name}={value}" for name, value in {**TINY, "data": corpus, "log_dir": tmp_path}.items()]
-    assert train_gpt.main([*words, "--variant", "swiglu_mlp"]) == 1
+    assert train_gpt.main(arguments(corpus, tmp_path, "swiglu_mlp")) == 1
     assert "--variant needs the loader of variants" in capfd.readouterr().err
-    assert isinstance(Trainer(make_config({**TINY, "data": str(corpus), "log_dir": str(tmp_path)})).average, type(None))
+    assert Trainer(train_gpt.parse_config(arguments(corpus, tmp_path))).average is None
+
+
+# ---- Several ranks ----------------------------------------------------------
+
+
+def test_seams_hold_for_several_ranks(corpus, tmp_path):
+    """Clipped gradients, an average and steps of several sizes: two ranks see the losses of one, and average alike."""
+    specs = "gradient_clipping:norm=0.1", "weight_average:decay=0.5", "batch_schedule:batch_until=0.5,rows_until=0.25"
+    result = run_ranks({world: arguments(corpus, tmp_path / str(world), *specs) for world in (1, 2)})
+    assert result.returncode == 0, result.stderr[-3000:]
+    alone, shared = ([(point["tokens"], point["val_loss"]) for point in facts_of(tmp_path / world)["curve"]]
+                     for world in "12")
+    assert len(alone) > 2 and [tokens for tokens, _ in alone] == [tokens for tokens, _ in shared]
+    assert [loss for _, loss in shared] == pytest.approx([loss for _, loss in alone], rel=2e-5)
+    one, two = checkpoint(tmp_path / "1"), checkpoint(tmp_path / "2")
+    for name, average in one["model"].items():
+        assert (two["model"][name] - average).norm() <= 1e-3 * average.norm() + 1e-6, name
+        assert not torch.equal(two["model"][name], two["trained"][name]) or not average.any(), name

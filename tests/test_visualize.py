@@ -31,7 +31,8 @@ def folder_of(path: Path, tokens: np.ndarray, vocabulary: int = 257) -> str:
 def files(tmp_path_factory) -> dict[str, str]:
     """One file of each source, and the corpus of the first."""
     folder, rng = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
-    text = np.clip(np.cumsum(rng.integers(-2, 3, 20_000)) % 30 + rng.integers(0, 3, 20_000), 0, 31) + 33  # printable, $ among them
+    # printable, $ among them
+    text = np.clip(np.cumsum(rng.integers(-2, 3, 20_000)) % 30 + rng.integers(0, 3, 20_000), 0, 31) + 33
     corpus = folder_of(folder / "corpus", text)
     from_corpus(corpus, features=8, graph=Graph(topk=4)).save(folder / "corpus.npz")
     from_random(str(folder / "corpus.npz")).save(folder / "random.npz")
@@ -39,7 +40,8 @@ def files(tmp_path_factory) -> dict[str, str]:
     from_chain(2).save(folder / "two.npz")
     keys = np.random.default_rng(1).standard_normal((50, 8)).astype(np.float32)
     source = dict(source="checkpoint", data="corpus", tau=dict(mode="median", percentile=50.0))
-    Manifold(from_corpus(corpus, features=8).laplacian, source, keys, np.ones(50, np.int64)).save(folder / "checkpoint.npz")
+    Manifold(from_corpus(corpus, features=8).laplacian, source, keys,
+             np.ones(50, np.int64)).save(folder / "checkpoint.npz")
     return {path.stem: str(path) for path in folder.glob("*.npz")} | dict(folder=corpus)
 
 
@@ -56,7 +58,8 @@ def test_every_source_has_a_picture(files, tmp_path, capsys, source):
     assert image.shape == (910, 1690, 3)
     for part in (image[:, :900], image[:440, 1150:], image[470:, 1150:]):  # graph or matrix, spectrum, histogram
         assert 0.002 < (part.min(-1) < 0.9).mean() < 0.7
-    assert run("manifold", files[source], "-o", tmp_path / "b.png") == 0 and (tmp_path / "b.png").read_bytes() == path.read_bytes()
+    assert run("manifold", files[source], "-o", tmp_path / "b.png") == 0
+    assert (tmp_path / "b.png").read_bytes() == path.read_bytes()
 
 
 def drawn(files, monkeypatch, source: str, *arguments) -> dict:
@@ -75,7 +78,8 @@ def test_what_the_panels_show(files, monkeypatch):
     laplacian, tau = stored["laplacian"], float(stored["tau"])
     graph, spectrum, histogram = panels["graph"], panels["spectrum"], panels["lambda over the tokens of corpus"]
     edges = np.count_nonzero(np.triu(laplacian, 1))
-    assert graph.get_title() == f"graph: 8 nodes, {edges} edges of weight {-laplacian[laplacian < 0].max():.2f} to {-laplacian.min():.2f}"
+    assert graph.get_title() == (f"graph: 8 nodes, {edges} edges of weight {-laplacian[laplacian < 0].max():.2f} to "
+                                 f"{-laplacian.min():.2f}")
     assert len(graph.collections[0].get_segments()) == edges
     place = np.asarray(graph.collections[1].get_offsets())  # v of L v = m D v, for one m in each column
     for v in place.T:
@@ -86,15 +90,17 @@ def test_what_the_panels_show(files, monkeypatch):
     np.testing.assert_allclose(chain.get_ydata(), 2 - 2 * np.cos(np.pi * np.arange(8) / 8), atol=1e-12)
     x = stored["vectors"].astype(float)
     energies = ((x @ laplacian) * x).sum(1) / (x * x).sum(1)
-    for patches, scale in zip((histogram.patches[:visualize.BINS], histogram.patches[visualize.BINS:]), (1.0, tau), strict=True):
-        expected = np.histogram(energies / (energies + scale), visualize.BINS, (0, 1), weights=stored["counts"] / stored["counts"].sum())[0]
+    for patches, scale in zip((histogram.patches[:visualize.BINS], histogram.patches[visualize.BINS:]), (1.0, tau),
+                              strict=True):
+        expected = np.histogram(energies / (energies + scale), visualize.BINS, (0, 1),
+                                weights=stored["counts"] / stored["counts"].sum())[0]
         np.testing.assert_allclose([bar.get_height() for bar in patches], expected, atol=1e-12)
 
 
 def test_tokens_of_another_corpus(files, tmp_path, monkeypatch):
     tokens = np.load(files["corpus"])["tokens"]
     other = folder_of(tmp_path / "other", np.array([tokens[2]] * 30 + [tokens[5]] * 10 + [5] * 7))
-    counts = visualize.occurrences(visualize.read_manifold(files["corpus"]), other)
+    counts = visualize.count_occurrences(visualize.read_manifold(files["corpus"]), other)
     assert counts[2] == 30 and counts[5] == 10 and counts.sum() == 40
     panels = drawn(files, monkeypatch, "random", ("data", other))  # the control knows the tokens too
     heights = sorted({round(bar.get_height(), 6) for bar in panels["lambda over the tokens of other"].patches})
@@ -104,7 +110,7 @@ def test_tokens_of_another_corpus(files, tmp_path, monkeypatch):
 def test_labels_do_not_overlap():
     rng = np.random.default_rng(0)
     place, labels = rng.standard_normal((60, 2)), ["x" * n for n in rng.integers(1, 15, 60)]
-    placed = visualize.placed_labels(place, labels, np.arange(60))
+    placed = visualize.place_labels(place, labels, np.arange(60))
     points = (place - place.min(0)) / np.ptp(place, axis=0) * visualize.PANEL
     boxes = []
     for i, text, offset in placed:
@@ -112,9 +118,10 @@ def test_labels_do_not_overlap():
         corner = points[i] + offset
         end = corner + np.sign(offset) * (0.62 * visualize.FONT * len(text), visualize.FONT)
         boxes.append((np.minimum(corner, end), np.maximum(corner, end)))
-    overlaps = [(a, b) for a in range(len(boxes)) for b in range(a) if (boxes[a][0] <= boxes[b][1]).all() and (boxes[b][0] <= boxes[a][1]).all()]
+    overlaps = [(a, b) for a in range(len(boxes)) for b in range(a) if (boxes[a][0] <= boxes[b][1]).all()
+                and (boxes[b][0] <= boxes[a][1]).all()]
     assert not overlaps and 20 < len(placed) < 60 and placed[0][0] == 0
-    assert visualize.placed_labels(place, [], np.arange(60)) == []
+    assert visualize.place_labels(place, [], np.arange(60)) == []
 
 
 def test_faults(files, tmp_path, capsys):
@@ -127,14 +134,19 @@ def test_faults(files, tmp_path, capsys):
     for command, expected in {
         (tmp_path / "half.npz",): f"{tmp_path / 'half.npz'} cannot be read (BadZipFile)",
         (tmp_path / "none.npz",): f"{tmp_path / 'none.npz'} cannot be read (FileNotFoundError)",
-        (tmp_path / "bare.npz",): f"{tmp_path / 'bare.npz'} was not made by data/manifold.py, or is damaged (KeyError); make it again",
+        (tmp_path / "bare.npz",):
+            f"{tmp_path / 'bare.npz'} was not made by data/manifold.py, or is damaged (KeyError); make it again",
         (files["two"],): f"{files['two']} has 2 nodes, and the third eigenvector needs 3",
-        (files["checkpoint"], "--data", words): "--data counts tokens, and the vectors of this file are not those of tokens; leave it out",
-        (files["chain"], "--data", words): "--data counts tokens, and the vectors of this file are not those of tokens; leave it out",
-        (files["random"], "--data", words): f"the vectors are those of a vocabulary of 257 tokens, {words} has 5000; give shards of the same tokenizer",
+        (files["checkpoint"], "--data", words):
+            "--data counts tokens, and the vectors of this file are not those of tokens; leave it out",
+        (files["chain"], "--data", words):
+            "--data counts tokens, and the vectors of this file are not those of tokens; leave it out",
+        (files["random"], "--data", words):
+            f"the vectors are those of a vocabulary of 257 tokens, {words} has 5000; give shards of the same tokenizer",
         (files["corpus"], "--data", strange): f"none of the file's 32 tokens occurs in {strange}",
         (files["corpus"], "--data", outside): f"token 300 in {outside} is outside the vocabulary of 257",
-        (files["corpus"], "--data", tmp_path / "nothing"): f"no train shards (*_train_*.bin) in {tmp_path / 'nothing'}",
+        (files["corpus"], "--data", tmp_path / "nothing"):
+            f"no train shards (*_train_*.bin) in {tmp_path / 'nothing'}",
     }.items():
         assert run("manifold", *command, "-o", tmp_path / "a.png") == 1
         error = capsys.readouterr().err
@@ -230,8 +242,10 @@ def checkpoints(tmp_path_factory) -> list[str]:
     """Those at steps 0, 1 and 2 of a run of three layers, the first one without splanifolds."""
     folder = tmp_path_factory.mktemp("splanifold")
     data = folder_of(folder / "corpus", np.random.default_rng(0).integers(0, 256, 4000))
-    model = "--layers 3 --model_dim 16 --heads 2 --head_dim 8 --mlp_hidden 32 --window_pattern L --sequence_length 64 --batch_tokens 128 --val_tokens 64 --val_every 1"
-    arguments = f"--data {data} {model} --steps 2 --keep_every 1 --log_dir {folder} --run_id a --variant splanifold_mlp:preset=dense16,dims=4,nodes=3,layers=1-2"
+    model = ("--layers 3 --model_dim 16 --heads 2 --head_dim 8 --mlp_hidden 32 --window_pattern L "
+             "--sequence_length 64 --batch_tokens 128 --val_tokens 64 --val_every 1")
+    arguments = (f"--data {data} {model} --steps 2 --keep_every 1 --log_dir {folder} --run_id a --variant "
+                 "splanifold_mlp:preset=dense16,dims=4,nodes=3,layers=1-2")
     assert train_gpt.main(arguments.split()) == 0
     return [str(folder / f"a{suffix}.pt") for suffix in ("-step000000", "-step000001", "")]
 
@@ -252,7 +266,8 @@ def test_splanifolds_as_png(checkpoints, tmp_path, capsys):
 
 def test_splanifolds_through_a_run(checkpoints, tmp_path):
     path = tmp_path / "a.gif"
-    assert run("splanifold", *reversed(checkpoints), "-o", path, "--groups", 2, "--layer", 2, "--size", 1.5) == 0  # in the order of steps, however given
+    # in the order of steps, however given
+    assert run("splanifold", *reversed(checkpoints), "-o", path, "--groups", 2, "--layer", 2, "--size", 1.5) == 0
     frames = frames_of(path)
     assert len(frames) >= 3 and not list(tmp_path.glob(".*"))  # equal frames at the end may be one
     assert (frames[0] != frames[1]).any() and (frames[1] != frames[2]).any()
@@ -265,22 +280,29 @@ def test_what_a_panel_of_splanifolds_shows(checkpoints):
     mlp = train_gpt.read_checkpoint(checkpoints[2])["model"]
     nodes, bases = mlp["blocks.1.mlp.points"][1].numpy(), 8 * mlp["blocks.1.mlp.bases"][1].numpy()
     assert np.allclose(group.nodes, nodes) and np.allclose(group.controls[2, 3], nodes[2] + bases[2, :, 3], atol=1e-6)
-    assert group.tokens.shape == (50, 4) and group.t.shape == (50,) and np.allclose(group.spine[[0, 32, 64]], nodes, atol=1e-5)  # the spine passes the nodes
+    assert group.tokens.shape == (50, 4) and group.t.shape == (50,)
+    assert np.allclose(group.spine[[0, 32, 64]], nodes, atol=1e-5)  # the spine passes the nodes
     project = visualize.projection([group, layers[1][0]])
     points = np.concatenate([part.reshape(-1, 4) for g in (group, layers[1][0]) for part in (g.nodes, g.controls)])
     shown = project(points)
-    assert abs(np.cov(shown.T)[0, 1]) < 1e-6 * shown.var() and shown[:, 0].var() > shown[:, 1].var() >= np.sort(np.linalg.eigvalsh(np.cov(points.T)))[-2] * 0.8
+    assert abs(np.cov(shown.T)[0, 1]) < 1e-6 * shown.var()
+    assert shown[:, 0].var() > shown[:, 1].var() >= np.sort(np.linalg.eigvalsh(np.cov(points.T)))[-2] * 0.8
 
 
 def test_groups_of_one_output_are_drawn_over_t():
-    one = lambda *shape: np.zeros((*shape, 1)) + 0.5
-    drawn = visualize.drawn_group(visualize.Group(one(2), one(2, 3), one(visualize.SPINE), one(7), np.linspace(0.2, 0.8, 7)), None)
-    assert np.allclose(drawn["tokens"], np.stack((np.linspace(0.2, 0.8, 7), np.full(7, 0.5)), 1)) and np.allclose(drawn["nodes"], [[0, 0.5], [1, 0.5]])
+    def one(*shape):
+        return np.zeros((*shape, 1)) + 0.5
+
+    drawn = visualize.project_group(visualize.Group(one(2), one(2, 3), one(visualize.SPINE), one(7),
+                                                    np.linspace(0.2, 0.8, 7)), None)
+    assert np.allclose(drawn["tokens"], np.stack((np.linspace(0.2, 0.8, 7), np.full(7, 0.5)), 1))
+    assert np.allclose(drawn["nodes"], [[0, 0.5], [1, 0.5]])
     assert drawn["controls"].shape == (2, 3, 2)
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["-o", "a.jpg"], "a.jpg must end in .png, .gif or .mp4"), (["-o", "a.gif"], "an animation needs at least 2 checkpoints, got 1"),
+    (["-o", "a.jpg"], "a.jpg must end in .png, .gif or .mp4"),
+    (["-o", "a.gif"], "an animation needs at least 2 checkpoints, got 1"),
     (["-o", "a.png", "--layer", "0"], "has no splanifolds in layer 0"), (["--groups", "2"], "required: -o/--output"),
     *((["-o", "a.png", "--groups", number], "--groups must be from 1") for number in ("0", "-1", "1000000")),
     *((["-o", "a.png", "--size", number], "--size must be from 0.1") for number in ("0", "nan", "inf", "1e300")),
@@ -328,7 +350,8 @@ def test_checkpoints_of_two_runs(checkpoints, files, tmp_path, capsys):
 
 def test_a_model_without_splanifolds(tmp_path, capsys):
     data = folder_of(tmp_path / "corpus", np.random.default_rng(0).integers(0, 256, 2000))
-    model = "--layers 1 --model_dim 16 --heads 2 --head_dim 8 --mlp_hidden 32 --value_embeddings 0 --sequence_length 64 --batch_tokens 64 --val_tokens 64 --val_every 0"
+    model = ("--layers 1 --model_dim 16 --heads 2 --head_dim 8 --mlp_hidden 32 --value_embeddings 0 "
+             "--sequence_length 64 --batch_tokens 64 --val_tokens 64 --val_every 0")
     assert train_gpt.main(f"--data {data} {model} --steps 1 --log_dir {tmp_path} --run_id a".split()) == 0
     assert run("splanifold", tmp_path / "a.pt", "-o", tmp_path / "a.png") == 1
     assert "a.pt has no splanifolds; give checkpoints of --variant splanifold_mlp" in capsys.readouterr().err
@@ -336,16 +359,22 @@ def test_a_model_without_splanifolds(tmp_path, capsys):
 
 def run_file(path: Path, variant: tuple, growth: float, steps=(0, 10)) -> Path:
     names = [f"blocks.{layer}.{branch}_residual" for layer in range(3) for branch in ("attention", "mlp")]
-    row = lambda depth, step: dict(branch=names[depth], x_norm=10 * np.exp(growth * depth), z_norm=10 * np.exp(growth * (depth + 1)), rho_par=0.1 + 0.01 * step, relative_step=0.2, kurtosis=3.0)
+
+    def row(depth, step):
+        return dict(branch=names[depth], x_norm=10 * np.exp(growth * depth), z_norm=10 * np.exp(growth * (depth + 1)),
+                    rho_par=0.1 + 0.01 * step, relative_step=0.2, kurtosis=3.0)
+
     curve = [dict(step=step, val_loss=2.0, stream=[row(depth, step) for depth in range(6)]) for step in steps]
     path.write_text(json.dumps(dict(config=dict(variant=variant), seed=1, curve=curve)))
     return path
 
 
 def test_stream(tmp_path, capsys):
-    plain, variant = run_file(tmp_path / "a.json", (), 0.125), run_file(tmp_path / "b.json", ("orthogonal_residual",), 0.0625)
+    plain, variant = run_file(tmp_path / "a.json", (), 0.125), run_file(tmp_path / "b.json", ("orthogonal_residual",),
+                                                                        0.0625)
     name, points = visualize.stream_history(str(variant), "logs")
-    assert name == "orthogonal_residual, seed 1" and [visualize.norm_slope(point["stream"]) for point in points] == pytest.approx([0.0625] * 2)
+    assert name == "orthogonal_residual, seed 1"
+    assert [visualize.norm_slope(point["stream"]) for point in points] == pytest.approx([0.0625] * 2)
     for number, paths in enumerate(([plain], [plain, variant])):
         assert run("stream", *paths, "-o", tmp_path / f"{number}.png") == 0
         image = matplotlib.image.imread(tmp_path / f"{number}.png")[..., :3]

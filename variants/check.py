@@ -401,15 +401,15 @@ def take_step(model: GPT, optimizers: list, rows: Tensor, progress: float):
 
 def learning_faults(losses: dict[int, float]) -> list[str]:
     """Of the losses of train(): one that is no number or rises far above the start, or a text that is not learnt."""
-    for step, loss in losses.items():
-        if not math.isfinite(loss) or loss > 1.5 * losses[0]:
-            return [f"UNSTABLE: the loss is {loss:.3f} after {step} steps on one random text, {losses[0]:.3f} at "
-                    "the start"]
-    steps, loss = max(losses.items())
-    if loss >= 0.9 * losses[0]:
-        return [f"does not learn: the loss is {loss:.3f} after {steps} steps on one random text, {losses[0]:.3f} at "
-                "the start"]
-    return []
+    def line(fault: str, step: int) -> str:
+        return (f"{fault}: the loss is {losses[step]:.3f} after {step} steps on one random text, {losses[0]:.3f} at "
+                "the start")
+
+    unstable = [step for step, loss in losses.items() if not math.isfinite(loss) or loss > 1.5 * losses[0]]
+    if unstable:
+        return [line("UNSTABLE", unstable[0])]
+    last = max(losses)
+    return [line("does not learn", last)] if losses[last] >= 0.9 * losses[0] else []
 
 
 def compile_fault(model: GPT) -> str | None:

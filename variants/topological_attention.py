@@ -16,8 +16,7 @@ are the baseline's. The options, each a choice of its own:
                    domain:FILE: of an .npz file with the arrays laplacian (D, D) and provenance, a JSON object that says
                    what it was made from. The checkpoint keeps a copy of L, but to build the model the file must be
                    there
-    tau            fixed: 1; file: the file's array tau, a typical E of the vectors that L was made from
-                   (data/manifold.py)
+    tau            fixed: 1; file: the file's array tau, a typical E of the vectors that L was made from (manifold.py)
     temperature    fixed: t = 1; per_head: learned, starting there
     decay          none: F = 0; per_head: a learned slope for each head; data: a forget gate,
                    F_i = sum over t <= i of log sigmoid(w.x_t + d) with w starting at zero. Both start from the slopes
@@ -63,7 +62,7 @@ import train_gpt
 from kernels.backend import wide
 from kernels.short_convolution import short_convolution
 from kernels.topological_attention import topological_attention
-from kernels.topological_attention_cache import TopologicalCache
+from kernels.topological_attention.cache import TopologicalCache
 from train_gpt import AttentionContext, Config, RunError, require
 
 OFF = dict(

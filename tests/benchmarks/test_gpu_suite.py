@@ -33,8 +33,8 @@ def suite(tmp_path, monkeypatch):
 @pytest.fixture
 def run(tmp_path):
     """A Run with a minute left, as a section gets it."""
-    return gpu_suite.Run(steps=2, tracks=[], data=None, reduced=True, world=1, deadline=time.monotonic() + 60, folder=tmp_path,
-                         output=tmp_path / "out.json", results=dict(sections={}), section="made-up")
+    return gpu_suite.Run(steps=2, tracks=[], data=None, reduced=True, world=1, deadline=time.monotonic() + 60,
+                         folder=tmp_path, output=tmp_path / "out.json", results=dict(sections={}), section="made-up")
 
 
 def fine(run):
@@ -49,7 +49,8 @@ def test_sections_run_in_the_order_asked_for(suite):
     code, results = suite(dict(a=fine, b=fine, c=fine), "--sections", "c,a")
     assert code == 0 and results["status"] == "passed"
     assert list(results["sections"]) == ["c", "a"] and results["sections"]["a"]["answer"] == 42
-    assert {"python", "torch", "cuda", "triton", "device", "git_commit", "git_dirty", "date", "minutes", "reduced", "command"} <= set(results)
+    assert {"python", "torch", "cuda", "triton", "device", "git_commit", "git_dirty", "date", "minutes", "reduced",
+            "command"} <= set(results)
 
 
 def test_time_limit_stops_a_section_and_leaves_out_the_rest(suite, monkeypatch):
@@ -114,7 +115,8 @@ def test_signal_ends_the_child_and_keeps_results(suite, tmp_path, number):
         threading.Thread(target=wait_and_kill, daemon=True).start()
         return run.command("slow", [sys.executable, "-c", script])
 
-    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
+    # a shell's background job begins with it ignored
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGTERM)
     try:
         code, results = suite(dict(first=fine, slow=slow, late=fine))
@@ -128,8 +130,8 @@ def test_signal_ends_the_child_and_keeps_results(suite, tmp_path, number):
 
 
 def test_a_child_that_ignores_sigterm_is_killed():
-    process = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"],
-                               start_new_session=True, stdout=subprocess.PIPE)
+    code = "import signal, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE)
     process.stdout.readline()
     gpu_suite.end(process, 0.2)
     assert process.returncode == -signal.SIGKILL
@@ -150,7 +152,8 @@ def test_bad_options_are_one_line(capsys, options, message):
 
 def test_list_names_the_sections(capsys):
     assert gpu_suite.main(["--list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["tests", "kernels", "tracks", "profile"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["tests", "kernels", "tracks",
+                                                                                  "profile"]
 
 
 def test_unwritable_output_is_one_line(tmp_path, capsys):
@@ -160,10 +163,13 @@ def test_unwritable_output_is_one_line(tmp_path, capsys):
 
 
 def test_command_reports_the_first_error(run):
-    result = run.command("bad", [sys.executable, "-c", "print('loading'); raise RuntimeError('CUDA error: an illegal memory access')"])
+    result = run.command("bad",
+                         [sys.executable, "-c",
+                          "print('loading'); raise RuntimeError('CUDA error: an illegal memory access')"])
     assert result["status"] == "failed: RuntimeError: CUDA error: an illegal memory access" and result["exit_code"] == 1
     assert result["command"].startswith("python -c ")
-    torchrun = "train_gpt.py: error: no train shards\nTraceback (most recent call last):\ntorch.distributed.elastic.ChildFailedError: \n====="
+    torchrun = ("train_gpt.py: error: no train shards\nTraceback (most recent call last):\n"
+                "torch.distributed.elastic.ChildFailedError: \n=====")
     assert gpu_suite.fault(torchrun, 1) == "train_gpt.py: error: no train shards"
     assert gpu_suite.fault("python: No module named pytest\n\n", 1) == "python: No module named pytest"
     assert gpu_suite.fault("", -11) == "exit code -11"
@@ -181,12 +187,11 @@ SKIPPED_TEST = "import pytest\n@pytest.mark.gpu\n@pytest.mark.skip\ndef test_a()
 
 
 @pytest.mark.parametrize("test, reduced, status", [
-    (SKIPPED_TEST, True, "skipped"),
-    (SKIPPED_TEST, False, "failed: no test marked gpu ran on this GPU"),
+    (SKIPPED_TEST, True, "skipped"), (SKIPPED_TEST, False, "failed: no test marked gpu ran on this GPU"),
     ("def test_unmarked(): pass", False, "failed: no test marked gpu ran on this GPU"),
     (SKIPPED_TEST + "\n@pytest.mark.gpu\ndef test_b(): pass", False, "passed"),
-    (SKIPPED_TEST + "\n@pytest.mark.gpu\ndef test_b(): assert 0", False, "failed: 1 of 2 tests, the first tests.test_made_up::test_b"),
-])
+    (SKIPPED_TEST + "\n@pytest.mark.gpu\ndef test_b(): assert 0", False,
+     "failed: 1 of 2 tests, the first tests.test_made_up::test_b")])
 def test_tests_section(run, monkeypatch, test, reduced, status):
     run.reduced = reduced
     assert pytest_section(run, monkeypatch, test)["status"] == status
@@ -194,11 +199,14 @@ def test_tests_section(run, monkeypatch, test, reduced, status):
 
 def test_step_lines_give_median_and_percentiles():
     log = "step:0/4 val_loss:10.8 train_time:0ms step_avg:0.00ms\n" + "".join(
-        f"step:{step}/4 train_time:{total:.0f}ms step_avg:{total / step:.2f}ms\n" for step, total in ((1, 10.25), (2, 20.5), (3, 50.0), (4, 61.0))
-    ) + "step:4/4 val_loss:9.1 train_time:61ms step_avg:15.25ms\n    log.write(f'step:{self.step}/{config.steps} train_time:1ms step_avg:1ms')\n"
+        f"step:{step}/4 train_time:{total:.0f}ms step_avg:{total / step:.2f}ms\n"
+        for step, total in ((1, 10.25), (2, 20.5), (3, 50.0), (4, 61.0))) + (
+        "step:4/4 val_loss:9.1 train_time:61ms step_avg:15.25ms\n"
+        "    log.write(f'step:{self.step}/{config.steps} train_time:1ms step_avg:1ms')\n")
     spread = gpu_suite.step_spread(log)  # steps of 10.25, 10.25, 29.5 and 11.0 ms
     assert spread["host_ms_median"] == pytest.approx(10.62, abs=0.03)
-    assert spread["host_ms_p10"] == pytest.approx(10.25, abs=0.03) and spread["host_ms_p90"] == pytest.approx(23.95, abs=0.05)
+    assert spread["host_ms_p10"] == pytest.approx(10.25, abs=0.03)
+    assert spread["host_ms_p90"] == pytest.approx(23.95, abs=0.05)
     assert gpu_suite.step_spread("step:1/1 train_time:5ms step_avg:5.00ms") == {}
     long = "".join(f"step:{step}/300 train_time:{step * 7}ms step_avg:7.00ms\n" for step in range(1, 301))
     assert gpu_suite.step_spread(long)["host_ms_p90"] == 7
@@ -250,16 +258,21 @@ def test_tracks_section_keeps_what_was_measured(run, monkeypatch):
 
 
 def test_table_marks_what_is_missing():
-    row = dict(status="passed", ms_per_step=123.45, tokens_per_second=4_000_000.0, mfu=0.512, peak_memory_mib=40_000, warmup_seconds=61.2)
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in gpu_suite.tracks_table(dict(short=row, medium=dict(status="not run: out of time"))).splitlines()]
+    row = dict(status="passed", ms_per_step=123.45, tokens_per_second=4_000_000.0, mfu=0.512, peak_memory_mib=40_000,
+               warmup_seconds=61.2)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")]
+             for line in gpu_suite.tracks_table(dict(short=row,
+                                                     medium=dict(status="not run: out of time"))).splitlines()]
     assert cells[0][:2] == ["track", "ms/step"] and cells[0][-1] == "status"
     assert {"123.5", "4,000,000", "51.2%", "40,000", "61.2"} < set(cells[2]) and cells[2][-1] == "passed"
     assert cells[3] == ["medium", *"-" * 8, "not run: out of time"]
 
 
 def test_report(run):
-    rows = [dict(N=8, arm="triton", what="forward", median=0.12345, p20=0.1, n=5), dict(N=8, arm="other", what="forward", fault="wrong")]
-    run.results |= dict(device="A Card", torch="2", triton="3", git_commit="0123456789ab", date="today", data="synthetic")
+    rows = [dict(N=8, arm="triton", what="forward", median=0.12345, p20=0.1, n=5),
+            dict(N=8, arm="other", what="forward", fault="wrong")]
+    run.results |= dict(device="A Card", torch="2", triton="3", git_commit="0123456789ab", date="today",
+                        data="synthetic")
     run.section = "kernels"
     run.record(status="passed", seconds=1.0, kernels=dict(some_op=dict(status="passed", rows=rows)))
     run.section = "profile"
@@ -272,15 +285,21 @@ def test_report(run):
 
 def test_shares_of_the_time(run, monkeypatch):
     seen = {}
-    look = lambda run: seen.update({run.section: run.left()}) or {}
+
+    def look(run):
+        return seen.update({run.section: run.left()}) or {}
+
     monkeypatch.setattr(gpu_suite, "SECTIONS", dict(tests=look, kernels=look, made_up=look, tracks=look))
     gpu_suite.run_sections(run, ["tests", "kernels", "made_up", "tracks"])
-    assert {name: round(seconds) for name, seconds in seen.items()} == dict(tests=round(60 * 0.35 / 0.95), kernels=round(60 * 0.35 / 0.6), made_up=60, tracks=60)
+    assert {name: round(seconds) for name, seconds in seen.items()} == dict(tests=round(60 * 0.35 / 0.95),
+                                                                            kernels=round(60 * 0.35 / 0.6), made_up=60,
+                                                                            tracks=60)
 
 
 def test_what_is_named_exists():
     assert set(gpu_suite.SHARES) == set(gpu_suite.SECTIONS) and sum(gpu_suite.SHARES.values()) == pytest.approx(1)
-    assert set(gpu_suite.MAIN_TRACKS) <= set(TRACKS) and all((gpu_suite.ROOT / f"benchmarks/{name}.py").exists() for name in gpu_suite.KERNEL_BENCHMARKS)
+    assert set(gpu_suite.MAIN_TRACKS) <= set(TRACKS)
+    assert all((gpu_suite.ROOT / f"benchmarks/{name}.py").exists() for name in gpu_suite.KERNEL_BENCHMARKS)
 
 
 @cpu_only
@@ -292,7 +311,8 @@ def test_reduced_track_from_end_to_end(tmp_path, capsys):
     assert printed.startswith("reduced run on a CPU") and results["reduced"] is True
     row = results["sections"]["tracks"]["tracks"]["small"]
     assert row["status"] == "passed" and row["overrides"]["model_dim"] == 64 and "mfu" not in row
-    numbers = ("ms_per_step", "tokens_per_second", "peak_memory_mib", "warmup_seconds", "parameters", "flops_per_token", "host_ms_median")
+    numbers = ("ms_per_step", "tokens_per_second", "peak_memory_mib", "warmup_seconds", "parameters", "flops_per_token",
+               "host_ms_median")
     assert all(row[name] > 0 for name in numbers)
 
 

@@ -6,8 +6,21 @@ import sys
 import pytest
 import torch
 
-from benchmarks import decode, embedding_lookup, gated_linear_attention, norm_rotary, optimizer_updates, relu_squared_feed_forward, residual_norm, softcapped_cross_entropy
-from benchmarks import short_convolution, splanifold, symmetric_product, timing, topological_attention
+from benchmarks import (
+    decode,
+    embedding_lookup,
+    gated_linear_attention,
+    norm_rotary,
+    optimizer_updates,
+    relu_squared_feed_forward,
+    residual_norm,
+    short_convolution,
+    softcapped_cross_entropy,
+    splanifold,
+    symmetric_product,
+    timing,
+    topological_attention,
+)
 from benchmarks.timing import Place, in_turn, markdown, shown
 
 CPU, LIMITS = torch.device("cpu"), dict(flops=1e12, bytes=1e10)
@@ -23,12 +36,14 @@ def test_topological_attention_measures_every_backend():
     rows = topological_attention.measure(PLACE, 64, 2, 16)
     backends = {f"topological, {name}" for name in (*topological_attention.BACKENDS, "auto") if name != "tiled"}
     assert complete(rows) and {row["arm"] for row in rows} == backends | {"softmax, PyTorch", "key only"}
-    assert {row["speedup"] for row in rows if row["arm"] == "softmax, PyTorch"} == {1.0} and "| against softmax, PyTorch |" in shown(rows)
+    assert {row["speedup"] for row in rows if row["arm"] == "softmax, PyTorch"} == {1.0}
+    assert "| against softmax, PyTorch |" in shown(rows)
 
 
 def test_gated_linear_attention_measures_every_backend():
     rows = gated_linear_attention.measure(PLACE, 64, 8, 8, 2)
-    assert complete(rows) and {row["arm"] for row in rows} == {"loops", "chunked", "reference", gated_linear_attention.SOFTMAX,
+    assert complete(rows)
+    assert {row["arm"] for row in rows} == {"loops", "chunked", "reference", gated_linear_attention.SOFTMAX,
                                                                     gated_linear_attention.STEP}
     assert all(("bound_share" in row) == (row["arm"] in ("loops", "chunked", "reference")) for row in rows)
 
@@ -36,21 +51,27 @@ def test_gated_linear_attention_measures_every_backend():
 @pytest.mark.parametrize("form", [*residual_norm.FORMS, residual_norm.MIX])
 def test_residual_norm_measures_every_arm(form):
     rows = residual_norm.measure(PLACE, form, 16, 32)
-    arms = {"loops", "trainer", "trainer, compiled", "reference"} if form in residual_norm.CPU_FORMS else {"reference, compiled", "reference"}
-    assert complete(rows) and {row["arm"] for row in rows} == arms | {"copy"} and all(row["copy_share"] > 0 for row in rows)
+    arms = {"loops", "trainer", "trainer, compiled",
+            "reference"} if form in residual_norm.CPU_FORMS else {"reference, compiled", "reference"}
+    assert complete(rows) and {row["arm"] for row in rows} == arms | {"copy"}
+    assert all(row["copy_share"] > 0 for row in rows)
 
 
-@pytest.mark.parametrize("shape", [splanifold.Shape(64, 1, 16, 8), splanifold.Shape(64, 4, 3, 2, mix="concat"), splanifold.Shape(64, 4, 3, 8),
-                                   splanifold.Shape(64, 1, 16, 8, S=3)], ids=str)
+@pytest.mark.parametrize("shape", [splanifold.Shape(64, 1, 16, 8), splanifold.Shape(64, 4, 3, 2, mix="concat"),
+                                   splanifold.Shape(64, 4, 3, 8), splanifold.Shape(64, 1, 16, 8, S=3)], ids=str)
 def test_splanifold_measures_every_arm(shape):
     rows = splanifold.measure_shape(PLACE, "tiny", shape)
-    assert complete(rows) and {row["arm"] for row in rows} == {"chunked", "reference", splanifold.MLP, "copy"} | ({"feature"} if shape.S == 2 else set())
+    assert complete(rows)
+    assert {row["arm"] for row in rows} == {"chunked", "reference", splanifold.MLP,
+                                            "copy"} | ({"feature"} if shape.S == 2 else set())
     assert all(("product_share" in row) == (row["arm"] not in (splanifold.MLP, "copy")) for row in rows)
 
 
 def test_norm_rotary_measures_every_arm():
     rows = norm_rotary.measure(PLACE, 8, 2, 16)
-    assert complete(rows) and {row["arm"] for row in rows} == {"loops", "trainer", "trainer, compiled", "reference, compiled", "reference", "copy"}
+    assert complete(rows)
+    assert {row["arm"] for row in rows} == {"loops", "trainer", "trainer, compiled", "reference, compiled", "reference",
+                                            "copy"}
 
 
 def test_embedding_lookup_measures_every_arm():
@@ -72,22 +93,29 @@ def test_short_convolution_measures_every_arm():
 @pytest.mark.parametrize("quick", [True, False])
 def test_relu_squared_feed_forward_measures_every_arm(quick):
     rows = relu_squared_feed_forward.measure(PLACE._replace(quick=quick), 16, 8, 24)
-    assert complete(rows) and {row["arm"] for row in rows} == {"loops", "trainer", "reference"} | (set() if quick else {"trainer, compiled", "reference, compiled"})
+    assert complete(rows)
+    assert {row["arm"] for row in rows} == {"loops", "trainer",
+                                            "reference"} | (set() if quick
+                                                            else {"trainer, compiled", "reference, compiled"})
 
 
 def test_softcapped_cross_entropy_measures_every_arm():
     rows = softcapped_cross_entropy.measure(PLACE, 16, 8, 40)
-    assert complete(rows) and {row["arm"] for row in rows} == {"loops", "trainer", "trainer, compiled", "reference, compiled"}
+    assert complete(rows)
+    assert {row["arm"] for row in rows} == {"loops", "trainer", "trainer, compiled", "reference, compiled"}
 
 
 def test_optimizer_updates_measures_every_form():
     rows = optimizer_updates.measure(PLACE, 2, 16, 8)
-    assert complete(rows) and {row["form"] for row in rows} == {"nesterov", "step", "adam"} and {row["arm"] for row in rows} == {"loops", "trainer", "copy"}
+    assert complete(rows) and {row["form"] for row in rows} == {"nesterov", "step", "adam"}
+    assert {row["arm"] for row in rows} == {"loops", "trainer", "copy"}
 
 
 def test_symmetric_product_measures_every_form():
     rows = symmetric_product.measure(PLACE, 2, 16, 24)
-    assert complete(rows) and [row["form"] for row in rows] == ["gram", "polynomial", "orthogonalize", "orthogonalize, compiled"] and {row["arm"] for row in rows} == {symmetric_product.PEER}
+    assert complete(rows)
+    assert [row["form"] for row in rows] == ["gram", "polynomial", "orthogonalize", "orthogonalize, compiled"]
+    assert {row["arm"] for row in rows} == {symmetric_product.PEER}
 
 
 def test_nothing_is_timed_that_is_wrong():
@@ -95,24 +123,29 @@ def test_nothing_is_timed_that_is_wrong():
     arms = dict(right=lambda x: 2 * x, wrong=lambda x: 2.002 * x, broken=lambda x: x @ x)
     rows = timing.measure_arms(PLACE, dict(N=4), arms, ([x], [torch.ones(4, 5)]), arms["right"], 1e-4)
     faults = {row["arm"]: row["fault"] for row in rows if row["what"] == "check"}
-    assert faults["wrong"] == "wrong: relative RMS errors 1.0e-03, 1.0e-03" and faults["broken"].startswith("RuntimeError: ")
+    assert faults["wrong"] == "wrong: relative RMS errors 1.0e-03, 1.0e-03"
+    assert faults["broken"].startswith("RuntimeError: ")
     assert [row["arm"] for row in rows if row["what"] != "check"] == ["right", "right"]
 
 
 def test_command_line(monkeypatch, tmp_path, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["some_op.py", *arguments, "--output", str(tmp_path / "out.json")])
-        return timing.kernel_benchmark("some_op", "Some operation.", measure, dict(cpu=[]), dict(cpu=[dict(N=8, D=4)]), dict(cpu=[dict(N=2, D=2)]))
+        return timing.kernel_benchmark("some_op", "Some operation.", measure, dict(cpu=[]), dict(cpu=[dict(N=8, D=4)]),
+                                       dict(cpu=[dict(N=2, D=2)]))
     def measure(place, N, D):
-        return timing.rows_in_turn(place, dict(N=N, D=D), "forward", dict(product=lambda: torch.ones(N, D) @ torch.ones(D, N)), flops=2 * N * N * D)
+        return timing.rows_in_turn(place, dict(N=N, D=D), "forward",
+                                   dict(product=lambda: torch.ones(N, D) @ torch.ones(D, N)), flops=2 * N * N * D)
     monkeypatch.setattr(timing, "require_tests", lambda *paths: None)
     monkeypatch.setattr(timing, "ceilings", lambda device, dtype: LIMITS)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run("--seconds", "0.01", "--sizes", "N=16", "D=8") == 0
     found = json.loads((tmp_path / "out.json").read_text())
-    assert [(row["N"], row["D"]) for row in found["rows"]] == [(16, 4), (8, 8)] and found["capability"] is None and not found["loops_are_fastest"]
+    assert [(row["N"], row["D"]) for row in found["rows"]] == [(16, 4), (8, 8)] and found["capability"] is None
+    assert not found["loops_are_fastest"]
     assert run("--quick", "--seconds", "0.01") == 0 and "| 2 | 2 | product | forward |" in capsys.readouterr().out
-    assert run("--sizes", "M=3") == 1 and "some_op.py: error: --sizes has no 'M'; there are N, D" in capsys.readouterr().err
+    assert run("--sizes", "M=3") == 1
+    assert "some_op.py: error: --sizes has no 'M'; there are N, D" in capsys.readouterr().err
     assert run("--minutes", "0") == 1 and "left no time for a size" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run("--sizes", "16")
@@ -120,7 +153,8 @@ def test_command_line(monkeypatch, tmp_path, capsys):
 
 def test_decode_measures_every_arm():
     rows, fixed = decode.measure(20, argparse.Namespace(layers=1, heads=2, width=16, seconds=0.01), CPU, torch.float32)
-    assert [row["arm"] for row in rows] == list(decode.ARMS) and all(row["token"]["median"] > 0 and row["prefill_ms"] > 0 for row in rows)
+    assert [row["arm"] for row in rows] == list(decode.ARMS)
+    assert all(row["token"]["median"] > 0 and row["prefill_ms"] > 0 for row in rows)
     assert sorted(fixed) == sorted(arm for arm, (_, bins) in decode.ARMS.items() if bins)
     kept = {row["arm"]: row["bytes_kept"] for row in rows}
     assert kept["softmax"] == 20 * 2 * 2 * 16 * 4 and kept["topological, faithful"] == 20 * 2 * (16 + 1) * 4
@@ -131,9 +165,11 @@ def test_arms_take_turns_and_a_fault_is_a_line():
     calls = []
     def broken():
         raise ValueError("no such luck\nat all")
-    found = in_turn(dict(a=lambda: calls.append("a"), b=lambda: calls.append("b"), c=broken), CPU, seconds=0.001, least=7)
+    found = in_turn(dict(a=lambda: calls.append("a"), b=lambda: calls.append("b"), c=broken), CPU, seconds=0.001,
+                    least=7)
     assert found["c"] == "ValueError: no such luck"
-    assert found["a"]["n"] >= 7 and found["b"]["n"] >= 7 and 0 < found["a"]["p20"] <= found["a"]["median"] <= found["a"]["p80"]
+    assert found["a"]["n"] >= 7 and found["b"]["n"] >= 7
+    assert 0 < found["a"]["p20"] <= found["a"]["median"] <= found["a"]["p80"]
     assert "".join(calls).startswith("aabb") and calls[4] == "a" and "b" in calls[5:]
 
 
@@ -143,4 +179,5 @@ def test_markdown_is_a_table():
 
 @pytest.mark.parametrize("backward, products", [(False, 2), (True, 7)])
 def test_softmax_attentions_bound_is_its_causal_products(backward, products):
-    assert topological_attention.bound_ms(topological_attention.SOFTMAX, 1000, 3, 64, 4, backward, LIMITS) == pytest.approx(1000 * products * 1000 ** 2 * 64 * 3 / 1e12)
+    assert topological_attention.bound_ms(topological_attention.SOFTMAX, 1000, 3, 64, 4, backward,
+                                          LIMITS) == pytest.approx(1000 * products * 1000 ** 2 * 64 * 3 / 1e12)

@@ -1,4 +1,7 @@
-"""Ready-made shards from the hub: what is fetched, kept, fetched again and refused. The hub is a function that writes small shards."""
+"""
+Ready-made shards from the hub: what is fetched, kept, fetched again and refused. The hub is a function that writes
+small shards.
+"""
 import errno
 import hashlib
 import json
@@ -12,13 +15,13 @@ from types import SimpleNamespace
 import huggingface_hub
 import numpy as np
 import pytest
+
 import train_gpt
-
 from data import cached_fineweb10B as cached
-from data.shards import check_folder, read_merges, sha256_of, write_shard
-from train_gpt import Config, RunError, adopt_vocabulary, find_shards, open_shard
+from data.shards import check_folder, sha256_of, write_shard
+from train_gpt import Config, RunError, adopt_vocabulary, find_shards, open_shard, read_merges
 
-SCRIPT = Path(cached.__file__)
+ROOT = Path(cached.__file__).parent.parent
 END = 50256
 
 
@@ -84,7 +87,8 @@ def fault(capsys, folder, *argv) -> str:
 def test_validation_and_training_shards(tmp_path, hub, capsys, tiny_merges):
     assert run(tmp_path / "new" / "folder", 3) == 0
     folder = tmp_path / "new" / "folder"
-    assert hub.asked == ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin", "fineweb_train_000003.bin"]
+    assert hub.asked == ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin",
+                         "fineweb_train_000003.bin"]
     assert hub.repositories == {"kjj0/fineweb10B-gpt2"}
     for name in hub.asked:
         assert (open_shard(folder / name) == tokens_of(name)).all()
@@ -98,7 +102,8 @@ def test_validation_and_training_shards(tmp_path, hub, capsys, tiny_merges):
     assert "fetching fineweb_train_000003.bin (4 of 4)" in capsys.readouterr().out
     config = Config(data=str(folder))
     adopt_vocabulary(config)
-    assert config.vocab_size == 50257 and len(find_shards(config, "train")) == 3 and len(find_shards(config, "val")) == 1
+    assert config.vocab_size == 50257 and len(find_shards(config, "train")) == 3
+    assert len(find_shards(config, "val")) == 1
 
 
 def test_nine_shards_unless_told(tmp_path, hub):
@@ -113,10 +118,12 @@ def test_data_sets_and_their_ranges(tmp_path, hub, capsys, dataset, repository, 
     assert run(tmp_path / "out", 1, "--dataset", dataset) == 0
     assert hub.repositories == {repository} and hub.asked == [f"{first}_val_000000.bin", f"{first}_train_000001.bin"]
     for count in (0, -1, available + 1):
-        assert f"{dataset} has 1 to {available} training shards" in fault(capsys, tmp_path / "none", count, "--dataset", dataset)
+        assert f"{dataset} has 1 to {available} training shards" in fault(capsys, tmp_path / "none", count, "--dataset",
+                                                                          dataset)
     assert not (tmp_path / "none").exists()
     if available < 1000:
-        assert run(tmp_path / "all", available, "--dataset", dataset) == 0 and hub.asked[-1] == f"{first}_train_{available:06d}.bin"
+        assert run(tmp_path / "all", available, "--dataset", dataset) == 0
+        assert hub.asked[-1] == f"{first}_train_{available:06d}.bin"
 
 
 def test_what_is_there_stays_and_more_is_added(tmp_path, hub, capsys):
@@ -124,11 +131,13 @@ def test_what_is_there_stays_and_more_is_added(tmp_path, hub, capsys):
     times = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.bin")}
     hub.asked.clear()
     assert run(tmp_path, 3) == 0
-    assert hub.asked == ["fineweb_train_000002.bin", "fineweb_train_000003.bin"] and "2 of 4 shards are there" in capsys.readouterr().out
+    assert hub.asked == ["fineweb_train_000002.bin", "fineweb_train_000003.bin"]
+    assert "2 of 4 shards are there" in capsys.readouterr().out
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in times} == times
     hub.asked.clear()
     assert run(tmp_path, 2) == 0 and hub.asked == []
-    assert json.loads((tmp_path / "meta.json").read_text())["train"]["shards"] == 3  # the trainer reads all that lie there
+    # the trainer reads all that lie there
+    assert json.loads((tmp_path / "meta.json").read_text())["train"]["shards"] == 3
 
 
 @pytest.mark.parametrize("damage", [lambda path: os.truncate(path, 1100), lambda path: os.truncate(path, 10),
@@ -138,7 +147,8 @@ def test_a_damaged_shard_is_fetched_again(tmp_path, hub, damage):
     damage(tmp_path / "fineweb_train_000001.bin")
     hub.asked.clear()
     assert run(tmp_path, 2) == 0
-    assert hub.asked == ["fineweb_train_000001.bin"] and (open_shard(tmp_path / hub.asked[0]) == tokens_of(hub.asked[0])).all()
+    assert hub.asked == ["fineweb_train_000001.bin"]
+    assert (open_shard(tmp_path / hub.asked[0]) == tokens_of(hub.asked[0])).all()
 
 
 def flip(path):
@@ -200,7 +210,8 @@ def test_a_truncated_file_comes(tmp_path, hub, capsys):
 
 
 @pytest.mark.parametrize("error, message", [
-    (ConnectionError("a long story\nof many lines"), "cannot fetch fineweb_train_000001.bin of kjj0/fineweb10B-gpt2 (ConnectionError); check"),
+    (ConnectionError("a long story\nof many lines"),
+     "cannot fetch fineweb_train_000001.bin of kjj0/fineweb10B-gpt2 (ConnectionError); check"),
     (ValueError("x"), "(ValueError); check the network"),
     (OSError(errno.ENOSPC, "No space left on device"), "no space left for"),
     (RuntimeError("task failed: No space left on device (os error 28)"), "no space left for"),
@@ -248,6 +259,7 @@ def test_an_interrupt(tmp_path, hub, capsys):
 
 
 def test_exit_code_and_one_line(tmp_path):
-    result = subprocess.run([sys.executable, SCRIPT, "104", "-o", tmp_path], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", "data.cached_fineweb10B", "104", "-o", tmp_path], cwd=ROOT,
+                            capture_output=True, text=True)
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr == "cached_fineweb10B.py: error: fineweb10B has 1 to 103 training shards to fetch, got 104\n"

@@ -12,13 +12,13 @@ from data import local_corpus
 from data.shards import check_folder
 from train_gpt import Config, RunError, TokenLoader, open_shard, validation_batches
 
-SCRIPT = Path(local_corpus.__file__)
+ROOT = Path(local_corpus.__file__).parent.parent
 
 
 def make_library(root: Path, modules: int = 120) -> dict[str, bytes]:
     texts = {f"pkg{i % 7}/mod{i}.py": f"# module {i} é\nx = {i}\n".encode() * (1 + i % 5) for i in range(modules)}
-    left_out = {"test/a.py": b"x", "site-packages/b.py": b"x", "pkg1/tests/c.py": b"x", "_sysconfigdata_m.py": b"x", "pkg0/empty.py": b" \n",
-                "notes.txt": b"x"}
+    left_out = {"test/a.py": b"x", "site-packages/b.py": b"x", "pkg1/tests/c.py": b"x", "_sysconfigdata_m.py": b"x",
+                "pkg0/empty.py": b" \n", "notes.txt": b"x"}
     for name, text in {**texts, **left_out}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(text)
@@ -75,10 +75,13 @@ def test_a_python_without_library(tmp_path, capsys, monkeypatch):
     with pytest.raises(RunError, match="only 0 source files"):
         local_corpus.build(tmp_path / "out")
     assert local_corpus.main(["-o", str(tmp_path / "out")]) == 1
-    assert capsys.readouterr().err.startswith("local_corpus.py: error: only 0 source files") and not (tmp_path / "out").exists()
+    assert capsys.readouterr().err.startswith("local_corpus.py: error: only 0 source files")
+    assert not (tmp_path / "out").exists()
 
 
 def test_exit_code_and_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
-    run = subprocess.run([sys.executable, SCRIPT, "-o", tmp_path / "file"], capture_output=True, text=True)
-    assert run.returncode == 1 and run.stderr.count("\n") == 1 and run.stderr.startswith("local_corpus.py: error: cannot write to")
+    run = subprocess.run([sys.executable, "-m", "data.local_corpus", "-o", tmp_path / "file"], cwd=ROOT,
+                         capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.count("\n") == 1
+    assert run.stderr.startswith("local_corpus.py: error: cannot write to")

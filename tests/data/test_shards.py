@@ -1,4 +1,7 @@
-"""Shards and what lies beside them: the format byte by byte, splits over several shards, nothing half-finished, damage noticed."""
+"""
+Shards and what lies beside them: the format byte by byte, splits over several shards, nothing half-finished, damage
+noticed.
+"""
 import hashlib
 import json
 import os
@@ -8,9 +11,9 @@ import struct
 import numpy as np
 import pytest
 
-from data.shards import (ShardWriter, check_folder, claim_folder, encode_bytes, read_merges, read_meta, sha256_of,
-                         write_folder, write_merges, write_meta, write_shard)
-from train_gpt import RunError, open_shard
+from data.shards import ShardWriter, check_folder, claim_folder, sha256_of, write_folder, write_meta, write_shard
+from data.tokenizer import encode_bytes, write_merges
+from train_gpt import RunError, open_shard, read_merges, read_meta
 
 ONE_EACH = [("train", [1, 2, 3], 3, True), ("val", [4, 5], 2, True)]
 
@@ -26,7 +29,8 @@ def names(folder):
 def test_a_shard_byte_by_byte(tmp_path):
     tokens = [0, 1, 65535, 50256]
     write_shard(tmp_path / "a.bin", tokens)
-    assert (tmp_path / "a.bin").read_bytes() == struct.pack("<256i", 20240520, 1, 4, 2, *[0] * 252) + struct.pack("<4H", *tokens)
+    assert (tmp_path / "a.bin").read_bytes() == struct.pack("<256i", 20240520, 1, 4, 2,
+                                                            *[0] * 252) + struct.pack("<4H", *tokens)
     assert open_shard(tmp_path / "a.bin").tolist() == tokens
 
 
@@ -51,7 +55,8 @@ def test_documents_over_several_shards(tmp_path):
     sizes = [len(open_shard(path)) for path in sorted(tmp_path.glob("*.bin"))]
     assert sizes == [10] * (len(expected) // 10)
     assert (facts["documents"], facts["tokens"], facts["utf8_bytes"]) == (7, len(expected), 83)
-    assert facts["sha256"] == {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in names(tmp_path)}
+    assert facts["sha256"] == {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+                               for name in names(tmp_path)}
 
 
 def test_pieces_of_one_document(tmp_path):
@@ -60,7 +65,8 @@ def test_pieces_of_one_document(tmp_path):
     writer.add([3], 0, False)
     writer.add([4], 1, True)
     facts = writer.close()
-    assert tokens_of(tmp_path, "*.bin") == [256, 1, 2, 3, 256, 4] and facts["documents"] == 2 and facts["utf8_bytes"] == 11
+    assert tokens_of(tmp_path, "*.bin") == [256, 1, 2, 3, 256, 4] and facts["documents"] == 2
+    assert facts["utf8_bytes"] == 11
 
 
 def test_bytes_as_tokens():
@@ -97,7 +103,8 @@ def test_nothing_is_left_of_an_interrupted_run(tmp_path, fault):
     with pytest.raises(BaseException) as raised:
         write_folder(tmp_path, "a", documents(), end_of_text=256, shard_tokens=10, tokenizer="bytes")
     assert raised.type is (fault if isinstance(fault, type) else RunError)
-    assert len(seen) == 12 + 9 and not any(name.endswith((".bin", ".json")) for name in seen)  # the trainer finds nothing, not even the old folder
+    # the trainer finds nothing, not even the old folder
+    assert len(seen) == 12 + 9 and not any(name.endswith((".bin", ".json")) for name in seen)
     assert names(tmp_path) == []
 
 
@@ -179,7 +186,8 @@ def test_shards_of_another_name_are_refused_and_kept(tmp_path):
 
 def test_other_merges_are_refused(tmp_path, tiny_merges):
     write_merges(tmp_path / "b.tiktoken", tiny_merges)
-    write_folder(tmp_path, "a", ONE_EACH, end_of_text=261, merges=tiny_merges, tokenizer="tiny")  # the same ones do no harm
+    # the same ones do no harm
+    write_folder(tmp_path, "a", ONE_EACH, end_of_text=261, merges=tiny_merges, tokenizer="tiny")
     with pytest.raises(RunError, match="holds other merges"):
         write_folder(tmp_path, "a", ONE_EACH, end_of_text=262, merges=tiny_merges | {b"xx": 261}, tokenizer="tiny")
 
@@ -226,8 +234,9 @@ def test_a_changed_folder(tmp_path, tiny_merges, change, message):
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda data: data[:-2], "truncated"), (lambda data: data + b"\0\0", "truncated"), (lambda data: data[:500], "no token shard"),
-    (lambda data: b"", "no token shard"), (lambda data: struct.pack("<2i", 20240520, 2) + data[8:], "no token shard"),
+    (lambda data: data[:-2], "truncated"), (lambda data: data + b"\0\0", "truncated"),
+    (lambda data: data[:500], "no token shard"), (lambda data: b"", "no token shard"),
+    (lambda data: struct.pack("<2i", 20240520, 2) + data[8:], "no token shard"),
     (lambda data: data[:8] + struct.pack("<i", 0) + data[12:1024], "empty")])
 def test_damaged_shards(tmp_path, damage, message):
     path = tmp_path / "a.bin"
@@ -250,14 +259,16 @@ def test_merges_round_trip_and_a_changed_file_is_noticed(tmp_path, tiny_merges):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda text: text.replace(b" 259\n", b" 300\n"), "no whole set"), (lambda text: text.split(b"\n", 1)[1], "no whole set"),
-    (lambda text: text + text.splitlines()[-1].replace(b" 260", b" 261"), "no whole set"), (lambda text: b"", "no whole set"),
-    (lambda text: b"hello\n" + text, "no .tiktoken file"), (lambda text: b"a b c\n", "no .tiktoken file"),
-    (lambda text: text + b"YQ= 261\n", "line 262 is not"), (lambda text: text + b"YWI= x\n", "line 262 is not"),
-    (lambda text: text + b"YWI= 261.0\n", "line 262 is not"), (lambda text: text + b"YWI= -1\n", "line 262 is not"),
+    (lambda text: text.replace(b" 259\n", b" 300\n"), "no whole set"),
+    (lambda text: text.split(b"\n", 1)[1], "no whole set"),
+    (lambda text: text + text.splitlines()[-1].replace(b" 260", b" 261"), "no whole set"),
+    (lambda text: b"", "no whole set"), (lambda text: b"hello\n" + text, "no .tiktoken file"),
+    (lambda text: b"a b c\n", "no .tiktoken file"), (lambda text: text + b"YQ= 261\n", "line 262 is not"),
+    (lambda text: text + b"YWI= x\n", "line 262 is not"), (lambda text: text + b"YWI= 261.0\n", "line 262 is not"),
+    (lambda text: text + b"YWI= -1\n", "line 262 is not"),
     (lambda text: text + b"YWI= " + b"9" * 5000, "line 262 is not"), (lambda text: text + b" 261\n", "no whole set"),
-    (lambda text: text + b"YQ== 261\n", "no whole set"), (lambda text: text + b"YWI= 260\n",
-                                                          "no whole set"), (lambda text: bytes(1000), "line 1 is")])
+    (lambda text: text + b"YQ== 261\n", "no whole set"), (lambda text: text + b"YWI= 260\n", "no whole set"),
+    (lambda text: bytes(1000), "line 1 is")])
 def test_damaged_merges(tiny_tiktoken, change, message):
     tiny_tiktoken.write_bytes(change(tiny_tiktoken.read_bytes()))
     with pytest.raises(RunError, match=message):

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 
 from data import tokenize_text
-from data.shards import read_merges, write_merges
-from data.tokenize_text import encoder, main, pieces
-from train_gpt import Config, TokenLoader, open_shard, token_bytes, validation_batches
+from data.tokenize_text import main, pieces
+from data.tokenizer import build_encoder, write_merges
+from train_gpt import Config, TokenLoader, open_shard, read_merges, token_bytes, validation_batches
 
-SCRIPT = Path(tokenize_text.__file__)
-GPT2 = SCRIPT.parent.parent.parent / "shared" / "corpus" / "gpt2.tiktoken"
+ROOT = Path(tokenize_text.__file__).parent.parent
+SCRIPT = [sys.executable, "-m", "data.tokenize_text"]
+GPT2 = ROOT.parent / "shared" / "corpus" / "gpt2.tiktoken"
 TEXTS = [f"The {word} of the inn.\n\nIt's line {i}, 中文 é 🙂 <|endoftext|>\r\n\tend " + "the " * (i % 9)
          for i, word in enumerate("sea sky sun rain wind".split() * 60)]
 
@@ -33,11 +34,13 @@ def jsonl(path: Path, texts, field="text") -> Path:
 def decoded(folder: Path, split: str) -> list[bytes]:
     """The documents of a split as bytes, from the shards and the folder's own merges."""
     meta = json.loads((folder / "meta.json").read_text())
-    tokens, end = np.concatenate([open_shard(path) for path in sorted(folder.glob(f"*_{split}_*.bin"))]), meta["vocab_size"] - 1
+    tokens, end = np.concatenate([open_shard(path)
+                                  for path in sorted(folder.glob(f"*_{split}_*.bin"))]), meta["vocab_size"] - 1
     assert tokens[0] == end and tokens.max() == end
     merges = {bytes([b]): b for b in range(256)} if end == 256 else read_merges(next(folder.glob("*.tiktoken")))
     text_of = {i: token for token, i in merges.items()}
-    return [b"".join(text_of[i] for i in part[1:].tolist()) for part in np.split(tokens, np.flatnonzero(tokens == end)[1:])]
+    return [b"".join(text_of[i] for i in part[1:].tolist())
+            for part in np.split(tokens, np.flatnonzero(tokens == end)[1:])]
 
 
 def goes_to_val(text: str, val_fraction: float) -> bool:
@@ -58,17 +61,22 @@ def test_every_document_comes_back(tmp_path, tiny_tiktoken, tokenizer):
         pytest.skip("GPT-2's merges are not here")
     source, out = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
     tokenizer = {"bytes": "bytes", "tiny": tiny_tiktoken, "gpt2": GPT2}[tokenizer]
-    assert main([str(source), "-o", str(out), "--tokenizer", str(tokenizer), "--val_fraction", "0.2", "--name", "a", "--shard_tokens", "3000"]) == 0
+    assert main([str(source), "-o", str(out), "--tokenizer", str(tokenizer), "--val_fraction", "0.2", "--name", "a",
+                 "--shard_tokens", "3000"]) == 0
     meta = json.loads((out / "meta.json").read_text())
-    chosen = {split: [text for text in TEXTS if goes_to_val(text, 0.2) == (split == "val")] for split in ("train", "val")}
+    chosen = {split: [text for text in TEXTS if goes_to_val(text, 0.2) == (split == "val")]
+              for split in ("train", "val")}
     for split, texts in chosen.items():
         assert sorted(decoded(out, split)) == sorted(text.encode() for text in texts)
-        assert meta[split]["utf8_bytes"] == sum(len(text.encode()) for text in texts) and meta[split]["documents"] == len(texts)
+        assert meta[split]["utf8_bytes"] == sum(len(text.encode()) for text in texts)
+        assert meta[split]["documents"] == len(texts)
         sizes = token_bytes(Config(data=str(out), vocab_size=meta["vocab_size"]))
         tokens = np.concatenate([open_shard(path) for path in sorted(out.glob(f"*_{split}_*.bin"))])
-        assert len(tokens) == meta[split]["tokens"] and sizes[tokens].sum() == meta[split]["utf8_bytes"]  # the trainer's bits per byte rest on this
+        # the trainer's bits per byte rest on this
+        assert len(tokens) == meta[split]["tokens"] and sizes[tokens].sum() == meta[split]["utf8_bytes"]
     assert 30 < len(chosen["val"]) < 90 and len(list(out.glob("a_train_*.bin"))) > 2
-    assert meta["vocab_size"] == {"bytes": 257, "tiny.tiktoken": 262, "gpt2.tiktoken": 50257}[meta["tokenizer"]] and meta["sources"] == [str(source)]
+    assert meta["vocab_size"] == {"bytes": 257, "tiny.tiktoken": 262, "gpt2.tiktoken": 50257}[meta["tokenizer"]]
+    assert meta["sources"] == [str(source)]
 
 
 def test_gpt2_by_known_tokens(tmp_path):
@@ -77,28 +85,33 @@ def test_gpt2_by_known_tokens(tmp_path):
     jsonl(tmp_path / "a.jsonl", ["Hello world", "<|endoftext|>"])
     assert main([str(tmp_path / "a.jsonl"), "-o", str(tmp_path / "out"), "--tokenizer", str(GPT2)]) == 0
     documents = {tuple(open_shard(path).tolist()) for path in (tmp_path / "out").glob("*.bin")}
-    assert documents == {(50256, 15496, 995), (50256, 27, 91, 437, 1659, 5239, 91, 29)}  # a special token in the text stays text
+    # a special token in the text stays text
+    assert documents == {(50256, 15496, 995), (50256, 27, 91, 437, 1659, 5239, 91, 29)}
 
 
 def test_gpt2_by_tiktoken(tmp_path, tiny_merges, monkeypatch):
     import tiktoken
     asked = []
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: asked.append(name) or type("Encoding", (), dict(_mergeable_ranks=tiny_merges)))
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: asked.append(name)
+                        or type("Encoding", (), dict(_mergeable_ranks=tiny_merges)))
     assert main([str(jsonl(tmp_path / "a.jsonl", TEXTS)), "-o", str(tmp_path / "out")]) == 0
     assert asked == ["gpt2"] and json.loads((tmp_path / "out" / "meta.json").read_text())["tokenizer"] == "gpt2"
-    assert sorted(decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val")) == sorted(text.encode() for text in TEXTS)
+    assert sorted(decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val")) == sorted(
+        text.encode() for text in TEXTS)
 
 
 def test_the_trainer_opens_the_folder(tmp_path, tiny_tiktoken):
     jsonl(tmp_path / "a.jsonl", TEXTS)
-    assert main([str(tmp_path / "a.jsonl"), "-o", str(tmp_path / "out"), "--tokenizer", str(tiny_tiktoken), "--val_fraction", "0.2"]) == 0
+    assert main([str(tmp_path / "a.jsonl"), "-o", str(tmp_path / "out"), "--tokenizer", str(tiny_tiktoken),
+                 "--val_fraction", "0.2"]) == 0
     config = Config(data=str(tmp_path / "out"), vocab_size=262, sequence_length=64, batch_tokens=256, val_tokens=640)
     assert TokenLoader(config).next_batch()[0].shape == (4, 65) and validation_batches(config)[0].shape[-1] == 65
 
 
 def test_the_split_depends_on_the_document_alone(tmp_path):
     def split_of(texts, folder):
-        assert main([str(jsonl(tmp_path / "a.jsonl", texts)), "-o", str(tmp_path / folder), "--tokenizer", "bytes", "--val_fraction", "0.1"]) == 0
+        assert main([str(jsonl(tmp_path / "a.jsonl", texts)), "-o", str(tmp_path / folder), "--tokenizer", "bytes",
+                     "--val_fraction", "0.1"]) == 0
         return set(decoded(tmp_path / folder, "train")), set(decoded(tmp_path / folder, "val"))
     shuffled = random.Random(0).sample(TEXTS, len(TEXTS))
     train, val = split_of(TEXTS, "one")
@@ -109,10 +122,13 @@ def test_the_split_depends_on_the_document_alone(tmp_path):
 
 @pytest.mark.parametrize("texts", [["a", "b"], ["c", "b", "a"], ["x", "y", "x2", "y2", "z"]])
 def test_few_documents_still_validate(tmp_path, texts):
-    """With so small a fraction no hash is low enough: the document with the lowest goes to validation, whatever the order."""
+    """
+    With so small a fraction no hash is low enough: the document with the lowest goes to validation, whatever the order.
+    """
     lowest = min(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
     for order in (texts, texts[::-1]):
-        assert main([str(jsonl(tmp_path / "a.jsonl", order)), "-o", str(tmp_path / "out"), "--tokenizer", "bytes", "--val_fraction", "0.000001"]) == 0
+        assert main([str(jsonl(tmp_path / "a.jsonl", order)), "-o", str(tmp_path / "out"), "--tokenizer", "bytes",
+                     "--val_fraction", "0.000001"]) == 0
         assert decoded(tmp_path / "out", "val") == [lowest.encode()]
         assert sorted(decoded(tmp_path / "out", "train")) == sorted(text.encode() for text in texts if text != lowest)
 
@@ -121,7 +137,8 @@ def test_few_documents_still_validate(tmp_path, texts):
 def test_a_single_document_is_cut_by_bytes(tmp_path, fraction, size):
     text = np.random.default_rng(0).integers(32, 127, size, dtype=np.uint8).tobytes()
     (tmp_path / "a.txt").write_bytes(text)
-    assert main([str(tmp_path / "a.txt"), "-o", str(tmp_path / "out"), "--tokenizer", "bytes", "--val_fraction", str(fraction)]) == 0
+    assert main([str(tmp_path / "a.txt"), "-o", str(tmp_path / "out"), "--tokenizer", "bytes", "--val_fraction",
+                 str(fraction)]) == 0
     cut = int(size * (1 - fraction))
     assert decoded(tmp_path / "out", "train") == [text[:cut]] and decoded(tmp_path / "out", "val") == [text[cut:]]
     assert size != 1_115_394 or (cut, size - cut) == (1_003_854, 111_540)  # nanoGPT's split of Tiny Shakespeare
@@ -132,7 +149,8 @@ def test_a_single_document_of_wide_characters(tmp_path, tiny_tiktoken, tokenizer
     text = ("中" * 5).encode()  # 15 bytes: the cut at 7 is inside the third character
     (tmp_path / "a.txt").write_bytes(text)
     name, cut = ("bytes", 7) if tokenizer == "bytes" else (str(tiny_tiktoken), 6)
-    assert main([str(tmp_path / "a.txt"), "-o", str(tmp_path / "out"), "--tokenizer", name, "--val_fraction", "0.5"]) == 0
+    assert main([str(tmp_path / "a.txt"), "-o", str(tmp_path / "out"), "--tokenizer", name, "--val_fraction",
+                 "0.5"]) == 0
     assert decoded(tmp_path / "out", "train") == [text[:cut]] and decoded(tmp_path / "out", "val") == [text[cut:]]
 
 
@@ -145,11 +163,14 @@ def test_kinds_of_files(tmp_path):
     (folder / "empty.txt").write_text(" \n")
     (folder / "left_out.py").write_text("not this one")
     jsonl(folder / "c.jsonl", ["one\nline", "", "two \ud83d half", "pair \ud83d\ude00"])
-    parquet.write_table(pyarrow.table({"id": [1, 2, 3, 4, 5], "text": ["p1", None, "p2", "", "p3"]}), folder / "d.parquet", row_group_size=2)
+    parquet.write_table(pyarrow.table({"id": [1, 2, 3, 4, 5], "text": ["p1", None, "p2", "", "p3"]}),
+                        folder / "d.parquet", row_group_size=2)
     (tmp_path / "code.py").write_text("x = 1")
-    assert main([str(folder), str(tmp_path / "code.py"), str(folder / "a.txt"), "-o", str(tmp_path / "out"), "--tokenizer", "bytes"]) == 0
+    assert main([str(folder), str(tmp_path / "code.py"), str(folder / "a.txt"), "-o", str(tmp_path / "out"),
+                 "--tokenizer", "bytes"]) == 0
     got = decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val")  # a.txt, given twice, only once
-    expected = ["\ufeffbom and\r\nline ends\r", "# heading", "one\nline", "two \ufffd half", "pair 😀", "p1", "p2", "p3", "x = 1"]
+    expected = ["\ufeffbom and\r\nline ends\r", "# heading", "one\nline", "two \ufffd half", "pair 😀", "p1", "p2",
+                "p3", "x = 1"]
     assert sorted(got) == sorted(text.encode() for text in expected)
 
 
@@ -162,7 +183,8 @@ def test_another_field(tmp_path, capsys):
     assert sorted(decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val")) == [b"a", b"b", b"c"]
     assert "line 1 of" in (error := fault(capsys, *files)) and "has no field 'text' but the fields id, body" in error
     assert "has no column 'text' but body, other" in fault(capsys, *files[1:])
-    assert "'other' in row group 0 of" in (error := fault(capsys, *files[1:], "--text_field", "other")) and "is a int, not text" in error
+    assert "'other' in row group 0 of" in (error := fault(capsys, *files[1:], "--text_field", "other"))
+    assert "is a int, not text" in error
     assert "'id' in line 1" in fault(capsys, *files, "--text_field", "id")
 
 
@@ -281,9 +303,9 @@ def test_a_decompression_bomb_is_not_unpacked_whole(tmp_path, capsys, monkeypatc
 
 
 def test_pieces_have_the_whole_texts_tokens(tiny_merges):
-    encode, generator = encoder(read_merges(GPT2) if GPT2.exists() else tiny_merges), random.Random(0)
-    parts = ["a", "The", "\n", "\n", " ", "  ", "'s", "'", " \n", "\n\n", "é", "\u3000", "\u00a0", "\x85", "\x1c", "1", "!", "中", "\t", "\r\n",
-             "\u2028", "b c"]
+    encode, generator = build_encoder(read_merges(GPT2) if GPT2.exists() else tiny_merges), random.Random(0)
+    parts = ["a", "The", "\n", "\n", " ", "  ", "'s", "'", " \n", "\n\n", "é", "\u3000", "\u00a0", "\x85", "\x1c", "1",
+             "!", "中", "\t", "\r\n", "\u2028", "b c"]
     cuts = 0
     for _ in range(300):
         text = "".join(generator.choices(parts, k=60))
@@ -297,10 +319,13 @@ def test_a_long_document_is_one_document(tmp_path, tiny_tiktoken):
     long = "the inn\nof the sea\n" * 60_000  # several pieces
     assert len(list(pieces(long))) > 3
     jsonl(tmp_path / "a.jsonl", ["x", long, "y"])
-    assert main([str(tmp_path / "a.jsonl"), "-o", str(tmp_path / "out"), "--tokenizer", str(tiny_tiktoken), "--shard_tokens", "100000"]) == 0
-    assert sorted(decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val")) == sorted([b"x", long.encode(), b"y"])
+    assert main([str(tmp_path / "a.jsonl"), "-o", str(tmp_path / "out"), "--tokenizer", str(tiny_tiktoken),
+                 "--shard_tokens", "100000"]) == 0
+    assert sorted(decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val")) == sorted(
+        [b"x", long.encode(), b"y"])
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
-    assert meta["train"]["utf8_bytes"] + meta["val"]["utf8_bytes"] == len(long) + 2 and meta["train"]["documents"] + meta["val"]["documents"] == 3
+    assert meta["train"]["utf8_bytes"] + meta["val"]["utf8_bytes"] == len(long) + 2
+    assert meta["train"]["documents"] + meta["val"]["documents"] == 3
 
 
 def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
@@ -314,7 +339,8 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
     files = ["README.md", "b/2.jsonl", "b/1.jsonl", "bb/3.jsonl"]
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repository, repo_type: files)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    for given, expected in {"hub:owner/name": ["b/1.jsonl", "b/2.jsonl", "bb/3.jsonl"], "hub:owner/name/b": ["b/1.jsonl", "b/2.jsonl"]}.items():
+    for given, expected in {"hub:owner/name": ["b/1.jsonl", "b/2.jsonl", "bb/3.jsonl"],
+                            "hub:owner/name/b": ["b/1.jsonl", "b/2.jsonl"]}.items():
         fetched.clear()
         assert main([given, "-o", str(tmp_path / "out"), "--tokenizer", "bytes"]) == 0
         assert fetched == expected
@@ -329,7 +355,8 @@ def test_the_hub_out_of_reach(tmp_path, capsys, monkeypatch):
         raise ConnectionError("a long story\nof many lines")
     out = ["-o", tmp_path / "out", "--tokenizer", "bytes"]
     monkeypatch.setattr(huggingface_hub, "list_repo_files", refuse)
-    assert "cannot get hub:owner/name from the Hugging Face Hub (ConnectionError); check the name" in fault(capsys, "hub:owner/name", *out)
+    assert "cannot get hub:owner/name from the Hugging Face Hub (ConnectionError); check the name" in fault(
+        capsys, "hub:owner/name", *out)
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: ["a.jsonl"])
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     assert "cannot get hub:owner/name" in fault(capsys, "hub:owner/name", *out)
@@ -349,16 +376,16 @@ def test_gpt2_out_of_reach(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "every document is empty"), (b" \n\t", "every document is empty"), (b"caf\xe9", "a.txt is not UTF-8 text: byte 3 is 0xe9"),
-    ("Käse".encode("utf-16"), "byte 0 is 0xff"), ("plain".encode("utf-16-le"), "byte 1 is 0x00"),
-    (b"x", "has 1 bytes, not to be cut at 0.99")])
+    (b"", "every document is empty"), (b" \n\t", "every document is empty"),
+    (b"caf\xe9", "a.txt is not UTF-8 text: byte 3 is 0xe9"), ("Käse".encode("utf-16"), "byte 0 is 0xff"),
+    ("plain".encode("utf-16-le"), "byte 1 is 0x00"), (b"x", "has 1 bytes, not to be cut at 0.99")])
 def test_text_that_cannot_be_used(tmp_path, capsys, content, message):
     (tmp_path / "a.txt").write_bytes(content)
     assert message in fault(capsys, tmp_path / "a.txt", "-o", tmp_path / "out", "--tokenizer", "bytes")
 
 
-@pytest.mark.parametrize("line, message", [(b"{'text': 1}", "line 2 of"), (b'{"text": "\xff"}', "is not JSON in UTF-8"), (b"[1]", "but a list"),
-                                           (b'{"text": 3}', "is a int, not text")])
+@pytest.mark.parametrize("line, message", [(b"{'text': 1}", "line 2 of"), (b'{"text": "\xff"}', "is not JSON in UTF-8"),
+                                           (b"[1]", "but a list"), (b'{"text": 3}', "is a int, not text")])
 def test_lines_that_cannot_be_used(tmp_path, capsys, line, message):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n' + line + b"\n")
     assert message in fault(capsys, tmp_path / "a.jsonl", "-o", tmp_path / "out", "--tokenizer", "bytes")
@@ -378,7 +405,8 @@ def test_input_and_options_that_cannot_be_used(tmp_path, capsys, tiny_merges):
     assert "is no .tiktoken file" in fault(capsys, source, *out, source)
     assert "has 65536 tokens besides the end of text" in fault(capsys, source, *out, tmp_path / "large.tiktoken")
     for fraction in ("0", "1", "-1", "nan"):
-        assert "--val_fraction must lie between 0 and 1" in fault(capsys, source, *out, "bytes", "--val_fraction", fraction)
+        assert "--val_fraction must lie between 0 and 1" in fault(capsys, source, *out, "bytes", "--val_fraction",
+                                                                  fraction)
     assert "at least 1 token" in fault(capsys, source, *out, "bytes", "--shard_tokens", "0")
     assert "cannot be called 'my_val'" in fault(capsys, source, *out, "bytes", "--name", "my_val")
     assert "fell to the train set" in fault(capsys, source, *out, "bytes", "--val_fraction", "0.9999999999")
@@ -388,7 +416,8 @@ def test_input_and_options_that_cannot_be_used(tmp_path, capsys, tiny_merges):
 def test_the_largest_vocabulary(tmp_path, tiny_merges):
     merges = tiny_merges | {b"a" + i.to_bytes(3, "big"): i for i in range(261, 65535)}
     write_merges(tmp_path / "large.tiktoken", merges)
-    assert main([str(jsonl(tmp_path / "a.jsonl", TEXTS)), "-o", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "large.tiktoken")]) == 0
+    assert main([str(jsonl(tmp_path / "a.jsonl", TEXTS)), "-o", str(tmp_path / "out"), "--tokenizer",
+                 str(tmp_path / "large.tiktoken")]) == 0
     assert open_shard(tmp_path / "out" / "text_train_000000.bin")[0] == 65535
 
 
@@ -404,11 +433,13 @@ def test_a_fault_at_the_end_leaves_nothing(tmp_path, capsys):
 def test_a_run_of_blanks_that_tiktoken_cannot_take(tmp_path, tiny_tiktoken, capfd):
     jsonl(tmp_path / "a.jsonl", ["x", "a" + "\n" * 1_500_000 + "b"])
     assert main([str(tmp_path / "a.jsonl"), "-o", str(tmp_path / "out"), "--tokenizer", str(tiny_tiktoken)]) == 1
-    assert "tokenize_text.py: error: tiktoken's pattern overflows" in capfd.readouterr().err  # below the Rust code's own lines
+    # below the Rust code's own lines
+    assert "tokenize_text.py: error: tiktoken's pattern overflows" in capfd.readouterr().err
 
 
 def test_exit_codes_and_one_line(tmp_path):
-    run = subprocess.run([sys.executable, SCRIPT, tmp_path / "missing", "-o", tmp_path / "out"], capture_output=True, text=True,
+    run = subprocess.run([*SCRIPT, tmp_path / "missing", "-o", tmp_path / "out"], cwd=ROOT, capture_output=True,
+                         text=True,
                          env=os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"})
     assert run.returncode == 1 and run.stdout == "" and run.stderr.count("\n") == 1
     assert run.stderr.startswith("tokenize_text.py: error: tiktoken cannot get GPT-2's merges")
@@ -416,8 +447,9 @@ def test_exit_codes_and_one_line(tmp_path):
 
 def test_an_interrupt(tmp_path):
     os.mkfifo(tmp_path / "endless.jsonl")
-    command = [sys.executable, SCRIPT, tmp_path / "endless.jsonl", "-o", tmp_path / "out", "--tokenizer", "bytes", "--shard_tokens", "1000000"]
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    command = [*SCRIPT, tmp_path / "endless.jsonl", "-o", tmp_path / "out", "--tokenizer", "bytes", "--shard_tokens",
+               "1000000"]
+    run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     line = (json.dumps({"text": "x" * 100_000}) + "\n").encode()
     with open(tmp_path / "endless.jsonl", "wb", buffering=0) as pipe:
         while not list(tmp_path.glob("out/*.part")):  # until it is writing shards
@@ -425,4 +457,5 @@ def test_an_interrupt(tmp_path):
             time.sleep(0.001)
         run.send_signal(signal.SIGINT)
         error = run.communicate(timeout=60)[1]
-    assert run.returncode == 130 and error.count("\n") == 1 and "interrupted" in error and list((tmp_path / "out").iterdir()) == []
+    assert run.returncode == 130 and error.count("\n") == 1 and "interrupted" in error
+    assert list((tmp_path / "out").iterdir()) == []

@@ -21,11 +21,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import manifold, recall, symbolic_language, tokenize_text
-from data.recall import Recall
-from data.shards import check_folder, encoder, read_merges, read_meta, write_folder, write_merges
-from data.symbolic_language import Task
-from train_gpt import Config, RunError, open_shard
+from data import manifold
+from data import tokenize_text
+from data.shards import check_folder, write_folder
+from data.tokenizer import build_encoder, write_merges
+from tasks import recall, symbolic_language
+from tasks.recall import Recall
+from tasks.symbolic_language import Task
+from train_gpt import Config, RunError, open_shard, read_merges, read_meta
 from variants import topological_attention
 
 HANG = 20  # seconds of processor time
@@ -178,7 +181,7 @@ def test_merges(tmp_path, count):
     path, rng = tmp_path / "a.tiktoken", random.Random(2)
     merges = {bytes([b]): b for b in range(256)} | {b"t" + bytes([97 + i]): 256 + i for i in range(20)}
     write_merges(path, merges)
-    content, trials = path.read_bytes(), Trials("merges", lambda: encoder(read_merges(path))(["the text"]))
+    content, trials = path.read_bytes(), Trials("merges", lambda: build_encoder(read_merges(path))(["the text"]))
     for _ in range(count):
         path.write_bytes(changed(content, rng))
         trials.attempt()

@@ -11,7 +11,8 @@ import shutil
 
 import pytest
 
-from records.leaderboard import BEGIN, END, main
+from records.leaderboard import main
+from records.pages import BEGIN, END, pages_of
 from records.runs import list_runs, read_run, read_usable
 from tests.records.conftest import log_lines
 from train_gpt import RunError, make_config
@@ -94,9 +95,11 @@ FIELDS = [change_field, change_field, change_field]
 @pytest.fixture
 def files(tmp_path):
     """A board with a record of two arms of three runs each, and the comparison's folder that it was added from."""
-    root, source = tmp_path / "board", tmp_path / "source"
-    root.mkdir()
-    (root / "README.md").write_text(f"# Records\n\n{BEGIN}\n{END}\n", encoding="utf-8")
+    root = tmp_path / "board"
+    source = tmp_path / "source"
+    for page in pages_of(root):
+        page.parent.mkdir()
+        page.write_text(f"# Records\n\n{BEGIN}\n{END}\n", encoding="utf-8")
     (source / "logs").mkdir(parents=True)
     arms = []
     for arm, shift in (("baseline", 0.0), ("wide", -0.01)):
@@ -141,7 +144,7 @@ def commands(capsys, *lines) -> bool:
         assert code == (1 if faults else 0), (out, err)
         assert len(err.splitlines()) <= 1
         for fault in faults:
-            one_line(fault, ".txt", ".json", "README.md", str(line[1]), str(line[-1]))
+            one_line(fault, ".txt", ".json", "README.md", "results.md", str(line[1]), str(line[-1]))
         taken = taken and not faults
     return taken
 
@@ -170,7 +173,9 @@ def test_a_log_and_its_json(files, capsys, count, kind, kinds):
     """Of a pair of which one is damaged, no reader gives other numbers: the other one would not agree."""
     _, source = files
     path = source / "logs" / f"wide-seed2.{kind}"
-    log, rng, outcomes = path.with_suffix(".txt"), random.Random(f"{kind} {count}"), collections.Counter()
+    log = path.with_suffix(".txt")
+    rng = random.Random(f"{kind} {count}")
+    outcomes = collections.Counter()
     whole = told(read_run(log, strict=True))
     for _ in range(count):
         original = mutate(path, kinds, rng)
@@ -202,7 +207,8 @@ def test_what_is_added(files, capsys, count, name, kinds):
     """A comparison's folder with one damaged file: statistics of it, and whether the board takes it."""
     root, source = files
     capsys.readouterr()
-    rng, outcomes = random.Random(f"{name} {count}"), collections.Counter()
+    rng = random.Random(f"{name} {count}")
+    outcomes = collections.Counter()
     for _ in range(count // 3):
         original = mutate(source / name, kinds, rng)
         commands(capsys, ["--records", root, "stats", source])
@@ -232,8 +238,9 @@ def test_a_record(files, capsys, count, pattern, kinds):
     capsys.readouterr()
     folder, = root.glob("negative/*_First")
     path, = folder.glob(pattern)
-    readme = (root / "README.md").read_bytes()
-    rng, outcomes = random.Random(f"{pattern} {count}"), collections.Counter()
+    pages = {page: page.read_bytes() for page in pages_of(root)}
+    rng = random.Random(f"{pattern} {count}")
+    outcomes = collections.Counter()
     for _ in range(count // 3):
         original = mutate(path, kinds, rng)
         taken = commands(capsys, ["--records", root, "check"])
@@ -241,5 +248,6 @@ def test_a_record(files, capsys, count, pattern, kinds):
         commands(capsys, ["--records", root, "render"], ["--records", root, "stats", folder])
         outcomes["check passes" if taken else "check fails"] += 1
         path.write_bytes(original)
-        (root / "README.md").write_bytes(readme)
+        for page, content in pages.items():
+            page.write_bytes(content)
     report(capsys, pattern, outcomes)

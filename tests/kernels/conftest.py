@@ -17,7 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def serve():
-    """The interpreter's process: answers (module, function, args, kwargs) with (result, None) or (None, error), pickled, until its input ends."""
+    """
+    The interpreter's process: answers (module, function, args, kwargs) with (result, None) or (None, error), pickled,
+    until its input ends.
+    """
     sys.path.insert(0, str(ROOT))
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a kernel prints must not land among the answers
@@ -46,12 +49,16 @@ import torch
 
 from tests.errors import relative_rms as _relative_rms
 
-SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block can use, by compute capability
+# bytes a block can use, by compute capability
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 
 
 def _poison(tensor: torch.Tensor) -> torch.Tensor:
-    """Fills a tensor with NaN (integers with the smallest value) in place, so that what a kernel does not write is seen; returns it."""
+    """
+    Fills a tensor with NaN (integers with the smallest value) in place, so that what a kernel does not write is seen;
+    returns it.
+    """
     return tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
 
 
@@ -69,11 +76,13 @@ class Compiled:
         return bool(TENSOR_CORE.search(self.ptx))
 
 
-def _aot(kernel, signature: dict, constexprs: dict, capability: int, num_warps: int, num_stages: int, aligned=None) -> Compiled:
+def _aot(kernel, signature: dict, constexprs: dict, capability: int, num_warps: int, num_stages: int,
+         aligned=None) -> Compiled:
     """
-    Compiles a @triton.jit kernel for a card of this compute capability (80, 86, 89, 90, 100); needs no card. signature: {argument: "*bf16", "*fp32", "i32", "fp32" ...}
-    for what is not in constexprs. aligned: names of the arguments that a launch would find divisible by 16, which decides about wide loads and
-    asynchronous copies; every pointer if not given. A constexpr of 1 is passed as such by a launch for each integer equal to 1: give such strides in constexprs.
+    Compiles a @triton.jit kernel for a card of this compute capability (80, 86, 89, 90, 100); needs no card. signature:
+    {argument: "*bf16", "*fp32", "i32", "fp32" ...} for what is not in constexprs. aligned: names of the arguments that
+    a launch would find divisible by 16, which decides about wide loads and asynchronous copies; every pointer if not
+    given. A constexpr of 1 is passed as such by a launch for each integer equal to 1: give such strides in constexprs.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -82,26 +91,39 @@ def _aot(kernel, signature: dict, constexprs: dict, capability: int, num_warps: 
     unknown, absent = (set(signature) | set(constexprs)) - set(names), set(names) - set(signature) - set(constexprs)
     assert not unknown and not absent, f"{kernel.__name__}: not its arguments {sorted(unknown)}, not given {sorted(absent)}"
     aligned = [name for name, kind in signature.items() if kind.startswith("*")] if aligned is None else aligned
-    source = ASTSource(kernel, {name: signature.get(name, "constexpr") for name in names}, {(names.index(name),): value for name, value in constexprs.items()},
+    source = ASTSource(kernel, {name: signature.get(name, "constexpr") for name in names},
+                       {(names.index(name),): value for name, value in constexprs.items()},
                        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned})
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=num_warps, num_stages=num_stages))
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32),
+                              options=dict(num_warps=num_warps, num_stages=num_stages))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
-        sass = subprocess.run([triton.knobs.nvidia.nvdisasm.path, "-c", cubin.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name], capture_output=True,
+                               text=True, check=True).stdout
+        sass = subprocess.run([triton.knobs.nvidia.nvdisasm.path, "-c", cubin.name], capture_output=True, text=True,
+                              check=True).stdout
     figures = {name: int(figure) for name, figure in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return Compiled(figures["REG"], figures["STACK"] + figures["LOCAL"], compiled.metadata.shared, compiled.asm["ptx"], sass, SHARED_LIMIT[capability])
+    return Compiled(figures["REG"], figures["STACK"] + figures["LOCAL"], compiled.metadata.shared, compiled.asm["ptx"],
+                    sass, SHARED_LIMIT[capability])
 
 
 class Interpreter:
-    """Runs functions where Triton's kernels are interpreted on the CPU: in a process of its own, since TRITON_INTERPRET counts when Triton is imported."""
+    """
+    Runs functions where Triton's kernels are interpreted on the CPU: in a process of its own, since TRITON_INTERPRET
+    counts when Triton is imported.
+    """
+
     def __init__(self):
         environment = os.environ | dict(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        env=environment)
 
     def __call__(self, module: str, function: str, *args, **kwargs):
-        """module.function(*args, **kwargs) there. Arguments and result are pickled (tensors without their graph); its exception is raised here."""
+        """
+        module.function(*args, **kwargs) there. Arguments and result are pickled (tensors without their graph); its
+        exception is raised here.
+        """
         pickle.dump((module, function, args, kwargs), self.process.stdin)
         self.process.stdin.flush()
         result, error = pickle.load(self.process.stdout)

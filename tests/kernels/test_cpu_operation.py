@@ -52,7 +52,8 @@ def test_compiled_equals_eager(name, dynamic):
     torch.compiler.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     tensors = draw(*shapes)
-    assert all(torch.equal(x, y) for x, y in zip(both_passes(compiled, tensors), both_passes(function, tensors), strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(both_passes(compiled, tensors), both_passes(function, tensors),
+                                                 strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -70,9 +71,10 @@ def test_registrations():
     ops = torch.ops.knotgpt
     rows = draw((2, 5, 3, 8))[0].requires_grad_()
     weights = [x.requires_grad_() for x in draw((6, 8), (5, 6))]
-    calls = [(ops.scaled_sum_norm_loops, (x, y, scales, 1e-6)), (ops.scaled_sum_norm_loops, (x, y, None, 1e-6)), (ops.norm_rotary_loops, (rows, *TABLES, 1e-6)),
-             (ops.relu_squared_feed_forward_loops, (x, *weights)),
-             (ops.softcapped_cross_entropy_loops, (*(x.requires_grad_() for x in draw((4, 5), (7, 5))), TARGETS, 15.0, 3, [True, True]))]
+    calls = [(ops.scaled_sum_norm_loops, (x, y, scales, 1e-6)), (ops.scaled_sum_norm_loops, (x, y, None, 1e-6)),
+             (ops.norm_rotary_loops, (rows, *TABLES, 1e-6)), (ops.relu_squared_feed_forward_loops, (x, *weights)),
+             (ops.softcapped_cross_entropy_loops,
+              (*(x.requires_grad_() for x in draw((4, 5), (7, 5))), TARGETS, 15.0, 3, [True, True]))]
     for operation, arguments in calls:
         assert set(torch.library.opcheck(operation.default, arguments).values()) == {"SUCCESS"}
 
@@ -86,7 +88,8 @@ def test_fake_tensors_are_not_read():
 def test_loops_are_as_many_threads_as_pytorchs_and_repeat():
     for name, (function, shapes) in CASES.items():
         tensors = draw(*shapes)
-        assert all(torch.equal(x, y) for x, y in zip(both_passes(function, tensors), both_passes(function, tensors))), name
+        assert all(torch.equal(x, y) for x,
+                   y in zip(both_passes(function, tensors), both_passes(function, tensors))), name
 
 
 @pytest.mark.slow

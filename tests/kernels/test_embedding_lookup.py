@@ -1,4 +1,7 @@
-"""embedding_lookup against its definition; its Triton kernels in the interpreter, compiled ahead of time and, where there is one, on a GPU."""
+"""
+embedding_lookup against its definition; its Triton kernels in the interpreter, compiled ahead of time and, where there
+is one, on a GPU.
+"""
 import importlib
 from unittest.mock import patch
 
@@ -11,26 +14,36 @@ from kernels.embedding_lookup import embedding_lookup, embedding_lookup_referenc
 from tests.errors import float_bound, rounding_bound
 from tests.kernels.poison import poisoned_memory
 
-el = importlib.import_module("kernels.embedding_lookup")  # where a package hands on the function under the module's name, too
+# where a package hands on the function under the module's name, too
+el = importlib.import_module("kernels.embedding_lookup")
 
 
-# ---- Inputs and runs ----------------------------------------------------------------------------------------------------------------------------------
+# ---- Inputs and runs --------------------------------------------------------
 
 def make_inputs(counts, D, K=2, integer=torch.int64, dtype=torch.float32, seed=0):
-    """dict(tokens, tables, gs) in float64, exact in dtype: counts[v] tokens v, in any order; gs: gradients of the K results."""
+    """
+    dict(tokens, tables, gs) in float64, exact in dtype: counts[v] tokens v, in any order; gs: gradients of the K
+    results.
+    """
     generator, counts = torch.Generator().manual_seed(seed), torch.as_tensor(counts)
     tokens = torch.repeat_interleave(torch.arange(len(counts)), counts)
     randn = lambda rows: [torch.randn(rows, D, generator=generator).to(dtype).double() for _ in range(K)]
-    return dict(tokens=tokens[torch.randperm(len(tokens), generator=generator)].to(integer), tables=randn(len(counts)), gs=randn(len(tokens)))
+    return dict(tokens=tokens[torch.randperm(len(tokens), generator=generator)].to(integer), tables=randn(len(counts)),
+                gs=randn(len(tokens)))
 
 
 def zipf(V, N):
     """Of row 7 most, of most rows none."""
-    return torch.bincount((7 + (V ** torch.rand(N, generator=torch.Generator().manual_seed(1))).long() - 1) % V, minlength=V)
+    return torch.bincount((7 + (V ** torch.rand(N, generator=torch.Generator().manual_seed(1))).long() - 1) % V,
+                          minlength=V)
 
 
-def run(inputs, backend="reference", table=torch.float64, result=torch.float64, device="cpu", function=embedding_lookup, needed=None, form=lambda x: x):
-    """[results, gradients of the tables whose place is in needed]. table, result: dtypes; form: how tables and gradients lie in memory."""
+def run(inputs, backend="reference", table=torch.float64, result=torch.float64, device="cpu", function=embedding_lookup,
+        needed=None, form=lambda x: x):
+    """
+    [results, gradients of the tables whose place is in needed]. table, result: dtypes; form: how tables and gradients
+    lie in memory.
+    """
     needed = range(len(inputs["tables"])) if needed is None else needed
     tables = [form(x.to(device, table)).requires_grad_(k in needed) for k, x in enumerate(inputs["tables"])]
     results = function(inputs["tokens"].to(device), tables, dtype=result, backend=backend)
@@ -40,14 +53,18 @@ def run(inputs, backend="reference", table=torch.float64, result=torch.float64, 
 
 
 def run_interpreted(inputs, table=torch.float32, result=torch.float32, **options):
-    """run(backend="triton"), called in the interpreter's process, as the functions below that are named to the interpreter."""
+    """
+    run(backend="triton"), called in the interpreter's process, as the functions below that are named to the
+    interpreter.
+    """
     with poisoned_memory():
         return run(inputs, "triton", table, result, **options)
 
 
 def exact(inputs):
     tokens, V, D = inputs["tokens"].long(), *inputs["tables"][0].shape
-    return [x[tokens] for x in inputs["tables"]] + [torch.zeros(V, D, dtype=torch.float64).index_add(0, tokens.flatten(), g) for g in inputs["gs"]]
+    return [x[tokens] for x in inputs["tables"]] + [torch.zeros(V, D, dtype=torch.float64).index_add(0,
+            tokens.flatten(), g) for g in inputs["gs"]]
 
 
 def agree(results, inputs, relative_rms, table=torch.float32, result=torch.float32, rounded=None):
@@ -67,11 +84,12 @@ def agree(results, inputs, relative_rms, table=torch.float32, result=torch.float
     assert max(errors) < tolerance and not any(x[counts == 0].any() for x in results[K:])
 
 
-FORMS = dict(rows_apart=lambda x: torch.cat((x, x), 1)[:, :x.shape[1]], columns_apart=lambda x: x.repeat_interleave(2, 1)[:, ::2],
-             columns_first=lambda x: x.t().contiguous().t(), contiguous=lambda x: x)
+FORMS = dict(rows_apart=lambda x: torch.cat((x, x), 1)[:, :x.shape[1]],
+             columns_apart=lambda x: x.repeat_interleave(2, 1)[:, ::2], columns_first=lambda x: x.t().contiguous().t(),
+             contiguous=lambda x: x)
 
 
-# ---- Reference --------------------------------------------------------------------------------------------------------------------------------------------
+# ---- Reference --------------------------------------------------------------
 
 def test_reference_is_the_definition(relative_rms):
     inputs = make_inputs(zipf(30, 100), 5)
@@ -81,15 +99,20 @@ def test_reference_is_the_definition(relative_rms):
 
 def test_gradcheck():
     inputs = make_inputs([3, 0, 2], 2)
-    assert torch.autograd.gradcheck(lambda *tables: embedding_lookup_reference(inputs["tokens"], tables), [x.requires_grad_() for x in inputs["tables"]])
+    assert torch.autograd.gradcheck(lambda *tables: embedding_lookup_reference(inputs["tokens"], tables),
+                                    [x.requires_grad_() for x in inputs["tables"]])
 
 
 @pytest.mark.parametrize("integer", [torch.int32, torch.int64])
 def test_auto_is_the_trainers_on_a_cpu(integer):
     inputs = make_inputs(zipf(30, 100), 8, integer=integer)
     module = torch.nn.Embedding(30, 8)
-    trainer = lambda tokens, tables, dtype, backend: [torch.func.functional_call(module, dict(weight=table), tokens).to(dtype) for table in tables]
-    results = [run(inputs, "auto", torch.float32, torch.bfloat16, function=function) for function in (embedding_lookup, trainer)]
+
+    def trainer(tokens, tables, dtype, backend):
+        return [torch.func.functional_call(module, dict(weight=table), tokens).to(dtype) for table in tables]
+
+    results = [run(inputs, "auto", torch.float32, torch.bfloat16, function=function)
+               for function in (embedding_lookup, trainer)]
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
@@ -108,16 +131,17 @@ TABLE = torch.zeros(3, 2)
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(tokens=torch.zeros(4)), r"tokens must be an int32 or int64 tensor, not empty; got \(4,\) torch.float32"),
-    (dict(tokens=torch.zeros(0, dtype=torch.int64)), "tokens must be an int32 or int64 tensor, not empty"),
+    (dict(tokens=torch.zeros(4)), "tokens must be int32 or int64; got torch.float32"),
+    (dict(tokens=torch.zeros(0, dtype=torch.int64)), r"tokens must be a tensor \(\.\.\.\), not empty; got \(0,\) torch.int64"),
     (dict(tokens=1), "tokens must be.*got int"),
     (dict(tables=TABLE), r"tables must be a list or tuple of 1 to 8 tensors; got \(3, 2\) torch.float32"),
     (dict(tables=9 * [TABLE]), "tables must be a list or tuple of 1 to 8 tensors; got list of 9"),
-    (dict(tables=[TABLE, TABLE[0]]), r"tables must be \(V, D\), not empty.*got \(2,\)"),
-    (dict(tables=[TABLE.int()]), "tables must be.*bfloat16.*got.*int32"),
-    (dict(tables=[TABLE, torch.zeros(2, 2)]), r"tables must have one shape and dtype; got \(3, 2\) torch.float32 and \(2, 2\) torch.float32"),
+    (dict(tables=[TABLE, TABLE[0]]), r"tables must be a tensor \(V, D\), not empty; got \(2,\)"),
+    (dict(tables=[TABLE.int()]), "tables must be bfloat16, .* or float64; got torch.int32"),
+    (dict(tables=[TABLE, torch.zeros(2, 2)]),
+     r"tables must have one shape and dtype; got \(3, 2\) torch.float32 and \(2, 2\) torch.float32"),
     (dict(tables=[TABLE, TABLE.half()]), "tables must have one shape and dtype.*float16"),
-    (dict(tables=[TABLE.to("meta")]), "tables must be on the tokens' device cpu; got meta"),
+    (dict(tables=[TABLE.to("meta")]), "tables must be on the device of tokens, cpu; got meta"),
     (dict(dtype=torch.int32), "dtype must be None, bfloat16.*got torch.int32"),
     (dict(backend="cuda"), "backend must be one of auto, reference, triton; got 'cuda'"),
     (dict(backend="triton"), "backend 'triton' needs CUDA tensors"),
@@ -127,13 +151,15 @@ def test_wrong_arguments(change, message):
         embedding_lookup(**dict(tokens=torch.tensor([0, 2]), tables=[TABLE]) | change)
 
 
-# ---- Triton, interpreted ------------------------------------------------------------------------------------------------------------------------------------
+# ---- Triton, interpreted ----------------------------------------------------
 
-COUNTS = dict(token=[1], few=[3, 0, 1, 0, 0, 2], one_row=[0, 0, 600, 0], all_different=[1] * 20, more_rows_than_tokens=[0, 1, 1, 0] * 6,
-              first_and_last_row=[45, *[0] * 8, 60], whole_chunks=[32, 16, 0, 64], parts_of_chunks=[15, 17, 31, 1, 33, 30, 2, 48, 7], zipf=zipf(50, 200))
+COUNTS = dict(token=[1], few=[3, 0, 1, 0, 0, 2], one_row=[0, 0, 600, 0], all_different=[1] * 20,
+              more_rows_than_tokens=[0, 1, 1, 0] * 6, first_and_last_row=[45, *[0] * 8, 60],
+              whole_chunks=[32, 16, 0, 64], parts_of_chunks=[15, 17, 31, 1, 33, 30, 2, 48, 7], zipf=zipf(50, 200))
 
 
-@pytest.mark.parametrize("counts, D", [*((counts, 33) for counts in COUNTS.values()), (COUNTS["zipf"], 1), (COUNTS["zipf"], 256), (COUNTS["parts_of_chunks"], 300)])
+@pytest.mark.parametrize("counts, D", [*((counts, 33) for counts in COUNTS.values()), (COUNTS["zipf"], 1),
+                                       (COUNTS["zipf"], 256), (COUNTS["parts_of_chunks"], 300)])
 def test_interpreted_kernels_equal_the_definition(counts, D, interpreter, relative_rms):
     inputs = make_inputs(counts, D, 1)
     agree(interpreter(__name__, "run_interpreted", inputs), inputs, relative_rms)
@@ -151,19 +177,24 @@ def test_interpreted_tokens_of_any_shape(integer, shape, interpreter, relative_r
                                            (torch.float16, torch.float32),
                                            (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)])
 def test_interpreted_sums_are_float32(table, result, interpreter, relative_rms):
-    inputs = make_inputs(zipf(12, 150), 20, 1, dtype=torch.bfloat16 if torch.bfloat16 in (table, result) else torch.float16)
+    inputs = make_inputs(zipf(12, 150), 20, 1, dtype=torch.bfloat16 if torch.bfloat16 in (table, result)
+                         else torch.float16)
     agree(interpreter(__name__, "run_interpreted", inputs, table, result), inputs, relative_rms, table, result,
           table if table != torch.float32 else None)
 
 
 def frozen_results(inputs):
-    """(results and gradient where the middle one of three tables needs one, calls of the backward pass, results where none needs one, though there is no sort)"""
+    """
+    (results and gradient where the middle one of three tables needs one, calls of the backward pass, results where none
+    needs one, though there is no sort)
+    """
     with patch.object(el, "_backward_op", wraps=el._backward_op) as backward:
         some = run_interpreted(inputs, needed=[1])
-    with patch.object(el, "_sorted", side_effect=AssertionError):
+    with patch.object(el, "_sort", side_effect=AssertionError):
         none = embedding_lookup(inputs["tokens"], [x.float() for x in inputs["tables"]], backend="triton")
         with torch.no_grad():
-            none += embedding_lookup(inputs["tokens"], [x.float().requires_grad_() for x in inputs["tables"]], backend="triton")
+            none += embedding_lookup(inputs["tokens"], [x.float().requires_grad_() for x in inputs["tables"]],
+                                     backend="triton")
     return some, backward.call_count, none
 
 
@@ -194,25 +225,31 @@ def test_interpreted_tokens_outside_are_zeros(integer, D, interpreter, relative_
     outside = torch.tensor([4, 5, -1, -2, 2**31 - 1, -(2**31), 2**32 + 2, -(2**63)]).repeat_interleave(35)
     outside = outside[outside == outside.to(integer)].to(integer)
     order = torch.randperm(24 + len(outside), generator=torch.Generator().manual_seed(0))
-    tokens, gs = torch.cat((inputs["tokens"].to(integer), outside)), torch.cat((inputs["gs"][0], torch.full((len(outside), D), float("nan"))))
-    (y, gradient), untouched = interpreter(__name__, "guarded_results", inputs | dict(tokens=tokens[order], gs=[gs[order]]))
+    tokens, gs = torch.cat((inputs["tokens"].to(integer), outside)), torch.cat((inputs["gs"][0],
+                                                                                torch.full((len(outside), D),
+            float("nan"))))
+    (y, gradient), untouched = interpreter(__name__, "guarded_results",
+                                           inputs | dict(tokens=tokens[order], gs=[gs[order]]))
     inside, others = order.argsort().split((24, len(outside)))
     agree([y[inside], gradient], inputs, relative_rms)
     assert not y[others].any() and untouched
 
 
 def strided_results(inputs, device="cpu", result=torch.float32):
-    return {name: run(inputs, "triton", torch.float32, result, device=device, form=form) for name, form in FORMS.items()}
+    return {name: run(inputs, "triton", torch.float32, result, device=device, form=form) for name,
+            form in FORMS.items()}
 
 
 def test_interpreted_strides(interpreter, relative_rms):
     *others, contiguous = interpreter(__name__, "strided_results", make_inputs(zipf(10, 60), 6, 1)).values()
-    assert all(torch.equal(result, expected) for results in others for result, expected in zip(results, contiguous, strict=True))
+    assert all(torch.equal(result, expected) for results in others for result,
+               expected in zip(results, contiguous, strict=True))
 
 
 def opcheck_interpreted(inputs):
     table = inputs["tables"][0].float().requires_grad_()
-    return torch.library.opcheck(torch.ops.knotgpt.embedding_lookup.default, (inputs["tokens"], table, torch.float16, *el._sorted(inputs["tokens"], len(table))))
+    return torch.library.opcheck(torch.ops.knotgpt.embedding_lookup.default,
+                                 (inputs["tokens"], table, torch.float16, *el._sort(inputs["tokens"], len(table))))
 
 
 def test_interpreted_registration(interpreter):
@@ -225,20 +262,26 @@ def test_interpreted_wrong_arguments(interpreter):
 
 
 def test_compilers_see_the_kernels(monkeypatch):
-    """In the graphs of both passes stand the kernels, not an opaque operation, and one sort for two tables; what they would compute stays unrun, as there is no card."""
+    """
+    In the graphs of both passes stand the kernels, not an opaque operation, and one sort for two tables; what they
+    would compute stays unrun, as there is no card.
+    """
     monkeypatch.setattr(el, "_check", lambda *arguments: None)
-    graphs, tokens, tables = [], torch.zeros(2, 7, dtype=torch.int64), [torch.zeros(5, 6, requires_grad=True) for _ in range(2)]
+    graphs, tokens, tables = [], torch.zeros(2, 7, dtype=torch.int64), [torch.zeros(5, 6, requires_grad=True)
+                                                                        for _ in range(2)]
     def note(graph, inputs):
         graphs.append([str(node.target) for node in graph.graph.nodes])
         results = [node if node is None else node.meta["val"] for node in graph.graph.output_node().args[0]]
-        return make_boxed_func(lambda *inputs: [x if x is None else torch.zeros(x.shape, dtype=x.dtype) for x in results])
-    compiled = torch.compile(embedding_lookup, fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=note, bw_compiler=note))
+        return make_boxed_func(lambda *inputs: [x if x is None else torch.zeros(x.shape, dtype=x.dtype)
+                                                for x in results])
+    compiled = torch.compile(embedding_lookup, fullgraph=True, dynamic=False,
+                             backend=aot_autograd(fw_compiler=note, bw_compiler=note))
     sum(y.float().sum() for y in compiled(tokens, tables, torch.bfloat16, "triton")).backward()
     count = lambda name: [sum(name in target for target in graph) for graph in graphs]
     assert count("triton_kernel_wrapper") == [2, 6] and count("sort.stable") == [1, 0] and count("knotgpt") == [0, 0]
 
 
-# ---- Triton, compiled ahead of time -------------------------------------------------------------------------------------------------------------------------
+# ---- Triton, compiled ahead of time -----------------------------------------
 
 KERNELS = dict(fwd="fwd", chunks="bwd_chunks", join="bwd_join", rows="bwd_rows")
 ELEMENT = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
@@ -248,38 +291,49 @@ def compile_ahead(aot, name, D, table, result, capability):
     """A kernel as the host functions launch it for contiguous tables and gradients."""
     kernel, constants = getattr(el, f"_embedding_lookup_{KERNELS[name]}_kernel"), el._launch(name, D)
     warps = constants.pop("num_warps")
-    kinds = dict(tokens_ptr="*i64", table_ptr=ELEMENT[table], dtable_ptr=ELEMENT[table], y_ptr=ELEMENT[result], g_ptr=ELEMENT[result], ids_ptr="*i32", order_ptr="*i64",
-                 starts_ptr="*i32", sums_ptr="*fp32", joined_ptr="*fp32")
+    kinds = dict(tokens_ptr="*i64", table_ptr=ELEMENT[table], dtable_ptr=ELEMENT[table], y_ptr=ELEMENT[result],
+                 g_ptr=ELEMENT[result], ids_ptr="*i32", order_ptr="*i64", starts_ptr="*i32", sums_ptr="*fp32",
+                 joined_ptr="*fp32")
     signature = {argument: kinds.get(argument, "i32") for argument in kernel.arg_names if argument not in constants}
-    aligned = [argument for argument in signature if argument.endswith("_ptr") or argument.endswith("_row") and D % 16 == 0]
+    aligned = [argument for argument in signature if argument.endswith("_ptr") or argument.endswith("_row")
+               and D % 16 == 0]
     return aot(kernel, signature, constants, capability, warps, 3, aligned)
 
 
 FEW = [(768, torch.float32, torch.bfloat16, capability) for capability in (80, 90, 100)]
-SLOW = [*((D, torch.float32, torch.bfloat16, capability) for D in (1, 33, 128, 384, 1024) for capability in (80, 90, 100)),
-        *((768, table, result, 90) for table, result in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)))]
+SLOW = [*((D, torch.float32, torch.bfloat16, capability) for D in (1, 33, 128, 384, 1024)
+          for capability in (80, 90, 100)),
+        *((768, table, result, 90) for table,
+          result in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16),
+                     (torch.bfloat16, torch.float32)))]
 
 
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("D, table, result, capability", [*FEW, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
+@pytest.mark.parametrize("D, table, result, capability",
+                         [*FEW, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
 def test_kernels_compile_for_cards(D, table, result, capability, name, aot):
     compiled = compile_ahead(aot, name, D, table, result, capability)
     assert compiled.spills == 0 and compiled.shared <= 4096 and not compiled.has_tensor_cores
-    assert D % 128 or "ld.global.v4.b32" in compiled.ptx and (name == "join" or "st.global.v4.b32" in compiled.ptx)  # 16 bytes at a time
+    # 16 bytes at a time
+    assert D % 128 or "ld.global.v4.b32" in compiled.ptx and (name == "join" or "st.global.v4.b32" in compiled.ptx)
 
 
-# ---- On a GPU -------------------------------------------------------------------------------------------------------------------------------------------------
+# ---- On a GPU ---------------------------------------------------------------
 
 TEXT = zipf(5000, 20_000)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("table, result", [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.float32, torch.float32),
-                                           (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)])
-@pytest.mark.parametrize("counts, D", [*((counts, 33) for counts in COUNTS.values()), (TEXT, 768), (TEXT, 384), (TEXT, 1), ([0, 20_000, 0], 768)])
+@pytest.mark.parametrize("table, result",
+                         [(torch.float32, torch.bfloat16), (torch.float32, torch.float16),
+                          (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16),
+                          (torch.float16, torch.float16)])
+@pytest.mark.parametrize("counts, D", [*((counts, 33) for counts in COUNTS.values()), (TEXT, 768), (TEXT, 384),
+                                       (TEXT, 1), ([0, 20_000, 0], 768)])
 @pytest.mark.parametrize("integer", [torch.int32, torch.int64])
 def test_gpu_equals_the_definition(counts, D, table, result, integer, relative_rms):
-    inputs = make_inputs(counts, D, integer=integer, dtype=torch.float16 if torch.float16 in (table, result) else torch.bfloat16)
+    inputs = make_inputs(counts, D, integer=integer, dtype=torch.float16 if torch.float16 in (table, result)
+                         else torch.bfloat16)
     with poisoned_memory():
         results = run(inputs, "triton", table, result, "cuda")
     agree(results, inputs, relative_rms, table, result, table if table != torch.float32 else None)
@@ -287,8 +341,10 @@ def test_gpu_equals_the_definition(counts, D, table, result, integer, relative_r
 
 @pytest.mark.gpu
 def test_gpu_tokens_outside_are_zeros(relative_rms):
-    inputs, outside = make_inputs([20, 0, 3, 1], 768, 1), torch.tensor([4, -1, 2**32 + 2, -(2**63)]).repeat_interleave(35)
-    wrong = inputs | dict(tokens=torch.cat((inputs["tokens"], outside)), gs=[torch.cat((inputs["gs"][0], torch.full((len(outside), 768), float("nan"))))])
+    inputs, outside = make_inputs([20, 0, 3, 1], 768,
+                                  1), torch.tensor([4, -1, 2**32 + 2, -(2**63)]).repeat_interleave(35)
+    wrong = inputs | dict(tokens=torch.cat((inputs["tokens"], outside)),
+                          gs=[torch.cat((inputs["gs"][0], torch.full((len(outside), 768), float("nan"))))])
     y, gradient = run(wrong, "triton", torch.float32, torch.float32, "cuda")
     agree([y[:24], gradient], inputs, relative_rms)
     assert not y[24:].any()
@@ -300,21 +356,24 @@ def test_gpu_compiled_equals_eager_and_runs_repeat_bit_for_bit(dynamic):
     compiled = torch.compile(embedding_lookup, fullgraph=True, dynamic=dynamic)
     for N in (20_000, 20_003):
         inputs = make_inputs(zipf(5000, N), 768)
-        eager, again, graph = (run(inputs, "auto", torch.float32, torch.bfloat16, "cuda", function) for function in (embedding_lookup, embedding_lookup, compiled))
+        eager, again, graph = (run(inputs, "auto", torch.float32, torch.bfloat16, "cuda", function)
+                               for function in (embedding_lookup, embedding_lookup, compiled))
         assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(eager, again, graph, strict=True))
 
 
 @pytest.mark.gpu
 def test_gpu_strides():
     *others, contiguous = strided_results(make_inputs(TEXT, 64), "cuda", torch.bfloat16).values()
-    assert all(torch.equal(result, expected) for results in others for result, expected in zip(results, contiguous, strict=True))
+    assert all(torch.equal(result, expected) for results in others for result,
+               expected in zip(results, contiguous, strict=True))
 
 
 @pytest.mark.gpu
 def test_gpu_nothing_waits_for_the_host():
     """Both passes in a CUDA graph, replayed for tokens of quite other runs."""
     first, second = (make_inputs(counts, 64) for counts in (TEXT, [20_000, *[0] * 4999]))
-    tokens, tables, gs = first["tokens"].cuda(), [x.cuda().float().requires_grad_() for x in first["tables"]], [g.cuda().bfloat16() for g in first["gs"]]
+    tokens, tables, gs = first["tokens"].cuda(), [x.cuda().float().requires_grad_()
+                                                  for x in first["tables"]], [g.cuda().bfloat16() for g in first["gs"]]
     def both_passes():
         results = embedding_lookup(tokens, tables, torch.bfloat16)
         return [*results, *torch.autograd.grad(results, tables, gs)]
@@ -347,4 +406,5 @@ def test_gpu_offsets_beyond_32_bits():
         y, = embedding_lookup(tokens[rows] - (N - len(own)), [own], torch.bfloat16)
         results.append([part[-last:].detach().clone() for part in (y, *torch.autograd.grad(y, own, g[rows]))])
         del y, own
-    assert torch.equal(results[0][0], results[1][0]) and torch.allclose(results[0][1], results[1][1], rtol=0, atol=1e-5)  # chunks begin elsewhere
+    # chunks begin elsewhere
+    assert torch.equal(results[0][0], results[1][0]) and torch.allclose(results[0][1], results[1][1], rtol=0, atol=1e-5)

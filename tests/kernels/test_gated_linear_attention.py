@@ -1,29 +1,34 @@
 """
-gated_linear_attention against its recurrence and its materialised form; its Triton kernels in the interpreter, compiled ahead of time and, where there is
-one, on a GPU; the CPU's loops on the cases of the chunked form and on random shapes. Gradients are always those of query, key, value and log_decay for a random gradient of the output.
+gated_linear_attention against its recurrence and its materialised form; its Triton kernels in the interpreter, compiled
+ahead of time and, where there is one, on a GPU; the CPU's loops on the cases of the chunked form and on random shapes.
+Gradients are always those of query, key, value and log_decay for a random gradient of the output.
 """
-import importlib
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.backend import has_cpu_loops
-from kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_reference, gated_linear_attention_step
+from kernels.gated_linear_attention import (
+    _best_backend,
+    chunked,
+    chunked_triton,
+    gated_linear_attention,
+    gated_linear_attention_reference,
+    gated_linear_attention_step,
+)
 from tests.errors import float_bound, rounding_bound
 from tests.kernels.poison import poisoned_memory
-
-gla = importlib.import_module("kernels.gated_linear_attention")  # the package hands on the function under the module's name
+from tests.kernels.processes import ROOT
 
 needs_loops = pytest.mark.skipif(not has_cpu_loops(), reason="needs Numba")
 on_a_cpu = pytest.mark.parametrize("backend", ["chunked", pytest.param("loops", marks=needs_loops)])
 
 
-# ---- Inputs and runs ----------------------------------------------------------------------------------------------------------------------------------
+# ---- Inputs and runs --------------------------------------------------------
 
 def documents(B, T, rate, generator):
     """doc_start (B, T) of random documents, `rate` of the tokens beginning one."""
@@ -33,12 +38,22 @@ def documents(B, T, rate, generator):
 
 
 def make_inputs(B, T, H, M, D, decay=1.0, docs=0.05, keys="dense", seed=0):
-    """[query, key, value, log_decay, doc_start, gradient] in float64; decay: mean of -log_decay, None without; docs: rate of document starts, None without."""
+    """
+    [query, key, value, log_decay, doc_start, gradient] in float64; decay: mean of -log_decay, None without; docs: rate
+    of document starts, None without.
+    """
     generator = torch.Generator().manual_seed(seed)
-    randn = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)
-    query, key, value, grad = randn(B, T, H, M), randn(B, T, H, M), randn(B, T, H, D), randn(B, T, H, D)
+
+    def randn(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    query = randn(B, T, H, M)
+    key = randn(B, T, H, M)
+    value = randn(B, T, H, D)
+    grad = randn(B, T, H, D)
     if keys != "dense":
-        lower, weight = torch.randint(M, (B, T, H, 1), generator=generator), torch.rand(B, T, H, 1, dtype=torch.float64, generator=generator)
+        lower = torch.randint(M, (B, T, H, 1), generator=generator)
+        weight = torch.rand(B, T, H, 1, dtype=torch.float64, generator=generator)
         key = torch.zeros_like(key).scatter_(-1, lower, 1.0 if keys == "one-hot" else weight)
         if keys == "two-hot":
             key = key.scatter_add(-1, (lower + 1) % M, 1 - weight)
@@ -58,13 +73,17 @@ def run(inputs, backend, dtype=torch.float64, device="cpu", function=gated_linea
     if log_decay is not None:
         tensors.append(log_decay.detach().to(device, torch.promote_types(dtype, torch.float32)).requires_grad_())
     decay = tensors[3] if log_decay is not None else None
-    out = function(*tensors[:3], log_decay=decay, doc_start=None if doc_start is None else doc_start.to(device), backend=backend)
+    out = function(
+        *tensors[:3], log_decay=decay, doc_start=None if doc_start is None else doc_start.to(device), backend=backend
+    )
     return [x.detach().cpu() for x in (out, *torch.autograd.grad(out, tensors, grad.to(device, dtype)))]
 
 
 def run_interpreted(inputs, dtype, launch, programs, segment_chunks):
     """run(backend="triton"), called in the interpreter's process."""
-    gla.LAUNCH, gla.PROGRAMS, gla.SEGMENT_CHUNKS = {key: launch for key in gla.LAUNCH}, programs, segment_chunks
+    chunked_triton.LAUNCH = {key: launch for key in chunked_triton.LAUNCH}
+    chunked_triton.PROGRAMS = programs
+    chunked_triton.SEGMENT_CHUNKS = segment_chunks
     with poisoned_memory():
         return run(inputs, "triton", dtype)
 
@@ -89,7 +108,7 @@ def assert_close(results, expected, relative_rms, tolerance):
     assert len(results) == len(expected) and max(errors.values()) < tolerance, errors
 
 
-# ---- Reference ------------------------------------------------------------------------------------------------------------------------------------------
+# ---- Reference --------------------------------------------------------------
 
 def recurrence(query, key, value, log_decay, doc_start):
     """S_i = e^{g_i} S_{i-1} + k_i v_i', out_i = S_i' q_i, token by token."""
@@ -112,7 +131,7 @@ def test_reference_is_the_recurrence(decay, docs, relative_rms):
     assert error < bound(inputs, torch.float64)
 
 
-# ---- On a CPU: PyTorch chunks and loops -------------------------------------------------------------------------------
+# ---- On a CPU: PyTorch chunks and loops -------------------------------------
 
 SHAPES = [  # B, T, H, M, D, decay, docs, keys
     (1, 1, 1, 1, 1, 1.0, None, "dense"),
@@ -140,20 +159,23 @@ def test_every_form_equals_the_reference(shape, backend, relative_rms):
 def test_groups_of_chunks(monkeypatch, relative_rms):
     inputs, expected = (inputs := make_inputs(2, 300, 2, 6, 5)), run(inputs, "reference")
     for chunk, group in ((16, 1), (16, 200), (48, 10_000), (1, 64)):
-        monkeypatch.setattr(gla, "_cpu_chunk", lambda T, M, D, chunk=chunk: chunk)
-        monkeypatch.setattr(gla, "GROUP", group)
+        monkeypatch.setattr(chunked, "chunk_length", lambda T, M, D, chunk=chunk: chunk)
+        monkeypatch.setattr(chunked, "GROUP", group)
         assert_close(run(inputs, "chunked"), expected, relative_rms, bound(inputs, torch.float64))
 
 
 @on_a_cpu
 @pytest.mark.parametrize("decay, docs", [(0.2, 0.1), (None, None)])
 def test_gradcheck(decay, docs, backend, monkeypatch):
-    monkeypatch.setattr(gla, "_cpu_chunk", lambda T, M, D: 4)
+    monkeypatch.setattr(chunked, "chunk_length", lambda T, M, D: 4)
     *tensors, log_decay, doc_start, _ = make_inputs(1, 9, 2, 2, 2, decay, docs)
     if log_decay is not None:
         tensors.append(log_decay - 0.01)  # finite differences stay below 0
     tensors = [x.requires_grad_() for x in tensors]
-    call = lambda q, k, v, g=None: gated_linear_attention(q, k, v, log_decay=g, doc_start=doc_start, backend=backend)
+
+    def call(q, k, v, g=None):
+        return gated_linear_attention(q, k, v, log_decay=g, doc_start=doc_start, backend=backend)
+
     assert torch.autograd.gradcheck(call, tensors, eps=1e-6, atol=1e-8, rtol=1e-6)
 
 
@@ -186,7 +208,9 @@ def test_total_forgetting_is_a_document_start(drop, backend, relative_rms):
 def test_forgotten_states_are_zero():
     """Left to decay, they become denormal numbers, which a CPU multiplies many times as slowly."""
     query, key, value, log_decay, _, grad = make_inputs(1, 1000, 1, 64, 4, 0.5, None, "one-hot")
-    out, states = torch.ops.knotgpt.gated_linear_attention(*(x.float() for x in (query, key, value, log_decay)), None, "chunked")
+    out, states = torch.ops.knotgpt.gated_linear_attention(
+        *(x.float() for x in (query, key, value, log_decay)), None, "chunked"
+    )
     assert states[1:].any() and not ((states != 0) & (states.abs() <= 1e-35)).any() and (states[5:] == 0).any()
 
 
@@ -200,7 +224,10 @@ def far_tokens(T, boundary):
 
 
 def assert_decay_gradient_is_local(got, inputs, boundary, relative_rms, chunk=64):
-    """A running sum over the whole sequence would leave the rounding of the large tokens, about 1e-7 x 1e8, in the gradients of the small ones."""
+    """
+    A running sum over the whole sequence would leave the rounding of the large tokens, about 1e-7 x 1e8, in the
+    gradients of the small ones.
+    """
     expected = run(inputs, "reference")[4]
     assert expected[:, :boundary].abs().mean() > 0.1 and expected[:, boundary + 8:].abs().mean() > 1e7
     assert relative_rms(got[:, :boundary], expected[:, :boundary]) < bound(inputs, torch.float32, chunk)
@@ -227,7 +254,9 @@ def test_documents_are_separate(backend, relative_rms):
     *tensors, _, grad = inputs = make_inputs(1, 150, 2, 4, 3)
     doc_start = torch.where(torch.arange(150) < 70, 0, 70).int()[None]
     together = run([*tensors, doc_start, grad], backend)
-    apart = [run([x[:, part] for x in tensors] + [None, grad[:, part]], backend) for part in (slice(0, 70), slice(70, 150))]
+    apart = [
+        run([x[:, part] for x in tensors] + [None, grad[:, part]], backend) for part in (slice(0, 70), slice(70, 150))
+    ]
     assert_close(together, [torch.cat(pair, 1) for pair in zip(*apart)], relative_rms, bound(inputs, torch.float64))
     for x in tensors[:3]:
         x[:, :70] *= 0.5
@@ -238,12 +267,23 @@ def test_documents_are_separate(backend, relative_rms):
 def test_any_strides(backend, relative_rms):
     query, key, value, log_decay, doc_start, grad = inputs = make_inputs(2, 100, 3, 4, 5)
     expected = run([query, key, value, log_decay, doc_start, grad], backend)
-    scattered = [torch.stack([x, x], -1)[..., 0] for x in (query, key, value)] + [log_decay.transpose(0, 2).contiguous().transpose(0, 2), doc_start.T.contiguous().T]
+    scattered = [torch.stack([x, x], -1)[..., 0] for x in (query, key, value)] + [
+        log_decay.transpose(0, 2).contiguous().transpose(0, 2),
+        doc_start.T.contiguous().T,
+    ]
     assert not any(x.is_contiguous() for x in scattered)
-    out = gated_linear_attention(*(x.requires_grad_() for x in scattered[:3]), log_decay=scattered[3].requires_grad_(), doc_start=scattered[4], backend=backend)
+    out = gated_linear_attention(
+        *(x.requires_grad_() for x in scattered[:3]),
+        log_decay=scattered[3].requires_grad_(),
+        doc_start=scattered[4],
+        backend=backend,
+    )
     gradients = torch.autograd.grad(out, scattered[:4], grad.transpose(1, 3).contiguous().transpose(1, 3))
     assert_close([out.detach(), *gradients], expected, relative_rms, bound(inputs, torch.float64))
-    summed = [run([query, key, value, log_decay, doc_start, g], backend) for g in (torch.ones_like(grad), torch.ones(1, 1, 1, 1).expand_as(grad))]
+    summed = [
+        run([query, key, value, log_decay, doc_start, g], backend)
+        for g in (torch.ones_like(grad), torch.ones(1, 1, 1, 1).expand_as(grad))
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*summed))
 
 
@@ -270,15 +310,21 @@ def test_mixed_dtypes(backend):
 @on_a_cpu
 def test_runs_repeat_bit_for_bit(backend):
     inputs = make_inputs(2, 300, 2, 8, 8)
-    assert all(torch.equal(a, b) for a, b in zip(run(inputs, backend, torch.float32), run(inputs, backend, torch.float32)))
+    assert all(
+        torch.equal(a, b) for a, b in zip(run(inputs, backend, torch.float32), run(inputs, backend, torch.float32))
+    )
 
 
 @needs_loops
 def test_loops_serve_but_for_both_passes_of_long_wide_rows():
-    for T, M, D, grad, backend in ((64, 64, 64, True, "loops"), (4096, 64, 64, False, "loops"), (4096, 64, 64, True, "chunked"),
-                                   (4096, 256, 9, True, "loops")):
+    for T, M, D, grad, backend in (
+        (64, 64, 64, True, "loops"),
+        (4096, 64, 64, False, "loops"),
+        (4096, 64, 64, True, "chunked"),
+        (4096, 256, 9, True, "loops"),
+    ):
         query, key, value = (torch.zeros(1, T, 1, width) for width in (M, M, D))
-        assert gla._best_backend(query, key.requires_grad_(grad), value, None) == backend
+        assert _best_backend(query, key.requires_grad_(grad), value, None) == backend
 
 
 @needs_loops
@@ -286,8 +332,10 @@ def test_loops_on_random_shapes(relative_rms):
     generator = torch.Generator().manual_seed(0)
     for seed in range(60):
         B, T, H, M, D = (int(torch.randint(1, most, (), generator=generator)) for most in (4, 200, 4, 40, 40))
-        decay, docs = (None if torch.rand((), generator=generator) < 0.2 else scale * float(torch.rand((), generator=generator))
-                       for scale in (2.0, 0.1))
+        decay, docs = (
+            None if torch.rand((), generator=generator) < 0.2 else scale * float(torch.rand((), generator=generator))
+            for scale in (2.0, 0.1)
+        )
         inputs = rounded(make_inputs(B, T, H, M, D, decay, docs, seed=seed), torch.float32)
         with poisoned_memory():
             results = run(inputs, "loops", torch.float32)
@@ -298,7 +346,9 @@ def test_loops_on_random_shapes(relative_rms):
 @pytest.mark.parametrize("M, D", [(300, 5), (5, 300), (257, 16)])
 def test_loops_over_many_columns(M, D, relative_rms):
     inputs = rounded(make_inputs(1, 131, 1, M, D, 0.1), torch.float32)
-    assert_close(run(inputs, "loops", torch.float32), run(inputs, "reference"), relative_rms, bound(inputs, torch.float32))
+    assert_close(
+        run(inputs, "loops", torch.float32), run(inputs, "reference"), relative_rms, bound(inputs, torch.float32)
+    )
 
 
 @needs_loops
@@ -317,7 +367,9 @@ def test_loops_keep_their_precision_over_long_rows(relative_rms):
 
 @needs_loops
 def test_loops_do_not_depend_on_the_threads():
-    inputs, threads, results = make_inputs(2, 300, 2, 20, 17), torch.get_num_threads(), []
+    inputs = make_inputs(2, 300, 2, 20, 17)
+    threads = torch.get_num_threads()
+    results = []
     for count in (1, 2):
         torch.set_num_threads(count)
         results.append(run(inputs, "loops", torch.float32))
@@ -328,7 +380,9 @@ def test_loops_do_not_depend_on_the_threads():
 @needs_loops
 def test_loops_hand_on_what_is_not_finite():
     inputs = make_inputs(1, 150, 2, 4, 3, docs=None)
-    inputs[0][0, 70, 0, 1], inputs[2][0, 90, 0, 1], inputs[1][0, 80, 1, 0] = float("nan"), float("inf"), float("nan")
+    inputs[0][0, 70, 0, 1] = float("nan")
+    inputs[2][0, 90, 0, 1] = float("inf")
+    inputs[1][0, 80, 1, 0] = float("nan")
     out, *gradients = run(inputs, "loops", torch.float32)
     assert out[0, 70, 0].isnan().all() and out[0, :70].isfinite().all() and not out[0, 90:, 0, 1].isfinite().any()
     assert out[0, 80:, 1].isnan().all() and not any(gradient.isfinite().all() for gradient in gradients)
@@ -351,7 +405,7 @@ def test_loops_stay_in_their_arrays():
     assert result.returncode == 0, result.stderr
 
 
-# ---- As an operator ---------------------------------------------------------------------------------------------------------------------------------------
+# ---- As an operator ---------------------------------------------------------
 
 @on_a_cpu
 def test_operator_is_registered_rightly(backend):
@@ -364,7 +418,9 @@ def test_operator_is_registered_rightly(backend):
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_as_one_graph(compiler, relative_rms):
     inputs = make_inputs(2, 70, 2, 4, 3)
-    compiled = torch.compile(lambda *args, **kwargs: 2 * gated_linear_attention(*args, **kwargs), fullgraph=True, backend=compiler)
+    compiled = torch.compile(
+        lambda *args, **kwargs: 2 * gated_linear_attention(*args, **kwargs), fullgraph=True, backend=compiler
+    )
     expected = [2 * x for x in run(inputs, "chunked")]
     assert_close(run(inputs, "auto", function=compiled), expected, relative_rms, bound(inputs, torch.float64))
 
@@ -391,28 +447,39 @@ def test_keeps_inputs_and_chunk_states_only():
 def test_flops_are_counted_on_any_device():
     for device in ("cpu", "meta"):
         with torch.device(device):
-            query, key, value, log_decay = torch.zeros(2, 200, 3, 8), torch.zeros(2, 200, 3, 8), torch.zeros(2, 200, 3, 5), torch.zeros(2, 200, 3)
+            query = torch.zeros(2, 200, 3, 8)
+            key = torch.zeros(2, 200, 3, 8)
+            value = torch.zeros(2, 200, 3, 5)
+            log_decay = torch.zeros(2, 200, 3)
         with FlopCounterMode(display=False) as counter:
             gated_linear_attention(query.requires_grad_(), key, value, log_decay=log_decay).sum().backward()
         assert counter.get_total_flops() == 2 * 200 * 3 * (2 * 32 * 13 + 4 * 40 + 2 * 32 * (24 + 10) + 8 * 40)
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(query=torch.zeros(2, 9, 3, 5)), r"query and key must be \(B, T, H, M\) .* got query \(2, 9, 3, 5\), key \(2, 9, 3, 4\), value \(2, 9, 3, 2\)"),
-    (dict(value=torch.zeros(2, 9, 1, 2)), r"query and key must be"),
-    (dict(value=torch.zeros(2, 9, 3, 0)), r"none of them empty"),
-    (dict(log_decay=torch.zeros(2, 9)), r"log_decay must be \(2, 9, 3\) for .* got \(2, 9\)"),
-    (dict(log_decay=torch.full((2, 9, 3), 0.25)), r"log_decay must be <= 0; its largest is 0.25"),
-    (dict(log_decay=torch.zeros(2, 9, 3, dtype=torch.int32)), r"log_decay must be float64, .* got torch.int32"),
-    (dict(doc_start=torch.zeros(2, 9)), r"doc_start must be int32; got torch.float32"),
-    (dict(doc_start=torch.zeros(9, dtype=torch.int32)), r"doc_start must be \(2, 9\)"),
-    (dict(doc_start=torch.arange(9, dtype=torch.int32).flip(0).expand(2, 9)), r"0 <= doc_start\[b, t\] <= t, never falling"),
-    (dict(key=torch.zeros(2, 9, 3, 4, device="meta")), r"key is on meta, value on cpu"),
-    (dict(backend="fast"), r"backend must be one of auto, reference, chunked, loops, triton; got 'fast'"),
-    (dict(backend="triton"), r"backend 'triton' needs CUDA tensors and Triton; got tensors on cpu: use 'chunked' or 'auto'"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            dict(query=torch.zeros(2, 9, 3, 5)),
+            r"query and key must be \(B, T, H, M\) .* got query \(2, 9, 3, 5\), key \(2, 9",
+        ),
+        (dict(value=torch.zeros(2, 9, 1, 2)), r"query and key must be"),
+        (dict(value=torch.zeros(2, 9, 3, 0)), r"none of them empty"),
+        (dict(log_decay=torch.zeros(2, 9)), r"log_decay must be \(2, 9, 3\) for .* got \(2, 9\)"),
+        (dict(log_decay=torch.full((2, 9, 3), 0.25)), r"log_decay must be <= 0; its largest is 0.25"),
+        (dict(log_decay=torch.zeros(2, 9, 3, dtype=torch.int32)), r"log_decay must be bfloat16, .* got torch.int32"),
+        (dict(doc_start=torch.zeros(2, 9)), r"doc_start must be int32; got torch.float32"),
+        (dict(doc_start=torch.zeros(9, dtype=torch.int32)), r"doc_start must be \(2, 9\)"),
+        (dict(doc_start=torch.arange(9).int().flip(0).expand(2, 9)), r"0 <= doc_start\[b, t\] <= t, never falling"),
+        (dict(key=torch.zeros(2, 9, 3, 4, device="meta")), r"key must be on the device of value, cpu; got meta"),
+        (dict(backend="fast"), r"backend must be one of auto, reference, chunked, loops, triton; got 'fast'"),
+        (dict(backend="triton"), r"backend 'triton' needs CUDA tensors .* got tensors on cpu: use 'chunked' or 'auto'"),
+    ],
+)
 def test_wrong_arguments_are_named(changes, message):
-    arguments = dict(query=torch.zeros(2, 9, 3, 4), key=torch.zeros(2, 9, 3, 4), value=torch.zeros(2, 9, 3, 2)) | changes
+    arguments = (
+        dict(query=torch.zeros(2, 9, 3, 4), key=torch.zeros(2, 9, 3, 4), value=torch.zeros(2, 9, 3, 2)) | changes
+    )
     with pytest.raises(ValueError, match=message):
         gated_linear_attention(**arguments)
 
@@ -431,12 +498,12 @@ try:
 except ValueError as error:
     print(error)
 """
-    result = subprocess.run([sys.executable, "-c", script], cwd=Path(gla.__file__).parents[1], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "'triton' needs CUDA tensors and Triton" in result.stdout
 
 
-# ---- Decoding ---------------------------------------------------------------------------------------------------------------------------------------------
+# ---- Decoding ---------------------------------------------------------------
 
 @pytest.mark.parametrize("decay", [None, 0.2])
 def test_steps_equal_the_forward_pass(decay, relative_rms):
@@ -444,7 +511,9 @@ def test_steps_equal_the_forward_pass(decay, relative_rms):
     tensors = [x.requires_grad_() for x in (query, key, value, log_decay) if x is not None]
     state, outs = torch.zeros(2, 3, 5, 4, dtype=torch.float64), []
     for t in range(90):
-        out, state = gated_linear_attention_step(state, query[:, t], key[:, t], value[:, t], None if log_decay is None else log_decay[:, t])
+        out, state = gated_linear_attention_step(
+            state, query[:, t], key[:, t], value[:, t], None if log_decay is None else log_decay[:, t]
+        )
         outs.append(out)
     results = [torch.stack(outs, 1), *torch.autograd.grad(torch.stack(outs, 1), tensors, grad)]
     expected = run([*(x if x is None else x.detach() for x in (query, key, value, log_decay)), None, grad], "chunked")
@@ -454,7 +523,8 @@ def test_steps_equal_the_forward_pass(decay, relative_rms):
 def test_step_keeps_the_state_in_float32(relative_rms):
     query, key, value, log_decay, _, _ = make_inputs(1, 400, 2, 4, 3, 0.01, None)
     query, key, value = (x.bfloat16() for x in (query, key, value))
-    expected, state = gated_linear_attention_reference(query.double(), key.double(), value.double(), log_decay), torch.zeros(1, 2, 4, 3)
+    expected = gated_linear_attention_reference(query.double(), key.double(), value.double(), log_decay)
+    state = torch.zeros(1, 2, 4, 3)
     for t in range(400):
         out, state = gated_linear_attention_step(state, query[:, t], key[:, t], value[:, t], log_decay[:, t])
     assert out.dtype == torch.bfloat16 and state.dtype == torch.float32
@@ -463,11 +533,16 @@ def test_step_keeps_the_state_in_float32(relative_rms):
 
 
 def test_step_names_wrong_shapes():
-    with pytest.raises(ValueError, match=r"for a state \(B, H, M, D\) = \(2, 3, 5, 4\) .* got query \(2, 3, 5\), key \(2, 3, 4\), value \(2, 3, 4\)"):
-        gated_linear_attention_step(torch.zeros(2, 3, 5, 4), torch.zeros(2, 3, 5), torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))
+    with pytest.raises(
+        ValueError,
+        match=r"for a state \(B, H, M, D\) = \(2, 3, 5, 4\) .* got query \(2, 3, 5\), key \(2, 3, 4\), value",
+    ):
+        gated_linear_attention_step(
+            torch.zeros(2, 3, 5, 4), torch.zeros(2, 3, 5), torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
+        )
 
 
-# ---- Triton, interpreted ------------------------------------------------------------------------------------------------------------------------------------
+# ---- Triton, interpreted ----------------------------------------------------
 
 SMALL = dict(chunk=16, block=32, state=(4, 1), out=(4, 1), bwd=(4, 1))
 INTERPRETED = [  # B, T, H, M, D, decay, docs, keys, PROGRAMS: segments follow from it
@@ -517,50 +592,93 @@ def test_interpreted_half_precision(interpreter, relative_rms):
                  rounding_bound(2, torch.float16) + bound(inputs, torch.float32, SMALL["chunk"]))
 
 
-# ---- Triton, compiled ahead of time -------------------------------------------------------------------------------------------------------------------------
+# ---- Triton, compiled ahead of time -----------------------------------------
 
 def compile_ahead(aot, name, M, D, dtype, capability, **given):
-    """A kernel as a training step launches it: with decay, documents and contiguous inputs. given: further constants, None for an absent pointer."""
-    launch = gla.LAUNCH.get((capability // 10, gla._operand(dtype).itemsize), gla.LAUNCH[0, gla._operand(dtype).itemsize])
-    kernel, constants = getattr(gla, f"_gla_{name}_kernel"), gla._constants(M, D, dtype, launch) | (dict(REVERSE=True) if name == "state" else {})
+    """
+    A kernel as a training step launches it: with decay, documents and contiguous inputs. given: further constants, None
+    for an absent pointer.
+    """
+    launch = chunked_triton.LAUNCH.get(
+        (capability // 10, chunked_triton.operand_dtype(dtype).itemsize),
+        chunked_triton.LAUNCH[0, chunked_triton.operand_dtype(dtype).itemsize],
+    )
+    kernel = getattr(chunked_triton, f"_gla_{name}_kernel")
+    constants = chunked_triton._constants(M, D, dtype, launch) | (dict(REVERSE=True) if name == "state" else {})
     constants |= {argument: value for argument, value in given.items() if argument in kernel.arg_names}
     element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-    pointers = dict(log_decay_ptr="*fp32", ddecay_ptr="*fp32", total_ptr="*fp32", carry_ptr="*fp32", doc_start_ptr="*i32",
-                    state_ptr=element[gla._operand(dtype)], behind_ptr=element[gla._operand(dtype)])
-    signature = {argument: pointers.get(argument, element[dtype]) if argument.endswith("_ptr") else "i32" for argument in kernel.arg_names if argument not in constants}
+    pointers = dict(
+        log_decay_ptr="*fp32",
+        ddecay_ptr="*fp32",
+        total_ptr="*fp32",
+        carry_ptr="*fp32",
+        doc_start_ptr="*i32",
+        state_ptr=element[chunked_triton.operand_dtype(dtype)],
+        behind_ptr=element[chunked_triton.operand_dtype(dtype)],
+    )
+    signature = {
+        argument: pointers.get(argument, element[dtype]) if argument.endswith("_ptr") else "i32"
+        for argument in kernel.arg_names
+        if argument not in constants
+    }
     widths = dict(query=M, key=M, value=D, grad=D)
-    aligned = [argument for argument in signature if argument.endswith("_ptr") or widths.get(argument[:-2], 1) % 16 == 0]
+    aligned = [
+        argument for argument in signature if argument.endswith("_ptr") or widths.get(argument[:-2], 1) % 16 == 0
+    ]
     warps, stages = launch[name]
     return aot(kernel, signature, constants, capability, warps, stages, aligned)
 
 
-SLOW_SHAPES = [(M, D, dtype, capability) for capability in (80, 90, 100) for M, D, dtype in (
-    (1, 8, torch.bfloat16), (64, 16, torch.bfloat16), (64, 64, torch.bfloat16), (256, 65, torch.bfloat16), (128, 128, torch.bfloat16), (64, 129, torch.bfloat16),
-    (64, 64, torch.float32), (64, 64, torch.float16))]
+SLOW_SHAPES = [
+    (M, D, dtype, capability)
+    for capability in (80, 90, 100)
+    for M, D, dtype in (
+        (1, 8, torch.bfloat16),
+        (64, 16, torch.bfloat16),
+        (64, 64, torch.bfloat16),
+        (256, 65, torch.bfloat16),
+        (128, 128, torch.bfloat16),
+        (64, 129, torch.bfloat16),
+        (64, 64, torch.float32),
+        (64, 64, torch.float16),
+    )
+]
 
 
 @pytest.mark.parametrize("name", ["state", "out", "bwd"])
-@pytest.mark.parametrize("M, D, dtype, capability", [(64, 64, torch.bfloat16, 90), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in SLOW_SHAPES)])
+@pytest.mark.parametrize(
+    "M, D, dtype, capability",
+    [(64, 64, torch.bfloat16, 90), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in SLOW_SHAPES)],
+)
 def test_kernels_compile_for_cards(name, M, D, dtype, capability, aot):
     result = compile_ahead(aot, name, M, D, dtype, capability)
     assert result.spills == 0 and result.has_tensor_cores
     assert result.shared <= min(result.shared_limit, 99 * 1024)  # a consumer card's limit, too
 
 
-ONE_TOKEN = dict.fromkeys(("H", "T", "N", "SEGMENTS", "SEGMENT_CHUNKS", "decay_t", "decay_h"), 1)  # a launch makes constants of arguments that are 1
+# a launch makes constants of arguments that are 1
+ONE_TOKEN = dict.fromkeys(("H", "T", "N", "SEGMENTS", "SEGMENT_CHUNKS", "decay_t", "decay_h"), 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["state", "out", "bwd"])
-@pytest.mark.parametrize("given", [ONE_TOKEN, ONE_TOKEN | dict(total_ptr=None, carry_ptr=None, REVERSE=False), dict(state_ptr=None),
-                                   dict.fromkeys(("log_decay_ptr", "doc_start_ptr", "ddecay_ptr", "total_ptr", "carry_ptr"))], ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [
+        ONE_TOKEN,
+        ONE_TOKEN | dict(total_ptr=None, carry_ptr=None, REVERSE=False),
+        dict(state_ptr=None),
+        dict.fromkeys(("log_decay_ptr", "doc_start_ptr", "ddecay_ptr", "total_ptr", "carry_ptr")),
+    ],
+    ids=str,
+)
 def test_kernels_compile_for_every_launch(name, given, aot):
     if name != "state" and "state_ptr" in given:
         pytest.skip("only the state kernel can do without")
     assert compile_ahead(aot, name, 5, 7, torch.bfloat16, 90, **given).spills == 0
 
 
-# ---- On a GPU -------------------------------------------------------------------------------------------------------------------------------------------------
+# ---- On a GPU ---------------------------------------------------------------
 
 GPU_SHAPES = [
     (2, 1000, 3, 64, 64, 0.05, 0.005, "dense"),
@@ -594,12 +712,20 @@ def test_gpu_long_sequences_in_segments(docs, relative_rms):
 
 @pytest.mark.gpu
 def test_gpu_offsets_beyond_32_bits(relative_rms):
-    """A row of 2^20 tokens and 3,072 channels has 2^31.6 elements; its last head's last tokens are compared with those of a document of their own."""
+    """
+    A row of 2^20 tokens and 3,072 channels has 2^31.6 elements; its last head's last tokens are compared with those of
+    a document of their own.
+    """
     if torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
         pytest.skip("needs 60 GiB of GPU memory")
-    T, H, D, last = 1 << 20, 48, 64, 4096
+    T = 1 << 20
+    H = 48
+    D = 64
+    last = 4096
     generator = torch.Generator("cuda").manual_seed(0)
-    query, key, value = (torch.randn(1, T, H, D, dtype=torch.bfloat16, device="cuda", generator=generator) for _ in range(3))
+    query, key, value = (
+        torch.randn(1, T, H, D, dtype=torch.bfloat16, device="cuda", generator=generator) for _ in range(3)
+    )
     log_decay = torch.full((1, T, H), -0.01, device="cuda")
     doc_start = torch.where(torch.arange(T, device="cuda") < T - last, 0, T - last).int()[None]
     out = gated_linear_attention(query, key, value, log_decay=log_decay, doc_start=doc_start)
@@ -612,18 +738,26 @@ def test_gpu_offsets_beyond_32_bits(relative_rms):
 def test_gpu_compiled_equals_eager(dtype):
     inputs = make_inputs(2, 300, 3, 32, 33, 0.05)
     compiled = torch.compile(gated_linear_attention, fullgraph=True)
-    assert all(torch.equal(a, b) for a, b in zip(run(inputs, "auto", dtype, "cuda"), run(inputs, "auto", dtype, "cuda", compiled)))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(run(inputs, "auto", dtype, "cuda"), run(inputs, "auto", dtype, "cuda", compiled))
+    )
 
 
 @pytest.mark.gpu
 def test_gpu_runs_repeat_bit_for_bit():
     inputs = make_inputs(1, 5000, 2, 64, 65, 0.01)
-    assert all(torch.equal(a, b) for a, b in zip(run(inputs, "triton", torch.bfloat16, "cuda"), run(inputs, "triton", torch.bfloat16, "cuda")))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(run(inputs, "triton", torch.bfloat16, "cuda"), run(inputs, "triton", torch.bfloat16, "cuda"))
+    )
 
 
 @pytest.mark.gpu
 def test_gpu_strided_inputs_are_read_in_place(relative_rms):
     query, key, value, log_decay, doc_start, grad = inputs = make_inputs(2, 200, 3, 16, 16)
     fused = torch.cat([query, key, value], -1).cuda().float()
-    out = gated_linear_attention(*fused.split(16, -1), log_decay=log_decay.cuda().float(), doc_start=doc_start.cuda(), backend="triton")
+    out = gated_linear_attention(
+        *fused.split(16, -1), log_decay=log_decay.cuda().float(), doc_start=doc_start.cuda(), backend="triton"
+    )
     assert relative_rms(out, run(inputs, "reference")[0]) < bound(inputs, torch.float32)

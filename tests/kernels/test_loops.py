@@ -92,7 +92,10 @@ print(*(sum(f.stats.cache_hits.values()) for f in functions), *(sum(f.stats.cach
 
 
 def hits_and_misses(folder, cache) -> list[str]:
-    """CACHED as a module, as a file of loops is one: Numba knows a class of the program that runs, state's, for no other process's."""
+    """
+    CACHED as a module, as a file of loops is one: Numba knows a class of the program that runs, state's, for no other
+    process's.
+    """
     folder.joinpath("cached.py").write_text(CACHED)
     program = folder / "program.py"
     program.write_text("import cached")

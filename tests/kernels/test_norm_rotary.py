@@ -1,4 +1,7 @@
-"""norm_rotary against its equations and the trainer's; its Triton kernels in the interpreter, compiled ahead of time and, where there is one, on a GPU."""
+"""
+norm_rotary against its equations and the trainer's; its Triton kernels in the interpreter, compiled ahead of time and,
+where there is one, on a GPU.
+"""
 import importlib
 
 import pytest
@@ -11,10 +14,11 @@ from tests.errors import float_bound, rounding_bound
 from tests.kernels.poison import poisoned_memory
 from train_gpt import RMSNormalize, rotate
 
-nr = importlib.import_module("kernels.norm_rotary")  # where a package hands on the function under the module's name, too
+# where a package hands on the function under the module's name, too
+nr = importlib.import_module("kernels.norm_rotary")
 
 
-# ---- Inputs and runs ----------------------------------------------------------------------------------------------------------------------------------
+# ---- Inputs and runs --------------------------------------------------------
 
 def make_inputs(B=2, T=7, H=3, D=32, P=8, seed=0):
     """dict(x, cosine, sine, g) in float64, of angles that do not fall into order; g: gradient of y."""
@@ -29,10 +33,12 @@ def rounded(inputs, dtype, tables=torch.float32):
     return {name: x.to(tables if name in ("cosine", "sine") else dtype).double() for name, x in inputs.items()}
 
 
-def run(inputs, backend="reference", dtype=torch.float64, tables=None, device="cpu", function=norm_rotary, form=lambda x: x, **options):
+def run(inputs, backend="reference", dtype=torch.float64, tables=None, device="cpu", function=norm_rotary,
+        form=lambda x: x, **options):
     """(y, dx). form: how x and g lie in memory."""
     x, g = (form(inputs[name].detach().to(device, dtype)) for name in ("x", "g"))
-    cosine, sine = (inputs[name].to(device, tables or torch.promote_types(dtype, torch.float32)) for name in ("cosine", "sine"))
+    cosine, sine = (inputs[name].to(device, tables or torch.promote_types(dtype, torch.float32))
+                    for name in ("cosine", "sine"))
     y = function(x.requires_grad_(), cosine, sine, backend=backend, **options)
     return [result.detach().cpu() for result in (y, *torch.autograd.grad(y, x, g))]
 
@@ -65,11 +71,13 @@ def assert_close(results, expected, relative_rms, dtype=torch.float32):
     assert all(result.dtype == dtype for result in results) and max(errors) < tolerance, errors
 
 
-FORMS = dict(contiguous=lambda x: x, projection=lambda x: torch.cat((x, x), 2)[:, :, :x.shape[2]], heads_first=lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-             apart=lambda x: torch.cat((x, x[..., :4]), -1)[..., :x.shape[3]], channels_first=lambda x: x.transpose(1, 3).contiguous().transpose(1, 3))
+FORMS = dict(contiguous=lambda x: x, projection=lambda x: torch.cat((x, x), 2)[:, :, :x.shape[2]],
+             heads_first=lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+             apart=lambda x: torch.cat((x, x[..., :4]), -1)[..., :x.shape[3]],
+             channels_first=lambda x: x.transpose(1, 3).contiguous().transpose(1, 3))
 
 
-# ---- Reference --------------------------------------------------------------------------------------------------------------------------------------------
+# ---- Reference --------------------------------------------------------------
 
 @pytest.mark.parametrize("P", [0, 3, 8])
 def test_reference_is_the_definition(P, relative_rms):
@@ -95,7 +103,8 @@ def test_gradcheck(P):
     x, cosine, sine, _ = (x.requires_grad_() for x in make_inputs(2, 3, 2, 8, P).values())
     with torch.no_grad():
         x[0, 1] = 0
-    assert torch.autograd.gradcheck(lambda *tensors: norm_rotary_reference(*tensors, eps=0.1), [x, cosine, sine], eps=1e-6, atol=1e-8, rtol=1e-6)
+    assert torch.autograd.gradcheck(lambda *tensors: norm_rotary_reference(*tensors, eps=0.1), [x, cosine, sine],
+                                    eps=1e-6, atol=1e-8, rtol=1e-6)
 
 
 def test_heads_of_zeros():
@@ -120,14 +129,17 @@ def test_reference_in_other_dtypes(dtype, own, relative_rms):
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_reference_equals_eager(compiler, relative_rms):
-    inputs, compiled = rounded(make_inputs(), torch.float32), torch.compile(norm_rotary, fullgraph=True, backend=compiler)
+    inputs, compiled = rounded(make_inputs(), torch.float32), torch.compile(norm_rotary, fullgraph=True,
+                                                                            backend=compiler)
     assert_close(run(inputs, "auto", torch.float32, function=compiled), run(inputs), relative_rms)
 
 
-# ---- The CPU's loops --------------------------------------------------------------------------------------------------------------------------------------
+# ---- The CPU's loops --------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("B, T, H, D, P", [(2, 7, 3, 32, 8), (2, 7, 3, 32, 0), (3, 37, 5, 96, 24), (1, 1, 1, 2, 1), (1, 5, 2, 6, 3), (2, 9, 2, 14, 4)])
+@pytest.mark.parametrize("B, T, H, D, P",
+                         [(2, 7, 3, 32, 8), (2, 7, 3, 32, 0), (3, 37, 5, 96, 24), (1, 1, 1, 2, 1), (1, 5, 2, 6, 3),
+                          (2, 9, 2, 14, 4)])
 def test_loops(B, T, H, D, P, dtype, relative_rms):
     inputs = rounded(make_inputs(B, T, H, D, P), dtype, torch.promote_types(dtype, torch.float32))
     with poisoned_memory():
@@ -144,7 +156,8 @@ def test_loops_gradient_is_that_of_any_tables(relative_rms):
 
 def test_loops_strides():
     contiguous, *others = (run(make_inputs(), "loops", torch.float32, form=form) for form in FORMS.values())
-    assert all(torch.equal(result, expected) for results in others for result, expected in zip(results, contiguous, strict=True))
+    assert all(torch.equal(result, expected) for results in others for result,
+               expected in zip(results, contiguous, strict=True))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -159,15 +172,15 @@ TABLE = torch.zeros(3, 2)
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(x=torch.zeros(2, 3, 8)), r"x must be a tensor \(B, T, H, D\), D even, not empty; got \(2, 3, 8\)"),
+    (dict(x=torch.zeros(2, 3, 8)), r"x must be a tensor \(B, T, H, D\), not empty; got \(2, 3, 8\)"),
     (dict(x=torch.zeros(2, 3, 2, 7)), r"x must be a tensor \(B, T, H, D\), D even"),
     (dict(x=torch.zeros(2, 3, 0, 8)), "x must be a tensor.*not empty"),
     (dict(x=1.0), "x must be a tensor.*got float"),
     (dict(x=torch.zeros(2, 3, 2, 8, dtype=torch.int32)), "x must be bfloat16"),
     (dict(cosine=torch.zeros(2, 2)), r"cosine must be a tensor \(T, P\), T = 3, P <= D / 2 = 4; got \(2, 2\)"),
     (dict(sine=torch.zeros(3, 5)), "sine must be a tensor"),
-    (dict(sine=TABLE.double()), "sine must be float32 or x's dtype, torch.float32; got torch.float64"),
-    (dict(cosine=TABLE.to("meta")), "cosine must be on x's device cpu; got meta"),
+    (dict(sine=TABLE.double()), "sine must be float32, as x is; got torch.float64"),
+    (dict(cosine=TABLE.to("meta")), "cosine must be on the device of x, cpu; got meta"),
     (dict(cosine=TABLE.clone().requires_grad_()), "cosine gets no gradient"),
     (dict(sine=torch.zeros(3, 1)), "cosine and sine must have one shape"),
     (dict(eps=0.0), "eps must be above 0"),
@@ -179,7 +192,7 @@ def test_wrong_arguments(change, message):
         norm_rotary(**dict(x=torch.zeros(2, 3, 2, 8), cosine=TABLE, sine=TABLE) | change)
 
 
-# ---- Triton, interpreted ------------------------------------------------------------------------------------------------------------------------------------
+# ---- Triton, interpreted ----------------------------------------------------
 
 @pytest.mark.parametrize("D", [2, 8, 32, 96, 128, 256])
 @pytest.mark.parametrize("part", [0, 4, 2])
@@ -223,7 +236,8 @@ def strided_results(inputs, device="cpu", dtype=torch.float32):
 
 def test_interpreted_strides(interpreter):
     contiguous, *others = interpreter(__name__, "strided_results", make_inputs()).values()
-    assert all(torch.equal(result, expected) for results in others for result, expected in zip(results, contiguous, strict=True))
+    assert all(torch.equal(result, expected) for results in others for result,
+               expected in zip(results, contiguous, strict=True))
 
 
 def opcheck_interpreted(inputs):
@@ -236,18 +250,23 @@ def test_interpreted_registration(interpreter):
 
 
 def test_compilers_see_the_kernels():
-    """In the graphs of both passes stands the kernel, not an opaque operation; what they would compute stays unrun, as there is no card."""
+    """
+    In the graphs of both passes stands the kernel, not an opaque operation; what they would compute stays unrun, as
+    there is no card.
+    """
     graphs, x = [], torch.zeros(2, 3, 2, 8, requires_grad=True)
     def note(graph, inputs):
         graphs.append([str(node.target) for node in graph.graph.nodes])
         results = [node if node is None else node.meta["val"] for node in graph.graph.output_node().args[0]]
         return make_boxed_func(lambda *inputs: [x if x is None else torch.zeros(x.shape) for x in results])
-    compiled = torch.compile(lambda x: nr._forward_op(x, TABLE, TABLE, 1e-6)[0], fullgraph=True, backend=aot_autograd(fw_compiler=note, bw_compiler=note))
+    compiled = torch.compile(lambda x: nr._forward_op(x, TABLE, TABLE, 1e-6)[0], fullgraph=True,
+                             backend=aot_autograd(fw_compiler=note, bw_compiler=note))
     compiled(x).sum().backward()
-    assert len(graphs) == 2 and all(any("triton_kernel_wrapper" in target for target in graph) and not any("knotgpt" in target for target in graph) for graph in graphs)
+    assert len(graphs) == 2 and all(any("triton_kernel_wrapper" in target for target in graph)
+                                    and not any("knotgpt" in target for target in graph) for graph in graphs)
 
 
-# ---- Triton, compiled ahead of time -------------------------------------------------------------------------------------------------------------------------
+# ---- Triton, compiled ahead of time -----------------------------------------
 
 def compile_ahead(aot, name, D, P, dtype, capability):
     """A kernel as _operands launches it for heads of a joined projection."""
@@ -255,31 +274,38 @@ def compile_ahead(aot, name, D, P, dtype, capability):
     warps = launch.pop("num_warps")
     constants = dict(H=6, D=D, P=P, **launch)
     element = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
-    kinds = lambda argument: "fp32" if argument == "eps" else "i32" if not argument.endswith("_ptr") else element if argument in ("x_ptr", "y_ptr", "g_ptr", "dx_ptr") else "*fp32"
+    kinds = lambda argument: "fp32" if argument == "eps" else "i32" if not argument.endswith(
+        "_ptr") else element if argument in ("x_ptr", "y_ptr", "g_ptr", "dx_ptr") else "*fp32"
     signature = {argument: kinds(argument) for argument in kernel.arg_names if argument not in constants}
-    aligned = [argument for argument in signature if argument.endswith("_ptr") or argument[1:] in ("_b", "_t", "_h") and D % 16 == 0]
+    aligned = [argument for argument in signature if argument.endswith("_ptr") or argument[1:] in ("_b", "_t", "_h")
+               and D % 16 == 0]
     return aot(kernel, signature, constants, capability, warps, 3, aligned)
 
 
-SLOW = [*((D, D // 4, torch.bfloat16, capability) for D in (32, 64, 96, 128, 256) for capability in (80, 90, 100)), (128, 64, torch.bfloat16, 90),
-        (128, 0, torch.bfloat16, 90), (2, 1, torch.bfloat16, 90), (128, 32, torch.float32, 90), (128, 32, torch.float32, 100)]
+SLOW = [*((D, D // 4, torch.bfloat16, capability) for D in (32, 64, 96, 128, 256) for capability in (80, 90, 100)),
+        (128, 64, torch.bfloat16, 90), (128, 0, torch.bfloat16, 90), (2, 1, torch.bfloat16, 90),
+        (128, 32, torch.float32, 90), (128, 32, torch.float32, 100)]
 FEW = [(128, 32, torch.bfloat16, capability) for capability in (80, 90, 100)]
 
 
 @pytest.mark.parametrize("name", ["fwd", "bwd"])
-@pytest.mark.parametrize("D, P, dtype, capability", [*FEW, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW if case not in FEW)])
+@pytest.mark.parametrize("D, P, dtype, capability",
+                         [*FEW, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW if case not in FEW)])
 def test_kernels_compile_for_cards(D, P, dtype, capability, name, aot):
     result = compile_ahead(aot, name, D, P, dtype, capability)
-    assert result.spills == 0 and result.shared <= 4096 and not result.has_tensor_cores  # a word a warp and row, for the sums
+    # a word a warp and row, for the sums
+    assert result.spills == 0 and result.shared <= 4096 and not result.has_tensor_cores
     assert D < 32 or "ld.global.v4.b32" in result.ptx and "st.global.v4.b32" in result.ptx  # 16 bytes at a time
 
 
-# ---- On a GPU -------------------------------------------------------------------------------------------------------------------------------------------------
+# ---- On a GPU ---------------------------------------------------------------
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("own", [True, False], ids=["tables in x's dtype", "tables in float32"])
-@pytest.mark.parametrize("B, T, H, D, P", [(2, 7, 3, 32, 8), (2, 7, 3, 32, 0), (3, 37, 5, 96, 24), (1, 1, 1, 2, 1), (2, 300, 6, 128, 32), (2, 300, 6, 128, 64), (1, 100, 2, 256, 128)])
+@pytest.mark.parametrize("B, T, H, D, P",
+                         [(2, 7, 3, 32, 8), (2, 7, 3, 32, 0), (3, 37, 5, 96, 24), (1, 1, 1, 2, 1), (2, 300, 6, 128, 32),
+                          (2, 300, 6, 128, 64), (1, 100, 2, 256, 128)])
 def test_gpu_equals_the_reference(B, T, H, D, P, own, dtype, relative_rms):
     tables = dtype if own else torch.float32
     inputs = rounded(make_inputs(B, T, H, D, P), dtype, tables)
@@ -302,14 +328,16 @@ def test_gpu_compiled_equals_eager_and_runs_repeat_bit_for_bit(dynamic):
     compiled = torch.compile(norm_rotary, fullgraph=True, dynamic=dynamic)
     for T in (1000, 1003):
         inputs = make_inputs(2, T, 6, 128, 32)
-        eager, again, graph = (run(inputs, "auto", torch.bfloat16, device="cuda", function=function) for function in (norm_rotary, norm_rotary, compiled))
+        eager, again, graph = (run(inputs, "auto", torch.bfloat16, device="cuda", function=function)
+                               for function in (norm_rotary, norm_rotary, compiled))
         assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(eager, again, graph))
 
 
 @pytest.mark.gpu
 def test_gpu_strides():
     contiguous, *others = strided_results(make_inputs(), "cuda", torch.bfloat16).values()
-    assert all(torch.equal(result, expected) for results in others for result, expected in zip(results, contiguous, strict=True))
+    assert all(torch.equal(result, expected) for results in others for result,
+               expected in zip(results, contiguous, strict=True))
 
 
 @pytest.mark.gpu
@@ -318,7 +346,8 @@ def test_gpu_offsets_beyond_32_bits():
     if torch.cuda.get_device_properties(0).total_memory < 30 * 2**30:
         pytest.skip("needs 30 GiB of GPU memory")
     T, last, results = 3_000_000, 1000, []
-    x, g = (torch.randn(1, T, 6, 128, dtype=torch.bfloat16, device="cuda", generator=torch.Generator("cuda").manual_seed(seed)) for seed in range(2))
+    x, g = (torch.randn(1, T, 6, 128, dtype=torch.bfloat16, device="cuda",
+                        generator=torch.Generator("cuda").manual_seed(seed)) for seed in range(2))
     angles = torch.randn(T, 32, device="cuda")
     for rows in (slice(None), slice(-last, None)):
         own = x[:, rows].detach().requires_grad_()

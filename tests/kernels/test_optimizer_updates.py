@@ -20,7 +20,8 @@ def make_inputs(shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     data, gradient, momentum = (torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(3))
     second = torch.rand(shape, dtype=torch.float64, generator=generator).add_(0.5)
-    return data, gradient, momentum, second[..., :1].contiguous() if shape[-2] >= shape[-1] else second[..., :1, :].contiguous()
+    return data, gradient, momentum, second[..., :1].contiguous() if shape[-2] >= shape[-1] else second[..., :1,
+            :].contiguous()
 
 
 def muon(nesterov, step, tensors, beta2):
@@ -53,11 +54,14 @@ def test_references_are_the_trainers(shape, beta2, monkeypatch):
     ours, theirs = (copies(make_inputs(shape), torch.float32) for _ in range(2))
     muon(updates.nesterov_reference, updates.normalised_step_reference, ours, beta2)
     data, gradient, momentum, second = theirs
-    train_gpt.Muon.update(data, gradient, momentum, second, torch.tensor(0.1), torch.tensor(0.02), torch.tensor(0.9), beta2)
-    assert all(relative_rms(x, y) < float_bound(shape[-1] * shape[-2], torch.float32) for x, y in zip(ours, (data, gradient, momentum, second)))
+    train_gpt.Muon.update(data, gradient, momentum, second, torch.tensor(0.1), torch.tensor(0.02), torch.tensor(0.9),
+                          beta2)
+    assert all(relative_rms(x, y) < float_bound(shape[-1] * shape[-2], torch.float32) for x,
+               y in zip(ours, (data, gradient, momentum, second)))
     data, gradient, mean, _ = copies(make_inputs(shape), torch.float32)
     square = gradient.square() * 0.7 + 0.01
-    train_gpt.Adam.update(data, gradient, mean, square, torch.tensor(0.1), torch.tensor(0.02), 0.8, 0.95, torch.tensor(0.9), torch.tensor(0.8))
+    train_gpt.Adam.update(data, gradient, mean, square, torch.tensor(0.1), torch.tensor(0.02), 0.8, 0.95,
+                          torch.tensor(0.9), torch.tensor(0.8))
     expected = adam(updates.adam_step_reference, copies(make_inputs(shape), torch.float32))
     assert all(relative_rms(x, y) < float_bound(4, torch.float32) for x, y in zip((data, mean, square), expected))
 
@@ -69,8 +73,10 @@ def test_loops(shape, beta2, dtype):
     exact = copies(make_inputs(shape), dtype)
     results = muon(updates.nesterov, updates.normalised_step, copies(exact, dtype), beta2)
     expected = muon(updates.nesterov_reference, updates.normalised_step_reference, copies(exact, torch.float64), beta2)
-    assert all(x.dtype == dtype and relative_rms(x, y) < float_bound(shape[-1] * shape[-2], dtype) for x, y in zip(results, expected))
-    results, expected = adam(updates.adam_step, copies(exact, dtype)), adam(updates.adam_step_reference, copies(exact, torch.float64))
+    assert all(x.dtype == dtype and relative_rms(x, y) < float_bound(shape[-1] * shape[-2], dtype) for x,
+               y in zip(results, expected))
+    results, expected = adam(updates.adam_step, copies(exact, dtype)), adam(updates.adam_step_reference,
+                                                                            copies(exact, torch.float64))
     assert all(x.dtype == dtype and relative_rms(x, y) < float_bound(4, dtype) for x, y in zip(results, expected))
 
 
@@ -85,7 +91,8 @@ def test_nan_stays_in_its_matrix():
     tensors[1][1, 2, 2] = float("nan")
     results, expected = (muon(*functions, copies(tensors, torch.float32), 0.95) for functions in (
         (updates.nesterov, updates.normalised_step), (updates.nesterov_reference, updates.normalised_step_reference)))
-    assert all(torch.equal(x.isnan(), y.isnan()) for x, y in zip(results, expected)) and results[0][1].isnan().any() and results[0][0].isfinite().all()
+    assert all(torch.equal(x.isnan(), y.isnan()) for x,
+               y in zip(results, expected)) and results[0][1].isnan().any() and results[0][0].isfinite().all()
 
 
 def test_what_is_not_contiguous_is_the_references():

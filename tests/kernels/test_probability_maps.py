@@ -1,4 +1,6 @@
-"""Probability maps: what makes them probabilities, their formulas in float64, gradients, ties, masks and extreme scores."""
+"""
+Probability maps: what makes them probabilities, their formulas in float64, gradients, ties, masks and extreme scores.
+"""
 
 import math
 
@@ -40,11 +42,14 @@ def test_a_higher_score_has_no_lower_share(name):
     assert (probability_map(x, name)[:, 2] >= p[:, 2]).all()
 
 
-@pytest.mark.parametrize("name,confidence", [
-    ("softmax", (0.9996, 1.0)), ("max_shift_rational", (0.931, 0.980)), ("stablemax", (0.550, 0.700)), ("squareplus", (0.529, 0.690)), ("min_shift_linear", (0.9991, 0.9996)),
-    ("taylor", (61 / 70, 221 / 230)), ("sparsemax", (1.0, 1.0)), ("entmax15", (1.0, 1.0))])
+@pytest.mark.parametrize("name,confidence",
+                         [("softmax", (0.9996, 1.0)), ("max_shift_rational", (0.931, 0.980)),
+                          ("stablemax", (0.550, 0.700)), ("squareplus", (0.529, 0.690)),
+                          ("min_shift_linear", (0.9991, 0.9996)), ("taylor", (61 / 70, 221 / 230)),
+                          ("sparsemax", (1.0, 1.0)), ("entmax15", (1.0, 1.0))])
 def test_confidence_in_a_leading_score(name, confidence):
-    assert set(MAPS) == {"softmax", "max_shift_rational", "stablemax", "squareplus", "min_shift_linear", "taylor", "sparsemax", "entmax15"}
+    assert set(MAPS) == {"softmax", "max_shift_rational", "stablemax", "squareplus", "min_shift_linear", "taylor",
+                         "sparsemax", "entmax15"}
     for lead, expected in zip((10.0, 20.0), confidence):
         x = torch.zeros(10, dtype=torch.float64)
         x[3] = lead
@@ -54,7 +59,8 @@ def test_confidence_in_a_leading_score(name, confidence):
 def test_projections_are_the_optima():
     """sparsemax minimises |p - x|^2; entmax15 has p = max(x / 2 - tau, 0)^2: both checked against bisection."""
     x = random_scores(20, 9)
-    for name, shape in (("sparsemax", lambda tau: (x - tau).clamp_min(0)), ("entmax15", lambda tau: (x / 2 - tau).clamp_min(0).square())):
+    for name, shape in (("sparsemax", lambda tau: (x - tau).clamp_min(0)),
+                        ("entmax15", lambda tau: (x / 2 - tau).clamp_min(0).square())):
         low, high = x.amin(-1, keepdim=True) - 2, x.amax(-1, keepdim=True)
         for _ in range(80):
             middle = (low + high) / 2
@@ -77,7 +83,8 @@ def test_all_start_with_the_slope_of_softmax(name):
     torch.testing.assert_close(probability_map(small, name), torch.softmax(small, -1), rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("name,scores", [("max_shift_rational", [1.0, 3.0, 3.0, 0.0]), ("min_shift_linear", [2.0, 0.0, 0.0, 3.0])])
+@pytest.mark.parametrize("name,scores", [("max_shift_rational", [1.0, 3.0, 3.0, 0.0]),
+                                         ("min_shift_linear", [2.0, 0.0, 0.0, 3.0])])
 def test_ties(name, scores):
     """The two that share the extreme differ by the whole correction, or by nothing."""
     grad, gaps = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64), {}
@@ -90,7 +97,8 @@ def test_ties(name, scores):
 
 
 def test_a_row_of_equal_scores_needs_no_correction():
-    x, grad = torch.zeros(4, dtype=torch.float64, requires_grad=True), torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    x, grad = torch.zeros(4, dtype=torch.float64, requires_grad=True), torch.tensor([1.0, 0.0, 0.0, 0.0],
+                                                                                    dtype=torch.float64)
     probability_map(x, "max_shift_rational").backward(grad)
     torch.testing.assert_close(x.grad, (grad - 0.25) / 4)
 
@@ -123,8 +131,11 @@ def test_squareplus_keeps_its_digits_far_below_zero():
                                rtol=float_bound(3, torch.float32), atol=0)
 
 
-@pytest.mark.parametrize("options,message", [(dict(name="shift"), "unknown probability map 'shift'; there are softmax"), (dict(ties="last"), "ties must be first or split, got 'last'"),
-                                             (dict(power=0.0), "power and eps must lie above 0"), (dict(eps=math.nan), "power and eps must lie above 0")])
+@pytest.mark.parametrize("options,message",
+                         [(dict(name="shift"), "unknown probability map 'shift'; there are softmax"),
+                          (dict(ties="last"), "ties must be first or split, got 'last'"),
+                          (dict(power=0.0), "power and eps must lie above 0"),
+                          (dict(eps=math.nan), "power and eps must lie above 0")])
 def test_faults(options, message):
     with pytest.raises(ValueError, match=message):
         probability_map(torch.zeros(3), **options)

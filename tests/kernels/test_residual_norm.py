@@ -1,6 +1,6 @@
 """
-residual_norm against its equations; its Triton kernels in the interpreter, compiled ahead of time and, where there is one, on a GPU. Gradients are those of
-x, y and the gains that are there, for random gradients of z and h.
+residual_norm against its equations; its Triton kernels in the interpreter, compiled ahead of time and, where there is
+one, on a GPU. Gradients are those of x, y and the gains that are there, for random gradients of z and h.
 """
 import importlib
 from itertools import product
@@ -17,16 +17,20 @@ rn = importlib.import_module("kernels.residual_norm")  # the package hands on th
 GAINS = ("alpha", "beta", "weight", "stream_scale")
 
 
-# ---- Inputs and runs ----------------------------------------------------------------------------------------------------------------------------------
+# ---- Inputs and runs --------------------------------------------------------
 
 def make_inputs(N, D, gates="channel", weight=True, scale=True, seed=0):
-    """dict(x, y (N, D), the gains, gz, gh) in float64. gates: "channel", "scalar", "mixed" (alpha a number, beta a channel's), "beta" (channel, no alpha) or None."""
+    """
+    dict(x, y (N, D), the gains, gz, gh) in float64. gates: "channel", "scalar", "mixed" (alpha a number, beta a
+    channel's), "beta" (channel, no alpha) or None.
+    """
     generator = torch.Generator().manual_seed(seed)
     randn = lambda *shape: torch.randn(shape, dtype=torch.float64, generator=generator)
     near_one = lambda *shape: 1 + 0.5 * randn(*shape)
     x = randn(N, D)
     inputs = dict(x=x, y=0.5 * randn(N, D) + 0.5 * x)
-    shapes = {"channel": ((D,), (D,)), "scalar": ((), (1,)), "mixed": ((), (D,)), "beta": (None, (D,)), None: (None, None)}[gates]
+    shapes = {"channel": ((D,), (D,)), "scalar": ((), (1,)), "mixed": ((), (D,)), "beta": (None, (D,)),
+              None: (None, None)}[gates]
     inputs |= {name: near_one(*shape) for name, shape in zip(GAINS, shapes) if shape is not None}
     if weight:
         inputs["weight"] = near_one(D)
@@ -42,13 +46,15 @@ def rounded(inputs, dtype):
 
 def run(inputs, backend, dtype=torch.float64, device="cpu", function=residual_norm, **options):
     """{z, h, and dx, dy, dalpha ... for what is there}; the gains are at least float32."""
-    tensors = {name: x.detach().to(device, torch.promote_types(dtype, torch.float32) if name in GAINS else dtype) for name, x in inputs.items()}
+    tensors = {name: x.detach().to(device, torch.promote_types(dtype, torch.float32) if name in GAINS else dtype)
+               for name, x in inputs.items()}
     gz, gh = tensors.pop("gz"), tensors.pop("gh")
     for x in tensors.values():
         x.requires_grad_()
     z, h = function(**tensors, backend=backend, **options)
     gradients = torch.autograd.grad([z, h], list(tensors.values()), [gz, gh])
-    return {name: x.detach().cpu() for name, x in dict(z=z, h=h, **{"d" + name: d for name, d in zip(tensors, gradients)}).items()}
+    return {name: x.detach().cpu() for name,
+            x in dict(z=z, h=h, **{"d" + name: d for name, d in zip(tensors, gradients)}).items()}
 
 
 def run_interpreted(inputs, dtype=torch.float32, **options):
@@ -82,13 +88,14 @@ def assert_close(results, expected, relative_rms, rows=0.0, gains=0.0):
     def error(name):
         if results[name].numel() > 1:
             return relative_rms(results[name], expected[name], floor=0.0)
-        return (results[name].double() - expected[name]).abs().item() / max(expected[name].abs().item(), expected["z"].numel() ** 0.5)
+        return (results[name].double() - expected[name]).abs().item() / max(expected[name].abs().item(),
+                                                                            expected["z"].numel() ** 0.5)
     found = {name: error(name) for name in expected}
     assert results.keys() == expected.keys()
     assert all(found[name] < bound(name) for name in found), found
 
 
-# ---- Reference --------------------------------------------------------------------------------------------------------------------------------------------
+# ---- Reference --------------------------------------------------------------
 
 def parts(x, y):
     """(y along x, y across x)"""
@@ -123,7 +130,8 @@ def test_special_rows(gates, relative_rms):
 def test_gains_of_one_are_the_plain_residual(dtype, one):
     inputs = rounded(make_inputs(50, 96, None), dtype)
     x, y = inputs["x"].to(dtype), inputs["y"].to(dtype)
-    for z, h in (residual_norm(x, y, one, one), residual_norm(x, y, one), residual_norm(x, y, beta=one), residual_norm(x, y)):
+    for z, h in (residual_norm(x, y, one, one), residual_norm(x, y, one), residual_norm(x, y, beta=one),
+                 residual_norm(x, y)):
         assert torch.equal(z, x + y) and torch.equal(h, residual_norm(x, y)[1])
 
 
@@ -151,7 +159,8 @@ def test_rotations(gates, equivariant, relative_rms):
     inputs = make_inputs(5, 16, gates)
     rotation = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
     z = lambda x, y: residual_norm_reference(x, y, inputs["alpha"], inputs["beta"])[0]
-    error = relative_rms(z(inputs["x"] @ rotation, inputs["y"] @ rotation), z(inputs["x"], inputs["y"]) @ rotation, floor=0.0)
+    error = relative_rms(z(inputs["x"] @ rotation, inputs["y"] @ rotation), z(inputs["x"], inputs["y"]) @ rotation,
+                         floor=0.0)
     assert error < float_bound(16 + 16, torch.float64) if equivariant else error > 1e-2
 
 
@@ -177,7 +186,8 @@ def test_rows_of_zeros(mode):
         assert all(x.isfinite().all() for x in results.values()) and not results["h"][2].any()
     names = [name for name in inputs if name not in ("gz", "gh")]
     call = lambda *tensors: residual_norm_reference(**dict(zip(names, tensors)), eps=0.1, eps_norm=0.1, eps_mode=mode)
-    assert torch.autograd.gradcheck(call, [inputs[name].requires_grad_() for name in names], eps=1e-6, atol=1e-8, rtol=1e-6)
+    assert torch.autograd.gradcheck(call, [inputs[name].requires_grad_() for name in names], eps=1e-6, atol=1e-8,
+                                    rtol=1e-6)
 
 
 def test_float16_does_not_overflow():
@@ -208,25 +218,26 @@ def test_compiled_reference_equals_eager(gates, compiler, relative_rms):
 def test_leading_dimensions():
     inputs = make_inputs(6, 8)
     tensors = {name: x for name, x in inputs.items() if name not in ("gz", "gh")}
-    flat, folded = residual_norm(**tensors), residual_norm(**tensors | dict(x=tensors["x"].view(2, 3, 8), y=tensors["y"].view(2, 3, 8)))
+    flat, folded = residual_norm(**tensors), residual_norm(**tensors | dict(x=tensors["x"].view(2, 3, 8),
+                                                                            y=tensors["y"].view(2, 3, 8)))
     assert all(torch.equal(a.view(2, 3, 8), b) for a, b in zip(flat, folded))
 
 
 @pytest.mark.parametrize("change, message", [
     (dict(x=torch.zeros(0, 4)), r"x must be a tensor \(..., D\), not empty; got \(0, 4\)"),
     (dict(x=1.0), "x must be a tensor"),
-    (dict(y=torch.zeros(3, 5)), "y must have x's shape"),
-    (dict(y=torch.zeros(3, 4).half()), "y must have x's shape and dtype.*float16"),
+    (dict(y=torch.zeros(3, 5)), r"y must be a tensor \(\.\.\., D\) of sizes \(3, 4\), not empty; got \(3, 5\)"),
+    (dict(y=torch.zeros(3, 4).half()), "y must be float32, as x is; got torch.float16"),
     (dict(alpha=torch.ones(3)), "alpha must be None or a tensor of shape"),
     (dict(beta=1.0), "beta must be None or a tensor of shape.*float"),
     (dict(alpha=torch.ones(1, 1, 4)), "alpha must be None"),
     (dict(weight=torch.ones(())), "weight must be None"),
     (dict(stream_scale=torch.ones(4)), "stream_scale must be None"),
     (dict(alpha=torch.ones(4, dtype=torch.int32)), "alpha must be bfloat16"),
-    (dict(weight=torch.ones(4, device="meta")), "weight must be on x's device cpu; got meta"),
+    (dict(weight=torch.ones(4, device="meta")), "weight must be on the device of x, cpu; got meta"),
     (dict(eps=0.0), "eps must be above 0"),
     (dict(eps_norm=float("nan")), "eps_norm must be above 0"),
-    (dict(eps_mode="max"), "eps_mode must be clamp or add; got 'max'"),
+    (dict(eps_mode="max"), "eps_mode must be one of clamp, add; got 'max'"),
     (dict(backend="cuda"), "backend must be one of auto, reference, triton; got 'cuda'"),
     (dict(backend="triton"), "backend 'triton' needs CUDA tensors"),
 ])
@@ -235,7 +246,7 @@ def test_wrong_arguments(change, message):
         residual_norm(**dict(x=torch.zeros(3, 4), y=torch.zeros(3, 4)) | change)
 
 
-# ---- The CPU's loops: scaled_sum_norm ---------------------------------------------------------------------------------------------------------------------
+# ---- The CPU's loops: scaled_sum_norm ---------------------------------------
 
 def scaled_inputs(N, D, scaled, dtype):
     """dict(x, y, gz, gh, and scales if they are asked for), rows exact in dtype, scales in float32."""
@@ -249,20 +260,23 @@ def run_scaled(inputs, backend, dtype=torch.float64, grads=("gz", "gh"), form=la
     if "scales" in inputs:
         tensors["scales"] = inputs["scales"].to(torch.promote_types(dtype, torch.float32)).detach().requires_grad_()
     results = dict(zip(("z", "h"), scaled_sum_norm(**tensors, backend=backend)))
-    gradients = torch.autograd.grad([results[name[1]] for name in grads], list(tensors.values()), [form(inputs[name].to(dtype)) for name in grads])
+    gradients = torch.autograd.grad([results[name[1]] for name in grads], list(tensors.values()),
+                                    [form(inputs[name].to(dtype)) for name in grads])
     return {name: x.detach() for name, x in (results | {"d" + name: d for name, d in zip(tensors, gradients)}).items()}
 
 
 def assert_scaled_close(results, expected, relative_rms, dtype):
     """dscales are sums of N D numbers of both signs: their error counts against sqrt(N D) at least."""
     N, D = expected["z"].shape
-    wide, roundings = torch.promote_types(dtype, torch.float32), rounding_bound(3, dtype) if dtype.itemsize == 2 else 0.0
+    wide, roundings = torch.promote_types(dtype, torch.float32), rounding_bound(3,
+                                                                                dtype) if dtype.itemsize == 2 else 0.0
     for name in expected:
         if name == "dscales":
             error = (results[name].double() - expected[name]).norm() / expected[name].norm().clamp_min((N * D) ** 0.5)
             assert error < float_bound(N * D, wide) + roundings
         else:
-            assert results[name].dtype == dtype and relative_rms(results[name], expected[name]) < float_bound(D, wide) + roundings, name
+            assert results[name].dtype == dtype and relative_rms(results[name], expected[name]) < float_bound(D,
+                    wide) + roundings, name
 
 
 def test_scaled_sum_is_residual_norm(relative_rms):
@@ -289,13 +303,15 @@ def test_loops(scaled, N, D, dtype, relative_rms):
 @pytest.mark.parametrize("grads", [("gz",), ("gh",)])
 def test_loops_with_one_gradient(grads, scaled, relative_rms):
     inputs = scaled_inputs(7, 33, scaled, torch.float32)
-    assert_scaled_close(run_scaled(inputs, "loops", torch.float32, grads), run_scaled(inputs, "reference", grads=grads), relative_rms, torch.float32)
+    assert_scaled_close(run_scaled(inputs, "loops", torch.float32, grads), run_scaled(inputs, "reference", grads=grads),
+                        relative_rms, torch.float32)
 
 
 def test_loops_strides():
     inputs = scaled_inputs(6, 16, True, torch.float32)
     contiguous, *others = (run_scaled(inputs, "loops", torch.float32, form=form)
-                           for form in (lambda x: x, lambda x: x.T.contiguous().T, lambda x: torch.cat((x, x), 1)[:, :16]))
+                           for form in (lambda x: x, lambda x: x.T.contiguous().T,
+                                        lambda x: torch.cat((x, x), 1)[:, :16]))
     assert all(torch.equal(results[name], contiguous[name]) for results in others for name in contiguous)
 
 
@@ -303,19 +319,23 @@ def test_loops_keep_what_is_not_finite():
     inputs = scaled_inputs(6, 8, True, torch.float32)
     inputs["x"][2, 1], inputs["y"][4, 0], inputs["x"][0] = float("nan"), float("inf"), 0.0
     results, expected = (run_scaled(inputs, backend, torch.float32) for backend in ("loops", "reference"))
-    assert all(torch.equal(results[name].isfinite(), expected[name].isfinite()) for name in expected) and not expected["z"].isfinite().all()
+    assert all(torch.equal(results[name].isfinite(), expected[name].isfinite())
+               for name in expected) and not expected["z"].isfinite().all()
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(y=torch.zeros(3, 5)), "y must have x's shape"), (dict(scales=torch.zeros(3)), r"scales must be None or a tensor of shape \(2,\); got \(3,\)"),
-    (dict(backend="cuda"), "backend must be one of"), (dict(eps_norm=0.0), "eps_norm must be above 0"),
-    (dict(x=torch.zeros(3, 4, device="meta"), y=torch.zeros(3, 4, device="meta"), backend="loops"), "backend 'loops' needs tensors on a CPU")])
+@pytest.mark.parametrize("change, message",
+                         [(dict(y=torch.zeros(3, 5)), r"y must be a tensor \(\.\.\., D\) of sizes \(3, 4\), not empty; got \(3, 5\)"),
+                          (dict(scales=torch.zeros(3)), r"scales must be None or a float tensor of shape \(2,\); got \(3,\)"),
+                          (dict(backend="cuda"), "backend must be one of"),
+                          (dict(eps_norm=0.0), "eps_norm must be above 0"),
+                          (dict(x=torch.zeros(3, 4, device="meta"), y=torch.zeros(3, 4, device="meta"),
+                                backend="loops"), "backend 'loops' needs tensors on a CPU")])
 def test_scaled_sums_wrong_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         scaled_sum_norm(**dict(x=torch.zeros(3, 4), y=torch.zeros(3, 4), scales=torch.ones(2)) | change)
 
 
-# ---- Triton, interpreted ------------------------------------------------------------------------------------------------------------------------------------
+# ---- Triton, interpreted ----------------------------------------------------
 
 @pytest.mark.parametrize("D", [64, 96, 255, 768, 1000])
 @pytest.mark.parametrize("N", [1, 7, 33])
@@ -326,7 +346,9 @@ def test_interpreted_kernels_equal_the_reference(gates, N, D, interpreter, relat
         assert_close(interpreter(__name__, "run_interpreted", inputs), run(inputs, "reference"), relative_rms)
 
 
-@pytest.mark.parametrize("gates, weight, scale", [*product(("mixed", "beta"), (False, True), (False, True)), (None, True, False), (None, False, True)])
+@pytest.mark.parametrize("gates, weight, scale",
+                         [*product(("mixed", "beta"), (False, True), (False, True)), (None, True, False),
+                          (None, False, True)])
 def test_interpreted_kernels_with_some_gains(gates, weight, scale, interpreter, relative_rms):
     inputs = rounded(make_inputs(5, 300, gates, weight, scale), torch.float32)
     assert_close(interpreter(__name__, "run_interpreted", inputs), run(inputs, "reference"), relative_rms)
@@ -353,7 +375,8 @@ def test_interpreted_gains_of_one_are_the_plain_residual(interpreter):
     inputs = rounded(make_inputs(20, 96, None, scale=False), torch.float32)
     ones = inputs | dict(alpha=torch.ones(()), beta=torch.ones(96))
     plain, explicit = (interpreter(__name__, "run_interpreted", x) for x in (inputs, ones))
-    assert torch.equal(plain["z"], (inputs["x"].float() + inputs["y"].float())) and torch.equal(explicit["z"], plain["z"])
+    assert torch.equal(plain["z"], (inputs["x"].float() + inputs["y"].float())) and torch.equal(explicit["z"],
+            plain["z"])
 
 
 def test_interpreted_float16(interpreter, relative_rms):
@@ -367,7 +390,10 @@ def test_interpreted_float16(interpreter, relative_rms):
 
 
 def strided_results(inputs, device="cpu", dtype=torch.float32):
-    """(results for rows apart in memory, for columns apart, for contiguous rows), with z's gradient one number everywhere and three dimensions."""
+    """
+    (results for rows apart in memory, for columns apart, for contiguous rows), with z's gradient one number everywhere
+    and three dimensions.
+    """
     ready = {name: x.to(device, torch.float32 if name in GAINS else dtype) for name, x in inputs.items()}
     fold = lambda x: x.view(3, -1, x.shape[-1])
     apart = lambda x: fold(F.pad(x, (0, 16)))[..., :x.shape[-1]]
@@ -377,7 +403,10 @@ def strided_results(inputs, device="cpu", dtype=torch.float32):
         x, y, gh = (form(ready[name]) for name in ("x", "y", "gh"))
         tensors = [x.requires_grad_(), y.requires_grad_(), *(ready[name].requires_grad_() for name in GAINS)]
         z, h = residual_norm(*tensors, backend="triton")
-        results.append([z.detach().cpu(), h.detach().cpu(), *(d.cpu() for d in torch.autograd.grad([z, h], tensors, [torch.ones((), device=device, dtype=dtype).expand_as(z), gh]))])
+        results.append([z.detach().cpu(), h.detach().cpu(),
+                        *(d.cpu() for d in torch.autograd.grad([z, h], tensors,
+                                                               [torch.ones((), device=device, dtype=dtype).expand_as(z),
+                                                                gh]))])
     return results
 
 
@@ -387,7 +416,9 @@ def test_interpreted_strides(interpreter):
 
 
 def unused_results(inputs, backend, device="cpu"):
-    """Gradients where only z is used or only h, and of some inputs only; 0 for one that the result does not depend on."""
+    """
+    Gradients where only z is used or only h, and of some inputs only; 0 for one that the result does not depend on.
+    """
     ready = {name: x.to(device, torch.float32) for name, x in inputs.items()}
     gz, gh = ready.pop("gz"), ready.pop("gh")
     gradients = []
@@ -396,14 +427,16 @@ def unused_results(inputs, backend, device="cpu"):
         for i, g in ((0, gz), (1, gh)):
             out = residual_norm(**tensors, backend=backend)[i]
             wanted = [tensors[name] for name in needed]
-            gradients += [torch.zeros_like(x) if d is None else d for d, x in zip(torch.autograd.grad(out, wanted, g, allow_unused=True), wanted)]
+            gradients += [torch.zeros_like(x) if d is None else d for d,
+                          x in zip(torch.autograd.grad(out, wanted, g, allow_unused=True), wanted)]
     return [d.cpu() for d in gradients]
 
 
 @pytest.mark.parametrize("gates", ["channel", "beta"])
 def test_interpreted_unused_results(gates, interpreter, relative_rms):
     inputs = make_inputs(10, 24, gates)
-    for got, expected in zip(interpreter(__name__, "unused_results", inputs, "triton"), unused_results(inputs, "reference"), strict=True):
+    for got, expected in zip(interpreter(__name__, "unused_results", inputs, "triton"),
+                             unused_results(inputs, "reference"), strict=True):
         error = relative_rms(got, expected, floor=float_bound(1, torch.float32))
         assert error < 2 * float_bound(10 * 24, torch.float32)
 
@@ -415,43 +448,50 @@ def opcheck_interpreted(inputs):
 
 @pytest.mark.parametrize("gates, weight, scale", [("channel", True, True), (None, False, False), (None, True, True)])
 def test_interpreted_registration(gates, weight, scale, interpreter):
-    assert set(interpreter(__name__, "opcheck_interpreted", make_inputs(3, 20, gates, weight, scale)).values()) == {"SUCCESS"}
+    assert set(interpreter(__name__, "opcheck_interpreted",
+                           make_inputs(3, 20, gates, weight, scale)).values()) == {"SUCCESS"}
 
 
 
 
-# ---- Triton, compiled ahead of time -------------------------------------------------------------------------------------------------------------------------
+# ---- Triton, compiled ahead of time -----------------------------------------
 
 def compile_ahead(aot, name, D, dtype, capability, gates="channel", weight=True, scale=False, ones=()):
     """
-    A kernel as a training step launches it, all gains with a gradient. gates: "channel", "scalar" or None. ones: arguments that are 1, of which a launch makes
-    constants.
+    A kernel as a training step launches it, all gains with a gradient. gates: "channel", "scalar" or None. ones:
+    arguments that are 1, of which a launch makes constants.
     """
     kernel, wide = getattr(rn, f"_residual_norm_{name}_kernel"), D if gates == "channel" else 1
     launch = rn._launch(D, name == "bwd" and weight and (gates is not None or scale))
     warps = launch.pop("num_warps")
     plain, backward = gates is None, name == "bwd"
-    absent = dict(alpha=plain, dalpha=plain, beta=plain, dbeta=plain, c=plain, weight=not weight, dweight=not weight, scale=not scale, dscale=not scale,
-                  x=plain and backward and not scale, y=plain and backward, z=backward and not plain, dy=plain and not scale)
+    absent = dict(alpha=plain, dalpha=plain, beta=plain, dbeta=plain, c=plain, weight=not weight, dweight=not weight,
+                  scale=not scale, dscale=not scale, x=plain and backward and not scale, y=plain and backward,
+                  z=backward and not plain, dy=plain and not scale)
     constants = dict(D=D, ALPHA_COLUMNS=wide, BETA_COLUMNS=wide, MIX=not plain, ADD=False, **launch)
     constants |= {f"{tensor}_ptr": None for tensor, missing in absent.items() if missing} | dict.fromkeys(ones, 1)
     constants = {argument: value for argument, value in constants.items() if argument in kernel.arg_names}
     element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
     rows = {f"{tensor}_ptr" for tensor in ("x", "y", "z", "h", "gz", "gh", "dx", "dy")}
-    kinds = lambda argument: (element if argument in rows else "*fp32") if argument.endswith("_ptr") else "fp32" if argument.startswith("eps") else "i32"
+    kinds = lambda argument: (element if argument in rows
+                              else "*fp32") if argument.endswith("_ptr") else "fp32" if argument.startswith(
+        "eps") else "i32"
     signature = {argument: kinds(argument) for argument in kernel.arg_names if argument not in constants}
-    aligned = [argument for argument in signature if argument.endswith("_ptr") or argument.endswith("_row") and argument != "sums_row" and D % 16 == 0]
+    aligned = [argument for argument in signature if argument.endswith("_ptr") or argument.endswith("_row")
+               and argument != "sums_row" and D % 16 == 0]
     return aot(kernel, signature, constants, capability, warps, 3, aligned)
 
 
 USUAL = [("channel", True), ("channel", False), ("scalar", False), (None, False)]
-SLOW = [*((D, torch.bfloat16, capability) for D in (128, 768, 1024) for capability in (80, 90, 100) if (D, capability) != (768, 90)),
-        (768, torch.float32, 90), (1000, torch.bfloat16, 90), (4096, torch.bfloat16, 90)]
+SLOW = [*((D, torch.bfloat16, capability) for D in (128, 768, 1024) for capability in (80, 90, 100)
+          if (D, capability) != (768, 90)), (768, torch.float32, 90), (1000, torch.bfloat16, 90),
+        (4096, torch.bfloat16, 90)]
 
 
 @pytest.mark.parametrize("name", ["fwd", "bwd"])
 @pytest.mark.parametrize("gates, weight", USUAL)
-@pytest.mark.parametrize("D, dtype, capability", [(768, torch.bfloat16, 90), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
+@pytest.mark.parametrize("D, dtype, capability",
+                         [(768, torch.bfloat16, 90), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
 def test_kernels_compile_for_cards(D, dtype, capability, gates, weight, name, aot):
     result = compile_ahead(aot, name, D, dtype, capability, gates, weight)
     assert result.spills == 0 and result.shared <= min(result.shared_limit, 99 * 1024)  # a consumer card's limit, too
@@ -468,15 +508,20 @@ def test_kernels_with_a_stream_scale_compile_for_cards(gates, weight, name, aot)
 @pytest.mark.parametrize("name", ["fwd", "bwd"])
 @pytest.mark.parametrize("D, gates", [(1, "scalar"), (8, "channel"), (8, None)])
 def test_kernels_compile_for_one_row(D, gates, name, aot):
-    assert compile_ahead(aot, name, D, torch.float16, 90, gates, ones=("N", "x_row", "y_row", "gz_row", "gh_row", "sums_row")[:6 if D == 1 else 1]).registers <= 128
+    assert compile_ahead(aot, name, D, torch.float16, 90, gates,
+                         ones=("N", "x_row", "y_row", "gz_row", "gh_row",
+                               "sums_row")[:6 if D == 1 else 1]).registers <= 128
 
 
-# ---- On a GPU -------------------------------------------------------------------------------------------------------------------------------------------------
+# ---- On a GPU ---------------------------------------------------------------
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("gates, weight, scale", [("channel", True, True), ("channel", False, False), ("scalar", True, False), ("beta", True, False), (None, True, True), (None, False, False)])
-@pytest.mark.parametrize("N, D", [(1000, 768), (7, 64), (33, 96), (1, 255), (1000, 1000), (100, 1024), (65, 4096), (20_000, 128)])
+@pytest.mark.parametrize("gates, weight, scale",
+                         [("channel", True, True), ("channel", False, False), ("scalar", True, False),
+                          ("beta", True, False), (None, True, True), (None, False, False)])
+@pytest.mark.parametrize("N, D", [(1000, 768), (7, 64), (33, 96), (1, 255), (1000, 1000), (100, 1024), (65, 4096),
+                                  (20_000, 128)])
 def test_gpu_equals_the_reference(N, D, gates, weight, scale, dtype, relative_rms):
     inputs = rounded(make_inputs(N, D, gates, weight, scale), dtype)
     with poisoned_memory():
@@ -503,7 +548,8 @@ def test_gpu_rows_below_eps(mode, relative_rms):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_gpu_gains_of_one_are_the_plain_residual(dtype):
-    x, y = (torch.randn(1000, 768, device="cuda", generator=torch.Generator("cuda").manual_seed(seed)).to(dtype) for seed in (0, 1))
+    x, y = (torch.randn(1000, 768, device="cuda", generator=torch.Generator("cuda").manual_seed(seed)).to(dtype)
+            for seed in (0, 1))
     ones = torch.ones(768, device="cuda")
     for z, h in (residual_norm(x, y), residual_norm(x, y, ones, ones), residual_norm(x, y, ones[0], ones[0])):
         assert torch.equal(z, x + y) and torch.equal(h, residual_norm(x, y)[1])
@@ -514,7 +560,8 @@ def test_gpu_gains_of_one_are_the_plain_residual(dtype):
 def test_gpu_compiled_equals_eager_and_runs_repeat_bit_for_bit(gates):
     inputs = make_inputs(5000, 768, gates)
     compiled = torch.compile(residual_norm, fullgraph=True)
-    eager, again, graph = (run(inputs, "auto", torch.bfloat16, "cuda", function) for function in (residual_norm, residual_norm, compiled))
+    eager, again, graph = (run(inputs, "auto", torch.bfloat16, "cuda", function)
+                           for function in (residual_norm, residual_norm, compiled))
     assert all(torch.equal(eager[name], again[name]) and torch.equal(eager[name], graph[name]) for name in eager)
 
 
@@ -527,7 +574,8 @@ def test_gpu_strides():
 @pytest.mark.gpu
 def test_gpu_unused_results(relative_rms):
     inputs = make_inputs(10, 24)
-    for got, expected in zip(unused_results(inputs, "triton", "cuda"), unused_results(inputs, "reference"), strict=True):
+    for got, expected in zip(unused_results(inputs, "triton", "cuda"), unused_results(inputs, "reference"),
+                             strict=True):
         error = relative_rms(got, expected, floor=float_bound(1, torch.float32))
         assert error < 2 * float_bound(10 * 24, torch.float32)
 
@@ -538,11 +586,13 @@ def test_gpu_offsets_beyond_32_bits():
     if torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
         pytest.skip("needs 60 GiB of GPU memory")
     N, D, last = 3_000_000, 768, 1000
-    x, y, gz, gh = (torch.randn(N, D, dtype=torch.bfloat16, device="cuda", generator=torch.Generator("cuda").manual_seed(seed)) for seed in range(4))
+    x, y, gz, gh = (torch.randn(N, D, dtype=torch.bfloat16, device="cuda",
+                                generator=torch.Generator("cuda").manual_seed(seed)) for seed in range(4))
     gate, results = torch.tensor(0.5, device="cuda"), []
     for rows in (slice(None), slice(-last, None)):
         own = [x[rows].detach().requires_grad_(), y[rows].detach().requires_grad_()]
         z, h = residual_norm(*own, gate)
-        results.append([part[-last:].detach().clone() for part in (z, h, *torch.autograd.grad([z, h], own, [gz[rows], gh[rows]]))])
+        results.append([part[-last:].detach().clone()
+                        for part in (z, h, *torch.autograd.grad([z, h], own, [gz[rows], gh[rows]]))])
         del z, h, own
     assert all(torch.equal(a, b) for a, b in zip(*results))

@@ -34,4 +34,7 @@ def test_running_keeps_no_rounding_of_another_document():
 
 def test_sums_after_and_starts():
     assert sums_after(torch.tensor([1.0, 2.0, 4.0])).tolist() == [6, 4, 0]
-    assert starts_of(torch.tensor([3, 3, 5, 5, 3])).tolist() == [True, False, True, False, True] and starts_of(None) is None
+    assert (
+        starts_of(torch.tensor([3, 3, 5, 5, 3])).tolist() == [True, False, True, False, True]
+        and starts_of(None) is None
+    )

@@ -2,7 +2,6 @@
 short_convolution against its formula in plain loops; its Triton kernels in the interpreter, compiled ahead of time and,
 where there is one, on a GPU; the CPU's loops on random shapes.
 """
-import importlib
 import os
 import subprocess
 import sys
@@ -10,16 +9,16 @@ import sys
 import pytest
 import torch
 
+from kernels import short_convolution as sc
 from kernels.backend import has_cpu_loops
 from kernels.short_convolution import short_convolution, short_convolution_reference
 from tests.errors import float_bound, rounding_bound
 from tests.kernels.poison import poisoned_memory
 
-sc = importlib.import_module("kernels.short_convolution")  # the package hands on the function under the module's name
 needs_loops = pytest.mark.skipif(not has_cpu_loops(), reason="needs Numba")
 
 
-# ---- Inputs and runs -------------------------------------------------------------------------------------------------
+# ---- Inputs and runs --------------------------------------------------------
 
 def make_inputs(B=2, T=11, C=3, n=4, lead=False, seed=0, document=5.0):
     """
@@ -27,7 +26,10 @@ def make_inputs(B=2, T=11, C=3, n=4, lead=False, seed=0, document=5.0):
     the row in every second one; g: gradient of y. With lead x is `padded`.
     """
     generator = torch.Generator().manual_seed(seed)
-    randn = lambda *shape: torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    def randn(*shape):
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
     begins, index = torch.rand(B, T, generator=generator) < 1 / document, torch.arange(T)
     positions = index - torch.where(begins, index, -2 * torch.arange(B)[:, None]).cummax(1).values
     return dict(x=randn(B, T + lead * (n - 1), C), taps=randn(n, C), positions=positions, g=randn(B, T, C))
@@ -70,7 +72,9 @@ def assert_close(results, inputs, relative_rms, dtype=torch.float32, taps=None):
     """
     exact = run(inputs)
     absolute = run({name: x if name == "positions" else x.abs() for name, x in inputs.items()})
-    n, tokens, sums = len(inputs["taps"]), inputs["positions"].numel(), torch.promote_types(dtype, torch.float32)
+    n = len(inputs["taps"])
+    tokens = inputs["positions"].numel()
+    sums = torch.promote_types(dtype, torch.float32)
     for result, wide, most, terms, kind in zip(results, exact, absolute, (n, n, tokens), (dtype, dtype, taps or dtype)):
         assert result.dtype == kind and result.shape == wide.shape
         scale = max(most.square().mean().sqrt().item(), 1e-300)
@@ -87,7 +91,7 @@ FORMS = dict(contiguous=lambda x: x, joined=lambda x: torch.cat((x, x), 2)[:, :,
              every_second=lambda x: torch.stack((x, x), 1).flatten(0, 1)[::2])
 
 
-# ---- Reference -------------------------------------------------------------------------------------------------------
+# ---- Reference --------------------------------------------------------------
 
 @pytest.mark.parametrize("shape", [dict(), dict(n=1), dict(T=3, n=7), dict(B=3, C=1, document=1.0)], ids=str)
 def test_reference_is_the_formula_and_stays_in_the_document(shape, relative_rms):
@@ -107,7 +111,9 @@ def test_gradcheck(lead):
 @pytest.mark.parametrize("backend", ["reference", pytest.param("loops", marks=needs_loops)])
 def test_a_row_goes_on(backend):
     inputs = make_inputs(seed=1)
-    x, taps, positions = inputs["x"], inputs["taps"], inputs["positions"].clamp_max(torch.arange(11))
+    x = inputs["x"]
+    taps = inputs["taps"]
+    positions = inputs["positions"].clamp_max(torch.arange(11))
     whole, padded = short_convolution(x, taps, positions, backend=backend), torch.cat((x.new_zeros(2, 3, 3), x), 1)
     for t in range(11):
         own = short_convolution(x[:, t:t + 1], taps, positions[:, t:t + 1], padded[:, t:t + 4], backend=backend)
@@ -134,31 +140,33 @@ def test_a_nan_stays_in_its_document(backend):
     assert y[1].isfinite().all() and dx[1].isfinite().all()
 
 
-X, TAPS, POSITIONS = torch.zeros(2, 3, 8), torch.zeros(4, 8), torch.zeros(2, 3, dtype=torch.int32)
+X = torch.zeros(2, 3, 8)
+TAPS = torch.zeros(4, 8)
+POSITIONS = torch.zeros(2, 3, dtype=torch.int32)
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(x=torch.zeros(3, 8)), r"x must be a tensor \(B, T, C\), not empty; got \(3, 8\)"),
+    (dict(x=torch.zeros(3, 8)), r"x must be a tensor \(B, T, C\), not empty; got \(3, 8\) torch.float32"),
     (dict(x=1.0), "x must be a tensor.*got float"),
     (dict(x=torch.zeros(2, 0, 8)), "not empty"),
     (dict(x=X.int()), "x must be bfloat16"),
-    (dict(taps=torch.zeros(4, 7)), r"taps must be a tensor \(n, C\), n >= 1, C = 8; got \(4, 7\)"),
+    (dict(taps=torch.zeros(4, 7)), r"taps must be a tensor \(n, C\) of sizes \(any, 8\), not empty; got \(4, 7\)"),
     (dict(taps=torch.zeros(0, 8)), "taps must be a tensor"),
-    (dict(taps=TAPS.double()), "taps must be float32 or x's dtype, torch.float32; got torch.float64"),
-    (dict(taps=TAPS.to("meta")), "taps must be on x's device cpu; got meta"),
-    (dict(positions=POSITIONS[:1]), r"positions must be a tensor \(B, T\) = \(2, 3\); got \(1, 3\)"),
+    (dict(taps=TAPS.double()), "taps must be float32, as x is; got torch.float64"),
+    (dict(taps=TAPS.to("meta")), "taps must be on the device of x, cpu; got meta"),
+    (dict(positions=POSITIONS[:1]), r"positions must be a tensor \(B, T\) of sizes \(2, 3\), not empty; got \(1, 3\)"),
     (dict(positions=POSITIONS.float()), "positions must be int32 or int64; got torch.float32"),
-    (dict(padded=X), r"padded must be None or a tensor \(B, n - 1 \+ T, C\) = \(2, 6, 8\); got \(2, 3, 8\)"),
-    (dict(padded=torch.zeros(2, 6, 8).double()), "padded must be x's dtype, torch.float32; got torch.float64"),
+    (dict(padded=X), r"padded must be a tensor \(B, n - 1 \+ T, C\) of sizes \(2, 6, 8\), not empty; got \(2, 3, 8\)"),
+    (dict(padded=torch.zeros(2, 6, 8).double()), "padded must be float32, as x is; got torch.float64"),
     (dict(backend="cuda"), "backend must be one of auto, reference, loops, triton; got 'cuda'"),
-    (dict(backend="triton"), "backend 'triton' needs Triton and CUDA tensors"),
+    (dict(backend="triton"), "backend 'triton' needs CUDA tensors and Triton"),
 ])
 def test_wrong_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         short_convolution(**dict(x=X, taps=TAPS, positions=POSITIONS) | change)
 
 
-# ---- The CPU's loops -------------------------------------------------------------------------------------------------
+# ---- The CPU's loops --------------------------------------------------------
 
 @needs_loops
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -184,7 +192,9 @@ def test_loops_on_random_shapes(relative_rms):
 @needs_loops
 def test_loops_repeat_bit_for_bit_with_any_threads():
     """Tasks and their order of summation are the shape's, so that not even the number of threads makes a difference."""
-    inputs, threads, results = make_inputs(3, 300, 33, document=50.0), torch.get_num_threads(), []
+    inputs = make_inputs(3, 300, 33, document=50.0)
+    threads = torch.get_num_threads()
+    results = []
     for count in (1, 2, 2):
         torch.set_num_threads(count)
         results.append(run(inputs, "loops", torch.float32))
@@ -235,7 +245,7 @@ def test_loops_stay_in_their_arrays():
     assert result.returncode == 0, result.stderr
 
 
-# ---- Triton, interpreted ---------------------------------------------------------------------------------------------
+# ---- Triton, interpreted ----------------------------------------------------
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_interpreted_kernels_equal_the_reference(shape, interpreter, relative_rms):
@@ -273,7 +283,7 @@ def test_interpreted_registration(interpreter):
     assert set(interpreter(__name__, "opcheck_interpreted", make_inputs()).values()) == {"SUCCESS"}
 
 
-# ---- Triton, compiled ahead of time ----------------------------------------------------------------------------------
+# ---- Triton, compiled ahead of time -----------------------------------------
 
 def compile_ahead(aot, name, C, n, lead, dtype, capability):
     """A kernel as _triton_forward and _triton_backward launch it for a contiguous x."""
@@ -306,7 +316,7 @@ def test_kernels_compile_for_cards(C, n, lead, dtype, capability, name, aot):
         assert "ld.global.v4.b32" in result.ptx and "st.global.v4.b32" in result.ptx
 
 
-# ---- On a GPU --------------------------------------------------------------------------------------------------------
+# ---- On a GPU ---------------------------------------------------------------
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -341,7 +351,10 @@ def test_gpu_offsets_beyond_32_bits():
     """2^31.1 numbers; the last tokens are compared with those of a call of their own."""
     if torch.cuda.get_device_properties(0).total_memory < 30 * 2**30:
         pytest.skip("needs 30 GiB of GPU memory")
-    T, C, last, results = 3_000_000, 768, 1000, []
+    T = 3_000_000
+    C = 768
+    last = 1000
+    results = []
     generator = torch.Generator("cuda").manual_seed(0)
     x, g = (torch.randn(1, T, C, dtype=torch.bfloat16, device="cuda", generator=generator) for _ in range(2))
     taps, positions = torch.randn(4, C, dtype=torch.bfloat16, device="cuda"), torch.arange(T, device="cuda")[None]

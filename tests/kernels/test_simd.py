@@ -1,4 +1,7 @@
-"""Vectors of 8 numbers for Numba's loops: every function against NumPy, at odd offsets too, and the check of an array's ends."""
+"""
+Vectors of 8 numbers for Numba's loops: every function against NumPy, at odd offsets too, and the check of an array's
+ends.
+"""
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ numba = pytest.importorskip("numba")
 
 from kernels import simd
 from kernels.loops import loop
-from kernels.topological_attention_reference import LOWEST
+from kernels.topological_attention.reference import LOWEST
 from tests.errors import float_bound
 from tests.kernels.processes import run_process
 
@@ -16,10 +19,13 @@ FLOATS = (np.float32, np.float64)
 
 
 def numbers(dtype, seed):
-    """Numbers of all magnitudes: normal, subnormal, zeros of both signs, infinite, NaN; in another order for every seed."""
+    """
+    Numbers of all magnitudes: normal, subnormal, zeros of both signs, infinite, NaN; in another order for every seed.
+    """
     generator = np.random.default_rng(seed)
     kind = np.finfo(dtype)
-    special = [0.0, -0.0, np.inf, -np.inf, np.nan, kind.tiny / 4, -kind.tiny / 4, kind.smallest_subnormal, kind.max, kind.min, 1.0, -1.0]
+    special = [0.0, -0.0, np.inf, -np.inf, np.nan, kind.tiny / 4, -kind.tiny / 4, kind.smallest_subnormal, kind.max,
+               kind.min, 1.0, -1.0]
     usual = generator.standard_normal(400)
     wide = generator.standard_normal(88) * 2.0 ** generator.integers(-60, 60, 88)
     return generator.permutation(np.concatenate((special * 2, usual, wide)).astype(dtype))
@@ -67,7 +73,8 @@ def test_operations(dtype):
         absolute = np.abs(eights).sum(1)
         finite = np.isfinite(absolute)
         error = np.abs(totals[finite] - eights.sum(1)[finite])
-        assert (error <= float_bound(8, torch.float32 if dtype == np.float32 else torch.float64) * absolute[finite]).all()
+        assert (error <= float_bound(8, torch.float32 if dtype == np.float32 else torch.float64)
+                * absolute[finite]).all()
         assert np.isnan(totals[np.isnan(eights).any(1)]).all()
 
 
@@ -91,10 +98,11 @@ def test_load_and_store_at_any_offset(dtype):
 
 def check_exp2(function, dtype, least, greatest):
     """
-    function(x, y) sets y to 2^x within 4 eps, also where that is subnormal (to the numbers there), to 0 below `least` and to infinity from `greatest` on, as
-    it does for the infinities; NaN stays NaN.
+    function(x, y) sets y to 2^x within 4 eps, also where that is subnormal (to the numbers there), to 0 below `least`
+    and to infinity from `greatest` on, as it does for the infinities; NaN stays NaN.
     """
-    x = np.concatenate((np.linspace(-1, 1, 4001), np.linspace(least - 3, greatest + 3, 20_001), np.arange(-1100.0, 1100.0), numbers(dtype, 0), [LOWEST, -LOWEST],
+    x = np.concatenate((np.linspace(-1, 1, 4001), np.linspace(least - 3, greatest + 3, 20_001),
+                        np.arange(-1100.0, 1100.0), numbers(dtype, 0), [LOWEST, -LOWEST],
                         np.nextafter(np.array([least, greatest], dtype), dtype(0))))
     x = np.pad(x.astype(dtype), (0, -x.size % 8))
     y = np.empty_like(x)

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 
 from records import leaderboard
-from records.leaderboard import BEGIN, END, main
+from records.leaderboard import RECORDS, main, read_records
+from records.pages import BEGIN, END, is_current, pages_of
 from records.report import summarize, write_report
 from records.runs import read_folder, read_run
 from train_gpt import TRACKS, make_config
 
-ROOT = Path(leaderboard.__file__).resolve().parent.parent
+ROOT = RECORDS.parent
+RULE = "=" * 100
 TARGET = make_config(dict(track="cpu")).target
 SPREAD = (-0.001, 0.0, 0.001, 0.0004)
 README = f"# Records\n\nthe rules\n\n{BEGIN}\n{END}\n\nthe end\n"
@@ -25,30 +27,46 @@ README = f"# Records\n\nthe rules\n\n{BEGIN}\n{END}\n\nthe end\n"
 
 @pytest.fixture
 def root(tmp_path):
+    """A folder of records, with docs/ beside it, and none in it yet."""
     folder = tmp_path / "records"
-    folder.mkdir()
-    (folder / "README.md").write_text(README)
+    for page in pages_of(folder):
+        page.parent.mkdir()
+        page.write_text(README)
     return folder
 
 
 @pytest.fixture
 def write_arm(write_log):
-    """write_arm(folder, loss relative to the target, ms_per_step, **as write_log takes it): four seeds, with a little spread in both."""
+    """
+    write_arm(folder, loss relative to the target, ms_per_step, **as write_log takes it): four seeds, with a little
+    spread in both.
+    """
+
     def write(folder, loss=-0.02, ms_per_step=100.0, seeds=(1, 2, 3, 4), **options):
         for seed in seeds:
             noise = SPREAD[(seed - 1) % 4]
-            path = write_log({0: 5.576, 4: 2.0, 8: TARGET + loss + noise}, folder, f"{Path(folder).name}_{seed}", seed=seed, ms_per_step=ms_per_step * (1 + noise), **options)
+            path = write_log(
+                {0: 5.576, 4: 2.0, 8: TARGET + loss + noise},
+                folder,
+                f"{Path(folder).name}_{seed}",
+                seed=seed,
+                ms_per_step=ms_per_step * (1 + noise),
+                **options,
+            )
         return path.parent.parent
+
     return write
 
 
 @pytest.fixture
 def run(root, capsys):
     """run("add", folder, ...) -> (exit code, stdout, stderr)."""
+
     def run(*words):
         code = main(["--records", str(root), *map(str, words)])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
+
     return run
 
 
@@ -56,11 +74,12 @@ def run(root, capsys):
 def add(run):
     def add(folder, name, *options, track="cpu"):
         return run("add", folder, "--name", name, "--track", track, "--what", f"what {name} does", *options)
+
     return add
 
 
 def record(root, name, kind="cpu") -> Path:
-    folder, = root.glob(f"{kind}/*_{name}")
+    (folder,) = root.glob(f"{kind}/*_{name}")
     return folder
 
 
@@ -75,7 +94,11 @@ def contents(root) -> dict:
 def refused(result, root, before) -> str:
     """The one line of a fault that changed nothing."""
     code, out, err = result
-    assert code == 1 and out == "" and err.startswith("leaderboard.py: error: ") and err.count("\n") == 1 and contents(root) == before
+    assert code == 1
+    assert out == ""
+    assert err.startswith("records.leaderboard: error: ")
+    assert err.count("\n") == 1
+    assert contents(root) == before
     return err
 
 
@@ -86,15 +109,19 @@ def test_first_record_needs_the_target_only(root, write_arm, add, run):
     folder = record(root, "First")
     assert (code, out, err) == (0, f"{folder}\n", "")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_First", folder.name)
-    source, = folder.glob("source-*.txt")
+    (source,) = folder.glob("source-*.txt")
     assert sorted(path.name for path in folder.iterdir()) == ["A0", "README.md", source.name, "stats.json"]
     logs = [f"A0-seed{seed}.{kind}" for seed in range(1, 5) for kind in ("json", "txt")]
     assert sorted(path.name for path in (folder / "A0").iterdir()) == logs
     stats = stats_of(folder)
-    arm, = stats["arms"]
-    assert arm["losses"] == pytest.approx([TARGET - 0.02 + noise for noise in SPREAD], abs=1e-9) and arm["seeds"] == [1, 2, 3, 4]
-    assert arm["train_seconds"] == pytest.approx([0.799, 0.8, 0.801, 0.8], abs=6e-4) and arm["loss"]["n"] == arm["time"]["n"] == 4
-    assert stats["hardware"] == "1 x x86_64, 2 threads" and stats["rules"]["target"] == TARGET and arm["p_target"] < 1e-4
+    (arm,) = stats["arms"]
+    assert arm["losses"] == pytest.approx([TARGET - 0.02 + noise for noise in SPREAD], abs=1e-9)
+    assert arm["seeds"] == [1, 2, 3, 4]
+    assert arm["train_seconds"] == pytest.approx([0.799, 0.8, 0.801, 0.8], abs=6e-4)
+    assert arm["loss"]["n"] == arm["time"]["n"] == 4
+    assert stats["hardware"] == "1 x x86_64, 2 threads"
+    assert stats["rules"]["target"] == TARGET
+    assert arm["p_target"] < 1e-4
     assert f"n = 4; p < 0.0001 for a mean that is not below {TARGET}" in (folder / "README.md").read_text()
     assert run("check")[0] == 0
 
@@ -109,37 +136,56 @@ def test_a_record_is_judged_by_the_target_it_was_set_under(root, write_arm, add,
 def test_faster_record_and_history(root, write_arm, add, run):
     add(write_arm("a/baseline"), "First")
     write_arm("b/baseline")
-    assert add(write_arm("b/quick", ms_per_step=90.0, variant=["quick"], modules=[("variants.quick", "x = 1")]), "Second")[0] == 0
+    assert (
+        add(
+            write_arm("b/quick", ms_per_step=90.0, variant=["quick"], modules=[("variants.quick", "x = 1")]), "Second"
+        )[0]
+        == 0
+    )
     stats = stats_of(record(root, "Second"))
     assert stats["arm"] == "quick" and [arm["folder"] for arm in stats["arms"]] == ["A0", "A1"]
-    assert stats["arms"][1]["vs_baseline"]["time"]["verdict"] == "better" and stats["arms"][1]["vs_baseline"]["loss"]["verdict"] == "not distinguishable"
-    assert re.search(r"The record before it, cpu/.*_First, took 0.80 ± 0.00 s: p < 0.0001", (record(root, "Second") / "README.md").read_text().replace("\\", ""))
+    assert stats["arms"][1]["vs_baseline"]["time"]["verdict"] == "better"
+    assert stats["arms"][1]["vs_baseline"]["loss"]["verdict"] == "not distinguishable"
+    assert re.search(
+        r"The record before it, cpu/.*_First, took 0.80 ± 0.00 s: p < 0.0001",
+        (record(root, "Second") / "README.md").read_text().replace("\\", ""),
+    )
     text = (root / "README.md").read_text()
-    assert text.startswith(README[:README.index(END)].rstrip("\n")) and text.endswith(README[README.index(END):])
+    assert text.startswith(README[: README.index(END)].rstrip("\n")) and text.endswith(README[README.index(END) :])
     assert "### cpu, 1 x x86_64, 2 threads: 0.72 s" in text and text.index("_First)") < text.index("_Second)")
-    assert re.search(r"\| 2 \| 0.72 ± 0.00 s \| .* \| 4 \| < 0.0001 \| quick \| what Second does \| [\d-]+ \| \[Second\]\(cpu/[\d-]+_Second\) \|", text)
+    assert re.search(r"\n\| 0.72 ± 0.00 s \| .* \| 4 \| < 0.0001 \| \[Second\]\(cpu/[\d-]+_Second\) \|\n", text)
+    assert re.search(r"\n- Second, [\d-]+, arm quick: what Second does\n", text)
     code, out, _ = run("check")
-    assert code == 0 and len(out.splitlines()) == 3 and all(": ok" in line for line in out.splitlines())
+    assert code == 0 and len(out.splitlines()) == 4 and all(": ok" in line for line in out.splitlines())
 
 
 def test_other_hardware_or_validation_data_has_its_own_table(root, write_arm, add, run):
     add(write_arm("a/baseline"), "First")
     assert add(write_arm("b/baseline", ms_per_step=200.0, device="H200"), "Slow")[0] == 0
-    assert add(write_arm("c/baseline", ms_per_step=200.0, val_sha256={"python_val_000000.bin": "c" * 64}), "Other")[0] == 0
+    assert (
+        add(write_arm("c/baseline", ms_per_step=200.0, val_sha256={"python_val_000000.bin": "c" * 64}), "Other")[0]
+        == 0
+    )
     text = (root / "README.md").read_text()
-    assert text.count("### cpu, 1 x x86_64") == 2 and text.count("### cpu, 1 x H200: 1.60 s") == 1 and run("check")[0] == 0
+    assert text.count("### cpu, 1 x x86_64") == 2
+    assert text.count("### cpu, 1 x H200: 1.60 s") == 1
+    assert run("check")[0] == 0
 
 
 def test_negative_results(root, write_arm, add, run):
     write_arm("a/baseline", ms_per_step=100.0)
     write_arm("a/slow", loss=0.1, ms_per_step=150.0, variant=["slow"])
     assert add(write_arm("a/even", loss=-0.0202, variant=["even"]), "Losers", "--negative")[0] == 0
-    folder, text = record(root, "Losers", "negative"), (root / "README.md").read_text()
+    folder = record(root, "Losers", "negative")
+    text = (root / "README.md").read_text()
+    results = root.parent / "docs" / "results.md"
     assert (folder / "A2" / "A2-seed1.txt").exists() and stats_of(folder)["arm"] is None
     assert "No record yet." in text
-    assert re.search(rf"\| cpu \| slow \| what Losers does \| \+0.1200 \| .* \| 4 and 4 \| worse \| \+50.00 \| \[Losers\]\(negative/{folder.name}\) \|", text)
-    assert re.search(r"\| cpu \| even \| what Losers does \| -0.0002 \| .* \| not distinguishable \|", text)
-    assert run("check") == (0, f"negative/{folder.name}: ok\n{root / 'README.md'}: ok\n", "")
+    assert "#### Losers\n\nwhat Losers does\n\n" in text
+    assert f"[{folder.name[:10]}](negative/{folder.name}), track cpu, 4 runs an arm, 1 x x86_64" in text
+    assert re.search(r"\n\| slow \| 0.92.* \| \+0.1200 \(\+0.1.* to \+0.1.*\) \| < 0.0001 \| worse \|\n", text)
+    assert re.search(r"\n\| even \| .* \| -0.0002 \(.*\) \| .* \| not distinguishable \|\n", text)
+    assert run("check") == (0, f"negative/{folder.name}: ok\n{root / 'README.md'}: ok\n{results}: ok\n", "")
 
 
 def test_a_better_arm_stands_under_no_heading_of_negative_results(root, write_arm, add):
@@ -149,7 +195,7 @@ def test_a_better_arm_stands_under_no_heading_of_negative_results(root, write_ar
     lines = (root / "README.md").read_text().splitlines()
     row = next(i for i, line in enumerate(lines) if "| better |" in line)
     headings = [line for line in lines[:row] if line.startswith("#")]
-    assert headings[-1] == "### Comparisons that set no record"
+    assert headings[-2:] == ["### Comparisons that set no record", "#### Better"]
     assert not any("negative" in heading.lower() for heading in headings)
     assert record(root, "Better", "negative").is_dir()
 
@@ -158,10 +204,30 @@ def test_folder_of_compare(root, write_arm, add, run, tmp_path):
     seeds = (9, 10, 11, 12)  # by name, 10 comes before 9
     write_arm("compared/logs/baseline", seeds=seeds)
     write_arm("compared/logs/wide:hidden=8/x", ms_per_step=90.0, seeds=seeds)
-    arms = [dict(name=name, variant=[], options=options, runs=sorted(read_folder(tmp_path / "compared/logs" / folder), key=lambda run: run.seed))
-            for name, options, folder in (("baseline", [], "baseline"), ("wide:hidden=8/x", ["--layers", "4"], "wide:hidden=8/x"))]
-    settings = dict(track="cpu", seeds=list(seeds), budget="tokens", budget_seconds=0, target=TARGET, command="compare.py baseline wide", order=[["baseline", 1]], sweep=None,
-                    tried=2, overhead=None)
+    arms = [
+        dict(
+            name=name,
+            variant=[],
+            options=options,
+            runs=sorted(read_folder(tmp_path / "compared/logs" / folder), key=lambda run: run.seed),
+        )
+        for name, options, folder in (
+            ("baseline", [], "baseline"),
+            ("wide:hidden=8/x", ["--layers", "4"], "wide:hidden=8/x"),
+        )
+    ]
+    settings = dict(
+        track="cpu",
+        seeds=list(seeds),
+        budget="tokens",
+        budget_seconds=0,
+        target=TARGET,
+        command="compare.py baseline wide",
+        order=[["baseline", 1]],
+        sweep=None,
+        tried=2,
+        overhead=None,
+    )
     results = summarize(settings, arms)
     write_report(tmp_path / "compared", results)
     assert add(tmp_path / "compared", "Compared")[0] == 0
@@ -185,7 +251,9 @@ def test_a_comparison_with_runs_of_an_earlier_one_sets_no_record(root, write_arm
 def test_arm_of_several(root, write_arm, add):
     for name, speed in (("baseline", 100.0), ("a", 95.0), ("b", 90.0)):
         source = write_arm(f"source/{name}", ms_per_step=speed)
-    assert "which arm sets the record? give --arm and one of baseline, a, b" in refused(add(source, "Best"), root, contents(root))
+    assert "which arm sets the record? give --arm and one of baseline, a, b" in refused(
+        add(source, "Best"), root, contents(root)
+    )
     assert "which arm sets the record?" in refused(add(source, "Best", "--arm", "c"), root, contents(root))
     assert add(source, "Best", "--arm", "b")[0] == 0 and stats_of(record(root, "Best"))["arm"] == "b"
 
@@ -213,7 +281,7 @@ def test_a_resumed_log_names_its_source_in_each_header(root, write_arm, write_lo
     write_log({0: 5.0}, "a/baseline", "b", seed=3, steps=8, last_step=4, end="SIGTERM")
     log = write_log({8: TARGET - 0.02}, "a/baseline", "b", seed=3, resumed_from=4)
     assert add(log.parent.parent, "Resumed")[0] == 0
-    stored, = record(root, "Resumed").glob("A0/A0-seed3.txt")
+    (stored,) = record(root, "Resumed").glob("A0/A0-seed3.txt")
     lines = stored.read_text().splitlines()
     assert sum(line.startswith("source: source-") for line in lines) == 2 and "import torch" not in lines
     assert {**vars(read_run(stored)), "path": None} == {**vars(read_run(log)), "path": None}
@@ -231,17 +299,23 @@ def test_a_record_can_be_added_again(root, write_arm, add, tmp_path):
 
 # ---- what is refused
 
-@pytest.mark.parametrize("options, message", [
-    (dict(loss=0.01), f"target {TARGET} not shown to be reached: mean loss {TARGET + 0.0101:.4f}, n = 4, p = 1.00"),
-    (dict(loss=-0.001), "not shown to be reached"),
-    (dict(seeds=(1,)), "one run alone, and no test can be made of it"),
-    (dict(target=5.0), f"has target 5.0, the track {TARGET}"),
-    (dict(val_tokens=64), "has val_tokens 64, the track"),
-    (dict(known_target=0.0), "was validated on data for which the track's target is not known"),
-    (dict(val_sha256={}), "does not say which validation data it used"),
-    (dict(track="short"), "a run of track short, not cpu"),
-    (dict(end="SIGTERM", steps=8, last_step=4), "stopped by SIGTERM after step 4 of 8; only finished runs count"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            dict(loss=0.01),
+            f"target {TARGET} not shown to be reached: mean loss {TARGET + 0.0101:.4f}, n = 4, p = 1.00",
+        ),
+        (dict(loss=-0.001), "not shown to be reached"),
+        (dict(seeds=(1,)), "one run alone, and no test can be made of it"),
+        (dict(target=5.0), f"has target 5.0, the track {TARGET}"),
+        (dict(val_tokens=64), "has val_tokens 64, the track"),
+        (dict(known_target=0.0), "was validated on data for which the track's target is not known"),
+        (dict(val_sha256={}), "does not say which validation data it used"),
+        (dict(track="short"), "a run of track short, not cpu"),
+        (dict(end="SIGTERM", steps=8, last_step=4), "stopped by SIGTERM after step 4 of 8; only finished runs count"),
+    ],
+)
 def test_no_record(root, write_arm, add, options, message):
     before = contents(root)
     assert message in refused(add(write_arm("source/baseline", **options), "No"), root, before)
@@ -252,7 +326,11 @@ def test_not_faster_than_the_standing_record(root, write_arm, add):
     before = contents(root)
     for name, speed in (("same", 100.0), ("slower", 110.0), ("hardly", 99.95)):
         err = refused(add(write_arm(f"{name}/baseline", ms_per_step=speed), "Again"), root, before)
-        assert re.search(r"cpu/.*_Again: not faster than cpu/.*_First: 0.[78]\d s \(n = 4\) against 0.80 s \(n = 4\), p = [01].\d+, and p < 0.01 is asked for", err)
+        assert re.search(
+            r"cpu/.*_Again: not faster than cpu/.*_First: 0.[78]\d s \(n = 4\) against 0.80 s \(n = 4\), "
+            r"p = [01].\d+, and p < 0.01 is asked for",
+            err,
+        )
 
 
 def test_slower_than_the_fastest_but_not_than_an_older_one(root, write_arm, add):
@@ -266,8 +344,12 @@ def test_runs_that_are_not_alike(root, write_arm, write_log, add):
     source, before = write_arm("a/baseline"), contents(root)
     log = write_log({0: 5.0, 8: TARGET - 0.02}, "a/baseline", "other", seed=9, source="import numpy")
     assert "ran different code" in refused(add(source, "No"), root, before)
-    for change, message in ((dict(lr_matrix=0.1), "differ in lr_matrix"), (dict(seed=1), "second run of arm baseline with seed 1"), (dict(val_sha256={"a": "b"}), "different data"),
-                            (dict(device="H200"), "device is not one in all runs (x86_64, 2 threads, H200)")):
+    for change, message in (
+        (dict(lr_matrix=0.1), "differ in lr_matrix"),
+        (dict(seed=1), "second run of arm baseline with seed 1"),
+        (dict(val_sha256={"a": "b"}), "different data"),
+        (dict(device="H200"), "device is not one in all runs (x86_64, 2 threads, H200)"),
+    ):
         log.unlink()
         log = write_log({0: 5.0, 4: 2.0, 8: TARGET - 0.02}, "a/baseline", "other", **{"seed": 9, **change})
         assert message in refused(add(source, "No"), root, before)
@@ -283,7 +365,9 @@ def test_arms_that_were_scored_on_different_numbers_of_tokens(root, write_arm, w
             edit(path, '"val_tokens": null, ', "")
             path.with_suffix(".json").unlink()
     err = refused(add(source, "No", "--negative"), root, before)
-    assert "baseline_1.txt" in err and "other_1.txt" in err and f"were scored on 65536 and {scored} tokens" in err
+    number = "an unknown number of" if scored is None else "65,537"
+    assert "baseline_1.txt was scored on 65,536 tokens, " in err
+    assert f"other_1.txt on {number} tokens, so their losses cannot be compared" in err
 
 
 def test_a_record_whose_arms_were_scored_on_different_numbers_of_tokens(two_records, run):
@@ -292,7 +376,7 @@ def test_a_record_whose_arms_were_scored_on_different_numbers_of_tokens(two_reco
         edit(path, '"val_tokens": 65536, "target"', '"val_tokens": 65537, "target"')
         path.with_suffix(".json").unlink()
     code, out, _ = run("check")
-    assert code == 1 and "were scored on 65536 and 65537 tokens of the validation data" in out
+    assert code == 1 and " was scored on 65,536 tokens, " in out and "on 65,537 tokens, so their losses" in out
 
 
 def test_arms_of_one_name(root, write_arm, add, tmp_path):
@@ -308,7 +392,10 @@ def test_arms_of_one_name(root, write_arm, add, tmp_path):
 
 def test_a_negative_result_on_two_machines_says_nothing_of_time(root, write_arm, add, run):
     write_arm("a/baseline")
-    assert add(write_arm("a/slow", loss=0.1, ms_per_step=120.0, variant=["slow"], device="H200"), "Two", "--negative")[0] == 0
+    assert (
+        add(write_arm("a/slow", loss=0.1, ms_per_step=120.0, variant=["slow"], device="H200"), "Two", "--negative")[0]
+        == 0
+    )
     text = (record(root, "Two", "negative") / "README.md").read_text()
     assert "slow is worse than baseline" in text and "Time:" not in text and "1 x x86_64, 2 threads, H200" in text
     assert run("check")[0] == 0
@@ -324,7 +411,11 @@ def test_folders_that_will_not_do(root, tmp_path, write_arm, write_log, add):
     (tmp_path / "b" / "results.json").write_text('{"format": "other", "settings": {}, "arms": []}')
     err = refused(add(tmp_path / "b", "No"), root, before)
     assert "results.json: no results of compare.py, but of format other" in err
-    lost = dict(format="knotgpt-comparison-1", settings={}, arms=[dict(name="one", options=[], runs=[dict(seed=1, log="one_1.txt"), dict(seed=2, error="killed")])])
+    lost = dict(
+        format="knotgpt-comparison-1",
+        settings={},
+        arms=[dict(name="one", options=[], runs=[dict(seed=1, log="one_1.txt"), dict(seed=2, error="killed")])],
+    )
     (tmp_path / "b" / "results.json").write_text(json.dumps(lost))
     assert "0 logs of one, seed 2, where one is expected" in refused(add(tmp_path / "b", "No"), root, before)
 
@@ -336,16 +427,23 @@ def test_names_and_tracks(root, write_arm, add):
     free = next((track for track in TRACKS if not make_config(dict(track=track)).target), None)
     if free:
         write_arm("b/baseline", track=free)
-        assert f"track {free} has no target, so no record" in refused(add(source.parent / "b", "No", track=free), root, before)
+        assert f"track {free} has no target, so no record" in refused(
+            add(source.parent / "b", "No", track=free), root, before
+        )
     add(source, "Yes")
     assert "there is a record of this name and date" in refused(add(source, "Yes"), root, contents(root))
 
 
 def test_foreign_logs_are_not_added(root, tmp_path, add):
     (tmp_path / "a" / "baseline").mkdir(parents=True)
-    (tmp_path / "a" / "baseline" / "log.txt").write_text(f"import os\n{'=' * 100}\nRunning Python 3.12\n{'=' * 100}\nstep:0/1 val_loss:3.0 train_time:0ms step_avg:0.1ms\n"
-                                                         "step:1/1 train_time:5ms step_avg:5.00ms\nstep:1/1 val_loss:2.0 train_time:5ms step_avg:5.00ms\n")
-    assert "log.txt: does not say which validation data it used; only logs of this trainer can be added" in refused(add(tmp_path / "a", "No"), root, contents(root))
+    (tmp_path / "a" / "baseline" / "log.txt").write_text(
+        f"import os\n{RULE}\nRunning Python 3.12\n{RULE}\n"
+        "step:0/1 val_loss:3.0 train_time:0ms step_avg:0.1ms\n"
+        "step:1/1 train_time:5ms step_avg:5.00ms\nstep:1/1 val_loss:2.0 train_time:5ms step_avg:5.00ms\n"
+    )
+    assert "log.txt: does not say which validation data it used; only logs of this trainer can be added" in refused(
+        add(tmp_path / "a", "No"), root, contents(root)
+    )
 
 
 def test_disk_that_fills(root, write_arm, add, monkeypatch):
@@ -353,6 +451,7 @@ def test_disk_that_fills(root, write_arm, add, monkeypatch):
 
     def full(*_):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(shutil, "copyfile", full)
     assert "No space left on device; free some space" in refused(add(source, "No"), root, before)
     assert not list(root.glob("cpu/.*"))
@@ -381,7 +480,7 @@ def edit(path, old, new):
 
 
 def source_of(folder) -> Path:
-    source, = folder.glob("source-*.txt")
+    (source,) = folder.glob("source-*.txt")
     return source
 
 
@@ -401,48 +500,101 @@ def change_stats(folder, change):
     (folder / "stats.json").write_text(json.dumps(stats))
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda folder: edit(folder / "A1/A1-seed2.txt", "val_loss:2.0000", "val_loss:1.9000"),
-     "tampered: A1-seed2.json has another curve than the log"),
-    (lambda folder: edit(folder / "A1/A1-seed2.txt", f"val_loss:{TARGET - 0.02:.4f}", f"val_loss:{TARGET - 0.03:.4f}"),
-     "tampered: A1-seed2.json has another val_loss, curve than the log"),
-    (lambda folder: edit(log_without_json(folder), f"val_loss:{TARGET - 0.02:.4f}", f"val_loss:{TARGET - 0.03:.4f}"), "stats.json: arms[1].losses[1] is not what the logs say"),
-    (lambda folder: edit(log_without_json(folder), "val_loss:2.0000", "val_loss:1.9000"), None),
-    (lambda folder: edit(log_without_json(folder), "step:5/8 train_time:450ms step_avg:90.00ms\n", ""), "step 5 is missing"),
-    (lambda folder: edit(log_without_json(folder), "python_val_00000", "other_val_00000"), "validated on different data"),
-    (lambda folder: edit(log_without_json(folder), "b" * 64, "c" * 64), "validated on different data"),
-    (lambda folder: (folder / "A1/A1-seed2.txt").unlink(), "arms[1].seeds is not what the logs say"),
-    (lambda folder: shutil.rmtree(folder / "A0"), "stats.json has the arms A0, A1, the folder A1"),
-    (lambda folder: shutil.copytree(folder / "A1", folder / "third"), "the folder A0, A1, third"),
-    (lambda folder: source_of(folder).unlink(), "A0-seed1.txt: its source is missing: there is no text"),
-    (lambda folder: edit(source_of(folder), "import torch", "import numpy"), "A0-seed1.txt: its source was altered:"),
-    (lambda folder: source_of(folder).write_bytes(b"\xff"), "A0-seed1.txt: its source is missing: there is no text"),
-    (lambda folder: name_another_source(folder), "ran different code"),
-    (lambda folder: (folder / "source-0123456789ab.txt").write_text("x"), "source-0123456789ab.txt is no run's source"),
-    (lambda folder: change_stats(folder, lambda stats: stats["arms"][1]["time"].update(mean=0.5)), "arms[1].time.mean is not what the logs say"),
-    (lambda folder: change_stats(folder, lambda stats: stats["rules"].update(target=9.0)), "p_target is not what the logs say"),
-    (lambda folder: change_stats(folder, lambda stats: stats.update(hardware="8 x H100")), "stats.json: hardware is not what the logs say"),
-    (lambda folder: change_stats(folder, lambda stats: stats.update(extra=1)), "stats.json: extra is not what the logs say"),
-    (lambda folder: change_stats(folder, lambda stats: stats.update(arm="third")), "stats.json: damaged"),
-    (lambda folder: change_stats(folder, lambda stats: stats.pop("what")), "stats.json: damaged"),
-    (lambda folder: change_stats(folder, lambda stats: stats["arms"][0].pop("folder")), "stats.json: damaged"),
-    (lambda folder: (folder / "stats.json").write_text("[]"), "stats.json holds a JSON list, not an object"),
-    (lambda folder: change_stats(folder, lambda stats: stats.update(format="knotgpt-record-1")),
-     "its format is knotgpt-record-1, not knotgpt-record-2"),
-    (lambda folder: change_stats(folder, lambda stats: stats.update(track="no")), "damaged: there is no track no;"),
-    (lambda folder: change_stats(folder, lambda stats: stats["arms"][1]["losses"].pop()),
-     "an arm has not as many losses and times as seeds"),
-    (lambda folder: change_stats(folder, lambda stats: stats["arms"][1]["time"].update(mean="fast")),
-     "stats.json: damaged: arms[1].time.mean must be a number"),
-    (lambda folder: (folder / "stats.json").unlink(), "no stats.json"),
-    (lambda folder: (folder / "README.md").unlink(), "no README.md"),
-    (lambda folder: folder.rename(folder.with_name("2020-01-01_Third")), "_Second; give the folder its name back"),
-])
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (
+            lambda folder: edit(folder / "A1/A1-seed2.txt", "val_loss:2.0000", "val_loss:1.9000"),
+            "tampered: A1-seed2.json has another curve than the log",
+        ),
+        (
+            lambda folder: edit(
+                folder / "A1/A1-seed2.txt", f"val_loss:{TARGET - 0.02:.4f}", f"val_loss:{TARGET - 0.03:.4f}"
+            ),
+            "tampered: A1-seed2.json has another val_loss, curve than the log",
+        ),
+        (
+            lambda folder: edit(
+                log_without_json(folder), f"val_loss:{TARGET - 0.02:.4f}", f"val_loss:{TARGET - 0.03:.4f}"
+            ),
+            "stats.json: arms[1].losses[1] is not what the logs say",
+        ),
+        (lambda folder: edit(log_without_json(folder), "val_loss:2.0000", "val_loss:1.9000"), None),
+        (
+            lambda folder: edit(log_without_json(folder), "step:5/8 train_time:450ms step_avg:90.00ms\n", ""),
+            "step 5 is missing",
+        ),
+        (
+            lambda folder: edit(log_without_json(folder), "python_val_00000", "other_val_00000"),
+            "validated on different data",
+        ),
+        (lambda folder: edit(log_without_json(folder), "b" * 64, "c" * 64), "validated on different data"),
+        (lambda folder: (folder / "A1/A1-seed2.txt").unlink(), "arms[1].seeds is not what the logs say"),
+        (lambda folder: shutil.rmtree(folder / "A0"), "stats.json has the arms A0, A1, the folder A1"),
+        (lambda folder: shutil.copytree(folder / "A1", folder / "third"), "the folder A0, A1, third"),
+        (lambda folder: source_of(folder).unlink(), "A0-seed1.txt: its source is missing: there is no text"),
+        (
+            lambda folder: edit(source_of(folder), "import torch", "import numpy"),
+            "A0-seed1.txt: its source was altered:",
+        ),
+        (
+            lambda folder: source_of(folder).write_bytes(b"\xff"),
+            "A0-seed1.txt: its source is missing: there is no text",
+        ),
+        (lambda folder: name_another_source(folder), "ran different code"),
+        (
+            lambda folder: (folder / "source-0123456789ab.txt").write_text("x"),
+            "source-0123456789ab.txt is no run's source",
+        ),
+        (
+            lambda folder: change_stats(folder, lambda stats: stats["arms"][1]["time"].update(mean=0.5)),
+            "arms[1].time.mean is not what the logs say",
+        ),
+        (
+            lambda folder: change_stats(folder, lambda stats: stats["rules"].update(target=9.0)),
+            "p_target is not what the logs say",
+        ),
+        (
+            lambda folder: change_stats(folder, lambda stats: stats.update(hardware="8 x H100")),
+            "stats.json: hardware is not what the logs say",
+        ),
+        (
+            lambda folder: change_stats(folder, lambda stats: stats.update(extra=1)),
+            "stats.json: extra is not what the logs say",
+        ),
+        (lambda folder: change_stats(folder, lambda stats: stats.update(arm="third")), "stats.json: damaged"),
+        (lambda folder: change_stats(folder, lambda stats: stats.pop("what")), "stats.json: damaged"),
+        (lambda folder: change_stats(folder, lambda stats: stats["arms"][0].pop("folder")), "stats.json: damaged"),
+        (lambda folder: (folder / "stats.json").write_text("[]"), "stats.json holds a JSON list, not an object"),
+        (
+            lambda folder: change_stats(folder, lambda stats: stats.update(format="knotgpt-record-1")),
+            "its format is knotgpt-record-1, not knotgpt-record-2",
+        ),
+        (
+            lambda folder: change_stats(folder, lambda stats: stats.update(track="no")),
+            "damaged: there is no track no;",
+        ),
+        (
+            lambda folder: change_stats(folder, lambda stats: stats["arms"][1]["losses"].pop()),
+            "an arm has not as many losses and times as seeds",
+        ),
+        (
+            lambda folder: change_stats(folder, lambda stats: stats["arms"][1]["time"].update(mean="fast")),
+            "stats.json: damaged: arms[1].time.mean must be a number",
+        ),
+        (lambda folder: (folder / "stats.json").unlink(), "no stats.json"),
+        (lambda folder: (folder / "README.md").unlink(), "no README.md"),
+        (
+            lambda folder: folder.rename(folder.with_name("2020-01-01_Third")),
+            "_Second; give the folder its name back",
+        ),
+    ],
+)
 def test_spoilt_records(two_records, run, spoil, message):
     spoil(two_records)
     code, out, err = run("check")
     faults = [line for line in out.splitlines() if line.startswith("error: ")]
-    assert err == "" and len(out.splitlines()) == 3
+    assert err == "" and len(out.splitlines()) == 4
     if message:
         assert code == 1 and message in faults[0]
     else:
@@ -456,7 +608,23 @@ def test_record_that_is_not_faster(root, write_arm, add, run, tmp_path):
     shutil.copytree(root, other)
     shutil.rmtree(other / "cpu")
     for name, speed, message in (("Hardly", 99.95, "not faster than cpu/"), ("Even", 100.0, "p = 0.50")):
-        assert main(["--records", str(other), "add", str(write_arm(f"{name}/baseline", ms_per_step=speed)), "--name", name, "--track", "cpu", "--what", "x"]) == 0
+        assert (
+            main(
+                [
+                    "--records",
+                    str(other),
+                    "add",
+                    str(write_arm(f"{name}/baseline", ms_per_step=speed)),
+                    "--name",
+                    name,
+                    "--track",
+                    "cpu",
+                    "--what",
+                    "x",
+                ]
+            )
+            == 0
+        )
         folder = root / "cpu" / record(other, name).name
         record(other, name).rename(folder)
         run("render")
@@ -465,11 +633,31 @@ def test_record_that_is_not_faster(root, write_arm, add, run, tmp_path):
         shutil.rmtree(folder)
 
 
-def test_tables_out_of_date(root, two_records, run):
-    edit(root / "README.md", "0.72", "0.71")
+@pytest.mark.parametrize("name", ["README.md", "results.md"])
+def test_tables_out_of_date(root, two_records, run, name):
+    page = next(page for page in pages_of(root) if page.name == name)
+    edit(page, "0.72", "0.71")
+    page.write_text(page.read_text() + "\nby hand\n")
     code, out, _ = run("check")
-    assert code == 1 and "README.md: the tables are not those of the records; run leaderboard.py render" in out
+    assert code == 1 and f"{name}: the tables are not those of the records; run ./run.sh board render" in out
     assert run("render") == (0, "", "") and run("check")[0] == 0
+    assert page.read_text().endswith(README[README.index(END):] + "\nby hand\n")
+
+
+def test_results_by_variant(root, write_arm, add, run):
+    """The standing record, and the arms of all comparisons under their first variants."""
+    add(write_arm("a/baseline"), "First")
+    write_arm("b/baseline", seeds=(1, 2, 3))
+    write_arm("b/wide", loss=0.1, variant=["wide:hidden=8+deep"])
+    assert add(write_arm("b/thin", mlp_hidden=64), "Several", "--negative")[0] == 0
+    text = (root.parent / "docs/results.md").read_text()
+    link = r"\[Several\]\(../records/negative/[\d-]+_Several/README.md\)"
+    machine = "1 x x86_64, 2 threads"
+    assert re.search(rf"\n\| cpu \| {TARGET} \| 0.80 ± 0.00 s \| .* \| 4 \| {machine} \| \[First\]\(.*\) \|\n", text)
+    wide = rf"### wide\n\n.*\n.*\n\| wide \| .* \| \+0.1.* \| worse \| 4, baseline 3 \| {machine} \| {link} \|\n"
+    assert re.search(wide, text)
+    assert re.search(rf"### baseline\n\n.*\n.*\n\| thin \| .* \| not distinguishable \| .* \| {link} \|\n", text)
+    assert text.index("### wide") < text.index("### baseline")
 
 
 def test_readme_without_marks(root, two_records, run, add, write_arm):
@@ -486,10 +674,13 @@ def test_readme_without_marks(root, two_records, run, add, write_arm):
 def test_text_in_tables_is_plain(root, write_arm, run):
     write_arm("a/baseline")
     write_arm("a/<b>_x|y", loss=0.1)
-    run("add", root.parent / "a", "--name", "Marks", "--track", "cpu", "--what", "a | b <script>\n*new* [x](y)", "--negative")
-    text = (root / "README.md").read_text()
-    row = next(line for line in text.splitlines() if "Marks" in line)
-    assert "<script>" not in row.replace("\\<", "") and len(re.findall(r"(?<!\\)\|", row)) == 12 and r"\[x\]" in row
+    what = "a | b <script>\n*new* [x](y)"
+    run("add", root.parent / "a", "--name", "Marks", "--track", "cpu", "--what", what, "--negative")
+    for page, cells in zip(pages_of(root), (5, 7)):
+        row = next(line for line in page.read_text().splitlines() if line.startswith(r"| \<b>\_x\|y"))
+        assert len(re.findall(r"(?<!\\)\|", row)) == cells + 1
+    lines = (root / "README.md").read_text().splitlines()
+    assert lines[lines.index("#### Marks") + 2] == r"a \| b \<script> \*new\* \[x\](y)"
 
 
 # ---- the repository's own
@@ -498,19 +689,20 @@ def test_records_of_this_repository(capsys):
     assert main(["check"]) == 0, capsys.readouterr().out
 
 
-def test_the_script_leaves_other_modules_alone():
-    code = "import sys; sys.path[0] = 'records'; sys.path.append('.'); import records.leaderboard, statistics; print(statistics.__file__)"
-    assert "records" not in subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def test_a_page_that_is_not_current_is_found():
+    """Each page says what its records say, rendered in memory, and a changed number would be seen."""
+    records = read_records(RECORDS)
+    for page, make in pages_of(RECORDS).items():
+        paragraphs = make(records)
+        assert is_current(page, paragraphs), f"{page} is not current; run ./run.sh board render"
+        assert not is_current(page, [*paragraphs[:-1], paragraphs[-1].replace("1", "2")])
 
 
-@pytest.mark.parametrize("command", [["-m", "records.leaderboard"], [str(ROOT / "records" / "leaderboard.py")]])
-def test_as_a_module_and_as_a_script(command, write_arm, tmp_path):
-    """From the checkout by -m, from anywhere by its path; on a console that is not UTF-8, too."""
+def test_as_a_module_on_a_console_that_is_not_utf_8(write_arm):
     source = write_arm("a/größer")
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    folder = ROOT if command[0] == "-m" else tmp_path
-    words = [sys.executable, *command, "stats", os.fsencode(source)]
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True)
+    words = [sys.executable, "-m", "records.leaderboard", "stats", os.fsencode(source)]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True)
     assert done.returncode == 0 and done.stderr == b"" and b"er: runs 4, different sources 1" in done.stdout
 
 
@@ -521,20 +713,30 @@ def test_stats(write_arm, run, tmp_path):
     code, out, _ = run("stats", tmp_path / "a" / "baseline")
     losses = [TARGET - 0.02 + noise for noise in SPREAD]
     assert code == 0 and "runs 4, different sources 1" in out
-    assert re.search(rf"val_loss +n 4  mean {sum(losses) / 4:.5f}  sd 0.00084  min {min(losses):.5f}  max {max(losses):.5f}  p \S+ \(one-sided t test, mean below {TARGET:g}\)", out)
+    numbers = f"mean {sum(losses) / 4:.5f}  sd 0.00084  min {min(losses):.5f}  max {max(losses):.5f}"
+    assert re.search(rf"val_loss +n 4  {numbers}  p \S+ \(one-sided t test, mean below {TARGET:g}\)", out)
     assert re.search(r"train_seconds +n 4  mean 0.800  sd 0.001  min 0.799  max 0.801\n", out)
     write_arm("a/other", source="import numpy")
     assert len(run("stats", tmp_path / "a")[1].splitlines()) == 6
 
 
 def test_stats_of_one_foreign_log(tmp_path, run):
-    (tmp_path / "log.txt").write_text(f"import os\n{'=' * 100}\nRunning PyTorch 2.11\n{'=' * 100}\nstep:0/1 val_loss:3.0 train_time:0.000s step_avg:nanms\n"
-                                      "step:1/1 val_loss:2.00000 train_time:5.125s step_avg:5.00ms\n")
-    assert run("stats", tmp_path, "--target", "3.28") == (0, f"{tmp_path}: runs 1, different sources 1\n  val_loss       n 1  mean 2.00000  sd -  min 2.00000  max 2.00000\n"
-                                                          "  train_seconds  n 1  mean 5.125  sd -  min 5.125  max 5.125\n", "")
+    (tmp_path / "log.txt").write_text(
+        f"import os\n{RULE}\nRunning PyTorch 2.11\n{RULE}\n"
+        "step:0/1 val_loss:3.0 train_time:0.000s step_avg:nanms\n"
+        "step:1/1 val_loss:2.00000 train_time:5.125s step_avg:5.00ms\n"
+    )
+    assert run("stats", tmp_path, "--target", "3.28") == (
+        0,
+        f"{tmp_path}: runs 1, different sources 1\n  val_loss       n 1  mean 2.00000  sd -  min 2.00000  max 2.00000\n"
+        "  train_seconds  n 1  mean 5.125  sd -  min 5.125  max 5.125\n",
+        "",
+    )
     (tmp_path / "log.txt").write_text("s:0 tel:10.968871\n")
     code, _, err = run("stats", tmp_path)
-    assert code == 1 and err.startswith("leaderboard.py: error: ") and "no log of this trainer or modded-nanogpt" in err
+    assert code == 1
+    assert err.startswith("records.leaderboard: error: ")
+    assert "no log of this trainer or modded-nanogpt" in err
 
 
 def rows_of(out: str) -> dict[str, tuple[int, float]]:
@@ -553,8 +755,11 @@ def test_stats_of_a_comparison_has_a_row_for_each_arm(write_arm, run, tmp_path):
     for path in (tmp_path / "source").rglob("*_?.*"):
         shutil.copy(path, logs)
     runs = {name: [dict(seed=seed, log=f"{name}_{seed}.txt") for seed in (1, 2, 3, 4)] for name in arms}
-    results = dict(format="knotgpt-comparison-1", settings={},
-                   arms=[dict(name=f"the {name}", options=[], runs=runs[name]) for name in arms])
+    results = dict(
+        format="knotgpt-comparison-1",
+        settings={},
+        arms=[dict(name=f"the {name}", options=[], runs=runs[name]) for name in arms],
+    )
     (tmp_path / "compared" / "results.json").write_text(json.dumps(results))
     means = {name: (4, pytest.approx(TARGET + loss + sum(SPREAD) / 4, abs=1e-5)) for name, (loss, _) in arms.items()}
 
@@ -563,7 +768,8 @@ def test_stats_of_a_comparison_has_a_row_for_each_arm(write_arm, run, tmp_path):
     code, out, err = run("stats", logs)
     assert (code, err) == (0, "")
     assert rows_of(out) == {
-        "baseline --mlp_hidden 512": means["baseline"], "wide --mlp_hidden 512": means["wide"],
+        "baseline --mlp_hidden 512": means["baseline"],
+        "wide --mlp_hidden 512": means["wide"],
         "baseline --mlp_hidden 64": means["thin"],
     }
 
@@ -582,7 +788,8 @@ def test_stats_goes_on_without_the_logs_that_are_no_good(write_arm, run, tmp_pat
     code, out, err = run("stats", folder)
     assert (code, err) == (0, "") and "runs 3, different sources 1" in out
     assert re.findall(r"^  left out: (\S+): (.{12})", out, re.M) == [
-        (f"{folder}/baseline_3.txt", "damaged: lin"), (f"{folder}/requirements.txt", "no log of th"),
+        (f"{folder}/baseline_3.txt", "damaged: lin"),
+        (f"{folder}/requirements.txt", "no log of th"),
     ]
 
 
@@ -593,14 +800,20 @@ def test_stats_says_what_must_be_known_of_others_runs(tmp_path, run):
         last = f"step:12/13 val_loss:{loss} train_time:10ms step_avg:5.00ms\n"
         text = "\n".join(["import os", "=" * 100, "Running PyTorch 2.9", "=" * 100, *lines, last])
         (tmp_path / f"{name}.txt").write_text(text)
-    assert run("stats", tmp_path) == (0, f"""{tmp_path}: runs 2, different sources 1
+    assert run("stats", tmp_path) == (
+        0,
+        f"""{tmp_path}: runs 2, different sources 1
   val_loss       n 2  mean 3.05000  sd 0.07071  min 3.00000  max 3.10000
   train_seconds  n 2  mean 0.010  sd 0.000  min 0.010  max 0.010
   2 of 2: the clock starts at step 11
   2 of 2: ends at step 12 of 13
-""", "")
+""",
+        "",
+    )
     for path in tmp_path.glob("*.txt"):
-        edit(path, "train_time:10ms step_avg:5.00ms\nstep:12/13 val", "train_time:6ms step_avg:5.00ms\nstep:12/13 val")
+        edit(
+            path, "train_time:10ms step_avg:5.00ms\nstep:12/13 val", "train_time:6ms step_avg:5.00ms\nstep:12/13 val"
+        )
         edit(path, "step:11/13 train_time:5ms", "step:11/13 train_time:4ms")
         edit(path, "step:12/13 train_time:6ms", "step:12/13 train_time:3ms")
     code, out, _ = run("stats", tmp_path)

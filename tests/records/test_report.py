@@ -1,4 +1,7 @@
-"""Results of comparisons against numbers worked out by hand, and the report's files as a reader and a browser get them."""
+"""
+Results of comparisons against numbers worked out by hand, and the report's files as a reader and a browser get them.
+"""
+
 import json
 import re
 import shutil
@@ -16,50 +19,113 @@ from records.statistics import ALPHA, detectable
 from train_gpt import RunError
 
 BASE, GOOD, BAD, SAME = [0.80, 0.81, 0.82], [0.60, 0.61, 0.63], [0.95, 0.96, 0.98], [0.80, 0.82, 0.81]
-HOSTILE = ["</script><script>alert(1)</script>", "a|b `c` *d* <img src=http://x.invalid/y.png onerror=alert(2)>", "_$\\frac{$", "two\nlines\u202e",
-           "<!--DATA-->", "&amp;"]
-SETTINGS = dict(track="cpu", seeds=[1, 2, 3], budget="tokens", budget_seconds=0, target=0, command="compare.py baseline good --seeds 3", tried=4, sweep=None,
-                order=[["baseline", 1], ["good", 1]], overhead=dict(wall_seconds=100.0, runs_seconds=90.0))
+HOSTILE = [
+    "</script><script>alert(1)</script>",
+    "a|b `c` *d* <img src=http://x.invalid/y.png onerror=alert(2)>",
+    "_$\\frac{$",
+    "two\nlines\u202e",
+    "<!--DATA-->",
+    "&amp;",
+]
+SETTINGS = dict(
+    track="cpu",
+    seeds=[1, 2, 3],
+    budget="tokens",
+    budget_seconds=0,
+    target=0,
+    command="compare.py baseline good --seeds 3",
+    tried=4,
+    sweep=None,
+    order=[["baseline", 1], ["good", 1]],
+    overhead=dict(wall_seconds=100.0, runs_seconds=90.0),
+)
 
 
 @pytest.fixture
 def make_arm(write_log):
     """make_arm(name, final losses of seeds 1, 2, ..., more runs, **as write_log takes it) -> an arm of summarize()."""
+
     def make(name, finals, more=(), middle=1.0, ms=(100.0, 101.0, 102.0), variant=(), **facts):
         folder = re.sub(r"\W", "", name) or "arm"
-        runs = [read_run(write_log({0: 5.0, 4: middle, 8: final}, folder=folder, run_id=f"{folder}-{seed}", seed=seed, ms_per_step=time, variant=list(variant), **facts))
-                for seed, (final, time) in enumerate(zip(finals, ms * 9), 1)]
+        runs = [
+            read_run(
+                write_log(
+                    {0: 5.0, 4: middle, 8: final},
+                    folder=folder,
+                    run_id=f"{folder}-{seed}",
+                    seed=seed,
+                    ms_per_step=time,
+                    variant=list(variant),
+                    **facts,
+                )
+            )
+            for seed, (final, time) in enumerate(zip(finals, ms * 9), 1)
+        ]
         return dict(name=name, variant=list(variant), options=[], runs=[*runs, *more])
+
     return make
 
 
 @pytest.fixture
 def results(make_arm):
-    return summarize(SETTINGS, [make_arm("baseline", BASE), make_arm("good", GOOD, ms=(110.0, 111.0, 112.5), variant=["swiglu_mlp"], replaced={"swiglu_mlp": ["MLP"]},
-                                                                     parameters=1100, modules=[("variants.swiglu_mlp", "class MLP: pass")]),
-                                make_arm("bad", BAD, ms=(90.0, 91.0, 92.5)), make_arm("same", SAME)])
+    return summarize(
+        SETTINGS,
+        [
+            make_arm("baseline", BASE),
+            make_arm(
+                "good",
+                GOOD,
+                ms=(110.0, 111.0, 112.5),
+                variant=["swiglu_mlp"],
+                replaced={"swiglu_mlp": ["MLP"]},
+                parameters=1100,
+                modules=[("variants.swiglu_mlp", "class MLP: pass")],
+            ),
+            make_arm("bad", BAD, ms=(90.0, 91.0, 92.5)),
+            make_arm("same", SAME),
+        ],
+    )
 
 
 def test_against_scipy(results):
     base, good, bad, same = results["arms"]
     assert json.loads(json.dumps(results, allow_nan=False)) == results and results["format"] == "knotgpt-comparison-1"
-    assert base["vs_baseline"] is None and base["status"] == "complete" and base["loss"]["mean"] == pytest.approx(0.81) and base["loss"]["sd"] == pytest.approx(0.01)
+    assert base["vs_baseline"] is None
+    assert base["status"] == "complete"
+    assert base["loss"]["mean"] == pytest.approx(0.81)
+    assert base["loss"]["sd"] == pytest.approx(0.01)
     p = [stats.ttest_ind(losses, BASE, equal_var=False).pvalue for losses in (GOOD, BAD, SAME)]
     assert p[0] < p[1] < p[2]
     adjusted = [3 * p[0], max(3 * p[0], 2 * p[1]), p[2]]
-    for arm, losses, expected, verdict in zip((good, bad, same), (GOOD, BAD, SAME), adjusted, ("better", "worse", "not distinguishable")):
+    for arm, losses, expected, verdict in zip(
+        (good, bad, same), (GOOD, BAD, SAME), adjusted, ("better", "worse", "not distinguishable")
+    ):
         loss = arm["vs_baseline"]["loss"]
-        assert loss["difference"] == pytest.approx(mean(losses) - mean(BASE)) and loss["p_holm"] == pytest.approx(expected) and loss["verdict"] == verdict
-        assert loss["detectable"] == pytest.approx(detectable(stdev(losses), 3, stdev(BASE), 3, alpha=ALPHA / 2 / 3), rel=1e-6)
+        assert loss["difference"] == pytest.approx(mean(losses) - mean(BASE))
+        assert loss["p_holm"] == pytest.approx(expected)
+        assert loss["verdict"] == verdict
+        assert loss["detectable"] == pytest.approx(
+            detectable(stdev(losses), 3, stdev(BASE), 3, alpha=ALPHA / 2 / 3), rel=1e-6
+        )
         assert loss["paired"]["n"] == 3 and loss["paired"]["p"] == pytest.approx(stats.ttest_rel(losses, BASE).pvalue)
     time = good["vs_baseline"]["time"]
-    assert time["difference"] == pytest.approx(111.1666667 - 101) and time["verdict"] == "worse" and bad["vs_baseline"]["time"]["verdict"] == "better"
+    assert time["difference"] == pytest.approx(111.1666667 - 101)
+    assert time["verdict"] == "worse"
+    assert bad["vs_baseline"]["time"]["verdict"] == "better"
     assert time["p_holm"] == pytest.approx(3 * time["p"]) and same["vs_baseline"]["time"]["p"] == 1
     assert good["tokens"] == 8 * 2048 and good["steps"] == 8 and good["training_flops"] == 8 * 2048 * 6000
     assert good["replaced"] == {"swiglu_mlp": ["MLP"]} and good["changed"] == {}
-    assert good["mfu"]["mean"] == pytest.approx(0.265) and good["warmup_seconds"]["mean"] == 1.2 and good["peak_memory_mib"]["mean"] == 661
-    assert good["runs"][1] == dict(seed=2, status="finished", log="good-2.txt", val_loss=0.61, train_seconds=0.888,
-                                   curve=[[0, 0, 0.0, 5.0], [4, 8192, 0.444, 1.0], [8, 16384, 0.888, 0.61]])
+    assert good["mfu"]["mean"] == pytest.approx(0.265)
+    assert good["warmup_seconds"]["mean"] == 1.2
+    assert good["peak_memory_mib"]["mean"] == 661
+    assert good["runs"][1] == dict(
+        seed=2,
+        status="finished",
+        log="good-2.txt",
+        val_loss=0.61,
+        train_seconds=0.888,
+        curve=[[0, 0, 0.0, 5.0], [4, 8192, 0.444, 1.0], [8, 16384, 0.888, 0.61]],
+    )
     assert results["environment"]["torch"] == "2.13.0+cpu" and results["environment_differs"] == {}
 
 
@@ -67,26 +133,43 @@ def test_way_to_the_target(make_arm):
     base = make_arm("baseline", BASE)
     good, bad = make_arm("good", [0.6, 0.7, 0.92], middle=1.0), make_arm("bad", BAD)
     goals = [arm["to_target"] for arm in summarize(SETTINGS | dict(target=0.9), [base, good, bad])["arms"]]
-    assert goals[1]["reached"] == "2 of 3" and goals[1]["steps_each"] == [pytest.approx(5), pytest.approx(4 + 4 / 3), None]
+    assert goals[1]["reached"] == "2 of 3"
+    assert goals[1]["steps_each"] == [pytest.approx(5), pytest.approx(4 + 4 / 3), None]
     assert goals[1]["steps"] == pytest.approx(4 + 4 * 0.1 / 0.26)  # the mean curve goes from 1 to 0.74
-    assert goals[1]["seconds"] == pytest.approx(0.404 + 0.404 * 0.1 / 0.26) and goals[1]["seconds_each"][0] == pytest.approx(0.5)
-    assert goals[2] == dict(target=0.9, reached="0 of 3", steps=None, seconds=None, steps_each=[None] * 3, seconds_each=[None] * 3)
+    assert goals[1]["seconds"] == pytest.approx(0.404 + 0.404 * 0.1 / 0.26)
+    assert goals[1]["seconds_each"][0] == pytest.approx(0.5)
+    assert goals[2] == dict(
+        target=0.9, reached="0 of 3", steps=None, seconds=None, steps_each=[None] * 3, seconds_each=[None] * 3
+    )
     own = summarize(SETTINGS, [base, bad])["arms"][0]["to_target"]
-    assert own["target"] == pytest.approx(mean(BASE)) and own["steps"] == 8 and own["seconds"] == pytest.approx(0.808)  # the baseline's mean reaches its own end
+    assert own["target"] == pytest.approx(mean(BASE))
+    assert own["steps"] == 8
+    assert own["seconds"] == pytest.approx(0.808)  # the baseline's mean reaches its own end
 
 
 def test_runs_of_equal_time(write_log, tmp_path):
     assert mean_curve([]) == []
-    short, long = [[0, None, 0.0, 5.0], [4, None, 2.0, 2.0], [9, None, 4.0, 1.0]], [[0, None, 0.0, 7.0], [4, None, 2.5, 3.0], [9, None, 4.0, 2.0], [11, None, 5.0, 1.5]]
+    short, long = (
+        [[0, None, 0.0, 5.0], [4, None, 2.0, 2.0], [9, None, 4.0, 1.0]],
+        [[0, None, 0.0, 7.0], [4, None, 2.5, 3.0], [9, None, 4.0, 2.0], [11, None, 5.0, 1.5]],
+    )
     assert mean_curve([short, long]) == [[0, None, 0, 6], [4, None, 2.25, 2.5], [10, None, 4.5, 1.25]]
-    runs = [read_run(write_log({0: 5.0, 4: 1.0, last: loss}, run_id=f"r{last}", seed=last, time_budget=1.0)) for last, loss in ((8, 0.8), (10, 0.9))]
+    runs = [
+        read_run(write_log({0: 5.0, 4: 1.0, last: loss}, run_id=f"r{last}", seed=last, time_budget=1.0))
+        for last, loss in ((8, 0.8), (10, 0.9))
+    ]
     settings = SETTINGS | dict(budget="time", budget_seconds=1.0)
     results = summarize(settings, [dict(name="baseline", variant=[], options=[], runs=runs)])
     arm = results["arms"][0]
-    assert arm["steps"]["mean"] == 9 and arm["tokens"]["min"] == 8 * 2048 and arm["training_flops"] == 9 * 2048 * 6000 and arm["curve"][-1][3] == pytest.approx(0.85)
+    assert arm["steps"]["mean"] == 9
+    assert arm["tokens"]["min"] == 8 * 2048
+    assert arm["training_flops"] == 9 * 2048 * 6000
+    assert arm["curve"][-1][3] == pytest.approx(0.85)
     write_report(tmp_path / "report", results)
     text = (tmp_path / "report/README.md").read_text()
-    assert text.startswith("# baseline at equal time\n") and "1.0 s of training time for every run" in text and "9 ± 1" in text
+    assert text.startswith("# baseline at equal time\n")
+    assert "1.0 s of training time for every run" in text
+    assert "9 ± 1" in text
 
 
 def edit_facts(log, **facts):
@@ -98,10 +181,17 @@ def edit_facts(log, **facts):
     log.with_suffix(".json").write_text(json.dumps(json.loads(log.with_suffix(".json").read_text()) | facts))
 
 
-@pytest.mark.parametrize("difference, named", [
-    (dict(source="import another"), "different code"), (dict(modules=[("variants.x", "x = 1")]), "different code"), (dict(layers=5), "differ in layers"),
-    (dict(seed=1), "with seed 1"), (dict(val_sha256={"v.bin": "c" * 64}), "different data"),
-    (dict(scored=64), "baseline-1.txt was scored on .* tokens, .*odd.txt on 64")])
+@pytest.mark.parametrize(
+    "difference, named",
+    [
+        (dict(source="import another"), "different code"),
+        (dict(modules=[("variants.x", "x = 1")]), "different code"),
+        (dict(layers=5), "differ in layers"),
+        (dict(seed=1), "with seed 1"),
+        (dict(val_sha256={"v.bin": "c" * 64}), "different data"),
+        (dict(scored=64), "baseline-1.txt was scored on .* tokens, .*odd.txt on 64"),
+    ],
+)
 def test_runs_that_cannot_be_compared(write_log, make_arm, difference, named):
     scored = {"val_tokens": difference["scored"]} if "scored" in difference else {}
     options = dict(seed=2) | {name: value for name, value in difference.items() if name != "scored"}
@@ -120,10 +210,17 @@ def test_runs_that_cannot_be_compared(write_log, make_arm, difference, named):
 def test_runs_that_did_not_finish(write_log, make_arm, tmp_path):
     stopped = read_run(write_log({0: 5.0, 4: 1.0}, run_id="stopped", seed=4, steps=8, last_step=6, end="SIGTERM"))
     lost = dict(seed=5, error="no log: <killed>")
-    arms = [make_arm("baseline", BASE), make_arm("good", GOOD, more=[stopped, lost]), make_arm("one", [0.6]), make_arm("none", [], more=[lost])]
+    arms = [
+        make_arm("baseline", BASE),
+        make_arm("good", GOOD, more=[stopped, lost]),
+        make_arm("one", [0.6]),
+        make_arm("none", [], more=[lost]),
+    ]
     results = summarize(SETTINGS, arms)
     _, good, one, none = results["arms"]
-    assert good["status"] == "3 of 5 finished" and good["errors"] == ["seed 4: stopped by SIGTERM", "seed 5: no log: <killed>"] and good["loss"]["n"] == 3
+    assert good["status"] == "3 of 5 finished"
+    assert good["errors"] == ["seed 4: stopped by SIGTERM", "seed 5: no log: <killed>"]
+    assert good["loss"]["n"] == 3
     assert good["runs"][3]["curve"][-1][0] == 4 and good["runs"][3]["val_loss"] is None and good["runs"][4] == lost
     loss = one["vs_baseline"]["loss"]
     assert loss["p_holm"] is None and loss["detectable"] is None and loss["verdict"] == "not distinguishable"
@@ -131,9 +228,15 @@ def test_runs_that_did_not_finish(write_log, make_arm, tmp_path):
     assert none["vs_baseline"] is None and none["loss"] is None and none["curve"] == []
     write_report(tmp_path / "report", results)
     text = (tmp_path / "report/README.md").read_text()
-    for words in ("- one is not distinguishable from baseline at n = 1 and 3: difference -0.2100 nats, and no test with fewer than two runs a side.",
-                  "- none: no verdict, because none has", "good, seed 4: stopped by SIGTERM",
-                  "none, seed 5: no log: \\<killed>", "| 3 of 5 |", "| none | - | - | 0 of 1 |"):
+    for words in (
+        "- one is not distinguishable from baseline at n = 1 and 3: difference -0.2100 nats, and no test with fewer "
+        "than two runs a side.",
+        "- none: no verdict, because none has",
+        "good, seed 4: stopped by SIGTERM",
+        "none, seed 5: no log: \\<killed>",
+        "| 3 of 5 |",
+        "| none | - | - | 0 of 1 |",
+    ):
         assert words in text
     assert not re.search(r"\bnan\b|None", text + (tmp_path / "report/report.html").read_text().split("<script")[0])
     alone = summarize(SETTINGS, [make_arm("baseline", [], more=[lost]), arms[1]])
@@ -145,15 +248,37 @@ def test_runs_that_did_not_finish(write_log, make_arm, tmp_path):
 def test_words(results, tmp_path):
     write_report(tmp_path / "report", results)
     text = (tmp_path / "report/README.md").read_text()
-    assert re.search(r"- good is better than baseline by 0\.1967 nats \(95 % -0\.2\d+ to -0\.1\d+, Welch p (= |< )0\.000\d after Holm, n = 3 and 3\)\. "
-                     r"Over 3 pairs of equal seeds, uncorrected: p (= |< )0\.0\d+\. Time: slower, \+10\.17 ms a step \(\+10\.1 %, p = 0\.00\d\d\)\. Parameters unmatched \(\+10\.00 %\), FLOPs a token equal\.", text)
+    assert re.search(
+        r"- good is better than baseline by 0\.1967 nats \(95 % -0\.2\d+ to -0\.1\d+, "
+        r"Welch p (= |< )0\.000\d after Holm, n = 3 and 3\)\. "
+        r"Over 3 pairs of equal seeds, uncorrected: p (= |< )0\.0\d+\. "
+        r"Time: slower, \+10\.17 ms a step \(\+10\.1 %, p = 0\.00\d\d\)\. "
+        r"Parameters unmatched \(\+10\.00 %\), FLOPs a token equal\.",
+        text,
+    )
     assert "- bad is worse than baseline by 0.1533 nats" in text
-    assert re.search(r"- same is not distinguishable from baseline at n = 3 and 3: difference [+-]0\.0000 nats .*; "
-                     r"a difference of 0\.0\d+ would have been found with 80 % power\. "
-                     r"(Over 3 pairs .*)?Time: not distinguishable, \+0\.00 ms a step .*Parameters equal, FLOPs a token equal\.", text)
-    for words in ("To the target, a loss of 0.8100", "| 0.8100 ± 0.0100 |", "baseline 1, good 1.", "excludes compilation and warm-up, validation and checkpoints",
-                  "Measured noise: sd 0.0100 of the final loss over 3 runs", "Arms tried: 4.", "variant swiglu_mlp; replaces MLP", "bbbb", "took 100.0 s, 90.0 s of it",
-                  "Command: compare.py baseline good --seeds 3", "correction over 3 arms", "No learning rate was tuned", "not reached", "(curves.png)"):
+    assert re.search(
+        r"- same is not distinguishable from baseline at n = 3 and 3: difference [+-]0\.0000 nats .*; "
+        r"a difference of 0\.0\d+ would have been found with 80 % power\. "
+        r"(Over 3 pairs .*)?Time: not distinguishable, \+0\.00 ms a step .*Parameters equal, FLOPs a token equal\.",
+        text,
+    )
+    for words in (
+        "To the target, a loss of 0.8100",
+        "| 0.8100 ± 0.0100 |",
+        "baseline 1, good 1.",
+        "excludes compilation and warm-up, validation and checkpoints",
+        "Measured noise: sd 0.0100 of the final loss over 3 runs",
+        "Arms tried: 4.",
+        "variant swiglu_mlp; replaces MLP",
+        "bbbb",
+        "took 100.0 s, 90.0 s of it",
+        "Command: compare.py baseline good --seeds 3",
+        "correction over 3 arms",
+        "No learning rate was tuned",
+        "not reached",
+        "(curves.png)",
+    ):
         assert words in text, words
     page = unescape((tmp_path / "report/report.html").read_text())
     for line in re.findall(r"^- (.*)", text, re.M):
@@ -161,29 +286,58 @@ def test_words(results, tmp_path):
 
 
 def test_what_was_not_held_fixed(make_arm, tmp_path):
-    sweep = {"deep": dict(tries=[dict(factor=0.5, seeds=[1], losses=[0.9]), dict(factor=2, seeds=[1], losses=[None])], chosen=0.5)}
-    deep, patched = make_arm("deep", GOOD, layers=6, device="another card"), make_arm("patched", SAME, source="import other", flops_per_token=9000)
-    results = summarize(SETTINGS | dict(sweep=sweep, tried=9), [make_arm("baseline", BASE), deep | dict(options=["--layers", "6"]), patched])
-    assert [(arm["changed"], arm["changed_code"]) for arm in results["arms"]] == [({}, []), ({"layers": [4, 6]}, []), ({}, ["train_gpt"])]
+    sweep = {
+        "deep": dict(
+            tries=[dict(factor=0.5, seeds=[1], losses=[0.9]), dict(factor=2, seeds=[1], losses=[None])], chosen=0.5
+        )
+    }
+    deep, patched = (
+        make_arm("deep", GOOD, layers=6, device="another card"),
+        make_arm("patched", SAME, source="import other", flops_per_token=9000),
+    )
+    results = summarize(
+        SETTINGS | dict(sweep=sweep, tried=9),
+        [make_arm("baseline", BASE), deep | dict(options=["--layers", "6"]), patched],
+    )
+    assert [(arm["changed"], arm["changed_code"]) for arm in results["arms"]] == [
+        ({}, []),
+        ({"layers": [4, 6]}, []),
+        ({}, ["train_gpt"]),
+    ]
     assert results["environment_differs"] == {"device": ["x86_64, 2 threads", "another card"]}
     write_report(tmp_path / "report", results)
     text = (tmp_path / "report/README.md").read_text()
-    for words in ("deep: options --layers 6; layers 6 instead of 4.", "FLOPs a token unmatched (+50.00 %)",
-                  f"patched: other code of train_gpt; NOT HELD FIXED: {VALIDATION} (other code of train_gpt); NOT HELD",
-                  "device (x86_64, 2 threads; another card). Their times are not comparable.", "Arms tried: 9, 3 of them in this report",
-                  "deep: learning-rate factor 0.5, chosen of 0.5 (loss 0.9000, n = 1), 2 (loss -, n = 0)."):
+    for words in (
+        "deep: options --layers 6; layers 6 instead of 4.",
+        "FLOPs a token unmatched (+50.00 %)",
+        f"patched: other code of train_gpt; NOT HELD FIXED: {VALIDATION} (other code of train_gpt); NOT HELD",
+        "device (x86_64, 2 threads; another card). Their times are not comparable.",
+        "Arms tried: 9, 3 of them in this report",
+        "deep: learning-rate factor 0.5, chosen of 0.5 (loss 0.9000, n = 1), 2 (loss -, n = 0).",
+    ):
         assert words in text, words
 
 
-@pytest.mark.parametrize("facts, held, broken", [
-    (dict(replaced={"x": ["MLP", "GPT.run_blocks", "build_optimizers"]}), [VALIDATION, ORDER, START], ""),
-    (dict(replaced={"x": ["Trainer.validate"]}), [], f"{VALIDATION} (Trainer.validate); NOT HELD FIXED: the order"),
-    (dict(replaced={"x": ["TokenLoader"]}), [], f"{ORDER} (TokenLoader)"),
-    (dict(replaced={"x": ["GPT.initialize"]}), [VALIDATION, ORDER], f"{START} (GPT.initialize)"),
-    (dict(sequence_length=128), [VALIDATION, START], f"{ORDER} (sequence_length)"),
-    (dict(train_data="other"), [VALIDATION, START], f"{ORDER} (other training data)"),
-    (dict(init_from="a.pt", zero_init_projections=False), [VALIDATION, ORDER],
-     f"{START} (zero_init_projections, init_from)")])
+@pytest.mark.parametrize(
+    "facts, held, broken",
+    [
+        (dict(replaced={"x": ["MLP", "GPT.run_blocks", "build_optimizers"]}), [VALIDATION, ORDER, START], ""),
+        (
+            dict(replaced={"x": ["Trainer.validate"]}),
+            [],
+            f"{VALIDATION} (Trainer.validate); NOT HELD FIXED: the order",
+        ),
+        (dict(replaced={"x": ["TokenLoader"]}), [], f"{ORDER} (TokenLoader)"),
+        (dict(replaced={"x": ["GPT.initialize"]}), [VALIDATION, ORDER], f"{START} (GPT.initialize)"),
+        (dict(sequence_length=128), [VALIDATION, START], f"{ORDER} (sequence_length)"),
+        (dict(train_data="other"), [VALIDATION, START], f"{ORDER} (other training data)"),
+        (
+            dict(init_from="a.pt", zero_init_projections=False),
+            [VALIDATION, ORDER],
+            f"{START} (zero_init_projections, init_from)",
+        ),
+    ],
+)
 def test_nothing_is_called_fixed_that_an_arm_changed(make_arm, tmp_path, facts, held, broken):
     results = summarize(SETTINGS, [make_arm("baseline", BASE), make_arm("good", GOOD, **facts)])
     write_report(tmp_path / "report", results)
@@ -211,6 +365,7 @@ def test_a_target_of_other_data_is_none(make_arm, tmp_path):
 def test_runs_of_other_comparisons(make_arm, tmp_path):
     def entry(arm, seed, *seen):
         return dict(arm=arm, seed=seed, log=f"comparisons/a/logs/A0-{arm}-seed{seed}.txt", seen=list(seen))
+
     arms = [make_arm("baseline", BASE), make_arm("good", GOOD, ms=(110.0, 111.0, 112.5))]
     results = summarize(SETTINGS | dict(reused=[entry("baseline", seed) for seed in (1, 2, 3)]), arms)
     base, good = results["arms"]
@@ -218,9 +373,11 @@ def test_runs_of_other_comparisons(make_arm, tmp_path):
     assert good["vs_baseline"]["time"]["difference"] is None and good["vs_baseline"]["loss"]["verdict"] == "better"
     write_report(tmp_path / "report", results)
     text = (tmp_path / "report/README.md").read_text()
-    for words in ("- 3 of the 6 runs were taken over from earlier comparisons; their times are not compared.",
-                  "baseline 1 (comparisons/a/logs/A0-baseline-seed1.txt), baseline 2",
-                  "Only runs of baseline were taken over"):
+    for words in (
+        "- 3 of the 6 runs were taken over from earlier comparisons; their times are not compared.",
+        "baseline 1 (comparisons/a/logs/A0-baseline-seed1.txt), baseline 2",
+        "Only runs of baseline were taken over",
+    ):
         assert words in text, words
     assert "Looks" not in text and "Time:" not in text
     reused = [entry("baseline", 1, "a", "b"), entry("good", 1, "a"), entry("good", 2, "c")]
@@ -266,65 +423,99 @@ class Page(HTMLParser):
 
 def test_page_is_one_file_that_loads_nothing(results, tmp_path):
     write_report(tmp_path / "report", results)
-    assert sorted(file.name for file in (tmp_path / "report").iterdir()) == ["README.md", "curves.png", "report.html", "results.json"]
+    assert sorted(file.name for file in (tmp_path / "report").iterdir()) == [
+        "README.md",
+        "curves.png",
+        "report.html",
+        "results.json",
+    ]
     assert json.loads((tmp_path / "report/results.json").read_text()) == results
     text = (tmp_path / "report/report.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert not re.search(r"https?:|@import|url\((?!#)|\b(fetch|XMLHttpRequest|import)\b", text.replace("http://www.w3.org/2000/svg", ""))
-    assert "default-src 'none'" in next(attributes["content"] for _, attributes in page.tags if "http-equiv" in attributes)
+    assert not re.search(
+        r"https?:|@import|url\((?!#)|\b(fetch|XMLHttpRequest|import)\b",
+        text.replace("http://www.w3.org/2000/svg", ""),
+    )
+    assert "default-src 'none'" in next(
+        attributes["content"] for _, attributes in page.tags if "http-equiv" in attributes
+    )
     for _, attributes in page.tags:
-        assert not attributes.keys() & {"src", "srcset", "action", "data"} and (attributes.get("href") or "data:,") == "data:,"
+        assert not attributes.keys() & {"src", "srcset", "action", "data"}
+        assert (attributes.get("href") or "data:,") == "data:,"
     assert not re.search(r"<!--[A-Z]+-->", text)
     data, program = page.scripts
     assert data[0] == {"type": "application/json", "id": "data"} and not program[0]
     embedded = json.loads(data[1])
-    assert embedded["results"] == results and embedded["names"] == ["baseline", "good", "bad", "same"] and embedded["late"] == LATE
+    assert embedded["results"] == results
+    assert embedded["names"] == ["baseline", "good", "bad", "same"]
+    assert embedded["late"] == LATE
     assert embedded["axes"] == [["training tokens", 1], ["training time, s", 2]]
     for name in re.findall(r'getElementById\("(\w+)"\)', program[1]):
         assert any(attributes.get("id") == name for _, attributes in page.tags)
     verdicts = [cell for cell in page.cells if cell[0].startswith("verdict")]
-    assert verdicts == [(f"verdict {word.replace(' ', '-')}", word) for word in ("baseline", "better", "worse", "not distinguishable",
-                                                                                 "baseline", "slower", "faster", "not distinguishable")]
+    assert verdicts == [
+        (f"verdict {word.replace(' ', '-')}", word)
+        for word in (
+            "baseline",
+            "better",
+            "worse",
+            "not distinguishable",
+            "baseline",
+            "slower",
+            "faster",
+            "not distinguishable",
+        )
+    ]
     styles = TEMPLATE.read_text().split("</style>")[0]
-    assert "prefers-color-scheme: dark" in styles and all(f".{word} span" in styles for word in ("better", "worse", "faster", "slower"))
+    assert "prefers-color-scheme: dark" in styles
+    assert all(f".{word} span" in styles for word in ("better", "worse", "faster", "slower"))
 
 
 def test_hostile_names(make_arm, tmp_path):
-    arms = [make_arm(f"arm{i}", BASE[:2]) | dict(name=name, variant=[name], options=[name]) for i, name in enumerate(["<u>baseline</u>", *HOSTILE, *"abcdefgh"])]
+    arms = [
+        make_arm(f"arm{i}", BASE[:2]) | dict(name=name, variant=[name], options=[name])
+        for i, name in enumerate(["<u>baseline</u>", *HOSTILE, *"abcdefgh"])
+    ]
     arms[1]["runs"].append(dict(seed=9, error=HOSTILE[0]))
-    write_report(tmp_path / "plain", summarize(SETTINGS, [arm | dict(name="p", variant=[], options=[], runs=arm["runs"][:2]) for arm in arms]))
+    write_report(
+        tmp_path / "plain",
+        summarize(SETTINGS, [arm | dict(name="p", variant=[], options=[], runs=arm["runs"][:2]) for arm in arms]),
+    )
     results = summarize(SETTINGS | dict(command=HOSTILE[1], order=[[HOSTILE[0], 1]]), arms)
     write_report(tmp_path / "report", results, log_x=True)
     text = (tmp_path / "report/report.html").read_text()
     page, usual = Page(text), Page((tmp_path / "plain/report.html").read_text())
     assert json.loads(page.scripts[0][1])["results"] == results and len(page.scripts) == 2
-    assert {tag for tag, _ in page.tags} == {tag for tag, _ in usual.tags} and not any(key.startswith("on") for _, attributes in page.tags for key in attributes)
+    assert {tag for tag, _ in page.tags} == {tag for tag, _ in usual.tags}
+    assert not any(key.startswith("on") for _, attributes in page.tags for key in attributes)
     names = [text for kind, text in page.cells if kind == "arm"][1:7]
     assert names == [*HOSTILE[:3], "two lines", *HOSTILE[4:]]
     readme = (tmp_path / "report/README.md").read_text()
     for row in (line for line in readme.splitlines() if line.startswith("|")):
         assert len(re.findall(r"(?<!\\)\|", row)) in (6, 12, 17)
-    assert not re.search(r"(?<!\\)[`*~$]|(?<!\\)<(?! )|\u202e", readme) and "\\</script>\\<script>alert(1)\\</script>" in readme
+    assert not re.search(r"(?<!\\)[`*~$]|(?<!\\)<(?! )|\u202e", readme)
+    assert "\\</script>\\<script>alert(1)\\</script>" in readme
 
 
 def test_curves(results, tmp_path):
     import matplotlib.image
+
     for name, log_x in (("linear", False), ("log", True)):
         write_report(tmp_path / name, results, log_x=log_x)
     linear, log = (matplotlib.image.imread(tmp_path / name / "curves.png") for name in ("linear", "log"))
     top = linear.shape[0] - 676  # the differences, above the curves
     assert linear.shape == log.shape and 200 < top < 300 and linear.shape[1] == 1560 and (linear != log).any()
-    for panel in (linear[top:top + 560, :800], linear[top:top + 560, 830:]):  # above the legend
+    for panel in (linear[top : top + 560, :800], linear[top : top + 560, 830:]):  # above the legend
         ends = []
         for color in ("#d55e00", "#0a84d0"):
-            exact = [int(color[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+            exact = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
             rows, columns = (abs(panel[..., :3] - exact).max(-1) < 0.01).nonzero()
             ends.append(rows[columns == columns.max()].mean())
         assert ends[0] - ends[1] > 300  # losses of 0.61 and 0.96 where the run began at 5
 
 
 def of_color(picture, color):
-    exact = [int(color[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+    exact = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     return abs(picture[..., :3] - exact).max(-1) < 0.01
 
 
@@ -334,21 +525,25 @@ def count(picture, color):
 
 def test_the_paired_picture_is_first(results, tmp_path):
     import matplotlib.image
+
     write_report(tmp_path / "report", results)
     readme, page = (tmp_path / "report/README.md").read_text(), (tmp_path / "report/report.html").read_text()
     assert readme.index("- good is better") < readme.index("(curves.png)") < readme.index("## Loss")
     order = ["good is better", '<svg class="differences"', 'id="chart"', "<h2>Loss</h2>"]
     assert sorted(order, key=page.index) == order
     picture = matplotlib.image.imread(tmp_path / "report/curves.png")
-    dots, intervals = picture[25:-676 - 30, 250:900], picture[25:-676 - 30, 930:]
+    dots, intervals = picture[25 : -676 - 30, 250:900], picture[25 : -676 - 30, 930:]
     for color in COLORS[1:4]:
         assert count(dots, color) > 30 and count(intervals, color) > 100
-    assert count(picture[25:-676 - 30], COLORS[0]) == 0, "the baseline is the zero line"
+    assert count(picture[25 : -676 - 30], COLORS[0]) == 0, "the baseline is the zero line"
 
     # the dots are the differences at equal seed, on one scale
     labels = re.findall(r'cx="([\d.]+)" cy="[\d.]+" r="4"[^>]*><title>([^<]*)</title>', page)
-    expected = [f"{name}, seed {seed + 1}: {losses[seed] - BASE[seed]:+.4f}"
-                for name, losses in (("good", GOOD), ("bad", BAD), ("same", SAME)) for seed in range(3)]
+    expected = [
+        f"{name}, seed {seed + 1}: {losses[seed] - BASE[seed]:+.4f}"
+        for name, losses in (("good", GOOD), ("bad", BAD), ("same", SAME))
+        for seed in range(3)
+    ]
     assert sorted(text for _, text in labels) == sorted(expected)
     places = [(float(text.split(": ")[1]), float(x)) for x, text in labels]
     (a, x), (b, y) = min(places), max(places)
@@ -360,6 +555,7 @@ def test_the_paired_picture_is_first(results, tmp_path):
 
 def test_a_target_outside_leaves_the_picture_to_the_data(make_arm, tmp_path):
     import matplotlib.image
+
     rows, arms = {}, [make_arm("baseline", BASE), make_arm("good", GOOD)]
     for target in (0.8, 1e-9):
         results = summarize(SETTINGS | dict(target=target), arms)
@@ -391,8 +587,16 @@ document.body.append(Object.assign(document.createElement("pre"), {id: "probe", 
 </script>"""
     page = page.replace("<title>", probe + "<title>").replace("</body>", after + "</body>")
     (tmp_path / "probe.html").write_text(page, encoding="utf-8")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-               "--window-size=1300,1400", "--dump-dom", (tmp_path / "probe.html").as_uri()]
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=1300,1400",
+        "--dump-dom",
+        (tmp_path / "probe.html").as_uri(),
+    ]
     shown = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300).stdout
     assert re.findall("<title>(.*?)</title>", shown)[0] == "good, bad, same against baseline at equal tokens"
     found = json.loads(unescape(re.search('<pre id="probe">(.*?)</pre>', shown)[1]))

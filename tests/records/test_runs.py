@@ -1,4 +1,7 @@
-"""Reading logs: what a whole one says, modded-nanogpt's forms, resumed and unfinished runs, and the one line of every fault."""
+"""
+Reading logs: what a whole one says, modded-nanogpt's forms, resumed and unfinished runs, and the one line of every
+fault.
+"""
 
 import hashlib
 import json
@@ -39,6 +42,7 @@ def write_text(tmp_path):
     def write(text, name="log.txt"):
         (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
         return tmp_path / name
+
     return write
 
 
@@ -64,8 +68,19 @@ def test_a_whole_log(write_log):
     assert run.finished and (run.last_step, run.steps, run.val_loss, run.train_ms) == (8, 8, 0.806, 800.0)
     assert run.points == [Point(0, 0, 0.0, 5.576), Point(4, 4 * 2048, 400.0, 2.5), Point(8, 8 * 2048, 800.0, 0.806)]
     assert run.step_ms == [100.0 * step for step in range(1, 9)]
-    assert (run.seed, run.variant, run.track, run.val_sha256) == (3, ("swiglu_mlp:hidden=8",), "cpu", {"python_val_000000.bin": "b" * 64})
-    assert (run.peak_memory_mib, run.warmup_seconds, run.mfu, run.tokens_per_second, run.ms_per_step) == (661, 1.2, 0.265, 20480, 100.0)
+    assert (run.seed, run.variant, run.track, run.val_sha256) == (
+        3,
+        ("swiglu_mlp:hidden=8",),
+        "cpu",
+        {"python_val_000000.bin": "b" * 64},
+    )
+    assert (run.peak_memory_mib, run.warmup_seconds, run.mfu, run.tokens_per_second, run.ms_per_step) == (
+        661,
+        1.2,
+        0.265,
+        20480,
+        100.0,
+    )
     assert run.bits_per_byte == pytest.approx(1.1629, abs=1e-4)
     assert run.facts["git_commit"] == "a" * 40 and run.path == path
 
@@ -73,9 +88,15 @@ def test_a_whole_log(write_log):
 def test_source_and_its_parts(write_log):
     run = read_run(write_log(LOSSES, source="import torch", modules=[("variants", ""), ("variants.a", "x = 1")]))
     assert run.source == "# ---- train_gpt\nimport torch\n# ---- variants\n\n# ---- variants.a\nx = 1"
-    assert run.code == {name: hashlib.sha256(text).hexdigest() for name, text in {"train_gpt": b"import torch", "variants": b"", "variants.a": b"x = 1"}.items()}
-    other = read_run(write_log(LOSSES, "other", source="import numpy", modules=[("variants", ""), ("variants.a", "x = 1")]))
-    assert other.source_sha256 != run.source_sha256 and {name for name in run.code if run.code[name] != other.code[name]} == {"train_gpt"}
+    assert run.code == {
+        name: hashlib.sha256(text).hexdigest()
+        for name, text in {"train_gpt": b"import torch", "variants": b"", "variants.a": b"x = 1"}.items()
+    }
+    other = read_run(
+        write_log(LOSSES, "other", source="import numpy", modules=[("variants", ""), ("variants.a", "x = 1")])
+    )
+    assert other.source_sha256 != run.source_sha256
+    assert {name for name in run.code if run.code[name] != other.code[name]} == {"train_gpt"}
 
 
 def test_a_source_that_was_altered(write_log):
@@ -96,8 +117,21 @@ def test_a_source_that_was_altered(write_log):
         assert message in error_of(path)
 
 
+def test_a_source_with_kernels_in_folders(write_log):
+    """kernels/op/__init__.py is the module kernels.op, and kernels/op/cpu.py is kernels.op.cpu."""
+    modules = {"train_gpt": "import torch", "kernels": "", "kernels.op": "import kernels", "kernels.op.cpu": "op = 1"}
+    digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in modules.items()}
+    path = write_log(LOSSES, source="import torch", modules=list(modules.items())[1:], sources=digests)
+    assert read_run(path, strict=True).code == digests
+    edit(path, "op = 1", "op = 2")
+    path.with_suffix(".json").unlink()
+    assert "the source of kernels.op.cpu was altered" in error_of(path)
+
+
 def test_steps_in_the_source_are_not_steps(write_log):
-    run = read_run(write_log(LOSSES, source=f"'''\nstep:1/2 train_time:5ms step_avg:5.00ms\n{RULE}\nerror: none\n'''"))
+    run = read_run(
+        write_log(LOSSES, source=f"'''\nstep:1/2 train_time:5ms step_avg:5.00ms\n{RULE}\nerror: none\n'''")
+    )
     assert run.finished and len(run.step_ms) == 8
 
 
@@ -126,7 +160,9 @@ def test_budget_of_time_estimates_the_number_of_steps(write_log):
 
 def test_resumed_run(write_log):
     losses = {0: 5.0, 4: 3.0, 8: 1.0}
-    write_log({0: 5.0, 4: 3.5}, steps=8, last_step=6, end="SIGTERM")  # steps 5 and 6 are lost: the checkpoint is of step 4
+    write_log(
+        {0: 5.0, 4: 3.5}, steps=8, last_step=6, end="SIGTERM"
+    )  # steps 5 and 6 are lost: the checkpoint is of step 4
     path = write_log({0: 9.0, 4: 3.0, 8: 1.0}, ms_per_step=120.0, resumed_from=4)
     run = read_run(path)
     assert run.finished and [(p.step, p.val_loss) for p in run.points] == list(losses.items())
@@ -147,17 +183,25 @@ def test_resumed_twice_and_stopped(write_log):
     assert run.status == "stopped by SIGTERM" and run.last_step == 7 and len(run.step_ms) == 7
 
 
-@pytest.mark.parametrize("end, status", [("SIGTERM", "stopped by SIGTERM"), ("the training loss is nan at step 5", "failed: the training loss is nan at step 5")])
+@pytest.mark.parametrize(
+    "end, status",
+    [
+        ("SIGTERM", "stopped by SIGTERM"),
+        ("the training loss is nan at step 5", "failed: the training loss is nan at step 5"),
+    ],
+)
 def test_unfinished_logs_are_read_unless_strict(write_log, end, status):
     path = write_log({0: 5.0, 4: 3.0}, steps=8, last_step=5, end=end)
     run = read_run(path)
-    assert not run.finished and run.status == status and (run.last_step, run.steps, run.val_loss, run.train_ms) == (5, 8, 3.0, 500.0)
+    assert not run.finished
+    assert run.status == status
+    assert (run.last_step, run.steps, run.val_loss, run.train_ms) == (5, 8, 3.0, 500.0)
     assert f"{status} after step 5 of 8; only finished runs count" in error_of(path, strict=True)
 
 
 def test_killed_run(write_log):
     path = write_log({0: 5.0}, steps=8, last_step=2, end="SIGTERM")
-    edit(path, path.read_text()[path.read_text().index("stopped by"):], "")
+    edit(path, path.read_text()[path.read_text().index("stopped by") :], "")
     assert read_run(path).status == "unfinished"
 
 
@@ -165,10 +209,13 @@ def test_killed_before_the_first_step(write_log):
     path = write_log(LOSSES)
     text = path.read_text()
     path.with_suffix(".json").unlink()
-    path.write_text(text[:text.index("step:0/8")])
+    path.write_text(text[: text.index("step:0/8")])
     run = read_run(path)
-    assert run.status == "unfinished" and run.val_loss is None and run.train_ms == 0.0 and run.points == run.step_ms == []
-    path.write_text(text[:text.index("no GPU")])
+    assert run.status == "unfinished"
+    assert run.val_loss is None
+    assert run.train_ms == 0.0
+    assert run.points == run.step_ms == []
+    path.write_text(text[: text.index("no GPU")])
     assert read_run(path).status == "unfinished"
 
 
@@ -176,21 +223,41 @@ def test_killed_before_the_first_step(write_log):
 
 def test_modded_nanogpt(write_text):
     run = read_run(write_text(MODDED), strict=True)
-    assert run.points == [Point(0, None, 0.0, 10.8311), Point(3, None, 170.0, 3.2775)] and run.step_ms == [94.0, 134.0, 163.0]
-    assert run.facts == run.code == run.val_sha256 == {} and run.seed is None and run.variant == () and run.peak_memory_mib == 30220
+    assert run.points == [Point(0, None, 0.0, 10.8311), Point(3, None, 170.0, 3.2775)]
+    assert run.step_ms == [94.0, 134.0, 163.0]
+    assert run.facts == run.code == run.val_sha256 == {}
+    assert run.seed is None
+    assert run.variant == ()
+    assert run.peak_memory_mib == 30220
     assert run.source == 'import os\nprint(f"step:{step} val_loss:{loss}")'
 
 
 def test_modded_nanogpt_track_3(write_text):
     text = f'"""source"""\n{RULE}\nRunning PyTorch 2.11.0+cu128 compiled for CUDA 12.8\n{RULE}\n' + "".join(
         f"step:{step}/250 val_loss:{loss:.5f} train_time:{seconds:.3f}s step_avg:1.00ms{extra}\n"
-        for step, loss, seconds, extra in ((0, 10.82584, 0, ""), (125, 4.60783, 22.151, " ema_beta:0"), (250, 3.27765, 41.389, " handoff:none")))
+        for step, loss, seconds, extra in (
+            (0, 10.82584, 0, ""),
+            (125, 4.60783, 22.151, " ema_beta:0"),
+            (250, 3.27765, 41.389, " handoff:none"),
+        )
+    )
     run = read_run(write_text(text), strict=True)
-    assert [(p.step, p.train_ms, p.val_loss) for p in run.points] == [(0, 0.0, 10.82584), (125, 22151.0, 4.60783), (250, 41389.0, 3.27765)] and run.step_ms == []
+    assert [(p.step, p.train_ms, p.val_loss) for p in run.points] == [
+        (0, 0.0, 10.82584),
+        (125, 22151.0, 4.60783),
+        (250, 41389.0, 3.27765),
+    ]
+    assert run.step_ms == []
 
 
 def test_modded_nanogpt_2024(write_text):
-    text = RULE + "\n" + MODDED.replace("Running Python 3.12.3 (main) [GCC 13.3.0]\nRunning PyTorch", "Running pytorch").replace("train_time:94", "train_loss:10.1 train_time:94")
+    text = (
+        RULE
+        + "\n"
+        + MODDED.replace("Running Python 3.12.3 (main) [GCC 13.3.0]\nRunning PyTorch", "Running pytorch").replace(
+            "train_time:94", "train_loss:10.1 train_time:94"
+        )
+    )
     run = read_run(write_text(text + f"{RULE}\n".join([""] * 2)), strict=True)
     assert run.source.startswith("import os") and run.step_ms[0] == 94.0
 
@@ -219,13 +286,20 @@ def test_no_file_folder_or_text(tmp_path, write_text):
         read_folder(tmp_path / "none")
 
 
-@pytest.mark.parametrize("text", ["s:0 tel:10.968871\ns:9536 tel:3.275959\n", MODDED.replace(RULE, "-" * 100), MODDED.replace("Running P", "Ran p")])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s:0 tel:10.968871\ns:9536 tel:3.275959\n",
+        MODDED.replace(RULE, "-" * 100),
+        MODDED.replace("Running P", "Ran p"),
+    ],
+)
 def test_other_forms(write_text, text):
     assert "no log of this trainer or modded-nanogpt: no line of 100 '='" in error_of(write_text(text))
 
 
 def test_no_source(write_text):
-    assert "the source of the code is missing before line 1" in error_of(write_text(MODDED[MODDED.index(RULE):]))
+    assert "the source of the code is missing before line 1" in error_of(write_text(MODDED[MODDED.index(RULE) :]))
 
 
 def test_truncated(write_log):
@@ -233,7 +307,7 @@ def test_truncated(write_log):
     text = path.read_text()
     path.write_text(text[:-20])
     assert "truncated: the last line has no end" in error_of(path)
-    path.write_text(text[:text.index("step:7/8")])
+    path.write_text(text[: text.index("step:7/8")])
     assert "truncated: run.json says finished, the log ends after step 6 of 8" in error_of(path)
 
 
@@ -246,19 +320,34 @@ def test_damaged_lines(write_log):
     assert "damaged: its facts are not a JSON object" in error_of(path)
 
 
-@pytest.mark.parametrize("old, new, message", [
-    ("step:5/8 train_time:500ms step_avg:100.00ms\n", "", "step 5 is missing at step 6 (line 18)"),
-    ("step:1/8 train_time:100ms step_avg:100.00ms\n", "", "step 1 is missing at step 2 (line 12)"),
-    ("step:8/8 train_time:800ms step_avg:100.00ms\n", "", "step 8 is missing at step 8 (line 21)"),
-    ("step:5/8 train", "step:5/8 train_time:500ms step_avg:100.00ms\nstep:5/8 train", "steps are repeated or out of order at step 5 (line 19)"),
-    ("step:4/8 val", "step:4/8 val_loss:2.5 train_time:400ms step_avg:100.00ms\nstep:4/8 val", "steps are repeated or out of order at step 4 (line 17)"),
-    ("step:6/8 train_time:600ms", "step:6/8 train_time:499ms", "train_time falls from 500 to 499 ms at step 6 (line 19)"),
-    ("step:6/8 train", "step:6/9 train", "8 steps become 9 at step 6 (line 19)"),
-    ("val_loss:2.5000", "val_loss:nan", "val_loss is not a number at step 4 (line 16: nan)"),
-    ("val_loss:2.5000", "val_loss:1e300", "val_loss is not a number at step 4 (line 16: 1e300)"),
-    ("val_loss:2.5000", "val_loss:inf", "val_loss is not a number at step 4 (line 16: inf)"),
-    ("val_loss:2.5000", "val_loss:2.5.0", "val_loss is not a number at step 4 (line 16: 2.5.0)"),
-])
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("step:5/8 train_time:500ms step_avg:100.00ms\n", "", "step 5 is missing at step 6 (line 18)"),
+        ("step:1/8 train_time:100ms step_avg:100.00ms\n", "", "step 1 is missing at step 2 (line 12)"),
+        ("step:8/8 train_time:800ms step_avg:100.00ms\n", "", "step 8 is missing at step 8 (line 21)"),
+        (
+            "step:5/8 train",
+            "step:5/8 train_time:500ms step_avg:100.00ms\nstep:5/8 train",
+            "steps are repeated or out of order at step 5 (line 19)",
+        ),
+        (
+            "step:4/8 val",
+            "step:4/8 val_loss:2.5 train_time:400ms step_avg:100.00ms\nstep:4/8 val",
+            "steps are repeated or out of order at step 4 (line 17)",
+        ),
+        (
+            "step:6/8 train_time:600ms",
+            "step:6/8 train_time:499ms",
+            "train_time falls from 500 to 499 ms at step 6 (line 19)",
+        ),
+        ("step:6/8 train", "step:6/9 train", "8 steps become 9 at step 6 (line 19)"),
+        ("val_loss:2.5000", "val_loss:nan", "val_loss is not a number at step 4 (line 16: nan)"),
+        ("val_loss:2.5000", "val_loss:1e300", "val_loss is not a number at step 4 (line 16: 1e300)"),
+        ("val_loss:2.5000", "val_loss:inf", "val_loss is not a number at step 4 (line 16: inf)"),
+        ("val_loss:2.5000", "val_loss:2.5.0", "val_loss is not a number at step 4 (line 16: 2.5.0)"),
+    ],
+)
 def test_steps_and_times(write_log, old, new, message):
     path = write_log(LOSSES)
     edit(path, old, new)
@@ -274,7 +363,10 @@ def test_no_steps_at_all_in_a_log_of_this_trainer(write_log):
 def test_two_runs_in_one_log(write_log, write_text):
     write_log(LOSSES)
     assert "steps are repeated or out of order at step 0" in error_of(write_log(LOSSES))
-    text = f'"""source"""\n{RULE}\nRunning PyTorch 2.11\n{RULE}\n' + 2 * "step:0/9 val_loss:10.8 train_time:0.000s step_avg:nanms\n"
+    text = (
+        f'"""source"""\n{RULE}\nRunning PyTorch 2.11\n{RULE}\n'
+        + 2 * "step:0/9 val_loss:10.8 train_time:0.000s step_avg:nanms\n"
+    )
     assert "steps are repeated or out of order at step 0" in error_of(write_text(text))
 
 
@@ -282,7 +374,15 @@ def test_resumed_log_without_its_beginning(write_log):
     assert "step 1 is missing at step 5" in error_of(write_log({8: 1.0}, resumed_from=4))
 
 
-@pytest.mark.parametrize("change, name", [(dict(source="x = 2"), "source"), (dict(seed=2), "seed"), (dict(variant=["a"]), "variant"), (dict(val_sha256={}), "val_sha256")])
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        (dict(source="x = 2"), "source"),
+        (dict(seed=2), "seed"),
+        (dict(variant=["a"]), "variant"),
+        (dict(val_sha256={}), "val_sha256"),
+    ],
+)
 def test_resumed_as_another_run(write_log, change, name):
     write_log({0: 5.0}, steps=8, last_step=4, end="SIGTERM")
     assert f"resumed with another {name} (line" in error_of(write_log({8: 1.0}, resumed_from=4, **change))
@@ -293,11 +393,20 @@ def test_resumed_on_another_device(write_log):
     assert "resumed on another device" in error_of(write_log({8: 1.0}, resumed_from=4, device="H200"))
 
 
-@pytest.mark.parametrize("name, value", [
-    ("val_loss", 0.7059), ("step", 7), ("train_seconds", 0.79), ("config", {}), ("seed", 2), ("val_sha256", {}),
-    ("status", "running"), ("curve", []),
-    ("curve", [dict(step=step, val_loss=loss) for step, loss in {**LOSSES, 4: 2.4}.items()]),
-])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("val_loss", 0.7059),
+        ("step", 7),
+        ("train_seconds", 0.79),
+        ("config", {}),
+        ("seed", 2),
+        ("val_sha256", {}),
+        ("status", "running"),
+        ("curve", []),
+        ("curve", [dict(step=step, val_loss=loss) for step, loss in {**LOSSES, 4: 2.4}.items()]),
+    ],
+)
 def test_json_that_says_otherwise(write_log, name, value):
     path = write_log(LOSSES)
     saved = json.loads(path.with_suffix(".json").read_text())
@@ -315,40 +424,46 @@ def test_json_rounds_to_the_log(write_log):
     assert read_run(write_log({0: 5.0, 4: 2.00004999, 8: 0.80605}, ms_per_step=100.04)).finished
 
 
-@pytest.mark.parametrize("text, message", [
-    ("[1]", "run.json holds a JSON list, not an object"),
-    ("{", "run.json is damaged, not a JSON object"),
-    ("", "run.json is damaged, not a JSON object"),
-    ("[" * 100_000, "run.json is damaged, not a JSON object"),
-    ('{"a": ' * 40 + "1" + "}" * 40, "run.json: damaged: its objects and lists nest more than 16 levels deep"),
-    ('{"step": ' + "9" * 5000 + "}", "run.json is damaged, not a JSON object"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[1]", "run.json holds a JSON list, not an object"),
+        ("{", "run.json is damaged, not a JSON object"),
+        ("", "run.json is damaged, not a JSON object"),
+        ("[" * 100_000, "run.json is damaged, not a JSON object"),
+        ('{"a": ' * 40 + "1" + "}" * 40, "run.json: damaged: its objects and lists nest more than 16 levels deep"),
+        ('{"step": ' + "9" * 5000 + "}", "run.json is damaged, not a JSON object"),
+    ],
+)
 def test_damaged_json(write_log, text, message):
     path = write_log(LOSSES)
     path.with_suffix(".json").write_text(text)
     assert message in error_of(path) and "copy it again, or delete it: the log alone will do" in error_of(path)
 
 
-@pytest.mark.parametrize("name, value, message", [
-    ("val_loss", None, "val_loss must be a number, got None"),
-    ("curve", None, "curve must be a list, got None"),
-    ("curve", [1], "curve[0] must be an object, got 1"),
-    ("curve", [dict(step=4)], "curve[0].val_loss is missing"),
-    ("parameters", "many", "parameters must be an integer, got 'many'"),
-    ("parameters", -1, "parameters must be from 0 to"),
-    ("seed", True, "seed must be an integer, got True"),
-    ("train_seconds", 1e999, "Infinity"),
-    ("val_sha256", {"a": 1}, "val_sha256.a must be text, got 1"),
-    ("val_sha256", {"a\nb": "c"}, "a name in val_sha256 must be text"),
-    ("config", {"steps": [8]}, "config.steps must be an integer, got (8,)"),
-    ("config", {"layers": 10 ** 12}, "config.layers must be from 1 to"),
-    ("config", {"variant": "swiglu_mlp"}, "config.variant is a list of values, got 'swiglu_mlp'"),
-    ("config", {"older_setting": {"a": 1}}, "config.older_setting must be a value or a list of values"),
-    ("config", [], "config must be an object of settings, got []"),
-    ("world_size", 0, "world_size must be from 1 to"),
-    ("device", "\ud800", r"it holds text that is no Unicode, '\ud800'"),
-    ("flops_per_token", "6e9", "flops_per_token must be a number, got '6e9'"),
-])
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("val_loss", None, "val_loss must be a number, got None"),
+        ("curve", None, "curve must be a list, got None"),
+        ("curve", [1], "curve[0] must be an object, got 1"),
+        ("curve", [dict(step=4)], "curve[0].val_loss is missing"),
+        ("parameters", "many", "parameters must be an integer, got 'many'"),
+        ("parameters", -1, "parameters must be from 0 to"),
+        ("seed", True, "seed must be an integer, got True"),
+        ("train_seconds", 1e999, "Infinity"),
+        ("val_sha256", {"a": 1}, "val_sha256.a must be text, got 1"),
+        ("val_sha256", {"a\nb": "c"}, "a name in val_sha256 must be text"),
+        ("config", {"steps": [8]}, "config.steps must be an integer, got (8,)"),
+        ("config", {"layers": 10**12}, "config.layers must be from 1 to"),
+        ("config", {"variant": "swiglu_mlp"}, "config.variant is a list of values, got 'swiglu_mlp'"),
+        ("config", {"older_setting": {"a": 1}}, "config.older_setting must be a value or a list of values"),
+        ("config", [], "config must be an object of settings, got []"),
+        ("world_size", 0, "world_size must be from 1 to"),
+        ("device", "\ud800", r"it holds text that is no Unicode, '\ud800'"),
+        ("flops_per_token", "6e9", "flops_per_token must be a number, got '6e9'"),
+    ],
+)
 def test_fields_of_a_wrong_type_or_range(write_log, name, value, message):
     """In the JSON and, where the field stands there, in the facts of the log."""
     path = write_log(LOSSES)
@@ -364,11 +479,14 @@ def test_fields_of_a_wrong_type_or_range(write_log, name, value, message):
         assert f"{path}: damaged: {message}" in error_of(path)
 
 
-@pytest.mark.parametrize("old, new", [
-    ("step:5/8 train_time:500ms", f"step:{'9' * 5000}/8 train_time:500ms"),
-    ("step:5/8 train_time:500ms", f"step:5/{'9' * 5000} train_time:500ms"),
-    ("step:5/8 train_time:500ms", f"step:5/8 train_time:{'9' * 5000}ms"),
-])
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("step:5/8 train_time:500ms", f"step:{'9' * 5000}/8 train_time:500ms"),
+        ("step:5/8 train_time:500ms", f"step:5/{'9' * 5000} train_time:500ms"),
+        ("step:5/8 train_time:500ms", f"step:5/8 train_time:{'9' * 5000}ms"),
+    ],
+)
 def test_numbers_of_thousands_of_digits(write_log, old, new):
     path = write_log(LOSSES)
     edit(path, old, new)
@@ -408,7 +526,7 @@ def foreign(steps=12, loss=3.2, every_step=True, seconds=False, restart=None, la
 
 
 def body(text: str) -> str:
-    return text[text.index("step:0/"):]
+    return text[text.index("step:0/") :]
 
 
 def usable(path):
@@ -421,15 +539,15 @@ def usable(path):
 def test_a_clock_that_starts_at_step_11(write_text):
     path = write_text(foreign(restart=11))
     assert usable(path) == ([(3.2, 101.0, ["the clock starts at step 11"])], [])
-    run, = read_trials(path)
+    (run,) = read_trials(path)
     assert run.step_ms == [0.0] * 10 + [51.0, 101.0] and [point.train_ms for point in run.points] == [0.0, 0.0, 101.0]
     assert "train_time falls from 500 to 51 ms at step 11" in error_of(path)  # no evidence for a comparison
 
 
-@pytest.mark.parametrize("text", [
-    foreign(restart=7),
-    foreign(restart=11).replace("step:12/12 train_time:101ms", "step:12/12 train_time:1ms"),
-])
+@pytest.mark.parametrize(
+    "text",
+    [foreign(restart=7), foreign(restart=11).replace("step:12/12 train_time:101ms", "step:12/12 train_time:1ms")],
+)
 def test_a_clock_that_falls_elsewhere_gives_losses_only(write_text, text):
     path = write_text(text)
     assert usable(path) == ([(3.2, None, ["no time is known"])], [])
@@ -448,7 +566,7 @@ def test_several_runs_in_one_file(write_text):
 
 def test_a_trial_that_was_cut_is_left_out_and_named(write_text):
     cut = body(foreign(loss=3.3))
-    path = write_text(foreign() + cut[:cut.index("step:9/12")])
+    path = write_text(foreign() + cut[: cut.index("step:9/12")])
     runs, left_out = usable(path)
     assert runs == [(3.2, 600.0, ["trial 1 of 2"])]
     ends = "its last validation is of step 6, the last line of steps of step 8 of 12"
@@ -467,7 +585,7 @@ def test_a_cut_line_is_not_used(write_text, digits):
     """However much of the last validation's line is left."""
     text = foreign()
     line = text.splitlines()[-1]
-    path = write_text(text[:-1 - len(line)] + line[:digits])
+    path = write_text(text[: -1 - len(line)] + line[:digits])
     runs, left_out = usable(path)
     ends = "its last validation is of step 6, the last line of steps of step 12 of 12"
     assert runs == [] and left_out == [f"{path}: {ends}, the last line has no end"]
@@ -485,8 +603,11 @@ def test_a_run_that_ends_before_its_last_step(write_text):
     """After a validation, as a step fixed beforehand; without one at its end, nothing is known of its last loss."""
     path = write_text(foreign(steps=12, last=10))
     assert usable(path) == ([(3.2, 500.0, ["ends at step 10 of 12"])], [])
-    path = write_text(foreign()[:foreign().index("step:12/12 val_loss")])
-    assert usable(path) == ([], [f"{path}: its last validation is of step 6, the last line of steps of step 12 of 12"])
+    path = write_text(foreign()[: foreign().index("step:12/12 val_loss")])
+    assert usable(path) == (
+        [],
+        [f"{path}: its last validation is of step 6, the last line of steps of step 12 of 12"],
+    )
 
 
 def test_one_run_that_lies_there_twice(write_text):
@@ -502,16 +623,19 @@ def test_one_run_that_lies_there_twice(write_text):
     assert sorted(left_out) == [f"{path.with_name(name)}: the same run as in {kept}" for name in copies]
 
 
-@pytest.mark.parametrize("text, reason", [
-    ("numpy\ntorch\n", "it has no line of steps"),
-    ("s:0 tel:10.9\ns:99 tel:3.2\n", "it has no line of steps"),
-    (foreign().replace("val_loss:", "train_loss:"), "no line of steps with a val_loss after its header"),
-    (foreign().replace("val_loss:3.2000", "val_loss:nan"), "val_loss is not a number at step 12"),
-    (foreign().replace("step:8/12 train_time:400ms step_avg:50.00ms\n", ""), "step 8 is missing at step 9"),
-    (foreign().replace("step:8/12 train_time:400ms", "step:8/12 train_ti"), "is cut or no line of steps"),
-    (b"\xff\xfe", "not UTF-8 text"),
-    ("", "empty"),
-])
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("numpy\ntorch\n", "it has no line of steps"),
+        ("s:0 tel:10.9\ns:99 tel:3.2\n", "it has no line of steps"),
+        (foreign().replace("val_loss:", "train_loss:"), "no line of steps with a val_loss after its header"),
+        (foreign().replace("val_loss:3.2000", "val_loss:nan"), "val_loss is not a number at step 12"),
+        (foreign().replace("step:8/12 train_time:400ms step_avg:50.00ms\n", ""), "step 8 is missing at step 9"),
+        (foreign().replace("step:8/12 train_time:400ms", "step:8/12 train_ti"), "is cut or no line of steps"),
+        (b"\xff\xfe", "not UTF-8 text"),
+        ("", "empty"),
+    ],
+)
 def test_what_is_no_run_is_named_and_the_rest_is_read(write_text, text, reason):
     write_text(foreign(), "a.txt")
     path = write_text(text, "other.log")
@@ -527,8 +651,8 @@ def test_logs_of_this_trainer_are_read_strictly(write_log):
     spoilt = {
         "falls": (text.replace("train_time:600ms", "train_time:499ms", 1), "train_time falls from 500 to 499"),
         "cut": (text[:-1], "truncated: the last line has no end"),
-        "ends": (text[:text.index("step:5/8")], "unfinished after step 4 of 8"),
-        "twice": (text + text[text.index("step:0/8"):], "steps are repeated"),
+        "ends": (text[: text.index("step:5/8")], "unfinished after step 4 of 8"),
+        "twice": (text + text[text.index("step:0/8") :], "steps are repeated"),
         "headless": (text.replace("Running Python", "On Python"), "no log of this trainer"),
     }
     for name, (changed, _) in spoilt.items():
@@ -607,8 +731,15 @@ def test_list_of_past_runs_for_scripts(past_runs, capsys):
     assert main(["--log_dir", str(past_runs), "--json"]) == 0
     runs = json.loads(capsys.readouterr().out)
     assert [run["id"] for run in runs] == ["d_first", "c_stopped", "b_failed", "a_running"]
-    assert runs[0] == dict(id="d_first", when=0.0, track="cpu", variant="baseline", status="finished", val_loss=0.9,
-                           bits_per_byte=pytest.approx(0.9 / 0.6931))
+    assert runs[0] == dict(
+        id="d_first",
+        when=0.0,
+        track="cpu",
+        variant="baseline",
+        status="finished",
+        val_loss=0.9,
+        bits_per_byte=pytest.approx(0.9 / 0.6931),
+    )
 
 
 def test_list_reads_no_texts(past_runs, capsys):

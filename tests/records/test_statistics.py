@@ -6,9 +6,22 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from records.statistics import ALPHA, detectable, fixed_sigma, holm, one_sample, paired, reach, summary, verdict, welch, wilson
+from records.statistics import (
+    ALPHA,
+    detectable,
+    fixed_sigma,
+    holm,
+    one_sample,
+    paired,
+    reach,
+    summary,
+    verdict,
+    welch,
+    wilson,
+)
 
-# Final losses of modded-nanogpt's record 89 of track 1 and of its baseline: records/track_1_short/2026-07-17_FP8DownProjection, this_pr and baseline.
+# Final losses of modded-nanogpt's record 89 of track 1 and of its baseline:
+# records/track_1_short/2026-07-17_FP8DownProjection, this_pr and baseline.
 RECORD_89 = [3.2791, 3.2773, 3.2783, 3.2775, 3.2781, 3.2775, 3.2793, 3.2772, 3.2769, 3.2775, 3.2806, 3.2779, 3.2816]
 BASELINE_89 = [3.2817, 3.2796, 3.2778, 3.2802, 3.2775, 3.2767, 3.2758, 3.2821, 3.2780, 3.2768, 3.2769, 3.2775, 3.2766]
 UNKNOWN = dict(low=None, high=None, p_less=None, p_greater=None, p=None)
@@ -16,7 +29,9 @@ UNKNOWN = dict(low=None, high=None, p_less=None, p_greater=None, p=None)
 
 def test_published_record():
     s = summary(RECORD_89)
-    assert s["n"] == 13 and s["mean"] == pytest.approx(3.2783692308, abs=1e-10) and s["sd"] == pytest.approx(0.0014156180, abs=1e-7)
+    assert s["n"] == 13
+    assert s["mean"] == pytest.approx(3.2783692308, abs=1e-10)
+    assert s["sd"] == pytest.approx(0.0014156180, abs=1e-7)
     assert (s["min"], s["max"]) == (3.2769, 3.2816)
     assert one_sample(RECORD_89, 3.28) == pytest.approx(0.0006690604, abs=1e-10)
     assert one_sample(BASELINE_89, 3.28) == pytest.approx(0.0042976481, abs=1e-10)
@@ -32,12 +47,13 @@ def test_summary_of_one_and_of_none():
 def test_welch_by_hand():
     a, b = [1.0, 2.0, 3.0, 4.0], [3.0, 5.0, 10.0]
     va, vb = (5 / 3) / 4, 13 / 3
-    t, freedom = (2.5 - 6) / math.sqrt(va + vb), (va + vb) ** 2 / (va ** 2 / 3 + vb ** 2 / 2)
+    t, freedom = (2.5 - 6) / math.sqrt(va + vb), (va + vb) ** 2 / (va**2 / 3 + vb**2 / 2)
     half = stats.t.isf(0.025, freedom) * math.sqrt(va + vb)
     result = welch(a, b)
     assert result["difference"] == -3.5 and result["p"] == pytest.approx(2 * stats.t.cdf(t, freedom))
     assert (result["low"], result["high"]) == pytest.approx((-3.5 - half, -3.5 + half))
-    assert result["p_less"] == pytest.approx(result["p"] / 2) and result["p_greater"] == pytest.approx(1 - result["p"] / 2)
+    assert result["p_less"] == pytest.approx(result["p"] / 2)
+    assert result["p_greater"] == pytest.approx(1 - result["p"] / 2)
 
 
 def test_paired_is_the_test_of_differences():
@@ -52,7 +68,9 @@ def test_paired_is_the_test_of_differences():
 @pytest.mark.parametrize("test", [welch, paired])
 def test_no_variance_and_single_values(test):
     assert test([1.0], [3.0]) == dict(difference=-2.0, **UNKNOWN)
-    assert test([1.0, 1.0], [2.0, 2.0]) == dict(difference=-1.0, low=-1.0, high=-1.0, p_less=0.0, p_greater=1.0, p=0.0)
+    assert test([1.0, 1.0], [2.0, 2.0]) == dict(
+        difference=-1.0, low=-1.0, high=-1.0, p_less=0.0, p_greater=1.0, p=0.0
+    )
     assert test([2.0, 2.0], [1.0, 1.0]) == dict(difference=1.0, low=1.0, high=1.0, p_less=1.0, p_greater=0.0, p=0.0)
     assert test([1.0, 1.0], [1.0, 1.0]) == dict(difference=0.0, low=0.0, high=0.0, p_less=1.0, p_greater=1.0, p=1.0)
 
@@ -63,10 +81,20 @@ def test_no_variance_but_for_rounding():
     assert one_sample(a, 0.31) == 0.0 and one_sample(a, 0.3 - 1e-9) == 1.0
 
 
-@pytest.mark.parametrize("n, at_5_percent, at_1_percent", [(2, .0054, .0122), (3, .0034, .0054), (5, .0023, .0033), (8, .0018, .0024), (10, .0016, .0021), (20, .0011, .0014)])
+@pytest.mark.parametrize(
+    "n, at_5_percent, at_1_percent",
+    [
+        (2, 0.0054, 0.0122),
+        (3, 0.0034, 0.0054),
+        (5, 0.0023, 0.0033),
+        (8, 0.0018, 0.0024),
+        (10, 0.0016, 0.0021),
+        (20, 0.0011, 0.0014),
+    ],
+)
 def test_detectable_difference(n, at_5_percent, at_1_percent):
-    assert round(detectable(.00136, n, .00136, n, alpha=0.05), 4) == at_5_percent
-    assert round(detectable(.00136, n, .00136, n, alpha=0.01), 4) == at_1_percent
+    assert round(detectable(0.00136, n, 0.00136, n, alpha=0.05), 4) == at_5_percent
+    assert round(detectable(0.00136, n, 0.00136, n, alpha=0.01), 4) == at_1_percent
 
 
 def test_detectable_difference_is_found_with_that_power():
@@ -83,7 +111,9 @@ def test_detectable_without_variance_or_values():
 
 
 def test_holm():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # by hand: 4 x .005, 3 x .01, 2 x .03, then not below it
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx(
+        [0.03, 0.06, 0.06, 0.02]
+    )  # by hand: 4 x .005, 3 x .01, 2 x .03, then not below it
     assert holm([None, 0.02, None, 0.5]) == [None, 0.04, None, 0.5]
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
 

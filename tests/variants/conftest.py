@@ -11,7 +11,7 @@ import variants
 HEAD = '''"""An idea.
 
 Source: somebody, 2020
-Status: not yet measured
+Status: unmeasured
 """
 from dataclasses import dataclass
 import torch

@@ -9,14 +9,12 @@ import torch
 
 import train_gpt
 import variants
-from train_gpt import make_config
 from tests.variants.conftest import HEAD
+from train_gpt import make_config
 from variants import check
 
-SMALL = (
-    "--layers 3 --model_dim 64 --heads 2 --head_dim 32 --mlp_hidden 64 --sequence_length 64 --batch_tokens 256 "
-    "--vocab_size 256"
-)
+SMALL = ("--layers 3 --model_dim 64 --heads 2 --head_dim 32 --mlp_hidden 64 --sequence_length 64 --batch_tokens 256 "
+         "--vocab_size 256")
 ONE_TOKEN_AHEAD = """
 def run_blocks(self, x, contexts):
     x = original(self, x, contexts)
@@ -46,38 +44,29 @@ def test_everything_is_sound_on_every_track(name, track):
 @pytest.mark.parametrize("track", train_gpt.TRACKS)
 def test_tiny_configs_keep_the_structure(track):
     config = config_of(track=track)
-    shallow, narrow, few_ids, whole = check.tiny_configs(config)
-    assert shallow.layers == min(config.layers, check.LAYERS) and narrow.layers == whole.layers == config.layers
-    for tiny in (shallow, narrow, few_ids, whole):
+    shallow, narrow, few_ids, all_ids = check.tiny_configs(config)
+    assert shallow.layers == min(config.layers, check.LAYERS) and narrow.layers == all_ids.layers == config.layers
+    for tiny in (shallow, narrow, few_ids, all_ids):
         train_gpt.check_settings(vars(tiny))
-        assert (
-            tiny.heads == config.heads
-            and tiny.window_pattern == config.window_pattern
-            and len(tiny.window_short) == len(config.window_short)
-        )
-        assert (
-            tiny.heads * tiny.head_dim == tiny.model_dim
-            and tiny.padded_vocabulary == tiny.vocab_size
-            and tiny.end_of_text == tiny.vocab_size - 1
-        )
+        assert tiny.heads == config.heads and tiny.heads * tiny.head_dim == tiny.model_dim
+        assert tiny.window_pattern == config.window_pattern and len(tiny.window_short) == len(config.window_short)
+        assert tiny.padded_vocabulary == tiny.vocab_size and tiny.end_of_text == tiny.vocab_size - 1
         assert all(0 < size < tiny.sequence_length for size in tiny.window_short if size)  # it still bites
-    assert few_ids.model_dim == whole.model_dim == config.model_dim and whole.vocab_size == config.padded_vocabulary
+    assert few_ids.model_dim == all_ids.model_dim == config.model_dim
+    assert all_ids.vocab_size == config.padded_vocabulary
 
 
 def test_look_ahead_in_words(write_file):
     write_file("ahead", HEAD + ONE_TOKEN_AHEAD)
     [fault] = check.faults_of(config_of("ahead"))
-    later, earlier = map(
-        int, re.fullmatch(r"LOOKS AHEAD: changing token (\d+) changes the prediction at token (\d+)", fault).groups()
-    )
-    assert earlier == later - 1
+    match = re.fullmatch(r"LOOKS AHEAD: changing token (\d+) changes the prediction at token (\d+)", fault)
+    assert int(match[2]) == int(match[1]) - 1
 
 
 @pytest.mark.parametrize("distance", [2, 16, 100])
 def test_look_ahead_at_every_distance(write_file, distance):
-    write_file(
-        "far", HEAD + ONE_TOKEN_AHEAD.replace("x[:, 1:], (0, 0, 0, 1)", f"x[:, {distance}:], (0, 0, 0, {distance})")
-    )
+    far = ONE_TOKEN_AHEAD.replace("x[:, 1:], (0, 0, 0, 1)", f"x[:, {distance}:], (0, 0, 0, {distance})")
+    write_file("far", HEAD + far)
     faults = check.faults_of(config_of("far", document_mask=False))
     assert [fault.partition(":")[0] for fault in faults] == ["LOOKS AHEAD"]
 
@@ -138,20 +127,19 @@ def patch(options):
 def test_errors_and_numbers_that_are_none(write_file):
     write_file("raising", HEAD + "def patch(options):\n    train_gpt.MLP.forward = lambda self, x: x + undefined\n")
     line = HEAD.count("\n") + 2
-    assert check.faults_of(config_of("raising")) == [
-        f"variant raising: NameError: name 'undefined' is not defined (raising.py, line {line})"
-    ]
+    expected = f"variant raising: NameError: name 'undefined' is not defined (raising.py, line {line})"
+    assert check.faults_of(config_of("raising")) == [expected]
     write_file("nan", HEAD + "def patch(options):\n    train_gpt.MLP.forward = lambda self, x: x / 0 - x / 0\n")
     assert check.faults_of(config_of("nan"))[0] == "NaN or infinite logits"
-    write_file(
-        "noisy",
-        HEAD + "noise = torch.Generator()\ndef patch(options):\n"
-        "    train_gpt.MLP.forward = lambda self, x: x * torch.rand(x.shape, generator=noise)\n",
-    )
+    noisy = """
+noise = torch.Generator()
+def patch(options):
+    train_gpt.MLP.forward = lambda self, x: x * torch.rand(x.shape, generator=noise)
+"""
+    write_file("noisy", HEAD + noisy)
     assert check.faults_of(config_of("noisy"))[0].startswith("RANDOM in evaluation: ")
-    assert check.faults_of(config_of("no_such_variant")) == [
-        f"unknown variant 'no_such_variant'; there are {', '.join(variants.available())}"
-    ]
+    expected = f"unknown variant 'no_such_variant'; there are {', '.join(variants.available())}"
+    assert check.faults_of(config_of("no_such_variant")) == [expected]
 
 
 def test_a_change_of_the_referee_while_it_runs(write_file):
@@ -165,9 +153,8 @@ def patch(options):
 """
     write_file("sly", HEAD + sly)
     validate = train_gpt.Trainer.validate
-    assert check.faults_of(config_of("sly")) == [
-        "changes the trainer while it runs: Trainer.validate; assign in patch(options) only"
-    ]
+    expected = "changes the trainer while it runs: Trainer.validate; assign in patch(options) only"
+    assert check.faults_of(config_of("sly")) == [expected]
     assert train_gpt.Trainer.validate is validate
 
 
@@ -182,43 +169,34 @@ def test_report(monkeypatch, capsys):
     monkeypatch.setattr(check, "TIMED_SECONDS", 0.0)
     assert check.main(["swiglu_mlp:hidden=64", SMALL]) == 0
     lines = dict(re.match(r"(\S+(?: \S+)?) +(.*)", line).groups() for line in capsys.readouterr().out.splitlines())
-    assert (
-        lines["variant"] == "swiglu_mlp:hidden=64 on track cpu"
-        and lines["replaces"] == "MLP"
-        and lines["verdict"] == "sound"
-    )
-    assert (
-        lines["causality"] == "sound: no position sees a later one"
-        and lines["compiles"] == "to one graph"
-        and lines["decodes"] == "from a cache"
-    )
+    expected = dict(
+        variant="swiglu_mlp:hidden=64 on track cpu", replaces="MLP", causality="sound: no position sees a later one",
+        compiles="to one graph", decodes="from a cache", verdict="sound")
+    assert {name: lines[name] for name in expected} == expected
+
+    # what it costs
     config = check.parse_run("swiglu_mlp:hidden=64", "cpu", SMALL.split())
+    baseline = sum(p.numel() for p in train_gpt.GPT(config).parameters())
     with variants.applied(config.variant, config):
-        own = sum(p.numel() for p in train_gpt.GPT(config).parameters())
-    base = sum(p.numel() for p in train_gpt.GPT(config).parameters())
-    assert own == base + 3 * 64 * 64 and lines["parameters"].startswith(
-        f"{own:,} ({100 * (own / base - 1):+.1f} %), without "
-    )
-    assert re.fullmatch(
-        r"[\d.]+ ms beside [\d.]+ \([-+][\d.]+ %, [-+][\d.]+ % to [-+][\d.]+ %\); medians of 1 in turn, .*; "
-        r"256 tokens, eager, c.*",
-        lines["step"],
-    )
+        parameters = sum(p.numel() for p in train_gpt.GPT(config).parameters())
+    change = f"{100 * (parameters / baseline - 1):+.1f} %"
+    assert parameters == baseline + 3 * 64 * 64
+    assert lines["parameters"].startswith(f"{parameters:,} ({change}), without ")
+    step = (r"[\d.]+ ms beside [\d.]+ \([-+][\d.]+ %, [-+][\d.]+ % to [-+][\d.]+ %\); medians of 1 in turn, .*; "
+            r"256 tokens, eager, c.*")
+    assert re.fullmatch(step, lines["step"])
 
 
 def test_report_of_faults_as_json(write_file, monkeypatch, capsys):
     monkeypatch.setattr(check, "TIMED_SECONDS", 0.0)
-    write_file(
-        "bad",
-        HEAD
-        + """
+    bad = """
 def forward(self, x):
     torch._dynamo.graph_break()
     return x.mean(1, keepdim=True).expand_as(x)
 def patch(options):
     train_gpt.MLP.forward = forward
-""",
-    )
+"""
+    write_file("bad", HEAD + bad)
     assert check.main(["bad", "--json", *SMALL.split()]) == 1
     facts = json.loads(capsys.readouterr().out)
     words = [fault.partition(":")[0] for fault in facts["faults"]]
@@ -233,15 +211,12 @@ def test_a_row_too_long_for_this_machine():
     assert said == "not timed without a GPU: one row of 65,536 tokens takes 170.4 TFLOPs"
 
 
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["nope"], "unknown variant 'nope'; there are "),
-        (["swiglu_mlp:width=3"], "variant swiglu_mlp: it has no option 'width'"),
-        (["swiglu_mlp", "--track", "nope"], "unknown track 'nope'; the tracks are "),
-        (["swiglu_mlp", "--layers 0"], "--layers must be from 1 to "),
-    ],
-)
+@pytest.mark.parametrize("argv, message", [
+    (["nope"], "unknown variant 'nope'; there are "),
+    (["swiglu_mlp:width=3"], "variant swiglu_mlp: it has no option 'width'"),
+    (["swiglu_mlp", "--track", "nope"], "unknown track 'nope'; the tracks are "),
+    (["swiglu_mlp", "--layers 0"], "--layers must be from 1 to "),
+])
 def test_refusals(argv, message, capsys):
     assert check.main(argv) == 1
     output = capsys.readouterr()

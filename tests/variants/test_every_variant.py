@@ -5,28 +5,34 @@ that good ideas pass and that each bad one is refused by its test.
 """
 
 import inspect
+import json
 import math
+import re
 import typing
 from dataclasses import replace
 from functools import cache
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
 
 import train_gpt
 import variants
+from tests.variants.conftest import HEAD
 from variants import check
 from variants.check import Probe, awake, random_rows
-from tests.variants.conftest import HEAD
 
 NAMES = variants.available()
+STATUS = dict(better="better", worse="worse", equivalent="equivalent", undecided="not distinguishable", unmeasured="")
 T = 32
 TINY = train_gpt.make_config(dict(vocab_size=256, layers=4, model_dim=32, heads=2, head_dim=16, mlp_hidden=64,
                                   sequence_length=T, batch_tokens=4 * T))
 
+
 def is_literal(kind) -> bool:
     return typing.get_origin(kind) is typing.Literal
+
 
 def specs_of(name: str) -> list[str]:
     """The variant as it is, and with every other choice of its on/off and Literal options."""
@@ -35,77 +41,130 @@ def specs_of(name: str) -> list[str]:
         kinds, defaults = typing.get_type_hints(options), options()
     except Exception:  # the tests of the plain name show the fault
         return [name]
-    choices = {key: (True, False) if kind is bool else typing.get_args(kind) for key, kind in kinds.items() if kind is bool or is_literal(kind)}
-    return [name] + [f"{name}:{key}={value}" for key, values in choices.items() for value in values if value != getattr(defaults, key)]
+    choices = {key: typing.get_args(kind) for key, kind in kinds.items() if is_literal(kind)}
+    choices |= {key: (True, False) for key, kind in kinds.items() if kind is bool}
+    return [name] + [f"{name}:{key}={value}" for key, values in choices.items() for value in values
+                     if value != getattr(defaults, key)]
 
-SPECS = [spec for name in NAMES for spec in specs_of(name)]
-every_variant, every_spec = pytest.mark.parametrize("spec", NAMES), pytest.mark.parametrize("spec", SPECS)
+
+def changes(name: str, last: str) -> bool:
+    """Whether a variant replaces one of train_gpt.SEAMS up to this one, which lists the model first."""
+    seams = train_gpt.SEAMS[:train_gpt.SEAMS.index(last) + 1]
+    try:
+        changed = variants.plan((name,), TINY)[1][name]
+    except Exception:  # the tests of the plain name show the fault
+        return True
+    return any(label.split(".")[0] in seams for label in changed)
+
+
+# What a model must satisfy is asked where a variant changes the model, learning also where it changes the optimizer.
+MODEL_NAMES = [name for name in NAMES if changes(name, "GPT")]
+SPECS = [spec for name in MODEL_NAMES for spec in specs_of(name)]
+TRAINED = [spec for name in NAMES if changes(name, "symmetric_product") for spec in specs_of(name)]
+every_variant = pytest.mark.parametrize("spec", NAMES)
+every_model = pytest.mark.parametrize("spec", MODEL_NAMES)
+every_spec = pytest.mark.parametrize("spec", SPECS)
+
 
 @pytest.fixture
 def model(spec):
     with variants.applied((spec,), TINY):
         yield check.build(TINY)
 
+
 @cache
 def probe_of(spec) -> Probe:
     return Probe(check.build(TINY))
+
 
 @pytest.fixture
 def probe(spec):
     with variants.applied((spec,), TINY):
         yield probe_of(spec)
 
+
 @every_variant
 def test_docstring_and_options(spec):
     module = variants.load(spec)
     text = inspect.getdoc(module).splitlines()
-    assert text[0] and [sum(line.startswith(word) and len(line) > len(word) + 3 for line in text) for word in ("Source: ", "Status: ")] == [1, 1]
+    assert text[0]
+    for word in ("Source: ", "Status: "):
+        assert sum(line.startswith(word) and len(line) > len(word) + 3 for line in text) == 1
     kinds = typing.get_type_hints(module.Options)
     assert "layers" not in kinds, "layers= is the loader's own option"
     assert all(kind in (int, float, bool, str, tuple[int, ...]) or is_literal(kind) for kind in kinds.values())
     assert isinstance(variants.describe_options(kinds, module.Options()), str)  # every option has a default
 
+
+@every_variant
+def test_status_is_what_its_records_say(spec):
+    """Status: WORD in RECORD, RECORD; WORD in RECORD: each has an arm of the variant with that verdict."""
+    text, = re.findall("^Status: (.*)", inspect.getdoc(variants.load(spec)), re.M)
+    for clause in text.split(";"):
+        word, records = clause.split()[0], re.findall(r"\d{4}-\d\d-\d\d_\w+", clause)
+        assert records or text.startswith("unmeasured")
+        for record in records:
+            file, = (Path(train_gpt.__file__).parent / "records").glob(f"*/{record}/stats.json")
+            arms = json.loads(file.read_text())["arms"]
+            verdicts = {arm["vs_baseline"]["loss"]["verdict"] for arm in arms
+                        if arm["vs_baseline"] and any(name.split(":")[0] == spec for name in arm["variant"])}
+            assert STATUS[word] in verdicts
+
+
 @every_spec
 def test_loss_at_start(model):
     assert check.start_faults(model) == []
+
 
 @every_spec
 def test_numbers(probe):
     assert check.number_faults(probe) == []
 
+
 @every_spec
 def test_causal(probe):
     assert check.causality_faults(probe) == []
+
 
 @every_spec
 def test_documents_do_not_see_each_other(probe):
     assert check.document_faults(probe) == []
 
+
 @every_spec
 def test_rows_do_not_see_each_other(probe):
     assert check.row_faults(probe) == []
 
+
 @every_spec
 def test_every_parameter_learns(probe):
     assert check.gradient_faults(probe) == []
+
 
 @every_spec
 def test_counts(model):
     assert sum(p.numel() for p in model.parameters()) > 0 and all(p.dtype == torch.float32 for p in model.parameters())
     assert 0 < train_gpt.flops_per_token(replace(TINY, layers=3)) < math.inf  # builds the model on the meta device
 
-@every_spec
+
+@pytest.mark.parametrize("spec", TRAINED)
 def test_trains(model):
     assert check.learning_faults(check.train(model)) == []
 
-@every_variant
+
+@every_model
 def test_compiles_to_one_graph(model):
     assert check.compile_fault(awake(model)) is None
 
+
 @every_variant
 def test_some_layers_only(spec):
-    shapes_of = lambda model: {name: p.shape for name, p in model.named_parameters()}
-    kept = lambda shapes: {name: shape for name, shape in shapes.items() if not name.startswith("blocks.1.")}
+    def shapes_of(model):
+        return {name: p.shape for name, p in model.named_parameters()}
+
+    def kept(shapes):
+        return {name: shape for name, shape in shapes.items() if not name.startswith("blocks.1.")}
+
     baseline = shapes_of(check.build(TINY))
     with variants.applied((spec,), TINY) as changed:
         whole = shapes_of(check.build(TINY))
@@ -120,6 +179,7 @@ def test_some_layers_only(spec):
         assert awake(check.build(TINY))(rows[:, :-1], rows[:, 1:]).isfinite()
     assert kept(shapes) == kept(baseline)
     assert shapes.items() - kept(shapes).items() == whole.items() - kept(whole).items()
+
 
 @every_variant
 def test_leaves_the_trainer_as_it_was(spec):
@@ -136,6 +196,7 @@ def test_leaves_the_trainer_as_it_was(spec):
     assert all(map(torch.equal, again.state_dict().values(), baseline.state_dict().values()))
     assert torch.equal(again(rows[:, :-1], rows[:, 1:]), expected)
 
+
 @pytest.mark.parametrize("pair", combinations(NAMES, 2), ids="+".join)
 def test_two_compose_or_say_why_not(pair):
     try:
@@ -149,6 +210,7 @@ def test_two_compose_or_say_why_not(pair):
 
 # Ideas written for the tests of the contract. All of it accepts the GOOD; each of the BAD is refused by the tests that
 # are named with it, and by no other.
+
 
 GOOD = dict(
     dropout_mlp="""
@@ -246,6 +308,7 @@ OF_PROBE = (test_numbers, test_causal, test_documents_do_not_see_each_other, tes
             test_every_parameter_learns)
 OF_NAME = (test_docstring_and_options, test_some_layers_only, test_leaves_the_trainer_as_it_was)
 
+
 def refusing(name: str, compiled: bool) -> set[str]:
     """
     Names of the contract's tests that refuse a variant; compiled: with the trial of the compiler, which takes two
@@ -266,11 +329,13 @@ def refusing(name: str, compiled: bool) -> set[str]:
             refused.add(test.__name__)
     return refused
 
+
 @pytest.mark.parametrize("name", GOOD)
 def test_the_contract_accepts(write_file, name):
     write_file(name, HEAD + GOOD[name])
     assert refusing(name, compiled=name == "two_tokens_ahead") == set()
     test_two_compose_or_say_why_not((name, "swiglu_mlp"))
+
 
 @pytest.mark.parametrize("name", BAD)
 def test_the_contract_refuses(write_file, name):
