@@ -20,22 +20,20 @@ PATH_LENGTH = 120               # characters, from the checkout's root
 
 # What is above the trainer, at the root of the checkout or, of a folder of other things, by name.
 SCRIPTS = {"compare", "generate", "visualize"}
-# commands that live beside what they look at or make
-COMMANDS = {"variants.check", "variants.__main__", "data.manifold"}
+COMMANDS = {"variants.check", "variants.__main__", "data.manifold"}  # commands that live beside what they look at
 
-# layer -> layers that its modules may import; a layer that stands in its own row may import itself
+# layer -> layers that its modules may import
+LIBRARY = {"variants", "data", "records", "train_gpt", "kernels"}
 ARROWS = {
     "kernels": {"kernels"},
     "train_gpt": set(),
     "variants": {"variants", "train_gpt", "kernels"},
     "data": {"data", "train_gpt"},
     "records": {"records", "train_gpt"},
-    "scripts": {"scripts", "variants", "data", "records", "train_gpt", "kernels"},
-    "tasks": {"tasks", "scripts", "variants", "data", "records", "train_gpt", "kernels"},
-    "benchmarks": {"benchmarks", "tasks", "scripts", "variants", "data", "records", "train_gpt",
-                   "kernels"},
-    "studies": {"studies", "benchmarks", "tasks", "scripts", "variants", "data", "records", "train_gpt",
-                "kernels"},
+    "scripts": LIBRARY | {"scripts"},
+    "tasks": LIBRARY | {"scripts", "tasks"},
+    "benchmarks": LIBRARY | {"scripts", "benchmarks"},
+    "studies": LIBRARY | {"scripts", "tasks", "benchmarks", "studies"},
 }
 UPWARDS = {("train_gpt", "variants"), ("train_gpt", "train_gpt")}  # by the trainer's entry, which runs it as a module
 OUTSIDE_KERNELS = {"torch", "triton", "numba", "numpy", "llvmlite"}  # llvmlite: Numba's own way to write instructions
@@ -143,8 +141,11 @@ def test_every_folder_has_a_layer():
 
 def test_arrows_point_one_way():
     below, _ = arrows()
-    none(f"{module} imports {target}" for module, targets in below.items() for target in sorted(targets)
-         if layer_of(target) not in ARROWS[layer_of(module)])
+    wrong = []
+    for module, targets in below.items():
+        allowed = ARROWS[layer_of(module)]
+        wrong += [f"{module} imports {target}" for target in sorted(targets) if layer_of(target) not in allowed]
+    none(wrong)
 
 
 def test_one_arrow_points_upwards():
@@ -228,8 +229,12 @@ def test_every_kernel_has_its_benchmark():
 
 def wide_lines(path):
     """path:number of the lines over the width; a row of a table of numbers is let off by # noqa: E501."""
-    return [f"{path}:{number}" for number, line in enumerate(read(path).splitlines(), 1)
-            if len(line) > WIDTH and not (path.suffix == ".py" and re.search(r"# noqa: .*\bE501\b", line))]
+    lines = []
+    for number, line in enumerate(read(path).splitlines(), 1):
+        marked = path.suffix == ".py" and re.search(r"# noqa: .*\bE501\b", line)
+        if len(line) > WIDTH and not marked:
+            lines.append(f"{path}:{number}")
+    return lines
 
 
 def test_width():
@@ -239,9 +244,13 @@ def test_width():
 
 def effects_in_disguise(tree):
     """Lines of statements that are an `a and f()` or `a or f()`, or hide an assignment in an expression."""
-    statements = [node for node in ast.walk(tree) if isinstance(node, ast.Expr)]
-    return [node.lineno for node in statements if isinstance(node.value, ast.BoolOp)
-            or any(isinstance(inner, ast.NamedExpr) for inner in ast.walk(node.value))]
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr):
+            assigns = any(isinstance(inner, ast.NamedExpr) for inner in ast.walk(node.value))
+            if isinstance(node.value, ast.BoolOp) or assigns:
+                lines.append(node.lineno)
+    return lines
 
 
 def test_statements_are_statements():
