@@ -1419,7 +1419,10 @@ def compile_model(model: GPT, mode: str):
 
 
 def collect_facts(model: GPT, tokens: Tensor) -> dict:
-    """What else the run's JSON holds of a validation, as JSON values by name; tokens (B, T) are validation tokens."""
+    """
+    What else the run's JSON holds of a validation, as JSON values by name; tokens (B, T) are validation tokens, and the
+    model is in its evaluation mode.
+    """
     return {}
 
 
@@ -2700,8 +2703,10 @@ class Trainer:
 
         # a point of the curve
         tokens = torch.from_numpy(self.val_batches[0][:, :-1]).to(self.ranks.device)
+        self.model.eval()
         with torch.no_grad(), self._averaged():
             facts = collect_facts(self.model, tokens)
+        self.model.train()
         point = dict(
             step=self.step, tokens=self.tokens, train_ms=1000 * self._elapsed(), val_loss=loss, val_bits_per_byte=bits,
             train_loss=self.loss.item() if self.loss is not None else None, **facts,

@@ -356,6 +356,14 @@ def test_facts_stand_in_the_curve_and_leave_the_run_as_it_is(corpus, tmp_path, p
     assert same_tensors(checkpoint(tmp_path)["model"], checkpoint(plain)["model"])
 
 
+def test_facts_are_of_the_model_as_it_is_validated(corpus, tmp_path):
+    """Beside dropout: none in the facts' pass, which draws no random number of training."""
+    dropout = "regularization:dropout=0.5"
+    run(corpus, tmp_path / "dropout", dropout)
+    run(corpus, tmp_path / "noted", dropout, "stream_statistics")
+    assert same_tensors(checkpoint(tmp_path / "dropout")["model"], checkpoint(tmp_path / "noted")["model"])
+
+
 def test_a_trainer_without_variants_needs_no_loader(corpus, tmp_path, capfd):
     assert train_gpt.main(arguments(corpus, tmp_path, "swiglu_mlp")) == 1
     assert "--variant needs the loader of variants" in capfd.readouterr().err

@@ -9,16 +9,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import manifold as script
 import numpy as np
 import pytest
 import torch
 from scipy import sparse
 
-import manifold as script
 import train_gpt
 import variants
-from data.shards import write_meta, write_shard
-from data.tokenizer import write_merges
 from data.manifold import (
     Graph,
     Tau,
@@ -38,6 +36,8 @@ from data.manifold import (
     varimax,
     weights,
 )
+from data.shards import write_meta, write_shard
+from data.tokenizer import write_merges
 from tests.errors import float_bound, relative_rms
 from train_gpt import RunError
 

@@ -21,8 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import manifold
-from data import tokenize_text
+from data import manifold, tokenize_text
 from data.shards import check_folder, write_folder
 from data.tokenizer import build_encoder, write_merges
 from tasks import recall, symbolic_language
