@@ -6,11 +6,7 @@ parameters updated.
 
 Started by torchrun it is one of that many ranks; else it forks the ranks, so that Python and PyTorch start once for all
 of them. The exit code is the largest of the ranks'; 99 for one that broke a rule of updates under the backward pass:
-<<<<<<< HEAD
-every reduction begins inside it, every update but one a step too, where no treatment of gradients comes between.
-=======
 every reduction begins inside it, every update but one a step too, where nothing has to treat the gradients between.
->>>>>>> tests
 """
 
 import json
