@@ -346,6 +346,7 @@ TINY = {  # what is set behind a command: the longest beginning that fits decide
     "./run.sh data cached_fineweb10B": None,                 # from the Hub
     "./run.sh data tokenize_text": "--tokenizer bytes",      # GPT-2's is from the Hub
     "./run.sh study ngram_loss": "",
+    "./run.sh bench": None,                                  # runs a kernel's tests first; minutes
     "./run.sh task recall make": "--count 200 --val_count 50",
     "./run.sh task recall --help": "",
     "./run.sh task symbolic_language": "--count 200 --val_count 50 --test_count 10",

@@ -60,7 +60,8 @@ def test_every_map_starts_with_equal_weights_and_is_used(name):
     awake(model)
     p = router.probabilities(x)
     torch.testing.assert_close(p.sum(-1), torch.ones(2, 5))
-    awake(softmax := build())
+    softmax = build()
+    awake(softmax)
     assert torch.allclose(p, softmax.routers["3"].probabilities(x), atol=1e-4) == (name == "softmax")
 
 

@@ -250,7 +250,8 @@ def test_bytes_kept(monkeypatch):
     decode(exact, tensors, None, None, [50, 50])
     assert exact.bytes_kept == 100 * 2 * (16 + 1) * 4
     monkeypatch.setattr(module, "RUN", 64)
-    decode(sorted_rows := TopologicalCache(), tensors, None, None, [50, 50])
+    sorted_rows = TopologicalCache()
+    decode(sorted_rows, tensors, None, None, [50, 50])
     assert sorted_rows.runs.end == 0
     sorted_rows.append(tensors["key_coord"][:, :1], tensors["value"][:, :1])
     of_a_block = 4 + 2 * (8 + 4 + 16 * 4)  # its first coordinate and two sums, each a potential, a weight and a row
