@@ -259,7 +259,7 @@ train_or_compare() {
 
 # run_tests ARGUMENTS: the linter and, whatever it finds, pytest. Fails if one of them does.
 run_tests() {
-    local word linter=0 tests=0 workers='-n auto' paths=''
+    local word linter=0 tests=0 workers='-n auto --dist loadgroup' paths=''
     "$python" -m ruff check "$checkout" || linter=$?
     for word in "$@"; do
         case "$word" in
