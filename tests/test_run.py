@@ -246,9 +246,9 @@ def test_an_unknown_verb_is_one_line_before_anything_is_set_up(checkout, argumen
 
 
 def test_test_runs_linter_and_tests(checkout):
-    ruff = "-m ruff check @"
-    assert call(checkout, "test", "-k", "loader", folder=checkout)[1] == [ruff, "-m pytest -n auto --dist loadgroup -k loader"]
-    assert call(checkout, "test", folder=checkout)[1] == [ruff, "-m pytest -n auto --dist loadgroup"]
+    ruff, pytest = "-m ruff check @", "-m pytest -n auto --dist loadgroup"
+    assert call(checkout, "test", "-k", "loader", folder=checkout)[1] == [ruff, f"{pytest} -k loader"]
+    assert call(checkout, "test", folder=checkout)[1] == [ruff, pytest]
     for given in ("-n 2", "-n4", "--numprocesses 3", "--numprocesses=3", "-p no:xdist", "--pdb"):
         assert call(checkout, "test", *given.split(), folder=checkout)[1] == [ruff, f"-m pytest {given}"]
 
