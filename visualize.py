@@ -19,7 +19,7 @@ points P_i and P_i + E_i e_k, over all checkpoints: axes and limits stay, so tha
 output is drawn over t. Line: the spine, from t = 0 to 1; dots on spokes: nodes and control points; cloud: the tokens,
 coloured by t. One checkpoint gives a PNG, several, in the order of their steps, an animation (MP4 needs ffmpeg).
 Checkpoints of a run on its way: train_gpt.py --keep_every.
-stream: what the branches add to the stream, over depth, from the JSON of runs with --stream_statistics: norm with the
+stream: what the branches add to the stream, over depth, from the JSON of runs with --variant stream_statistics: norm with the
 slope of its logarithm over the branches, share of a branch's output along the stream, relative step, kurtosis. One run:
 a line a validation; several: the last of each.
 Exit code 1 and one line for a fault, 141 when nobody reads the output. A further picture is a run_ function and its
@@ -534,7 +534,7 @@ def stream_history(name: str, log_dir: str) -> tuple[str, list[dict]]:
     require(isinstance(curve, list) and all(isinstance(point, dict) for point in curve),
             f"{unfit}: its curve is no list of points")
     points = [point for point in curve if point.get("stream")]
-    require(points, f"{path} has no stream statistics; train with --stream_statistics")
+    require(points, f"{path} has no stream statistics; train with --variant stream_statistics")
     for point in points:
         check_value(int, point.get("step"), f"{path}: step of its curve", train_gpt.RANGES["steps"])
         rows = point["stream"]
@@ -602,7 +602,7 @@ def add_stream(parser: argparse.ArgumentParser):
 
 COMMANDS = dict(  # what it does, its options, its help
     manifold=(run_manifold, add_manifold, "a domain Laplacian"),
-    stream=(run_stream, add_stream, "norms and directions over depth, of runs with --stream_statistics"),
+    stream=(run_stream, add_stream, "norms and directions over depth, of runs with --variant stream_statistics"),
     splanifold=(run_splanifold, add_splanifold, "the splanifolds of a model's layers, at one step or through a run"))
 
 
