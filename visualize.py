@@ -19,9 +19,9 @@ points P_i and P_i + E_i e_k, over all checkpoints: axes and limits stay, so tha
 output is drawn over t. Line: the spine, from t = 0 to 1; dots on spokes: nodes and control points; cloud: the tokens,
 coloured by t. One checkpoint gives a PNG, several, in the order of their steps, an animation (MP4 needs ffmpeg).
 Checkpoints of a run on its way: train_gpt.py --keep_every.
-stream: what the branches add to the stream, over depth, from the JSON of runs with --variant stream_statistics: norm with the
-slope of its logarithm over the branches, share of a branch's output along the stream, relative step, kurtosis. One run:
-a line a validation; several: the last of each.
+stream: what the branches add to the stream, over depth, from the JSON of runs with --variant stream_statistics: norm
+with the slope of its logarithm over the branches, share of a branch's output along the stream, relative step, kurtosis.
+One run: a line a validation; several: the last of each.
 Exit code 1 and one line for a fault, 141 when nobody reads the output. A further picture is a run_ function and its
 options in COMMANDS.
 """
