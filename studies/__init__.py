@@ -37,9 +37,9 @@ def save(name: str, results: dict, output: Path | None = None, tables: str | Non
 def load_digits(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """scikit-learn's digits in random order: images (1797, 64) from 0 to 16, classes (1797,). RunError without it."""
     try:
-        from sklearn import datasets
-        images, classes = datasets.load_digits(return_X_y=True)
+        import sklearn.datasets
     except ImportError:
         raise RunError("the digits come with scikit-learn, which is not installed; pip install scikit-learn") from None
+    images, classes = sklearn.datasets.load_digits(return_X_y=True)
     order = random.permutation(len(images))
     return images[order], classes[order]

@@ -12,6 +12,7 @@ from benchmarks import (
     gated_linear_attention,
     norm_rotary,
     optimizer_updates,
+    probability_maps,
     relu_squared_feed_forward,
     residual_norm,
     short_convolution,
@@ -116,6 +117,17 @@ def test_symmetric_product_measures_every_form():
     assert complete(rows)
     assert [row["form"] for row in rows] == ["gram", "polynomial", "orthogonalize", "orthogonalize, compiled"]
     assert {row["arm"] for row in rows} == {symmetric_product.PEER}
+
+
+def test_probability_maps_measures_every_map(tmp_path, monkeypatch, capsys):
+    required = []
+    monkeypatch.setattr(probability_maps, "require_tests", lambda *paths: required.append(paths))
+    assert probability_maps.main(["--quick", "--output", str(tmp_path / "a.json")]) == 0
+    results = json.loads((tmp_path / "a.json").read_text())
+    assert required == [tuple(probability_maps.TESTS)] and results["quick"]
+    assert len(results["speed"]) == 2 * len(probability_maps.MAPS)
+    assert {row["part"] for row in results["speed"]} == {"forward", "both"}
+    assert "| 16 | eager | softmax | " in capsys.readouterr().out
 
 
 def test_nothing_is_timed_that_is_wrong():

@@ -171,7 +171,7 @@ def test_what_a_killed_write_left_goes_and_nothing_else(tmp_path):
 
 def test_more_shards_than_six_digits_count(tmp_path):
     writer = ShardWriter(tmp_path, "a", "train", 256, shard_tokens=1)
-    writer.parts = [tmp_path / "none"] * 10 ** 6
+    writer.unfinished = [tmp_path / "none"] * 10 ** 6
     with pytest.raises(RunError, match="more than 1,000,000 shards of 1; make shards larger"):
         writer.add([], 0)
 
