@@ -87,7 +87,7 @@ def text_file(digest: str) -> str:
 # ---- Reading
 
 def read_stored_source(path: Path, file: Path, digest: str) -> str:
-    """The source that a record's file holds or names. RunError unless it is the one of this SHA-256, as the log says."""
+    """The source that a record's file holds or names. RunError unless it has the SHA-256 that the log names."""
     source = read_stored_text(path, file)
     modules = parse_manifest(path, file, source)
     if modules:
