@@ -13,7 +13,8 @@ records/negative/DATE_NAME/, and renders the tables. The arm that sets a record 
 baseline alone; of several, --arm says which.
 
     README.md, stats.json            what was measured; both say which arm A0 (the baseline), A1, ... is
-    source-0123456789ab.txt          the source of the runs, once for all runs that have it
+    source-0123456789ab.txt          the modules of the runs' source, once for all runs that have it; their texts, which
+                                     all records share, are in records/sources/
     A1/A1-seed3.txt, A1-seed3.json   each run's log, which names its source by hash, and its JSON as it was written
 
 records/README.md has the rules. Exit code 1 and one line for a fault. ./run.sh board is python -m records.leaderboard.
@@ -30,6 +31,7 @@ import sys
 from pathlib import Path
 
 from records.fields import RESULTS, STATS, read_fields
+from records.manifest import SOURCES, find_unused, make_manifest, share_texts
 from records.pages import (
     check_marks,
     is_comparable,
@@ -357,6 +359,8 @@ def check(root: Path) -> int:
         except RunError as error:
             print(f"error: {error}")
             faults += 1
+    if not faults:  # a damaged record does not say which texts it uses
+        print_unused(root)
 
     for path, make in pages_of(root).items():
         try:
@@ -367,6 +371,13 @@ def check(root: Path) -> int:
             print(f"error: {error}")
             faults += 1
     return faults
+
+
+def print_unused(root: Path):
+    """Print a line where there are texts of modules that no record uses, which is no fault."""
+    unused = find_unused(root, record_folders(root))
+    if unused:
+        print(f"{root / SOURCES}: no record uses {', '.join(unused)}; delete what no other branch needs")
 
 
 def describe_sound(stats: dict) -> str:
@@ -425,7 +436,7 @@ def record_sentence(stats: dict, standing: dict | None) -> str:
 def add(root: Path, source: Path, name: str, track: str, what: str, arm: str | None, negative: bool) -> Path:
     """
     Check the runs in `source` and copy them to where they belong; returns that folder. RunError for any fault, and then
-    nothing has changed.
+    no record has changed.
     """
     require(re.fullmatch(r"[A-Za-z0-9][\w-]*", name) and plain(what),
             f"--name takes letters, digits, _ and -, and --what a line of text; got {name!r} and {what!r}")
@@ -454,15 +465,20 @@ def add(root: Path, source: Path, name: str, track: str, what: str, arm: str | N
 
 
 def write_record(folder: Path, stats: dict, arms: list[dict], readme: str):
-    """Write a record's folder, which appears under its name when it is complete. RunError where the disk refuses."""
+    """
+    Write a record's folder, which appears under its name when it is complete, and before that the texts of modules that
+    no record has yet. RunError where the disk refuses or where a text that is there was altered.
+    """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         for entry, row in zip(arms, stats["arms"]):
             (temporary / row["folder"]).mkdir(parents=True)
             for run in entry["runs"]:
                 store(run, temporary, f"{row['folder']}/{log_name(row, run.seed)}")
+        texts = store_sources(runs_of(arms), temporary)
         (temporary / "README.md").write_text(readme, encoding="utf-8")
         (temporary / "stats.json").write_text(json.dumps(stats, indent=1) + "\n", encoding="utf-8")
+        share_texts(texts, folder.parent.parent / SOURCES)
         temporary.rename(folder)
     except OSError as error:
         raise RunError(f"cannot write {folder}: {error.strerror}; free some space or mend the folder's "
@@ -477,12 +493,21 @@ def log_name(arm: dict, seed: int) -> str:
 
 
 def store(run: Run, folder: Path, name: str):
-    """Write a run into a record's folder: its source, which others may share, its log and, as it is, its JSON."""
-    (folder / run.source_file).write_text(run.source, encoding="utf-8")
+    """Write a run into a record's folder: its log and, as it is, its JSON."""
     (folder / f"{name}.txt").write_text(stored_text(run), encoding="utf-8")
     saved = run.path.with_suffix(".json")
     if saved.exists():
         shutil.copyfile(saved, folder / f"{name}.json")
+
+
+def store_sources(runs: list[Run], folder: Path) -> list[str]:
+    """Write what names the sources of the runs into a record's folder. Returns the texts of all their modules."""
+    texts = []
+    for name, source in {run.source_file: run.source for run in runs}.items():
+        manifest, modules = make_manifest(source)
+        (folder / name).write_text(manifest, encoding="utf-8")
+        texts += modules
+    return texts
 
 
 # ---- Statistics of any folder

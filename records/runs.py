@@ -33,7 +33,8 @@ A log that is stored in records/ names its source in place of each copy of it, i
     source: source-0123456789ab.txt sha256 0123456789ab... (all 64 digits)
 
 The file lies in the record's folder, which is the folder above the log's. Its name has the first 12 digits of the
-SHA-256 of its text, and the text is the source exactly as Run.source has it. Reading compares the digits with the text.
+SHA-256 of the source, exactly as Run.source has it. The file names the source's modules, whose texts all records share;
+manifest.py puts the source together and compares it with the digits.
 """
 
 import argparse
@@ -53,10 +54,10 @@ except ImportError:  # Windows
     fcntl = None
 
 from records.fields import FACTS, SAVED, parse_fields, read_fields
+from records.manifest import read_stored_source, split_source
 from train_gpt import RunError, require, sha256_of_text
 
 RULE = "=" * 100
-MODULE = re.compile(r"# ---- ([\w.]+)")
 NUMBER = r"\d{1,15}(?:\.\d{1,15})?"  # longer ones are damage
 STEP = re.compile(
     rf"step:(\d{{1,15}})/(\d{{1,15}}) (?:val_loss:(\S+) )?(?:\w+:\S+ )*?"
@@ -73,7 +74,6 @@ MEASURED = {  # attribute of Run: the line that holds it
     "mfu": re.compile(rf"ms_per_step:.* mfu:({NUMBER}).*"),
 }
 COPY = "copy the log again or leave it out"
-RESTORE = "put the file back from where the record came"
 LATE_CLOCK = 11  # the step from which modded-nanogpt's trainers of 2024 count their time
 
 
@@ -162,16 +162,7 @@ class Run:
     @property
     def code(self) -> dict[str, str]:
         """{module: sha256 of its text in the source}; {} where the source does not name its modules."""
-        texts = {}  # module: lines
-        name = None
-        for line in self.source.split("\n"):
-            match = MODULE.fullmatch(line)
-            if match:
-                name = match[1]
-                texts[name] = []
-            elif name:
-                texts[name].append(line)
-        return {name: sha256_of_text("\n".join(lines).strip("\n")) for name, lines in texts.items()}
+        return {name: sha256_of_text(text.strip("\n")) for name, text in split_source(self.source)}
 
 
 @dataclass
@@ -431,18 +422,11 @@ def check_resumed(run: Run, resumed: Run, number: int):
 
 
 def read_source(path: Path, text: str) -> str:
-    """The source of a header: the text itself or, in a stored record, what the file that it names holds."""
+    """The source of a header: the text itself or, in a stored record, the source of the file that it names."""
     match = STORED_SOURCE.fullmatch(text)
     if not match:
         return text
-    file = path.absolute().parent.parent / match[1]
-    try:
-        source = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise RunError(f"{path}: its source is missing: there is no text {file}; {RESTORE}") from None
-    require(sha256_of_text(source) == match[2],
-            f"{path}: its source was altered: {file} has not the SHA-256 that the log names; {RESTORE}")
-    return source
+    return read_stored_source(path, path.absolute().parent.parent / match[1], match[2])
 
 
 def check_source(path: Path, source: str, sources: dict[str, str]):

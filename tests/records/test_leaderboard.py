@@ -288,13 +288,48 @@ def test_a_resumed_log_names_its_source_in_each_header(root, write_arm, write_lo
 
 
 def test_a_record_can_be_added_again(root, write_arm, add, tmp_path):
-    """What is stored is read like any other folder of logs: another leaderboard takes it."""
+    """What is stored is read like any other folder of logs: another leaderboard takes it, and keeps its texts."""
     add(write_arm("a/baseline"), "First")
-    (tmp_path / "copy").mkdir()
-    shutil.copytree(record(root, "First"), tmp_path / "copy" / "record")
-    shutil.rmtree(root / "cpu")
-    assert add(tmp_path / "copy" / "record", "Again")[0] == 0
-    assert "import torch" in next(record(root, "Again").glob("source-*.txt")).read_text()
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy)
+    for folder in ("cpu", "sources"):
+        shutil.rmtree(root / folder)
+    assert add(record(copy, "First"), "Again")[0] == 0
+    (text,) = (root / "sources").iterdir()
+    assert text.read_bytes() == (copy / "sources" / text.name).read_bytes() and "import torch" in text.read_text()
+
+
+def test_records_share_the_texts_of_modules(root, write_arm, add, run):
+    """A second record adds the texts that are new; a record that goes leaves its texts, and check names them."""
+    add(write_arm("a/baseline", modules=[("variants", "x = 1\n"), ("variants.a", "y = 1")]), "First")
+    first = contents(root / "sources")
+    assert {content.decode() for content in first.values()} == {
+        "import torch\nprint('step:')", "x = 1\n", "y = 1\n"}
+    options = dict(ms_per_step=90.0, modules=[("variants.a", "y = 1\n"), ("variants.b", "z = 1")])
+    add(write_arm("b/baseline", **options), "Second")
+    (new,) = contents(root / "sources").keys() - first.keys()
+    assert new.read_text() == "z = 1\n" and contents(root / "sources").items() > first.items()
+    assert run("check")[0] == 0
+
+    # without the second record
+    shutil.rmtree(record(root, "Second"))
+    run("render")
+    code, out, _ = run("check")
+    assert code == 0 and f"{root / 'sources'}: no record uses {new.name}; delete" in out
+    new.unlink()
+    code, out, _ = run("check")
+    assert code == 0 and "no record uses" not in out
+
+
+def test_an_older_record_is_read(root, write_arm, add, run, tmp_path):
+    """It holds the source itself."""
+    add(write_arm("a/baseline"), "First")
+    folder = record(root, "First")
+    hold_whole_source(folder)
+    shutil.rmtree(root / "sources")
+    assert run("check")[0] == 0
+    for stored, added in zip(read_folder(folder / "A0"), read_folder(tmp_path / "a" / "baseline")):
+        assert stored.source == added.source
 
 
 # ---- what is refused
@@ -484,9 +519,20 @@ def source_of(folder) -> Path:
     return source
 
 
+def text_of(folder) -> Path:
+    """The only text that the records beside this one share."""
+    (text,) = (folder.parent.parent / "sources").iterdir()
+    return text
+
+
+def hold_whole_source(folder):
+    """Let a record hold its source as older ones do."""
+    source_of(folder).write_text(read_run(folder / "A0" / "A0-seed1.txt").source)
+
+
 def name_another_source(folder):
     """Let one log of the arm name a source of its own, which is whole."""
-    altered = source_of(folder).read_text().replace("import torch", "import numpy")
+    altered = read_run(folder / "A0" / "A0-seed1.txt").source.replace("import torch", "import numpy")
     digest = hashlib.sha256(altered.encode()).hexdigest()
     (folder / f"source-{digest[:12]}.txt").write_text(altered)
     log = log_without_json(folder)
@@ -534,8 +580,16 @@ def change_stats(folder, change):
         (lambda folder: shutil.copytree(folder / "A1", folder / "third"), "the folder A0, A1, third"),
         (lambda folder: source_of(folder).unlink(), "A0-seed1.txt: its source is missing: there is no text"),
         (
-            lambda folder: edit(source_of(folder), "import torch", "import numpy"),
-            "A0-seed1.txt: its source was altered:",
+            lambda folder: edit(source_of(folder), "train_gpt ", "train_gpt_ "),
+            "A0-seed1.txt: its source was altered: the source in ",
+        ),
+        (
+            lambda folder: (hold_whole_source(folder), edit(source_of(folder), "import torch", "import numpy")),
+            "A0-seed1.txt: its source was altered: the source in ",
+        ),
+        (
+            lambda folder: source_of(folder).write_text(source_of(folder).read_text() + "x\n"),
+            "has a line that is no module and its SHA-256",
         ),
         (
             lambda folder: source_of(folder).write_bytes(b"\xff"),
@@ -599,6 +653,25 @@ def test_spoilt_records(two_records, run, spoil, message):
         assert code == 1 and message in faults[0]
     else:
         assert code == 0  # without the JSON, a loss on the way is no part of the statistics
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda text: text.unlink(), "A0-seed1.txt: its source is missing: there is no text {};"),
+    (lambda text: text.write_bytes(b"\xff"), "A0-seed1.txt: its source is missing: there is no text {};"),
+    (lambda text: edit(text, "torch", "numpy"), "A0-seed1.txt: its source was altered: {} has not the SHA-256 "),
+])
+def test_a_spoilt_text_of_a_module(root, two_records, run, add, write_arm, spoil, message):
+    """Each record that needs it says so in one line, and nothing is added beside a text that was altered."""
+    text = text_of(two_records)
+    spoil(text)
+    code, out, err = run("check")
+    faults = [line for line in out.splitlines() if line.startswith("error: ")]
+    assert (code, err, len(faults), len(out.splitlines())) == (1, "", 2, 4)
+    assert all(message.format(text) in fault for fault in faults)
+    if text.exists():
+        before = contents(root)
+        assert f" {text}: " in refused(add(write_arm("c/baseline", ms_per_step=50.0), "Third"), root, before)
+        assert not list(root.glob("cpu/.*"))
 
 
 def test_record_that_is_not_faster(root, write_arm, add, run, tmp_path):
