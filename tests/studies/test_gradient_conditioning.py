@@ -39,7 +39,8 @@ def test_digits():
 
 def test_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(RunError, match="^the digits come with scikit-learn, which is not installed; pip install scikit-learn$"):
+    message = "^the digits come with scikit-learn, which is not installed; pip install scikit-learn$"
+    with pytest.raises(RunError, match=message):
         check.digits()
 
 
