@@ -666,7 +666,8 @@ def say_texts(decoder: Decoder, tokenizer: Tokenizer, text: str, tokens: list[in
     """
     # every row until it ends
     show = [tokenizer.text_of() for _ in range(options.batch)]  # for each row: a token -> text
-    texts, open_rows, count = [text] * options.batch, set(range(options.batch)), 0
+    texts, open_rows = [text] * options.batch, set(range(options.batch))
+    count = 0
     if options.batch == 1:
         print(text, end="", flush=True)
     prompt = torch.tensor([tokens], dtype=torch.int32).repeat(options.batch, 1)

@@ -104,7 +104,8 @@ def check_manifold(manifold: Manifold, path: str):
     check_value(float, tau["percentile"], f"{path}: the percentile of its tau", (0, 100))
 
     # the arrays
-    n, vectors, counts = len(manifold.laplacian), manifold.vectors, manifold.counts
+    n = len(manifold.laplacian)
+    vectors, counts = manifold.vectors, manifold.counts
     require(vectors.ndim == 2 and vectors.shape[1] == n and vectors.dtype.kind == "f" and np.isfinite(vectors).all(),
             f"{path}: its vectors are no finite numbers (n, {n}) but {vectors.dtype} {vectors.shape}; {remedy}")
     are_counts = counts.shape == (len(vectors),) and counts.dtype.kind in "iu" and (counts >= 0).all()
@@ -185,9 +186,10 @@ def draw_graph(panel, laplacian: np.ndarray, labels: np.ndarray):
     words = [label.split(" ")[0][:14] for label in labels]
     heaviest_first = np.argsort(-np.diag(laplacian), kind="stable")
     for i, text, offset in place_labels(positions, words, heaviest_first):
-        align = dict(ha="left" if offset[0] > 0 else "right", va="bottom" if offset[1] > 0 else "top")
+        horizontal = "left" if offset[0] > 0 else "right"
+        vertical = "bottom" if offset[1] > 0 else "top"
         panel.annotate(legible(text), positions[i], xytext=offset, textcoords="offset points", fontsize=FONT, zorder=3,
-                       **align)
+                       ha=horizontal, va=vertical)
     panel.set(title=f"graph: {len(positions)} nodes, {len(weight)} edges of weight {weight.min():.2f} to "
               f"{weight.max():.2f}", xlabel="2nd eigenvector", ylabel="3rd eigenvector")
 

@@ -50,7 +50,8 @@ def measure(T: int, options: argparse.Namespace, device: torch.device, dtype: to
     """
     prompt = torch.randint(256, (1, T), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     width = options.heads * options.width
-    rows, steps, whole_passes = {}, {}, {}
+    rows = {}
+    steps, whole_passes = {}, {}  # arm -> what is timed
     for arm, (variant, bins) in ARMS.items():
         config = Config(variant=(variant,) if variant else (), vocab_size=257, sequence_length=T, layers=options.layers,
                         model_dim=width, heads=options.heads, head_dim=options.width, mlp_hidden=4 * width,

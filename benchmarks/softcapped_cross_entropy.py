@@ -80,8 +80,9 @@ def loss_alone(function, inputs: tuple) -> torch.Tensor:
 
 def exact(inputs: tuple, rows: int = CHUNK) -> list[torch.Tensor]:
     """both_passes of the reference in float64, on the weight in x's dtype, some rows at a time."""
-    x, weight, targets = inputs[0].detach(), inputs[1].detach(), inputs[2]
-    weight = weight.to(x.dtype).double().requires_grad_()
+    x, weight, targets = inputs
+    x = x.detach()
+    weight = weight.detach().to(x.dtype).double().requires_grad_()
     chunks = [both_passes(REFERENCE, (chunk.double().requires_grad_(), weight, target))
               for chunk, target in zip(x.split(rows), targets.split(rows))]
     losses, dx, dw = zip(*chunks)
@@ -102,7 +103,8 @@ def faults_in(arms: dict, inputs: tuple, dtype: torch.dtype) -> dict[str, str]:
 
 def measure(place: Place, N: int, D: int, V: int) -> list[dict]:
     """A row of results for every arm, forward and forward + backward."""
-    case, inputs, arms = dict(N=N, D=D, V=V), make_inputs(N, D, V, place), contenders(place.device)
+    case, inputs = dict(N=N, D=D, V=V), make_inputs(N, D, V, place)
+    arms = contenders(place.device)
     faults = faults_in(arms, inputs, place.dtype)
     rows = fault_rows(case, faults)
     for what, call, products in (("forward", loss_alone, 1), ("forward + backward", both_passes, 3)):

@@ -143,7 +143,8 @@ def work_of(shape: Shape, element: int) -> tuple[dict, dict]:
     M, G, K, N, S, mix = shape
     matrices = 4 if S == 2 and K >= 16 else 6
     flops = 2 * M * G * N * (matrices * K + 4)
-    inputs, outputs, controls = M * G * K, M * N * (1 if mix == "sum" else G), G * S * N * (3 * K + 1)
+    inputs, controls = M * G * K, G * S * N * (3 * K + 1)
+    outputs = M * N if mix == "sum" else M * N * G
     forward = inputs + outputs + controls
     backward = 2 * inputs + outputs + 2 * controls
     return (dict(flops=flops, moved=element * forward),

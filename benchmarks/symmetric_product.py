@@ -84,6 +84,7 @@ def measure(place: Place, N: int, m: int, k: int) -> list[dict]:
     if place.device.type == "cuda":
         backends = {"triton": "triton"} | backends
 
+    # every form, of the arms that are right
     rows = []
     for form, (function, flops) in forms(N, m, k).items():
         case, matrices = dict(form=form, N=N, m=m, k=k), unit

@@ -201,6 +201,7 @@ def ratio(rounds: list[dict], slow: str, fast: str, key: str) -> str:
 
 
 def run_profile(options: argparse.Namespace, arguments: list[str], world: int) -> dict:
+    """One step by kind of work."""
     profile = profile_step(arguments, options.steps)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     limits = ceilings(device, torch.bfloat16 if profile["dtype"] == "bfloat16" else torch.float32)
@@ -210,6 +211,7 @@ def run_profile(options: argparse.Namespace, arguments: list[str], world: int) -
 
 
 def run_against(options: argparse.Namespace, arguments: list[str], world: int) -> dict:
+    """Another checkout beside this one."""
     require((options.checkout / "train_gpt.py").exists(),
             f"there is no train_gpt.py in {options.checkout}; give a checkout of this trainer")
     arguments = [*arguments, "--steps", str(options.steps), "--val_every", "0"]
@@ -222,6 +224,7 @@ def run_against(options: argparse.Namespace, arguments: list[str], world: int) -
 
 
 def run_variant(options: argparse.Namespace, arguments: list[str], world: int) -> dict:
+    """A variant and the baseline, eager, and the baseline compiled."""
     arguments = [*arguments, "--steps", str(options.steps), "--val_every", "0"]
     settings = dict(baseline=["--compile", "off"], variant=["--compile", "off", "--variant", options.variant],
                     compiled=["--compile", "blocks"])
@@ -235,6 +238,7 @@ def run_variant(options: argparse.Namespace, arguments: list[str], world: int) -
 
 
 def run_peer(options: argparse.Namespace, arguments: list[str], world: int) -> dict:
+    """modded-nanogpt's trainer beside this one."""
     require(options.script.exists(), f"there is no {options.script}; give the path of modded-nanogpt's "
             "records/track_3_optimization/train_gpt_simple.py")
     require(torch.cuda.is_available(), "the peer runs on CUDA devices only; none is seen here")
@@ -253,6 +257,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line; an option `run` is the mode's function."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/)")
+
+    # the modes, and what each needs
     modes = parser.add_subparsers(dest="mode", required=True)
     profile = modes.add_parser("profile", help="one step by kind of work; further arguments are train_gpt.py's")
     against = modes.add_parser("against",
@@ -264,6 +270,8 @@ def build_parser() -> argparse.ArgumentParser:
     peer = modes.add_parser("peer", help="beside modded-nanogpt's train_gpt_simple.py; after -- further arguments of "
                             "train_gpt.py")
     peer.add_argument("script", type=Path)
+
+    # what several have
     for mode, run, steps in ((profile, run_profile, 10), (against, run_against, 60), (variant, run_variant, 60),
                              (peer, run_peer, 40)):
         mode.add_argument("--steps", type=int, default=steps)

@@ -137,12 +137,13 @@ class ShardWriter:
         self.tokens = 0                   # of all documents, end-of-text tokens included
         self.text_bytes = 0               # UTF-8 bytes that the tokens stand for
 
+        # a folder with nothing of an earlier corpus: a shorter one must not leave shards behind
         require(1 <= shard_tokens < 2 ** 31,
                 f"a shard holds at least 1 token and less than 2^31, as its header counts them; got {shard_tokens}")
         claim_folder(self.folder, name)
         try:
             notes = [self.folder / note for note in ("meta.json", ".checked.json")]
-            for old in [*notes, *files_of(self.folder, name, [split])]:  # a shorter corpus must not leave shards behind
+            for old in [*notes, *files_of(self.folder, name, [split])]:
                 old.unlink(missing_ok=True)
         except OSError as error:
             raise RunError(f"cannot replace {old}: {error.strerror}; give another folder with -o") from None

@@ -170,9 +170,11 @@ def cut(file: io.BufferedReader, separator: bytes, name: str) -> Iterator[bytes]
     while piece := file.read(1 << 20):
         held += piece
         start = 0
-        while separator and (end := held.find(separator, max(start, seen))) >= 0:
+        end = held.find(separator, seen) if separator else -1
+        while end >= 0:
             yield bytes(held[start:end])
-            start = seen = end + len(separator)
+            start = end + len(separator)
+            end = held.find(separator, start)
         del held[:start]
         seen = max(0, len(held) - len(separator) + 1)
         require(len(held) <= MOST_BYTES,
@@ -186,6 +188,7 @@ def read_json_lines(file: io.BufferedReader, name: str, field: str) -> Iterator[
     require(file.peek(1).lstrip()[:1] != b"[",
             f"{name} holds a JSON array, not a document on every line; write its items on lines of their own "
             "(jq -c .[] does), and give that file")
+    # a line at a time
     for number in count(1):
         line = file.readline(MOST_BYTES + 1)
         require(len(line) <= MOST_BYTES,
@@ -263,6 +266,7 @@ def read_documents(files: list[tuple[str, Callable[[], Path]]], field: str, sepa
         is_plain = kind_of(name)[0] not in (*JSON_LINES, ".parquet")
         documents, marks = 0, 0  # of this file, and its lines that end in <|endoftext|>
 
+        # its documents
         for text in read_file(fetch(), name, field, separator):
             bar.update(len(text))
             documents += 1
@@ -271,6 +275,7 @@ def read_documents(files: list[tuple[str, Callable[[], Path]]], field: str, sepa
             if text.strip():
                 yield text
 
+        # did the separator stand in it?
         if is_plain:
             texts += 1
             separators += documents - 1
@@ -338,10 +343,11 @@ def encode_documents(documents: Iterable[tuple[str, bytes]], merges: dict[bytes,
     texts, facts = [], []  # what is not encoded yet: pieces of documents, and (split, bytes of text, begins) of each
     held = 0               # characters of these texts
 
-    def encoded():
+    def encode_held():
         for (split, *rest), tokens in zip(facts, encode(texts)):
             yield split, tokens, *rest
 
+    # a document in pieces, and pieces of several at once
     for split, document in documents:
         for number, text in enumerate(pieces(document.decode()) if merges else [document]):
             texts.append(text)
@@ -349,9 +355,10 @@ def encode_documents(documents: Iterable[tuple[str, bytes]], merges: dict[bytes,
             facts.append((split, len(document) if begins else 0, begins))
             held += len(text)
             if held >= size:
-                yield from encoded()
-                texts, facts, held = [], [], 0
-    yield from encoded()
+                yield from encode_held()
+                texts, facts = [], []
+                held = 0
+    yield from encode_held()
 
 
 def tokenize(options: argparse.Namespace) -> dict:

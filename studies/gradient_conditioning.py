@@ -363,7 +363,8 @@ def candidate_of(rows: dict) -> str:
 
 def tables(results: dict) -> str:
     """Three tables and the verdict, as Markdown."""
-    rows, flat, n = results["arms"], results["flatness"], len(results["seeds"])
+    rows, flat = results["arms"], results["flatness"]
+    n = len(results["seeds"])
     return "\n\n".join([
         f"Digits, test images, {n} seeds (mean ± standard deviation; differences are paired, ± their standard error)",
         markdown([arm_line(name, row) for name, row in rows.items()]),
@@ -377,6 +378,7 @@ def tables(results: dict) -> str:
 
 
 def arm_line(name: str, row: dict) -> dict:
+    """An arm's accuracy and loss, beside SGDm's and per-tensor rates'."""
     def difference(other: str, what: str) -> str:
         return "{mean:+.3g} ± {error:.2g} (p = {p:.2g})".format(**row[what]["against"][other])
 
@@ -394,6 +396,7 @@ def arm_line(name: str, row: dict) -> dict:
 
 
 def sweep_line(name: str, sweep: list[dict], results: dict) -> dict:
+    """An arm's losses by learning rate."""
     losses = {(point["lr"], point["momentum"]): point["loss"] for point in sweep}
 
     def cell(lr: float) -> str:
@@ -404,6 +407,7 @@ def sweep_line(name: str, sweep: list[dict], results: dict) -> dict:
 
 
 def flatness_line(name: str, runs: list[dict | None]) -> dict:
+    """An arm's flatness over the seeds that reached the target."""
     reached = [run for run in runs if run]
 
     def spread(what: str) -> str:

@@ -91,6 +91,7 @@ class Classifier:
         self.network = network(seed)
         self.log_temperature = torch.zeros((), requires_grad=arm == LEARNED)
 
+        # every rate falls linearly to zero
         images, classes = digits(seed)["train"]
         parameters = [*self.network.parameters()] + ([self.log_temperature] if arm == LEARNED else [])
         optimizer = torch.optim.Adam(parameters, lr=rate)
@@ -122,7 +123,8 @@ class Classifier:
     @torch.no_grad()
     def fit_temperature(self, images: Tensor, classes: Tensor):
         """By the loss on these images, to a thousandth of its logarithm: it has one minimum."""
-        scores, low, high = self.network(images), -4.0, 4.0
+        scores = self.network(images)
+        low, high = -4.0, 4.0
 
         def loss_at(t: float) -> float:
             return F.cross_entropy(scores * np.exp(-t), classes).item()

@@ -59,7 +59,9 @@ TIMES = {             # K: microseconds a query of splanifold, RBF, MLP
     32: (3.43, 96.42, 4.75), 64: (5.20, 214.85, 4.93), 128: (15.39, 447.35, 5.38), 256: (21.74, 779.06, 8.29),
 }
 
-SEGMENTS, CENTRES, CURVE_NOISE = 16, 64, 0.002
+SEGMENTS = 16                # table 3: of the chain
+CENTRES = 64                 # of the RBF network
+CURVE_NOISE = 0.002          # standard deviation
 SEEDS = (1234, 2234, 3234)   # the author's; the search has one of its own
 SEARCH_SEED = 4234
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
@@ -121,7 +123,8 @@ def query_arms(K: int, M: int) -> dict:
     layers = [(draw(N, width), draw(N)) for width in (K, N, N)]
 
     # what is made of them beforehand
-    r, frozen_controls, powers, one = x[:, None], freeze(controls), torch.arange(4), torch.ones(M, 1)
+    r, frozen_controls = x[:, None], freeze(controls)
+    powers, one = torch.arange(4), torch.ones(M, 1)
     sharpness = 3 / K  # of exp(-sharpness |x - c|^2): about exp(-1/2) between two random points
     scaled, offset = 2 * sharpness * centres.T, -sharpness * centres.square().sum(1)
 
@@ -155,8 +158,8 @@ def runtime(counts: list[int], batch: int, seconds: float) -> tuple[list[dict], 
             times[M] = in_turn({key: function for key, (function, _) in arms.items()}, CPU, seconds)
 
     def per_query(M: int, key: tuple) -> dict:
-        found = times[M][key]
-        return {name: found[name] * 1000 / M for name in ("median", "p20", "p80")} | dict(n=found["n"])
+        ms = times[M][key]
+        return {name: ms[name] * 1000 / M for name in ("median", "p20", "p80")} | dict(n=ms["n"])
 
     rows = []
     for (K, arm), number in multiply_adds.items():
@@ -319,6 +322,7 @@ def curve_arms(seeds: tuple[int, ...]) -> dict:
         randoms = [torch.Generator().manual_seed(seed + offset) for seed in runs]
         return torch.stack([torch.randn(shape, generator=random) for random in randoms])
 
+    # fixed features of the MLP, and a small start of the RBF's weights
     frequencies = 4 * draw(400, 8)[:, None]
     small = 0.01 * draw(300, CENTRES, 3)
 

@@ -238,6 +238,7 @@ def run_all(folder: Path, results: dict, options: argparse.Namespace, keep: Call
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         todo = [pool.submit(train_and_mark, folder, arm, results["corpora"]["-".join(arm)]["tokens"], seed, counts,
                             options.settings, threads) for seed in results["seeds"] for arm in ARMS]
+        # each is kept as soon as it is done
         try:
             for done in as_completed(todo):
                 run = done.result()

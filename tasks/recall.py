@@ -67,11 +67,13 @@ class Recall:
     sequence_length: int = 0  # tokens of a document; 0: as few as possible
 
     def __post_init__(self):
+        # whole numbers, and the length where it is left open
         for name, value in asdict(self).items():
             check_value(int, value, f"--{name}", None)
         shortest = 1 + 2 * self.pairs + 2 * self.queries
         object.__setattr__(self, "sequence_length", self.sequence_length or shortest)
 
+        # that go together
         require(1 <= self.pairs <= self.keys,
                 f"--pairs must lie between 1 and --keys {self.keys}, got {self.pairs}: the keys of a document differ")
         require(1 <= self.queries <= self.pairs,

@@ -176,7 +176,8 @@ def make_mod(rng: random.Random, d: int) -> tuple:
 def make_div(rng: random.Random, d: int) -> tuple:
     """Long division, the quotient multiplied back with the rest as first carry, the witness."""
     # a divisor m of n, or none
-    divides, m, n = rng.random() < 0.5, 0, 0
+    divides = rng.random() < 0.5
+    m, n = 0, 0
     while not m or (n % m == 0) != divides:
         m, n = rng.randint(2, 9), draw_number(rng, d)
 
@@ -279,6 +280,7 @@ class Task:
     sequence_length: int = 512
 
     def __post_init__(self):
+        # words
         object.__setattr__(self, "families", tuple(self.families))
         families = ",".join(map(str, self.families))
         require(self.families and set(self.families) <= set(FAMILIES) and len(set(self.families)) == len(self.families),
@@ -286,6 +288,8 @@ class Task:
         require(self.rendering in TEMPLATES,
                 f"--rendering must be one of {', '.join(TEMPLATES)}; got {self.rendering!r}")
         require(self.digit_order in ("most", "least"), f"--digit_order must be most or least; got {self.digit_order!r}")
+
+        # numbers
         for name in ("digits", "depth", "sequence_length"):
             check_value(int, getattr(self, name), f"--{name}", None)
         require(self.digits >= 1 and self.depth >= 1,
@@ -673,6 +677,8 @@ def run_check(options: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read {options.file} ({type(error).__name__}); give a text file in UTF-8 with a program "
                        "on every line") from None
+
+    # a verdict on every line that is not empty
     rejected = 0
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -154,7 +154,8 @@ class Parser:
 
     def step(self) -> tuple:
         """(before, after, None or (name, term) of `for`, rule)"""
-        before, after, binding = self.expression(0), self.after("~>", self.expression, 0), None
+        before, after = self.expression(0), self.after("~>", self.expression, 0)
+        binding = None
         if self.next == "for":
             binding = self.after("for", self.name), self.after("in", self.term, 4)
         self.take(".")
@@ -195,6 +196,7 @@ class Parser:
 
     def prefix(self):
         """An expression that begins with no other: a number, a name, or what a word before it makes."""
+        # a number, a name
         if self.next in DIGITS:
             digits = []
             while self.next in DIGITS:
@@ -205,6 +207,7 @@ class Parser:
             is_applied = name in PREDICATES and (self.next in DIGITS or self.next in NAMES or self.next == "{")
             return ("apply", name, self.of_sort(self.prefix(), False)) if is_applied else name
 
+        # what the first word makes of the rest
         word = self.take("(", "{", "not", "card", "forall", "exists", "prod")
         if word == "(":
             inner = self.prop(0)
@@ -279,6 +282,7 @@ def to_words(node, digit_order: str = "most", power: int = 0) -> list[str]:
 
 def render_program(program: tuple, rendering: str, digit_order: str = "most") -> tuple[list[str], list[str]]:
     """The words of a program: (the problem and the opening of its block, the rest)."""
+    # words in the phrases of the rendering, statement by statement
     templates, phrases = TEMPLATES[rendering], PHRASES.get(rendering, {})
 
     def render(keyword: str, *operands) -> Iterator[str]:
@@ -316,7 +320,8 @@ def to_symbolic(words: list[str], rendering: str) -> list[str]:
                 for keyword, template in templates.items()}
 
     # one statement after another, each by the first template that fits
-    text, start, symbolic = " ".join(words), 0, []
+    text, start = " ".join(words), 0
+    symbolic = []
     while start < len(text):
         matches = ((keyword, pattern.match(text, start)) for keyword, pattern in patterns.items())
         keyword, match = next(((keyword, match) for keyword, match in matches if match), (None, None))
@@ -357,6 +362,7 @@ class Proof:
 
     def value(self, term) -> int | frozenset:
         """What a term is, a number or a set, by calculation."""
+        # a number, a name, a set
         if isinstance(term, int):
             return term
         if isinstance(term, str):
@@ -368,6 +374,8 @@ class Proof:
         operator, *operands = term
         if operator == "set":
             return frozenset(self.number(element) for element in operands)
+
+        # over the elements of a set
         if operator in ("card", "prod"):
             values = self.value(operands[-1] if operator == "card" else operands[1])
             if isinstance(values, int) or binds(operands[-1]):
@@ -376,6 +384,8 @@ class Proof:
                 return len(values)
             name, _, factor = operands
             return reduce(self.product, (self.number(replace_names(factor, {name: value})) for value in values), 1)
+
+        # of two numbers
         if operator not in ("+", "*", "mod"):
             raise ValueError(f"{text_of(term)} cannot be calculated")
         a, b = map(self.number, operands)
@@ -400,12 +410,15 @@ class Proof:
 
     def true(self, prop) -> bool:
         """Whether a proposition is true, by calculation. ValueError for what that cannot decide."""
+        # of propositions
         operator, *operands = prop if isinstance(prop, tuple) else (None,)
         if operator in ("not", "/\\", "=>"):
             values = [self.true(operand) for operand in operands]
             if operator == "/\\":
                 return all(values)
             return not values[0] or operator == "=>" and values[1]
+
+        # of terms
         if operator in ("=", "<>"):
             return (self.value(operands[0]) == self.value(operands[1])) == (operator == "=")
         if operator in ("in", "notin"):
@@ -518,6 +531,8 @@ def run_block(proof: Proof, lines: list[tuple[int, tuple]], ordered: bool):
     """
     if not ordered:
         lines = sorted(lines, key=lambda line: (line[1][0] == "step") + (line[1][-1] == "contra"))
+
+    # all that hold; those that do not wait for the next turn
     while lines:
         waiting = []
         for number, (keyword, *operands) in lines:

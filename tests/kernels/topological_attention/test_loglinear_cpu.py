@@ -7,6 +7,7 @@ backends of the operation owe is tested in test_topological_attention.py.
 import math
 import random
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,20 @@ def test_any_number_of_threads_gives_the_same_numbers(torch_threads, T, B, windo
         results.append(run(loglinear, tensors, doc_start, window))
     for other in results[1:]:
         assert all(torch.equal(x, other[name]) for name, x in results[0].items())
+
+
+def test_passes_that_run_at_once_do_not_share_memory(torch_threads):
+    """A pass keeps its arrays for the next one of the same sizes, but two at once have different ones."""
+    torch_threads(1)
+    cases = [inputs(300, D=16, decay=0.1, dtype=torch.float32, seed=seed) for seed in range(4)]
+    expected = [run(loglinear, *case) for case in cases]
+
+    def repeat(i):
+        return [run(loglinear, *cases[i]) for _ in range(10)]
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        for results, right in zip(pool.map(repeat, range(len(cases))), expected):
+            assert all(torch.equal(result[name], right[name]) for result in results for name in right)
 
 
 # ---- numbers that are not finite --------------------------------------------
