@@ -158,7 +158,7 @@ def read_manifold(path: Path) -> Manifold:
         with np.load(path) as file:
             arrays = (file[name] for name in ("vectors", "counts", "tokens", "labels"))
             manifold = Manifold(laplacian, json.loads(str(file["provenance"])), *arrays)
-    except ValueError as error:  # read_laplacian's names the option of the variant
+    except RunError as error:  # read_laplacian's names the option of the variant
         raise RunError(str(error).removeprefix("laplacian=domain:")) from None
     except Exception as error:  # of the archive or its arrays
         raise RunError(f"{path} was not made by data/manifold.py, or is damaged ({type(error).__name__}); make it again"

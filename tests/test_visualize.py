@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import train_gpt
+import variants
 import visualize
 from data.manifold import Graph, Manifold, from_chain, from_corpus, from_random
 from data.shards import write_meta, write_shard
@@ -246,7 +247,7 @@ def checkpoints(tmp_path_factory) -> list[str]:
              "--sequence_length 64 --batch_tokens 128 --val_tokens 64 --val_every 1")
     arguments = (f"--data {data} {model} --steps 2 --keep_every 1 --log_dir {folder} --run_id a --variant "
                  "splanifold_mlp:preset=dense16,dims=4,nodes=3,layers=1-2")
-    assert train_gpt.main(arguments.split()) == 0
+    assert train_gpt.main(arguments.split(), loader=variants) == 0
     return [str(folder / f"a{suffix}.pt") for suffix in ("-step000000", "-step000001", "")]
 
 

@@ -63,8 +63,10 @@ def test_residual_norm_measures_every_arm(form):
 def test_splanifold_measures_every_arm(shape):
     rows = splanifold.measure_shape(PLACE, "tiny", shape)
     assert complete(rows)
-    assert {row["arm"] for row in rows} == {"chunked", "reference", splanifold.MLP,
-                                            "copy"} | ({"feature"} if shape.S == 2 else set())
+    expected = {"chunked", "reference", splanifold.MLP, "copy"}
+    expected |= {"feature"} if shape.S == 2 else set()
+    expected |= {"loops"} if shape.mix == "concat" else set()
+    assert {row["arm"] for row in rows} == expected
     assert all(("product_share" in row) == (row["arm"] not in (splanifold.MLP, "copy")) for row in rows)
 
 

@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import manifold as script
 import numpy as np
 import pytest
 import torch
@@ -17,6 +16,7 @@ from scipy import sparse
 
 import train_gpt
 import variants
+from data import manifold as script
 from data.manifold import (
     Graph,
     Tau,

@@ -325,7 +325,7 @@ def test_a_pickle_is_refused_and_not_executed(laplacian, tmp_path):
 
 
 def test_a_zip_bomb_is_not_unpacked(laplacian, monkeypatch):
-    monkeypatch.setattr(topological_attention, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(topological_attention, "MAX_BYTES", 1 << 20)
     with zipfile.ZipFile(laplacian, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("laplacian.npy", bytes(1 << 24))
     assert laplacian.stat().st_size < 1 << 16
@@ -350,7 +350,7 @@ def test_tasks_in_meta_json(tmp_path, count):
 
     def read_symbols():
         task, found = symbolic_language.read_tests(folders["symbolic_language"], 3, 1)
-        right = [symbolic_language.marked(task, test, test["solution"].split()) for test in found]
+        right = [symbolic_language.mark(task, test, test["solution"].split()) for test in found]
         symbolic_language.tables(right, task)
     recalls = Trials("recall's settings", lambda: recall.read_task(Config(data=str(folders["recall"]))))
     symbols, lines = Trials("the language's settings", read_symbols), Trials("the language's tests", read_symbols)

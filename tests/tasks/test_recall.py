@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import train_gpt
+import variants
 from tasks import recall
 from tasks.recall import Recall, batches, evaluate, make, score, sequences
 from tests.errors import float_bound
@@ -143,7 +144,7 @@ def trained(folder: Path, *arguments: str, task: Recall, steps: int) -> str:
                            "cpu", "--compile", "off", "--sequence_length", str(T), "--align_documents",
                            "--batch_tokens", str(32 * T), "--steps", str(steps), "--val_every", "0", "--val_tokens",
                            "2000", "--layers", "2", "--model_dim", "64", "--heads", "4", "--head_dim", "16",
-                           "--mlp_hidden", "128", *arguments]) == 0
+                           "--mlp_hidden", "128", *arguments], loader=variants) == 0
     return str(folder / "logs" / "run.pt")
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import train_gpt
+import variants
 from tasks import symbolic_language as language
 from tasks import symbolic_proofs as proofs
 from tasks.symbolic_language import (
@@ -705,7 +706,7 @@ def trained(folder: Path, *arguments: str) -> str:
     assert train_gpt.main(["--data", str(folder), "--log_dir", str(folder / "logs"), "--run_id", "run", "--device",
                            "cpu", "--compile", "off", "--sequence_length", "128", "--align_documents", "--batch_tokens",
                            "2048", "--val_every", "0", "--val_tokens", "1280", "--layers", "2", "--model_dim", "64",
-                           "--heads", "4", "--head_dim", "16", "--mlp_hidden", "128", *arguments]) == 0
+                           "--heads", "4", "--head_dim", "16", "--mlp_hidden", "128", *arguments], loader=variants) == 0
     return str(folder / "logs" / "run.pt")
 
 

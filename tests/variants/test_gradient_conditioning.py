@@ -473,9 +473,9 @@ def validation_losses(checkpoint: dict) -> dict:
 @pytest.mark.parametrize("options", ["source=hypergradient,rho=0.1", "base=default,source=normalize,clip=1"])
 def test_resume_is_bit_identical(corpus, tmp_path, no_peak, options):
     report = tmp_path / "run-conditioning.json"
-    assert train_gpt.main(arguments(corpus, tmp_path, options, keep_every=2)) == 0
+    assert train_gpt.main(arguments(corpus, tmp_path, options, keep_every=2), loader=variants) == 0
     straight, expected = train_gpt.read_checkpoint(str(tmp_path / "run.pt")), report.read_text()
-    assert train_gpt.main(["--resume", str(tmp_path / "run-step000002.pt"), "--keep_every", "0"]) == 0
+    assert train_gpt.main(["--resume", str(tmp_path / "run-step000002.pt"), "--keep_every", "0"], loader=variants) == 0
     resumed = train_gpt.read_checkpoint(str(tmp_path / "run.pt"))
 
     # the model, its curve, the report
