@@ -176,7 +176,8 @@ def parse(words, monkeypatch):
         assert compare.parse_arms(plan.arms, plan.seeds, ["--track", plan.track, *options])
     elif program == "pytest":
         for word in arguments:
-            assert word.startswith("-") or word in ("auto", "loadgroup") or (ROOT / word).exists(), f"no such test: {word}"
+            known = word.startswith("-") or word in ("auto", "loadgroup") or (ROOT / word).exists()
+            assert known, f"no such test: {word}"
     elif program == "variants":
         assert not arguments  # it takes none
     else:

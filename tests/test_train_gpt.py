@@ -188,7 +188,8 @@ def test_scripts_load_the_trainer_before_pytorch():
     project = {file.stem for file in ROOT.glob("*.py")} | set(folders)
     scripts = [file for file in sorted(ROOT.glob("*.py")) if file.name != "train_gpt.py"]
     for package in (ROOT / folder for folder in folders):
-        first = re.findall(r"^(?:from|import) (train_gpt|benchmarks|torch)\b", (package / "__init__.py").read_text(), re.M)
+        text = (package / "__init__.py").read_text(encoding="utf-8")
+        first = re.findall(r"^(?:from|import) (train_gpt|benchmarks|torch)\b", text, re.M)
         if first[:1] not in (["train_gpt"], ["benchmarks"]):
             scripts += sorted(package.glob("*.py"))
     wrong = []

@@ -41,7 +41,7 @@ from data.tokenizer import write_merges
 from tests.errors import float_bound, relative_rms
 from train_gpt import RunError
 
-SCRIPT = Path(script.__file__)
+ROOT = Path(script.__file__).parents[1]
 WORDS, TOPICS = 30, 2  # words of a topic; the last id of the vocabulary is the end of text
 END = TOPICS * WORDS
 
@@ -340,7 +340,7 @@ def trained(corpus: str, folder: Path, *arguments: str) -> str:
                            "--compile", "off", "--sequence_length", "40", "--batch_tokens", "160",
                            "--micro_batch_tokens", "160", "--steps", "1", "--val_every", "0", "--val_tokens", "400",
                            "--layers", "2", "--model_dim", "32", "--heads", "2", "--head_dim", "16", "--mlp_hidden",
-                           "32", *arguments]) == 0
+                           "32", *arguments], loader=variants) == 0
     return str(folder / "run.pt")
 
 
@@ -474,7 +474,7 @@ def test_faults_of_files(corpus, tmp_path, capsys):
         ("random", tmp_path / "half.npz"): f"{tmp_path / 'half.npz'} cannot be read (BadZipFile)",
         ("random", tmp_path / "none.npz"): f"{tmp_path / 'none.npz'} cannot be read (FileNotFoundError)",
         ("random", tmp_path / "bare.npz"):
-            f"{tmp_path / 'bare.npz'} was not made by manifold.py, or is damaged (KeyError); make it again",
+            f"{tmp_path / 'bare.npz'} was not made by data/manifold.py, or is damaged (KeyError); make it again",
         ("random", tmp_path / "random.npz"): f"{tmp_path / 'random.npz'} is such a control already; give the file that "
                                              "it was made from, with another --seed",
         ("checkpoint", tmp_path / "text.pt"): f"{tmp_path / 'text.pt'} is not a whole checkpoint of this trainer",
@@ -494,8 +494,8 @@ def test_faults_of_files(corpus, tmp_path, capsys):
 
 
 def test_command_line(tmp_path):
-    done = subprocess.run([sys.executable, SCRIPT, "chain", "-o", tmp_path / "a.npz", "--features", "4"],
-                          capture_output=True, text=True)
+    command = [sys.executable, "-m", "data.manifold", "chain", "-o", tmp_path / "a.npz", "--features", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == (
         f"{tmp_path / 'a.npz'}: 4 nodes, 3 edges of weight 1.000 to 1.000, eigenvalues 0 and 0.586 to "
