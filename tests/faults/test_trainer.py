@@ -350,7 +350,7 @@ def test_a_variant_with_accents_in_any_locale(corpus, tmp_path, name):
     if not has_locale(name):
         pytest.skip(f"this machine has no locale {name}")
     (tmp_path / "accented.py").write_text(
-        '"""Une idée, 想法.\n\nSource: ours.\nStatus: not yet measured.\n"""\n'
+        '"""Une idée, 想法.\n\nSource: ours.\nStatus: unmeasured.\n"""\n'
         "from dataclasses import dataclass\nimport train_gpt\n\n@dataclass\nclass Options:\n"
         '    pass\n\ndef patch(options):\n    train_gpt.MLP = type("Idée", (train_gpt.MLP,), {})\n',
         encoding="utf-8",

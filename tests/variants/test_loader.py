@@ -14,7 +14,7 @@ from train_gpt import RunError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = train_gpt.make_config(dict(vocab_size=257, layers=8, model_dim=32, heads=2, head_dim=16, mlp_hidden=96))
-HEAD = '''"""An idea.\n\nSource: somebody, 2020\nStatus: not yet measured\n"""
+HEAD = '''"""An idea.\n\nSource: somebody, 2020\nStatus: unmeasured\n"""
 from dataclasses import dataclass
 from typing import Literal
 import train_gpt
