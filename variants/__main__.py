@@ -13,25 +13,16 @@ import variants
 from variants.check import count_parameters, error_line, percent
 
 TITLES = ("variant", "replaces", "parameters", "change", "status", "idea", "source")
-<<<<<<< HEAD
 NUMBERS = (2, 3)    # columns that end flush
 
 
 def row_of(name: str, config: train_gpt.Config, baseline: int) -> tuple[str, ...]:
     """Return a variant's row under TITLES; of one that is broken its name and the error. baseline: its parameters."""
-=======
-NUMBERS = ("parameters", "change")  # columns whose cells stand at the right
-
-
-def row_of(name: str, config: train_gpt.Config, baseline: int) -> tuple[str, ...]:
-    """Return a variant's cells. baseline: the baseline's parameters."""
->>>>>>> var
     try:
         replaced, parameters, _ = count_parameters(replace(config, variant=(name,)))
         text = inspect.getdoc(variants.load(name)) or ""
     except Exception as error:  # whatever one file does, the table shows the others
         return name, f"broken: {error_line(error)}"
-<<<<<<< HEAD
     idea = next(iter(text.splitlines()), "no docstring")
     costs = f"{parameters:,}", percent(parameters, baseline)
     return name, ", ".join(replaced), *costs, line_of(text, "Status"), idea, line_of(text, "Source")
@@ -41,16 +32,6 @@ def line_of(text: str, word: str) -> str:
     """Return what a docstring says after "word:"."""
     match = re.search(rf"^{word}: *(.*)", text, re.M)
     return match[1] if match else f"no {word}: line"
-=======
-
-    def find(word: str) -> str:
-        match = re.search(rf"^{word}: *(.*)", text, re.M)
-        return match[1] if match else f"no {word}: line"
-
-    idea = next(iter(text.splitlines()), "no docstring")
-    change = percent(parameters, baseline)
-    return name, ", ".join(replaced), f"{parameters:,}", change, find("Status"), idea, find("Source")
->>>>>>> var
 
 
 def main():
@@ -61,20 +42,11 @@ def main():
     rows = [TITLES, ("baseline", "", f"{baseline:,}", "", "", "", "")]
     rows += [row_of(name, config, baseline) for name in variants.available()]
 
-<<<<<<< HEAD
     widths = [max(len(cell) for cell in column) for column in zip(*(row for row in rows if len(row) == len(TITLES)))]
     for row in rows:
         cells = []
         for column, (cell, width) in enumerate(zip(row, widths)):
             cells.append(cell.rjust(width) if column in NUMBERS else cell.ljust(width))
-=======
-    # a broken variant's row, which is a name and a fault, widens no column
-    full = [row for row in rows if len(row) == len(TITLES)]
-    widths = [max(map(len, column)) for column in zip(*full)]
-    for row in rows:
-        cells = [cell.rjust(width) if title in NUMBERS else cell.ljust(width)
-                 for cell, title, width in zip(row, TITLES, widths)]
->>>>>>> var
         train_gpt.say("  ".join(cells).rstrip())
 
 
