@@ -190,6 +190,7 @@ def test_threads_change_nothing(short_runs):
     assert torch.equal(*outs)
 
 
+@pytest.mark.slow  # nothing of it is in the cache: 20 s of compilation
 def test_indices_stay_inside():
     """With every index checked, in a process of its own: Numba decides about that when it is imported."""
     script = """
