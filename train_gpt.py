@@ -2045,9 +2045,12 @@ def sources_of_run() -> dict[str, str]:
     """{module: source text} of this file and of the variants and kernels that have been loaded."""
     # this file first: a resumed run's later header begins with it
     modules = [sys.modules[__name__]]
-    for name, module in sorted(sys.modules.items()):
-        if name.split(".")[0] in ("variants", "kernels") and getattr(module, "__file__", None):
-            modules.append(module)
+    loaded = [name for name in sorted(sys.modules) if name.split(".")[0] in ("variants", "kernels")]
+    if not any(name.startswith("variants.") for name in loaded):
+        loaded = []  # the loader alone, which the entry imports, takes no part in a run without variants
+    for name in loaded:
+        if getattr(sys.modules[name], "__file__", None):
+            modules.append(sys.modules[name])
     return {module.__name__: inspect.getsource(module) for module in modules}
 
 
@@ -2707,9 +2710,13 @@ class Trainer:
         with torch.no_grad(), self._averaged():
             facts = collect_facts(self.model, tokens)
         self.model.train()
-        point = dict(
+        try:
+            json.dumps(facts)
+        except (TypeError, ValueError, RecursionError):
+            raise RunError("collect_facts gives what no JSON can hold; give numbers, texts, lists and dicts") from None
+        point = facts | dict(
             step=self.step, tokens=self.tokens, train_ms=1000 * self._elapsed(), val_loss=loss, val_bits_per_byte=bits,
-            train_loss=self.loss.item() if self.loss is not None else None, **facts,
+            train_loss=self.loss.item() if self.loss is not None else None,
         )
         # a finished run that is resumed validates again
         earlier = [p for p in log.facts["curve"] if p["step"] < self.step]

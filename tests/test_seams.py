@@ -116,7 +116,10 @@ def test_rates_at_points():
     assert module.learning_rate(config, 0.9375, wsd) == pytest.approx(1 - math.sqrt(0.75))
     _, falling = schedules(momentum_end=0.5)
     assert module.momentum(config, 1.0, falling, train_gpt.schedule_momentum) == pytest.approx(0.5)
-    assert module.adam_betas(config, 0.5, schedules(beta2_end=0.99)[1]) == pytest.approx((0.8, 0.97))
+    ends = schedules(beta2_end=0.99)[1]
+    assert module.adam_betas(config, 0.0, ends) == (0.8, 0.95)
+    assert module.adam_betas(config, 0.99, ends) == pytest.approx((0.8, 0.99))
+    assert module.adam_betas(config, 0.5, ends) == pytest.approx((0.8, 0.95 + 0.04 * 8 / 15))
 
 
 def test_optimizers_follow_the_schedules(monkeypatch):
