@@ -21,6 +21,7 @@ from kernels.softcapped_cross_entropy import softcapped_cross_entropy
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [f"tests/kernels/test_{name}.py" for name in (
     "norm_rotary", "relu_squared_feed_forward", "residual_norm", "softcapped_cross_entropy", "optimizer_updates")]
+FILES.append("tests/kernels/splanifold/test_cpu.py")
 
 
 def draw(*shapes, seed=0):
