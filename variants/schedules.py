@@ -10,7 +10,8 @@ rate is its setting times
     constant    1
 
 each times min(1, u / warmup). decay=constant keeps weight decay, decay=rate multiplies it by the same factor once
-more. Muon's momentum reaches momentum_end linearly over the last d of the run, Adam's second decay beta2_end over all, in 16 steps.
+more. Muon's momentum reaches momentum_end linearly over the last d of the run, Adam's second decay beta2_end over all
+of it, in 16 steps.
 
 Cost: none.
 
