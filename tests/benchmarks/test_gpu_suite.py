@@ -186,10 +186,14 @@ def pytest_section(run, monkeypatch, test: str):
 SKIPPED_TEST = "import pytest\n@pytest.mark.gpu\n@pytest.mark.skip\ndef test_a(): pass"
 
 
+NONE_RAN = "failed: no test marked gpu ran on this GPU"
+
+
 @pytest.mark.parametrize("test, reduced, status", [
-    (SKIPPED_TEST, True, "skipped"), (SKIPPED_TEST, False, "failed: no test marked gpu ran on this GPU"),
-    ("def test_unmarked(): pass", False, "failed: no test marked gpu ran on this GPU"),
-    (SKIPPED_TEST + "\n@pytest.mark.gpu\ndef test_b(): pass", False, "passed"),
+    pytest.param(SKIPPED_TEST, True, "skipped", marks=pytest.mark.slow),
+    (SKIPPED_TEST, False, NONE_RAN),
+    pytest.param("def test_unmarked(): pass", False, NONE_RAN, marks=pytest.mark.slow),
+    pytest.param(SKIPPED_TEST + "\n@pytest.mark.gpu\ndef test_b(): pass", False, "passed", marks=pytest.mark.slow),
     (SKIPPED_TEST + "\n@pytest.mark.gpu\ndef test_b(): assert 0", False,
      "failed: 1 of 2 tests, the first tests.test_made_up::test_b")])
 def test_tests_section(run, monkeypatch, test, reduced, status):

@@ -62,6 +62,7 @@ def test_against_another_checkout(data, tmp_path, capsys):
     assert "ms_per_step, other's over this's" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_beside_a_variant(data, tmp_path, capsys, monkeypatch):
     ours = train_step.ours
     # no half minute
