@@ -47,8 +47,8 @@ SHAPES = {
         dense=Shape(8192, 1, 256, 256), K32=Shape(8192, 8, 32, 32, mix="concat"),
         K2=Shape(8192, 128, 2, 2, mix="concat"), K3=Shape(8192, 64, 3, 4, mix="concat"),
         K4=Shape(8192, 64, 4, 4, mix="concat"), small=Shape(2048, 47, 2, 2, S=3, mix="concat"),
-        lowdim2=Shape(2048, 235, 2, 2, S=3, mix="concat"), K4sum=Shape(4096, 32, 4, 256),
-        pieces=Shape(4096, 1, 256, 256, S=5)),
+        dense16=Shape(2048, 16, 16, 16, S=5, mix="concat"), lowdim2=Shape(2048, 235, 2, 2, S=3, mix="concat"),
+        K4sum=Shape(4096, 32, 4, 256), pieces=Shape(4096, 1, 256, 256, S=5)),
     "cuda": dict(
         dense=Shape(65_536, 1, 768, 768), K32=Shape(65_536, 24, 32, 32, mix="concat"),
         K2=Shape(65_536, 384, 2, 2, mix="concat"), K3=Shape(65_536, 256, 3, 3, mix="concat"),
@@ -110,7 +110,7 @@ def contenders(shape: Shape, place: Place, compiled: bool) -> dict:
 
     backends = ("triton", "chunked") if place.device.type == "cuda" else ("chunked",)
     arms = {name: partial(by_backend, name) for name in backends}
-    if place.device.type == "cpu" and has_cpu_loops() and shape.mix == "concat" and shape.K <= 4:
+    if place.device.type == "cpu" and has_cpu_loops() and shape.mix == "concat" and shape.K <= 16:
         arms["loops"] = partial(by_backend, "loops")
     if shape.S == 2:
         arms["feature"] = partial(feature_form, mix=shape.mix)

@@ -44,7 +44,7 @@ from kernels.backend import (
 )
 from kernels.splanifold.chunked import splanifold_chunked
 from kernels.splanifold.fused import splanifold_triton
-from kernels.splanifold.loops import WIDEST, splanifold_loops
+from kernels.splanifold.loops import MOST, WIDEST, loops_fit, splanifold_loops
 from kernels.splanifold.reference import SplanifoldControls, splanifold_reference
 
 BACKENDS = dict(
@@ -69,9 +69,9 @@ def splanifold(r: Tensor, controls: SplanifoldControls, *, expansion: float = 0.
     eps              >= 1e-15: smooths the tangents' weights w around Sigma = 0
     mix              "sum": (..., n); "concat": (..., G n), the first splanifold's n first
     backend          "reference": eager PyTorch, forms every node's products; "chunked": PyTorch, a chunk of tokens at a
-                     time; "loops": the CPU's, K <= 4 and mix "concat"; "triton": fused, for CUDA; "auto": triton on
-                     CUDA (chunked for float64); on a CPU loops where they can be, else chunked, or the reference for a
-                     few tokens
+                     time; "loops": the CPU's, mix "concat", K <= 16 and S n K <= 2048; "triton": fused, for CUDA;
+                     "auto": triton on CUDA (chunked for float64); on a CPU loops where they can be, else chunked, or
+                     the reference for a few tokens
 
     Tensors may be bfloat16, float16, float32 or float64, the controls all of one. All but "triton" compute in float32,
     or in float64 where an argument has it; all but the reference keep r and the controls for the backward pass and
@@ -91,14 +91,9 @@ def _choose(r: Tensor, controls: SplanifoldControls, mix: str) -> str:
     """Returns the backend of "auto"."""
     if r.is_cuda and triton is not None and torch.float64 not in (r.dtype, controls.points.dtype):
         return "triton"
-    if _loops_fit(r, mix) and loops_serve(r):
+    if loops_fit(controls, mix) and loops_serve(r):
         return "loops"
     return "reference" if not r.is_cuda and r.shape[0] * r.shape[1] <= TINY else "chunked"
-
-
-def _loops_fit(r: Tensor, mix: str) -> bool:
-    """Returns whether the CPU's loops are made for these splanifolds."""
-    return mix == "concat" and r.shape[-1] <= WIDEST
 
 
 def _check(r, controls, expansion, delta_max, eps, mix, backend):
@@ -132,6 +127,6 @@ def _check(r, controls, expansion, delta_max, eps, mix, backend):
     check_backend(backend, ("auto", *BACKENDS), r, instead="'chunked' or 'auto'")
     if backend == "triton":
         check_no_float64(backend, [r.dtype, points.dtype], instead="'chunked' or 'reference'")
-    if backend == "loops" and not _loops_fit(r, mix):
-        raise ValueError(f"backend 'loops' takes K <= {WIDEST} and mix 'concat'; got K = {K} and {mix!r}: "
-                         "use 'chunked' or 'auto'")
+    if backend == "loops" and not loops_fit(SplanifoldControls(*controls), mix):
+        raise ValueError(f"backend 'loops' takes mix 'concat', K <= {WIDEST} and S n K <= {MOST}; got {mix!r} and "
+                         f"controls.bases {tuple(controls[1].shape)}: use 'chunked' or 'auto'")

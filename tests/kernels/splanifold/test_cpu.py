@@ -26,6 +26,8 @@ SHAPES = [  # M, G, K, n, S, expansion, delta_max, eps
     (300, 7, 3, 5, 3, 0.0, math.inf, 1e-3),
     (200, 3, 4, 4, 2, 0.0, 2.0, 1e-3),
     (9000, 2, 3, 2, 2, 0.0, math.inf, 1e-3),
+    (77, 3, 16, 16, 5, 0.0, math.inf, 1e-3),
+    (50, 2, 11, 7, 2, 0.1, 1.0, 1e-2),
 ]
 
 
@@ -46,7 +48,7 @@ def test_loops_equal_the_reference(shape, relative_rms):
 @pytest.mark.parametrize("seed", range(60))
 def test_loops_of_any_shape_and_option(seed, relative_rms):
     draw = random.Random(seed)
-    M, G, K, n, S = (draw.randint(1, most) for most in (300, 6, 4, 9, 5))
+    M, G, K, n, S = (draw.randint(1, most) for most in (300, 6, 16, 9, 5))
     options = options_of(draw.choice([0.0, 0.5]), draw.choice([0.2, math.inf]), draw.choice([1e-9, 1e-1]))
     inputs = make_inputs(M, G, K, n, S + 1, seed=seed, low=0.1)
     expected = run(inputs, "reference", **options)
@@ -125,7 +127,9 @@ def test_auto_takes_loops():
     controls = SplanifoldControls(*controls)
     assert package._choose(r, controls, "concat") == "loops"
     assert package._choose(r, controls, "sum") == "chunked"
-    assert package._choose(torch.zeros(65, 3, 5), controls, "concat") == "chunked"
+    for K, n in ((17, 2), (16, 65)):
+        r, *controls = make_inputs(65, 3, K, n, 2)
+        assert package._choose(r, SplanifoldControls(*controls), "concat") == "chunked"
 
 
 def test_loops_in_a_graph():

@@ -444,7 +444,7 @@ GOOD = SplanifoldControls(torch.zeros(3, 2, 5), *(torch.zeros(3, 2, 5, 4) for _ 
     (dict(backend="fast"), r"backend must be one of auto, reference, chunked, loops, triton; got 'fast'"),
     (dict(backend="triton"),
      r"backend 'triton' needs CUDA tensors and Triton; got tensors on cpu: use 'chunked' or 'auto'"),
-    (dict(backend="loops"), r"backend 'loops' takes K <= 4 and mix 'concat'; got K = 4 and 'sum'"),
+    (dict(backend="loops"), r"backend 'loops' takes mix 'concat', K <= 16 and S n K <= 2048; got 'sum' and"),
 ], ids=str)
 def test_wrong_arguments_are_named(changes, message):
     arguments = dict(r=torch.zeros(9, 3, 4), controls=GOOD) | changes
