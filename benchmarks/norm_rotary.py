@@ -10,7 +10,7 @@ One table, and benchmarks/results/norm_rotary-<device>.json, written after every
 tests run first (on a CPU those of the reference and of the loops), and an arm is timed only if its result and gradient
 are those of the reference in float64. 6 heads (4 of track cpu), a row of all tokens, half of the pairs turn, tables in
 float32, which "trainer", rotate(RMSNormalize(x)), rounds to x's dtype. "% of copy": the bytes that
-kernels/norm_rotary.py counts, 2A forward and with the backward pass 5A, at the copy bandwidth measured in the same run;
+kernels/norm_rotary counts, 2A forward and with the backward pass 5A, at the copy bandwidth measured in the same run;
 the arm "copy" copies as many bytes with one call.
 """
 

@@ -9,7 +9,7 @@ a plain copy of the bytes that they have to move.
 One table, and benchmarks/results/optimizer_updates-<device>.json, written after every size. Arms take turns; the loops'
 tests run first, and an arm is timed only if its tensors are those of the reference in float64. Forms: "nesterov" and
 "step", Muon's before and after its orthogonalisation, and "adam", of as many numbers. "% of copy": the bytes that
-kernels/optimizer_updates.py counts, at the copy bandwidth measured in the same run; the arm "copy" copies as many
+kernels/optimizer_updates counts, at the copy bandwidth measured in the same run; the arm "copy" copies as many
 bytes.
 """
 
@@ -53,7 +53,7 @@ def make_inputs(N: int, rows: int, columns: int) -> dict:
 
 
 def update(name: str, numbers: tuple, *tensors: torch.Tensor):
-    """A function of kernels/optimizer_updates.py on these tensors."""
+    """A function of kernels/optimizer_updates on these tensors."""
     return getattr(updates, name)(*tensors, *numbers)
 
 

@@ -10,7 +10,7 @@ One table, and benchmarks/results/residual_norm-<device>.json, written after eve
 tests run first (on a CPU those of the reference and of the loops), and an arm is timed only if its results and
 gradients are those of the reference in float64. Forms: "plain" x + y, "scalar" and "channel" gains alpha and beta,
 "weight" channel gains and a weight of the norm; on a CPU, whose loops serve these, "plain" and "mix", a scale for each
-of x and y. "% of copy": the bytes that kernels/residual_norm.py counts, 4A forward and with the backward pass 10A
+of x and y. "% of copy": the bytes that kernels/residual_norm counts, 4A forward and with the backward pass 10A
 (plain: 8A), at the copy bandwidth measured in the same run; the arm "copy" copies as many bytes with one call.
 """
 

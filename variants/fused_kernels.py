@@ -25,7 +25,7 @@ linear layers are replaced is left alone.
 Cost: no parameter; FLOPs as the baseline's, but muon's products, of which it takes 56 to 67 % at 384 channels or more.
 Memory: the feed-forward keeps its hidden activations once where the baseline's keeps them twice.
 
-Source: kernels/relu_squared_feed_forward.py, softcapped_cross_entropy.py, symmetric_product.py, norm_rotary.py,
+Source: kernels/relu_squared_feed_forward, softcapped_cross_entropy.py, symmetric_product.py, norm_rotary.py,
 residual_norm.py, optimizer_updates.py and embedding_lookup.py, which name theirs
 Status: unmeasured by a record; benchmarks/README.md has what the loops save on a CPU
 """

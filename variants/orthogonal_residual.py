@@ -24,7 +24,7 @@ over the channels of a token, at least float32. alpha = beta = 1 is x + y, bit f
                   that begins at zero gives NaN; 0: none
     gate_lr_mul   of the gates' learning rate
     gate_wd_mul   of --weight_decay for the gates' distance from where they begin (0: none)
-    kernel        on: the attention's residual and the feed-forward's norm are one operation, kernels/residual_norm.py,
+    kernel        on: the attention's residual and the feed-forward's norm are one operation, kernels/residual_norm,
                   for split, layerscale and orthogonal forms, with gates=fixed the plain residual too; off: the formula.
                   No GPU has decided between them yet
 

@@ -1,7 +1,7 @@
 """
 Splanifold feed-forward: groups of spline manifolds, each a map of K squashed coordinates, replace the feed-forward.
 
-    z = gain (W_in x) - centre        r = squash(z) (.., G, K)        Phi: kernels/splanifold.py
+    z = gain (W_in x) - centre        r = squash(z) (.., G, K)        Phi: kernels/splanifold
     y = W_out concat_g Phi_g(r_g)     or     y = sum_g Phi_g(r_g)
 
 x and y are (B, T, model_dim). Phi_g maps K coordinates to n numbers: model_dim where groups are summed, else K with an
@@ -32,7 +32,7 @@ Presets supply what is left at "preset" or 0:
                 4 x 32 x (2 + 6 x 32) numbers make 3.18M
 
 At equal parameters the FLOPs are 0.97 of those of the feed-forward for lowdim2 and lowdim3 and 0.70 for dense16, on
-track cpu: from K = 16 on tokens visit only the nodes of their segment.
+track cpu: from K = 16 on tokens visit only the nodes of their segment, but for loops on a CPU.
 
 The stored controls are those of features of about unit size: E, E' and P' are multiplied by 8, 32 and 8 K. Muon takes
 them as matrices (n, K), G S of each kind, with the rate divided by sqrt(G) where groups are summed; Adam takes P, gain,

@@ -34,7 +34,7 @@ Presets supply what is left at "preset" or 0. faithful: the seed idea, everythin
 gate, heads of 8 channels, convolution of 4 taps. key_only, the control of fast: the same without the distance term,
 with a key bias in its place. The control of both for what a decay alone gives is the variant forgetting_attention.
 
-Cost: no product of queries with keys; the attention takes O(T log T) or less (kernels/topological_attention.py).
+Cost: no product of queries with keys; the attention takes O(T log T) or less (kernels/topological_attention).
 Parameters: with linear coordinates q and k (2 H D model_dim) give way to 2 H model_dim; the forget gate and the key
 bias take H model_dim each. A new window compiles the layer anew.
 

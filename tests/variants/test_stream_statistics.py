@@ -86,7 +86,7 @@ def test_branches_of_zeros_have_no_direction():
 
 @pytest.mark.slow
 def test_a_compiled_run_stays_as_it_is(tmp_path):
-    """Without compilation: tests/test_seams.py."""
+    """Without compilation: test_seams.py."""
     rng = np.random.default_rng(1)
     for name, count in dict(x_train_000000=3000, x_val_000000=1000).items():
         tokens = rng.integers(97, 123, count)
