@@ -44,7 +44,10 @@ def test_residual_norm_measures_every_arm(form):
                                    splanifold.Shape(64, 1, 16, 8, S=3)], ids=str)
 def test_splanifold_measures_every_arm(shape):
     rows = splanifold.measure_shape(PLACE, "tiny", shape)
-    assert complete(rows) and {row["arm"] for row in rows} == {"chunked", "reference", splanifold.MLP, "copy"} | ({"feature"} if shape.S == 2 else set())
+    arms = {"chunked", "reference", splanifold.MLP, "copy"}
+    arms |= {"feature"} if shape.S == 2 else set()
+    arms |= {"loops"} if shape.mix == "concat" else set()
+    assert complete(rows) and {row["arm"] for row in rows} == arms
     assert all(("product_share" in row) == (row["arm"] not in (splanifold.MLP, "copy")) for row in rows)
 
 
