@@ -33,6 +33,7 @@ def complete(rows: list[dict]) -> bool:
     return shown(rows).count("\n") == len(rows) + 1
 
 
+@pytest.mark.slow
 def test_topological_attention_measures_every_backend():
     rows = topological_attention.measure(PLACE, 64, 2, 16)
     backends = {f"topological, {name}" for name in (*topological_attention.BACKENDS, "auto") if name != "tiled"}

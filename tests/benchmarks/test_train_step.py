@@ -53,6 +53,7 @@ def test_profile(data, tmp_path, capsys):
     assert not list(Path(tmp_path).glob("**/*.txt"))
 
 
+@pytest.mark.slow
 def test_against_another_checkout(data, tmp_path, capsys):
     code = train_step.main(["--output", str(tmp_path / "out.json"), "against", str(train_step.ROOT), "--steps", "3",
                             "--rounds", "1", "--", "--data", str(data), *TINY])
