@@ -2443,6 +2443,7 @@ class Trainer:
         rng = [torch.get_rng_state()]
         if self.ranks.device.type == "cuda":
             rng.append(torch.cuda.get_rng_state())
+        # what is validated; what training goes on from stands beside it only where that is another
         with self._averaged():
             model = self._model_state()
         return dict(
@@ -2642,6 +2643,7 @@ class Trainer:
             self.steps = math.ceil(self.step / max(self.progress, 1e-9))
 
     def _times(self) -> str:
+        # modded-nanogpt's form, which its readers' tools know
         milliseconds = 1000 * self._elapsed()
         return f"train_time:{milliseconds:.0f}ms step_avg:{milliseconds / max(self.step, 1):.2f}ms"
 
@@ -2684,6 +2686,7 @@ class Trainer:
             curve[:] = curve[::2]
 
     def _show_progress(self):
+        # over all steps so far, so that the time left swings little
         average = self._elapsed() / self.step
         rate = self.tokens / self._elapsed()
         left = int((self.steps - self.step) * average)
@@ -2694,6 +2697,7 @@ class Trainer:
     def _validate_and_log(self):
         # the loss
         loss, log = self.validate(self.val_batches), self.log
+        # nats a token to bits a byte
         bits = loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
         bits_text = "val_bits_per_byte: unknown, no .tiktoken file beside the shards"
         if bits:
