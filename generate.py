@@ -88,7 +88,6 @@ class LayerCache:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Tensor:
         """train_gpt.attend for the new tokens q, k, v (B, t, H, D), over the earlier ones too."""
         # keep the new keys and values
-        mask = getattr(mask, "mask", mask)  # attend still passes an AttentionContext on
         keys, values = self.part("keys", TokenBuffer), self.part("values", TokenBuffer)
         for buffer, new in ((keys, k), (values, v)):
             buffer.keep((mask.window or self.context) - 1)
