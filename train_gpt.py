@@ -2046,8 +2046,8 @@ def sources_of_run() -> dict[str, str]:
     # this file first: a resumed run's later header begins with it
     modules = [sys.modules[__name__]]
     loaded = [name for name in sorted(sys.modules) if name.split(".")[0] in ("variants", "kernels")]
-    if not any(name.startswith("variants.") for name in loaded):
-        loaded = []  # the loader alone, which the entry imports, takes no part in a run without variants
+    if not any(name.startswith("variants.") for name in loaded):  # the entry's loader alone takes no part in the run
+        loaded = [name for name in loaded if name != "variants"]
     for name in loaded:
         if getattr(sys.modules[name], "__file__", None):
             modules.append(sys.modules[name])
