@@ -176,6 +176,7 @@ class Config:
     dtype: str = "auto"                 # of activations: auto, float32 or bfloat16
     compile: str = "auto"               # auto, model (one graph), blocks (one a block) or off
     loss_chunk: int = 4096              # tokens whose logits exist at one time
+    keep_losses: int = 10_000_000       # validation tokens whose losses a run keeps at its end; 0: none
     resume: str = ""                    # checkpoint to continue, bit for bit
     init_from: str = ""                 # checkpoint whose matching tensors are this run's start
     log_dir: str = "logs"               # folder of logs, JSON files and checkpoints
@@ -204,7 +205,8 @@ class Config:
 
 # Settings that a resumed run may change.
 RESUME_FIELDS = {
-    "resume", "data", "log_dir", "save", "checkpoint_seconds", "keep_every", "val_every", "device", "dry_run",
+    "resume", "data", "log_dir", "save", "checkpoint_seconds", "keep_every", "keep_losses", "val_every", "device",
+    "dry_run",
 }
 # What a setting may be. Numbers: the least and the most, both allowed; of a tuple, each of its numbers.
 RANGES = dict(
@@ -216,8 +218,8 @@ RANGES = dict(
     value_embeddings=(0, 4096), bigram_rows=(0, 2 ** 28), lr_matrix=(0.0, 1e4), lr_embed=(0.0, 1e4),
     lr_head=(0.0, 1e4), lr_scalar=(0.0, 1e4), momentum=(0.0, 0.999999), normuon_beta2=(0.0, 0.999999),
     weight_decay=(0.0, 1e4), adam_beta1=(0.0, 0.999999), adam_beta2=(0.0, 0.999999), decay_fraction=(0.0, 1.0),
-    seed=(0, 2 ** 48), threads=(0, 1024), loss_chunk=(1, 2 ** 32), checkpoint_seconds=(0.0, 31_536_000.0),
-    keep_every=(0, 10 ** 9),
+    seed=(0, 2 ** 48), threads=(0, 1024), loss_chunk=(1, 2 ** 32), keep_losses=(0, 2 ** 32),
+    checkpoint_seconds=(0.0, 31_536_000.0), keep_every=(0, 10 ** 9),
 )
 CHOICES = dict(
     rope=("half", "full", "none"), device=("auto", "cpu", "cuda"), dtype=("auto", "float32", "bfloat16"),
@@ -2138,8 +2140,8 @@ class RunLog:
         RunError if the id is taken by another run, or this one is still under way, or the folder cannot be written.
         """
         # state
-        files = [Path(config.log_dir) / f"{config.run_id}.{kind}" for kind in ("txt", "json", "pt")]
-        self.text, self.json, self.checkpoint = files
+        files = [Path(config.log_dir) / f"{config.run_id}.{kind}" for kind in ("txt", "json", "pt", "losses.npz")]
+        self.text, self.json, self.checkpoint, self.losses = files
         self.main = rank == 0
         self.terminal = sys.stdout.isatty()
         self.open_line = False              # whether the terminal's last line is a passing state
@@ -2152,7 +2154,7 @@ class RunLog:
         try:
             self.text.parent.mkdir(parents=True, exist_ok=True)
             # the files of an earlier process of this run, or none
-            for file in () if resumed else (self.text, self.json, self.checkpoint):
+            for file in () if resumed else files:
                 require(not file.exists(),
                         f"{file} exists: a run's id is its own; go on with --resume {self.checkpoint}, or choose "
                         "another --run_id, or delete its files")
@@ -2254,6 +2256,15 @@ class RunLog:
             say(f"\r\033[K{text}", end="")
         elif self.main:
             say(text)
+
+    def save_losses(self, losses: np.ndarray):
+        """Write RUN_ID.losses.npz: losses (rows, T) float16, nats, of the first validation rows."""
+        if not self.main:
+            return
+        try:
+            write_atomically(self.losses, lambda file: np.savez_compressed(file, losses=losses))
+        except RunError as error:  # the run has its result without them
+            self.write(f"warning: {error}", console=True)
 
     def save_facts(self, **facts):
         self.facts.update(facts)
@@ -2528,6 +2539,49 @@ class Trainer:
         self.model.train()
         return total.item() / sum(map(len, batches))
 
+    @torch.no_grad()
+    def token_losses(self, rows: Tensor) -> np.ndarray:
+        """
+        The loss of every token of rows (n, T + 1) in nats, (n, T) float16, from the model's logits: what a model says
+        of its own loss does not count here.
+        """
+        # as many rows at a time as give a GiB of logits
+        most = max(1, 2 ** 28 // (self.config.padded_vocabulary * (rows.shape[1] - 1)))
+        losses = []
+        for some in rows.to(self.ranks.device).split(most):
+            logits = self.model(some[:, :-1].contiguous())
+            losses.append(F.cross_entropy(logits.transpose(1, 2), some[:, 1:].long(), reduction="none").half().cpu())
+        return torch.cat(losses).numpy()
+
+    def _keep_losses(self):
+        """Write the losses of the first keep_losses validation tokens. A run is worth more than these. Collective."""
+        # this rank's rows, as the validation deals them out
+        config, world = self.config, self.ranks.world
+        rows = np.concatenate(self.val_batches)[:-(-config.keep_losses // config.sequence_length)]
+        fault = None
+        losses = None
+        self.model.eval()
+        try:
+            with self._averaged():
+                losses = self.token_losses(torch.from_numpy(rows[self.ranks.rank::world]))
+        except Exception as error:  # no memory for the logits, a variant without logits, a compiler's fault
+            fault = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0][:200]}"
+        self.model.train()
+        if self.ranks.agree(int(fault is not None)):
+            self.log.write(f"warning: the losses of single tokens are not kept: {fault or 'a fault on another rank'}",
+                           console=True)
+            return
+
+        # all ranks' rows, in order
+        shares = [losses]
+        if world > 1:
+            shares = [None] * world
+            dist.all_gather_object(shares, losses)
+        losses = np.empty((len(rows), config.sequence_length), np.float16)
+        for rank, share in enumerate(shares):
+            losses[rank::world] = share
+        self.log.save_losses(losses)
+
     def warm_up(self) -> float:
         """
         Compile and run every shape and window stage on dummy rows, then put everything back exactly. Returns seconds.
@@ -2606,6 +2660,8 @@ class Trainer:
 
         with self._clock_stopped():
             self._validate_and_log()
+            if config.keep_losses:
+                self._keep_losses()
             self._save(log.checkpoint, must=True)
             return self._finished()
 
