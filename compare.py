@@ -1,8 +1,11 @@
 """
 Head to head: arms x seeds, in turn on one machine, and a verdict with statistics.
 
-    python compare.py baseline swiglu_mlp "parallel_residual:layers=0-1" --track cpu --seeds 3
+    python compare.py baseline swiglu_mlp "parallel_residual:layers=0-1" --track cpu
+    python compare.py baseline my_mlp --until-decided --max-seeds 24 --margin 0.005
     python compare.py baseline "swiglu_mlp --lr_matrix 0.02" --budget time --sweep 0.5,1,2 -- --steps 500
+    python compare.py --add-arm my_other_mlp comparisons/FOLDER
+    python compare.py FOLDER [FOLDER ...]
 
 - An arm is "baseline" or variants joined by +, with options of train_gpt.py after them; the first arm is what the
   others are compared with. Options after -- go to every arm. An arm named again is run on seeds of its own: the
@@ -10,35 +13,39 @@ Head to head: arms x seeds, in turn on one machine, and a verdict with statistic
 - Before the first run every arm is tried for causality and for the isolation of documents; an arm that looks ahead
   stops the comparison.
 - Runs take turns, A B C A B C. Runs of one seed share the order of the data and the initial tensors of equal names;
-  every run is a process of its own.
+  every run is a process of its own. --jobs starts the runs of a turn together.
+- The verdict is better, worse, equivalent within a margin or undecided, by a t test over pairs of equal seeds
+  (records/statistics.py has the rule).
+- --until-decided looks at the pairs again and again, by a design that allows for it (records/sequential.py); an arm
+  that is decided gets no more runs. Otherwise more seeds afterwards are refused: adding runs until a difference is
+  significant finds one where there is none.
 - --budget tokens: equal tokens. --budget time: equal seconds of training; each arm's schedule follows the clock.
 - --sweep: every arm tries its learning rates times these factors on other seeds than the reported ones, and keeps the
   best.
-- Stop it in any way and call it again: finished runs are kept, a run under way goes on from its checkpoint. More seeds
-  afterwards are refused: adding runs until a difference is significant finds one where there is none.
+- Stop it in any way and call it again: finished runs are kept, a run under way goes on from its checkpoint. A run that
+  fails or hangs is reported, and the others go on.
 - A finished run of another comparison is taken over where code, settings, seed, data and machine are the same, so that
   an edited variant alone is trained again. The report names such runs, does not compare their times, and counts the
   results that had been seen.
 - Compiled code is shared by the seeds of an arm through PyTorch's cache on disk; compilation is outside every clock and
   reported apart.
+- Folders instead of arms (comparisons, records, or one folder of logs for each arm): the verdict on finished runs.
+- --json: one object on stdout, all else on stderr. The exit code is 0 whatever the verdict, 1 for a fault.
 
 The report: README.md, report.html, curves.png, results.json and all logs, in the folder of -o.
 """
 
 import argparse
-import ast
-import ctypes
 import fcntl
-import hashlib
 import json
 import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
-import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -52,17 +59,13 @@ from train_gpt import (
     RANGES,
     STOPPING,
     Config,
-    Ranks,
     RunError,
     adopt_vocabulary,
     compile_mode,
-    environment,
-    find_shards,
     parse_config,
     read_json,
     require,
     say,
-    sha256_of_file,
     sha256_of_text,
     write_atomically,
 )
@@ -71,16 +74,36 @@ from train_gpt import (
 import torch
 
 import variants
-from records.report import check_scored, console_table, sentences, summarize, write_report
+from records.arms import merge_arms, rule_settings
+from records.fields import COUNT, DESIGN, POSITIVE, SHARE, Maybe, check_text, read_fields
+from records.identity import (
+    ROOT,
+    data_identity,
+    digest_of,
+    machine_facts,
+    module_file,
+    names_a_file,
+    ranks_of,
+    source_of,
+)
+from records.ledger import close_entry, open_entry
+from records.processes import Interrupt, Interrupted, Process, wait_for
+from records.report import console_table, sentences, write_report
+from records.results import add_autopsies, check_scored, outcome_of, summarize
 from records.runs import Run, read_run
+from records.sequential import LOOKS, look_at, looks_until, make_design
+from records.spreads import describe_power
+from records.statistics import ALPHA, PAIRS
 
-ROOT = Path(__file__).resolve().parent
 COMPARISONS = Path("comparisons")  # where comparisons lie unless -o says otherwise, and finished runs are looked for
 # Options that this script sets for every run.
 RESERVED = {"seed", "run_id", "log_dir", "resume", "save", "time_budget", "dry_run"}
 # Of a configuration: what says nothing about the result of a run. Data and machine are compared by what they are, not
 # by their names.
-NO_RESULT = {"run_id", "log_dir", "resume", "save", "checkpoint_seconds", "keep_every", "dry_run", "data", "device"}
+NO_RESULT = {
+    "run_id", "log_dir", "resume", "save", "checkpoint_seconds", "keep_every", "keep_losses", "dry_run", "data",
+    "device",
+}
 RATES = ("lr_matrix", "lr_embed", "lr_head", "lr_scalar")
 # The first seeds of runs that are not reported.
 SWEEP_SEED = 1_000_001
@@ -117,57 +140,8 @@ class Job:
     options: list[str]      # of train_gpt.py, that only this run has
 
 
-class Interrupted(Exception):
-    """A signal; its number is the argument."""
-
-
-class Interrupt:
-    """
-    The first signal that asks this script to stop. It is passed on to the run under way, which saves and ends; check()
-    then leaves at a place where nothing is half done. With no run under way a second signal ends this process at once.
-    """
-
-    def __init__(self):
-        self.number = None  # of the first signal
-        self.child = None   # the run under way, a Popen
-        self.before = {}    # the handlers of whoever called main()
-
-    def __enter__(self):
-        for number in STOPPING:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup stays nohup
-                self.before[number] = signal.signal(number, self.receive)
-        return self
-
-    def __exit__(self, *_error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def receive(self, number, _frame):
-        if self.number is None:
-            self.number = number
-            self.pass_on()
-        elif self.child is None:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    def pass_on(self):
-        """Ask the run under way to save and end; end it after two minutes."""
-        if self.child is None:
-            return
-        self.child.send_signal(signal.SIGTERM)
-        last = threading.Timer(120, self.child.kill)
-        last.daemon = True
-        last.start()
-
-    def started(self, child):
-        """From now on signals are passed on to this child, and one that came while it was started."""
-        self.child = child
-        if self.number is not None:
-            self.pass_on()
-
-    def check(self):
-        if self.number is not None:
-            raise Interrupted(self.number)
+# The exit codes of a run that a signal stopped.
+STOPPED = [code for number in STOPPING for code in (-number, 128 + number)]
 
 
 # ---- What was asked for
@@ -246,176 +220,37 @@ def rate_options(arm: Arm, shared: list[str], factor: float) -> list[str]:
     return rates
 
 
-# ---- What runs are the same: code, data, machine
-
-def module_file(module: str) -> Path | None:
-    """
-    The file of a module of this repository, a folder's __init__.py before a file of that name, as Python imports them;
-    None where there is none.
-    """
-    path = ROOT.joinpath(*module.split("."))
-    return next((file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()), None)
-
-
-def text_and_digest(file: Path) -> tuple[str, str]:
-    """(a source file's text, its sha256 as Run.code counts it: without newlines at its ends)."""
-    text = file.read_text(encoding="utf-8", errors="replace")
-    return text, sha256_of_text(text.strip("\n"))
-
-
-def source_of(arms: list[Arm]) -> dict[str, str]:
-    """
-    Return {file: sha256} of all code that the arms' runs load: the trainer and, for arms with variants, the loader,
-    their variants and what these import of variants and kernels, in functions and by a name in quotes too. What stands
-    beside them (data, tasks, studies, benchmarks) says nothing about a run.
-    """
-    specs = [spec for arm in arms for text in arm.variant for spec in re.split(r"\+(?=[a-z_])", text)]
-    waiting = ["train_gpt", *(f"variants.{spec.partition(':')[0].strip()}" for spec in specs)]
-    source = {}
-    done = set()
-
-    while waiting:
-        module = waiting.pop()
-        file = module_file(module)
-        if module in done or file is None:
-            continue
-        done.add(module)
-        text, source[str(file.relative_to(ROOT))] = text_and_digest(file)
-
-        # what it loads
-        if "." in module:
-            waiting.append(module.rpartition(".")[0])  # a package is loaded before its modules
-        # The trainer loads what it is told to, and so does the variants' loader, beside what stands at its top.
-        statements = [] if module == "train_gpt" else parse_source(file, text).body
-        for statement in statements:
-            for node in [statement] if module == "variants" else ast.walk(statement):
-                waiting += imported(node, module, file)
-    return source
-
-
-def parse_source(file: Path, text: str) -> ast.Module:
-    try:
-        return ast.parse(text)
-    except (SyntaxError, ValueError) as error:
-        raise RunError(f"{file.relative_to(ROOT)} is no Python: {error}; mend it") from None
-
-
-def imported(node: ast.AST, module: str, file: Path) -> list[str]:
-    """
-    The modules of variants and kernels that a piece of a module's code may import. A text in a kernel is taken for the
-    name of a module below kernels, which is how kernels name the loops that they import late.
-    """
-    names = []
-    if isinstance(node, ast.Import):
-        names = [alias.name for alias in node.names]
-    elif isinstance(node, ast.ImportFrom):
-        package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-        for _ in range(node.level - 1):
-            package = package.rpartition(".")[0]
-        base = ".".join(filter(None, [package if node.level else "", node.module]))
-        names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
-    elif isinstance(node, ast.Constant) and isinstance(node.value, str) and module.startswith("kernels."):
-        names = [f"kernels.{name}" for name in re.findall(r"\A\w+(?:\.\w+)*\Z", node.value)]
-    return [name for name in names if name.split(".")[0] in ("variants", "kernels")]
-
-
-# A shard of up to BLOCK x BLOCKS bytes is read in full, of a longer one so many blocks.
-BLOCK = 2 ** 16     # bytes
-BLOCKS = 256
-
-
-def data_identity(config: Config) -> dict:
-    """
-    Return dict(train=..., val=...): one sha256 of all training shards and {name: sha256} of the validation shards. Of
-    long training shards, sizes and evenly spaced blocks are looked at: reading 20 GB takes longer than it is worth.
-    """
-    train = hashlib.sha256()
-    for path in find_shards(config, "train"):
-        size = path.stat().st_size
-        train.update(f"{path.name} {size}\n".encode())
-        with open(path, "rb") as file:
-            for index in range(BLOCKS):
-                file.seek(max(index * BLOCK, (size - BLOCK) * index // (BLOCKS - 1)))
-                train.update(file.read(BLOCK))
-    return dict(train=train.hexdigest(), val={path.name: sha256_of_file(path) for path in find_shards(config, "val")})
-
-
-def ranks_of(device: str, ranks: int) -> Ranks:
-    """The first of the processes of a run with this --device, without starting any."""
-    cuda = torch.cuda.is_available() and device != "cpu"
-    return Ranks(0, ranks, torch.device("cuda" if cuda else "cpu"), torch.float32)
-
-
-@cache
-def machine_facts(device: str, threads: int, ranks: int) -> dict:
-    """What a run of this machine and environment logs of it, for a configuration's device and threads."""
-    there = ranks_of(device, ranks)
-    facts = environment(there)
-    if there.device.type == "cpu":
-        usual = torch.get_num_threads()
-        if ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
-            usual = 1  # torchrun gives each of several processes one
-        facts["threads"] = threads or usual
-        facts["device"] = re.sub(r"\d+ threads$", f"{threads or usual} threads", facts["device"])
-    return {name: facts[name] for name in ("device", "threads", "world_size", "torch", "cuda", "triton")}
-
-
-def names_a_file(config: Config) -> bool:
-    """
-    Whether the result depends on a file whose content no log holds: a checkpoint to start from, or a variant's option
-    that is a path.
-    """
-    words = [word for spec in config.variant for word in re.split(r"[:,=]", spec)[1:]]
-    return bool(config.init_from) or any(os.path.exists(word) for word in words)
-
-
 # ---- plan.json and state.json
 
-# What these files hold. int and float: not negative, finite; [kind]: a list; (kind, kind): a list of so many;
-# {str: kind}: an object with any names; {"name": kind}: one with these.
 PLAN = {
-    "arms": [str], "options": [str], "seeds": int, "budget": str, "seconds": float, "sweep": [float],
-    "sweep_seeds": int, "ranks": int, "command": str, "anyway": bool,
+    "arms": [check_text], "options": [check_text], "seeds": COUNT, "budget": str, "seconds": POSITIVE,
+    "sweep": [POSITIVE], "sweep_seeds": COUNT, "ranks": COUNT, "jobs": COUNT,
+    "alpha": SHARE,                                         # of all arms together
+    "margin": Maybe(POSITIVE),                              # nats, within which losses are equivalent
+    "until_decided": bool,
+    "design": Maybe(DESIGN),                                # of an arm, where it runs until it is decided
+    "ledger": Maybe(str),                                   # the file that gave alpha
+    "command": check_text, "anyway": bool,
     "source": {str: str},                                   # file: sha256
     "data": {str: {"train": str, "val": {str: str}}}}       # folder of shards: as data_identity() gives it
 STATE = {
-    "failed": {str: str},                                   # run: its error
-    "order": [(str, str, int)],                             # run, arm and seed of all that were begun
-    "wall_seconds": float, "runs_seconds": float,
-    "durations": {str: [float]},                            # arm: seconds of each of its runs, start included
+    "failed": {str: check_text},                            # run: its error
+    "order": [{"run": str, "arm": check_text, "seed": COUNT}],  # all that were begun
+    "company": {str: COUNT},                                # run: how many were started together, itself included
+    "wall_seconds": POSITIVE, "runs_seconds": POSITIVE,
+    "durations": {str: [POSITIVE]},                         # arm: seconds of each of its runs, start included
     "reused": {str: {"log": str, "seen": [str]}},           # run: as find_finished() gives them
-    "faults": {str: [str]}}                                 # arm: what makes it unsound; [] where it was tried
-UNCOMPARED = ("command", "anyway")  # of a plan: what another call of it may have otherwise
+    "added": [check_text],                                  # arms that were added to the finished comparison
+    "faults": {str: [check_text]}}                          # arm: what makes it unsound; [] where it was tried
+UNCOMPARED = ("command", "anyway", "jobs")  # of a plan: what another call of it may have otherwise
+GIVEN_LATER = ("alpha", "design")           # what a ledger gives when the comparison is opened
+REMEDY = "delete its folder, or choose another with -o"
 
 
-def fits(value, kind) -> bool:
-    """Whether a value of a JSON file is of a kind, as PLAN and STATE write it."""
-    if isinstance(kind, list):
-        return isinstance(value, list) and all(fits(item, kind[0]) for item in value)
-    if isinstance(kind, tuple):
-        return isinstance(value, list) and len(value) == len(kind) and all(map(fits, value, kind))
-    if isinstance(kind, dict) and str in kind:
-        return isinstance(value, dict) and all(fits(item, kind[str]) for item in value.values())
-    if isinstance(kind, dict):
-        same_names = isinstance(value, dict) and value.keys() == kind.keys()
-        return same_names and all(fits(value[name], kind[name]) for name in kind)
-    if kind in (int, float):
-        return isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 <= value <= 1e12
-    return isinstance(value, kind)
-
-
-def read_fields(path: Path, kinds: dict) -> dict:
-    """
-    The content of plan.json or state.json. RunError, one line with the file and the field, for anything that does not
-    belong there.
-    """
-    remedy = "delete its folder, or choose another with -o"
-    content = read_json(path, remedy)
-    for name in sorted(kinds.keys() | content.keys()):
-        require(name in kinds and name in content and fits(content[name], kinds[name]),
-                f"{path} is damaged or of another version: its field {name!r:.60} is "
-                f"{content.get(name, 'missing')!r:.60}; {remedy}")
-    return content
+def key_of(plan: dict) -> str:
+    """The digest of what two plans must have in common to be one."""
+    compared = {name: plan[name] for name in PLAN if name not in UNCOMPARED + GIVEN_LATER}
+    return sha256_of_text(json.dumps(compared))
 
 
 class Comparison:
@@ -434,32 +269,63 @@ class Comparison:
         self.configs = {}           # (a job's name, its options): the configuration that its log must have
         self.others = {}            # log of another comparison: its JSON, {} where that is not a finished run's
         self.scored = []            # a finished run of this plan; all others must be scored on the same tokens
-        self.state = dict(failed={}, order=[], wall_seconds=0.0, runs_seconds=0.0, durations={}, reused={}, faults={})
+        self.patience = 0.0         # seconds without a step after which a run counts as hanging; 0: never
+        self.entry = None           # of the ledger, where there is one
+        self.state = dict(failed={}, order=[], company={}, wall_seconds=0.0, runs_seconds=0.0, durations={}, reused={},
+                          added=[], faults={})
 
     def open(self, retry: bool):
         """
-        Make the folder and lock it, or take up what an earlier call left there. RunError if it had another plan, other
-        code or other data.
+        Make the folder and lock it, or take up what an earlier call left there; alpha is written down in the ledger, if
+        there is one. RunError if the folder had another plan, other code or other data.
+        """
+        self.lock_folder()
+        saved = self.folder / "plan.json"
+        if saved.exists():
+            self.check_plan(read_fields(saved, REMEDY, PLAN))
+        if self.plan["ledger"]:
+            names = [arm.name for arm in self.arms[1:]]
+            self.entry = open_entry(Path(self.plan["ledger"]), key_of(self.plan), self.folder, self.plan["command"],
+                                    names)
+            self.plan["alpha"] = 2 * self.entry.alpha  # the ledger's is of "better" alone, one side of the test
+        if self.plan["until_decided"]:
+            share = self.plan["alpha"] / max(1, len(self.arms) - 1)
+            self.plan["design"] = make_design(self.plan["seeds"], share, self.plan["margin"] is not None)
+        if saved.exists() and (self.folder / "state.json").exists():
+            self.state = read_fields(self.folder / "state.json", REMEDY, STATE)
+        if retry:
+            self.state["failed"] = {}
+        self.save(saved, self.plan)
+
+    def open_for_arm(self, name: str, retry: bool):
+        """
+        Lock the folder of a finished comparison to which this plan adds the arm of this name, and take up its state.
+        RunError where it is not finished, or where the plan differs in more than the arm.
+        """
+        saved = read_fields(self.folder / "plan.json", "give the folder of a comparison", PLAN)
+        results = self.folder / "results.json"
+        require(results.exists(), f"{self.folder} has no results yet; finish it before an arm is added")
+        self.lock_folder()
+        self.check_plan(saved | dict(arms=self.plan["arms"], source=self.plan["source"] | saved["source"],
+                                     data=self.plan["data"] | saved["data"]))
+        self.state = read_fields(self.folder / "state.json", REMEDY, STATE)
+        if name not in self.state["added"]:
+            self.state["added"].append(name)
+        if retry:
+            self.state["failed"] = {}
+        self.save_state()
+        self.save(self.folder / "plan.json", self.plan)
+
+    def lock_folder(self):
+        """
+        Make the folder and lock it. One process a folder: a run inherits the lock, so that one which outlives its
+        killed comparison is waited for, not doubled.
         """
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / ".lock", "w", encoding="utf-8")
         except OSError as error:
             raise RunError(f"cannot write {self.folder}: {error.strerror}; choose another folder with -o") from None
-        self.wait_for_others()
-        if (self.folder / "plan.json").exists():
-            self.check_plan(read_fields(self.folder / "plan.json", PLAN))
-            if (self.folder / "state.json").exists():
-                self.state = read_fields(self.folder / "state.json", STATE)
-        if retry:
-            self.state["failed"] = {}
-        self.save(self.folder / "plan.json", self.plan)
-
-    def wait_for_others(self):
-        """
-        One process a folder: a run inherits the lock, so that one which outlives its killed comparison is waited for,
-        not doubled.
-        """
         for attempt in range(120):
             self.interrupt.check()
             try:
@@ -476,7 +342,7 @@ class Comparison:
         """RunError if the plan that began this folder is another one."""
         remedy = "or choose another folder with -o"
         for name in PLAN:
-            require(name in (*UNCOMPARED, "source", "data") or self.plan[name] == plan[name],
+            require(name in (*UNCOMPARED, *GIVEN_LATER, "source", "data") or self.plan[name] == plan[name],
                     f"{self.folder} holds another plan ({name}: {plan[name]!r:.200}, now {self.plan[name]!r:.200}); "
                     f"repeat its command, {remedy}")
         old = plan["source"]
@@ -548,30 +414,36 @@ class Comparison:
                     f"{log} ran another {file} than this comparison; {remedy}")
         return run
 
-    def execute(self, jobs: list[Job], done: int, total: int):
-        """Do what is not yet done, in this order. done and total: runs of the whole plan, for the progress line."""
-        for number, job in enumerate(jobs, done + 1):
+    def execute(self, turns: list[list[Job]], done: int, total: int):
+        """
+        Do what is not yet done of the turns, one after the other. done and total: runs of the whole plan, for the
+        progress line.
+        """
+        for batch in self.batches(turns):
             self.interrupt.check()
-            run = self.read(job)
-            if run is None and job.name not in self.state["failed"]:
-                self.train_or_take_over(job, number, total)
-                run = self.read(job)
-            if run is not None:
+            missing = []
+            for number, job in enumerate(batch, done + 1):
+                if self.read(job) is None and job.name not in self.state["failed"]:
+                    log = self.take_over(job)
+                    if log:
+                        say(f"run {number}/{total}: {job.arm.name}, seed {job.seed}: taken over from {log}")
+                    else:
+                        missing.append((number, job))
+            if missing:
+                self.run(missing, total)
+            done += len(batch)
+            for run in filter(None, map(self.read, batch)):
                 self.scored = self.scored or [run]
                 check_scored([*self.scored, run])
 
-    def train_or_take_over(self, job: Job, number: int, total: int):
-        """Do one run of the plan, the number-th. RunError if its code changed since the comparison began."""
-        title = f"run {number}/{total}: {job.arm.name}, seed {job.seed}"
-        log = self.take_over(job)
-        if log:
-            say(f"{title}: taken over from {log}")
-            return
-        changed = [file for file, digest in self.plan["source"].items() if digest_of(ROOT / file) != digest]
-        require(not changed, f"{', '.join(changed)} changed while its comparison was under way; restore it and call "
-                "again")
-        say(title)
-        self.run(job, number - 1, total)
+    def batches(self, turns: list[list[Job]]) -> Iterator[list[Job]]:
+        """The jobs that are started together: as many turns as there is room for, or the pieces of one turn."""
+        most = self.plan["jobs"]
+        together = max(1, most // max(map(len, turns), default=1))
+        for start in range(0, len(turns), together):
+            jobs = [job for turn in turns[start:start + together] for job in turn]
+            for first in range(0, len(jobs), most):
+                yield jobs[first:first + most]
 
     def command(self, job: Job) -> list[str]:
         """The command line of a job's process. What a run without a checkpoint left behind is deleted."""
@@ -590,52 +462,77 @@ class Comparison:
             path.unlink(missing_ok=True)
         return words
 
-    def run(self, job: Job, done: int, total: int):
-        """One training process, from its start or its checkpoint. A fault of its own is noted, and the others go on."""
-        start = time.perf_counter()
-        last = ""           # the run's last line that is not empty
-        output = self.logs / f"{job.name}.out"
-        progress = Progress(job, done, total, self.state)
-        self.state["reused"].pop(job.name, None)  # a log that was to be taken over and is not there
-        if job.name not in [name for name, _, _ in self.state["order"]]:
-            self.state["order"].append([job.name, job.arm.name, job.seed])
+    def run(self, missing: list[tuple[int, Job]], total: int):
+        """
+        Train runs of the plan, given with their numbers, at the same time, each from its start or its checkpoint. A
+        fault of one is noted, and the others go on. RunError if code changed since the comparison began.
+        """
+        changed = [file for file, digest in self.plan["source"].items() if digest_of(ROOT / file) != digest]
+        require(not changed, f"{', '.join(changed)} changed while its comparison was under way; restore it and call "
+                "again")
+        for number, job in missing:
+            say(f"run {number}/{total}: {job.arm.name}, seed {job.seed}")
+            self.state["reused"].pop(job.name, None)  # a log that was to be taken over and is not there
+            self.state["company"][job.name] = len(missing)
+            if job.name not in [entry["run"] for entry in self.state["order"]]:
+                self.state["order"].append(dict(run=job.name, arm=job.arm.name, seed=job.seed))
         self.save_state()
 
-        # train, and show what the run says
+        # train, and show what the runs say
+        started = []
         try:
-            with open(output, "a", encoding="utf-8") as file:
-                child = subprocess.Popen(
-                    self.command(job), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                    encoding="utf-8", errors="replace", pass_fds=[self.lock.fileno()], start_new_session=True,
-                    preexec_fn=die_with_parent)
-                self.interrupt.started(child)
-                for line in child.stdout:
-                    file.write(line)
-                    last = line.strip() or last
-                    progress.show(last)
-                code = child.wait()
+            try:
+                for slot, (number, job) in enumerate(missing):
+                    progress = Progress(job, number - 1, total, self.state, len(missing) > 1)
+                    process = Process(
+                        self.command(job), self.logs / f"{job.name}.out", self.logs / f"{job.name}.txt", progress.show,
+                        environment=self.environment(slot), lock=self.lock.fileno(), patience=self.patience)
+                    started.append((job, process, progress))
+                    self.interrupt.started(process.child)
+            finally:
+                wait_for([process for _, process, _ in started], self.interrupt)
         except OSError as error:
-            raise RunError(f"run {job.name} cannot go on: {error.strerror or error}; finished runs are kept, call this "
-                           "again") from None
+            raise RunError(f"run {missing[0][1].name} cannot go on: {error.strerror or error}; finished runs are kept, "
+                           "call this again") from None
         finally:
-            self.interrupt.child = None
-            seconds = time.perf_counter() - start
-            self.state["runs_seconds"] += seconds
+            self.state["runs_seconds"] += sum(process.seconds or 0.0 for _, process, _ in started) / len(missing)
 
-        # note what came of it
-        run = self.read(job)
-        if run is None:
-            self.interrupt.check()
-            require(code not in [sign for stop in STOPPING for sign in (-stop, 128 + stop)],
-                    f"run {job.name} was stopped from outside; call this again to go on")
-            error = re.sub(r"^train_gpt\.py: error: ", "", last) or "no message"
-            self.state["failed"][job.name] = f"{error} (exit code {code}; all of its output: logs/{output.name})"
-        else:
-            output.unlink()
-            (self.logs / f"{job.name}.pt").unlink(missing_ok=True)
-            self.state["durations"].setdefault(job.arm.name, []).append(seconds)
+        # note what came of them
+        stopped = None
+        for job, process, progress in started:
+            stopped = self.note(job, process, progress) or stopped
         self.save_state()
-        progress.end(run, self.state["failed"].get(job.name), seconds)
+        self.interrupt.check()
+        require(not stopped, f"run {stopped} was stopped from outside; call this again to go on")
+
+    def note(self, job: Job, process: Process, progress: "Progress") -> str | None:
+        """Note what came of a run that has ended; returns its name if a signal from outside stopped it."""
+        run = self.read(job)
+        if run is not None:
+            (self.logs / f"{job.name}.out").unlink()
+            (self.logs / f"{job.name}.pt").unlink(missing_ok=True)
+            self.state["durations"].setdefault(job.arm.name, []).append(process.seconds)
+        elif not process.fault and self.interrupt.number is not None:
+            return None
+        elif not process.fault and process.child.returncode in STOPPED:
+            return job.name
+        else:
+            error = process.fault or re.sub(r"^train_gpt\.py: error: ", "", process.last) or "no message"
+            self.state["failed"][job.name] = (f"{error} (exit code {process.child.returncode}; all of its output: "
+                                              f"logs/{job.name}.out)")
+        progress.end(run, self.state["failed"].get(job.name), process.seconds)
+        return None
+
+    def environment(self, slot: int) -> dict[str, str]:
+        """The environment of a run: where several run at once on GPUs, each sees its own."""
+        here = dict(os.environ)
+        if self.plan["jobs"] > 1 and torch.cuda.is_available():
+            names = here.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            if names == [""]:
+                names = list(map(str, range(torch.cuda.device_count())))
+            ranks = self.plan["ranks"]
+            here["CUDA_VISIBLE_DEVICES"] = ",".join(names[slot * ranks:(slot + 1) * ranks])
+        return here
 
     # ---- runs of other comparisons
 
@@ -648,16 +545,18 @@ class Comparison:
         if source is None:
             return ""
         try:
-            earlier = read_fields(source.parent.parent / "state.json", STATE)["reused"]
+            earlier = read_fields(source.parent.parent / "state.json", REMEDY, STATE)["reused"]
         except RunError:
             earlier = {}
         # The note is first: a log that is here without it would count as a run of this comparison.
         origin = earlier[source.stem]["log"] if source.stem in earlier else str(source)
         self.state["reused"][job.name] = dict(log=origin, seen=seen)
         self.save_state()
-        for kind in (".json", ".txt"):
-            content = source.with_suffix(kind).read_bytes()
-            write_atomically(self.logs / (job.name + kind), lambda file, content=content: file.write(content))
+        for kind in (".losses.npz", ".json", ".txt"):
+            file = source.with_suffix(kind)
+            if file.exists():
+                content = file.read_bytes()
+                write_atomically(self.logs / (job.name + kind), lambda file, content=content: file.write(content))
         return origin
 
     def find_finished(self, job: Job) -> tuple[Path | None, list[str]]:
@@ -684,7 +583,7 @@ class Comparison:
             return False
         try:
             run = read_run(log)
-            plan = read_fields(log.parent.parent / "plan.json", PLAN)
+            plan = read_fields(log.parent.parent / "plan.json", REMEDY, PLAN)
         except RunError:
             return False
         if not run.finished or self.differing_settings(run.config, job) or not run.code:
@@ -728,7 +627,7 @@ class Comparison:
             if facts and facts["config"].get("track") == track and facts.get("device") == device:
                 tokens = facts.get("tokens_per_second")
                 seconds = facts.get("warmup_seconds")
-                if fits(tokens, float) and tokens > 0 and fits(seconds, float):
+                if all(isinstance(value, int | float) and value > 0 for value in (tokens, seconds)):
                     rates.setdefault(json.dumps(facts["config"].get("variant")), []).append((1 / tokens, seconds))
         every = [pair for pairs in rates.values() for pair in pairs]
         if not every:
@@ -777,7 +676,7 @@ class Comparison:
         if self.plan["seconds"]:
             return self.plan["seconds"]
         job = self.job(self.arms[0], BUDGET_SEED, "-budget")
-        self.execute([job], 0, 1 + self.total())
+        self.execute([[job]], 0, 1 + self.total())
         run = self.read(job)
         require(run is not None,
                 f"the run that measures the time budget failed: {self.state['failed'].get(job.name)}; give --seconds, "
@@ -797,7 +696,9 @@ class Comparison:
         seeds = [SWEEP_SEED + n for n in range(self.plan["sweep_seeds"])]
         jobs = {(arm.name, factor, seed): self.job(arm, seed, f"-lr{factor!r}", common + self.rates(arm, factor))
                 for seed in seeds for factor in self.plan["sweep"] for arm in self.arms}
-        self.execute(list(jobs.values()), 0, self.total())
+        count = len(self.arms)
+        every = list(jobs.values())
+        self.execute([every[start:start + count] for start in range(0, len(every), count)], 0, self.total())
 
         # the best of each arm, of the rates that no seed failed with
         result = {}
@@ -826,7 +727,10 @@ class Comparison:
                 for arm, options in zip(self.arms, rates)]
 
     def show(self):
-        """Print the plan, what is done of it and how long the rest will take. Runs nothing and writes nothing."""
+        """
+        Print the plan, what is done of it, how long the rest will take and what it can find. Runs nothing and writes
+        nothing.
+        """
         seconds = self.plan["seconds"]
         measured = self.plan["budget"] == "time" and not seconds  # the first arm says how many seconds
         jobs = [job for turn in zip(*self.reported(self.time_options(seconds), None)) for job in turn]
@@ -849,13 +753,22 @@ class Comparison:
             say(f"{number:>5}  {job.arm.name}, seed {job.seed}: {what}")
 
         # how long it will take
+        if self.plan["until_decided"]:
+            looks = looks_until(self.plan["seeds"])
+            say(f"looks after {', '.join(map(str, looks))} pairs; an arm that is decided gets no more runs")
         expected, runs = self.expected_seconds(missing[:1] if measured else missing)
         if expected is None:
             say("expected time: not known; there is no earlier run of this track on this machine")
         else:
             each = expected / (1 if measured else max(1, len(missing)))
-            say(f"expected time: {duration(each * (len(missing) + before))}, by {runs} earlier runs of this track on "
-                "this machine")
+            total = duration(each * (len(missing) + before) / self.plan["jobs"])
+            say(f"expected time: {'at most ' if self.plan['until_decided'] else ''}{total}, by {runs} earlier runs of "
+                "this track on this machine")
+
+        # what it can find
+        track = self.config(self.job(self.arms[0], self.arms[0].seeds[0])).track
+        for line in describe_power(track, self.plan, len(self.arms) - 1, self.reuse or COMPARISONS):
+            say(line)
 
     def time_options(self, seconds: float | None) -> list[str]:
         """The options of runs that have so many seconds; none for runs with equal tokens."""
@@ -870,14 +783,58 @@ class Comparison:
             common = self.time_options(seconds)
             sweep = self.sweep(common)
             jobs = self.reported(common, sweep)
-            turns = [job for turn in zip(*jobs) for job in turn]
-            self.execute(turns, self.total() - len(turns), self.total())
+            before = self.total() - sum(map(len, jobs))
+            if self.plan["until_decided"]:
+                jobs = self.run_until_decided(jobs, before)
+            else:
+                self.execute(list(map(list, zip(*jobs))), before, self.total())
         finally:
             self.state["wall_seconds"] += time.perf_counter() - begun
             self.save_state()
         results = self.results(jobs, seconds, sweep)
         write_report(self.folder, results, log_x)
+        if self.entry:
+            self.close_ledger(results)
         return results
+
+    def run_until_decided(self, jobs: list[list[Job]], before: int) -> list[list[Job]]:
+        """
+        Run and look, look after look, until every arm is decided or has all its runs. Returns each arm's jobs up to its
+        last look. before: runs of the plan that precede these.
+        """
+        design = self.plan["design"]
+        margin = self.plan["margin"]
+        reported = [[] for _ in jobs]   # what each arm ran
+        active = list(range(1, len(jobs)))
+        for n in design["looks"]:
+            # the baseline and the arms that are not decided
+            sides = [0, *active]
+            turns = [[jobs[side][k] for side in sides] for k in range(len(reported[0]), n)]
+            done = before + sum(map(len, reported))
+            self.execute(turns, done, done + sum(len(jobs[side]) - len(reported[side]) for side in sides))
+            for side in sides:
+                reported[side] = jobs[side][:n]
+
+            # a look at each of them
+            baseline = {job.seed: self.read(job) for job in reported[0]}
+            for side in list(active):
+                runs = [self.read(job) for job in reported[side]]
+                differences = [run.val_loss - baseline[run.seed].val_loss for run in runs
+                               if run and baseline[run.seed]]
+                word = look_at(differences, n, design, margin)
+                if word or not any(runs):
+                    active.remove(side)
+                    say(f"{self.arms[side].name}: {word or 'no run of it finished'} after {n} pairs")
+            if not active:
+                break
+        return reported
+
+    def close_ledger(self, results: dict):
+        """Write down in the ledger what came of each arm of this comparison."""
+        words = {}
+        for arm in results["arms"][1:]:
+            words[arm["name"]] = arm["vs_baseline"]["loss"]["verdict"] if arm["vs_baseline"] else "no verdict"
+        close_entry(Path(self.plan["ledger"]), self.entry.id, words)
 
     def results(self, jobs: list[list[Job]], seconds: float | None, sweep: dict | None) -> dict:
         """What the report says, as summarize gives it, of the reported jobs of each arm."""
@@ -894,16 +851,21 @@ class Comparison:
         reported = {job.name: job for arm_jobs in jobs for job in arm_jobs}
         reused = [dict(arm=job.arm.name, seed=job.seed, **state["reused"][name])
                   for name, job in reported.items() if name in state["reused"]]
-        order = [[arm, seed] for name, arm, seed in state["order"] if name in reported]
+        order = [[entry["arm"], entry["seed"]] for entry in state["order"] if entry["run"] in reported]
+        company = [[job.arm.name, job.seed, state["company"][name]] for name, job in reported.items()
+                   if state["company"].get(name, 1) > 1]
         config = self.config(jobs[0][0])
         wall = state["wall_seconds"]
         trained = state["runs_seconds"]
-        settings = dict(
-            track=config.track, target=config.target, seeds=sorted({seed for arm in self.arms for seed in arm.seeds}),
-            budget=plan["budget"], budget_seconds=seconds, command=plan["command"], order=order, sweep=sweep,
-            tried=len(self.arms), reused=reused,
+        rule = rule_settings(config.track, plan["margin"]) | dict(alpha=plan["alpha"], design=plan["design"])
+        settings = rule | dict(
+            track=config.track, target=config.target, seeds=sorted({job.seed for job in reported.values()}),
+            budget=plan["budget"], budget_seconds=seconds, command=plan["command"], order=order, company=company,
+            sweep=sweep, tried=len(self.arms), reused=reused, added=state["added"],
             overhead=dict(wall_seconds=wall, runs_seconds=trained, share=wall / trained - 1 if trained else None))
-        return summarize(settings, arms)
+        results = summarize(settings, arms)
+        add_autopsies(results, arms)
+        return results
 
 
 def json_facts(log: Path) -> dict:
@@ -914,30 +876,23 @@ def json_facts(log: Path) -> dict:
         return {}
 
 
-def digest_of(file: Path) -> str | None:
-    """The sha256 of a source file as text_and_digest counts it; None where there is none."""
-    return text_and_digest(file)[1] if file.is_file() else None
-
-
-def die_with_parent():
-    """A run ends, with a checkpoint, when this process is killed (Linux: prctl's PR_SET_PDEATHSIG)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
-
 def duration(seconds: float) -> str:
     return f"{seconds / 3600:.0f}:{seconds % 3600 / 60:02.0f} h"
 
 
 class Progress:
-    """The line of one run in the whole plan: on a terminal rewritten in place, elsewhere every half minute."""
+    """
+    The line of one run in the whole plan: on a terminal rewritten in place, elsewhere or beside others every half
+    minute.
+    """
 
-    def __init__(self, job: Job, done: int, total: int, state: dict):
+    def __init__(self, job: Job, done: int, total: int, state: dict, several: bool):
         self.job = job
         self.done = done                        # runs of the plan before this one
         self.total = total                      # runs of the plan
         self.state = state                      # of the comparison, as STATE says
-        self.terminal = sys.stdout.isatty()
+        self.several = several                  # whether others run at the same time
+        self.terminal = sys.stdout.isatty() and not several
         self.start = time.perf_counter()
         self.shown = self.start                 # when the line was last shown
 
@@ -956,13 +911,15 @@ class Progress:
         if self.terminal:
             say(f"\r\033[K{text}", end="")
         else:
-            say(text)
+            say(f"  {self.job.name}:{text}" if self.several else text)
 
     def end(self, run: Run | None, error: str | None, seconds: float):
         result = f"  failed: {error}"
         if run:
             training = run.train_ms / 1000
             result = f"  val_loss {run.val_loss:.4f} in {training:.1f} s of training, {seconds:.1f} s in all"
+        if self.several:
+            result = f"  {self.job.name}:{result}"
         say(f"\r\033[K{result}" if self.terminal else result)
 
 
@@ -976,10 +933,17 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog="compare.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arms", nargs="+", metavar="ARM", help='"baseline", or variants joined by +, and options of '
-                        "train_gpt.py; the first is what the others are compared with")
+                        "train_gpt.py; the first is what the others are compared with. Or folders of finished runs")
     plan = parser.add_argument_group("what is compared")
     plan.add_argument("--track", default=Config.track, help="of train_gpt.py (default: %(default)s)")
-    plan.add_argument("--seeds", type=int, default=3, help="reported runs an arm (default: %(default)s)")
+    plan.add_argument("--seeds", type=int, help=f"reported runs an arm (default: 6; a verdict needs {PAIRS})")
+    plan.add_argument("--until-decided", action="store_true",
+                      help="look at the pairs on the way, and give no more runs to an arm that is decided")
+    plan.add_argument("--max-seeds", type=int, help="runs an arm under --until-decided, at most (default: 24)")
+    plan.add_argument("--margin", type=float, metavar="NATS", help="differences that are smaller are equivalent "
+                      "(default: 0.5 %% of the track's target)")
+    plan.add_argument("--ledger", type=Path, metavar="FILE", help="take the error of the verdict from the budget of "
+                      "this ledger, which is made where there is none (default: 0.01 for each comparison)")
     plan.add_argument("--budget", choices=("tokens", "time"), default="tokens",
                       help="what is equal (default: %(default)s)")
     plan.add_argument("--seconds", type=float, default=0.0, help="of training a run under --budget time (default: what "
@@ -989,10 +953,16 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     plan.add_argument("--sweep-seeds", type=int, default=1, help="runs for each of them (default: %(default)s)")
 
     how = parser.add_argument_group("how it is run")
-    how.add_argument("--ranks", type=int, default=max(1, torch.cuda.device_count()),
-                     help="processes a run (default: one a GPU, here %(default)s)")
+    how.add_argument("--ranks", type=int,
+                     help="processes a run (default: all GPUs, shared by the jobs)")
+    how.add_argument("--jobs", type=int, default=1, help="runs at the same time, each with its share of the GPUs or "
+                     "cores (default: %(default)s)")
+    how.add_argument("--hang-seconds", type=float, default=120.0, metavar="S", help="stop a run that does no step for "
+                     "ten times its usual step, and for this long at least; 0: never (default: %(default)g)")
     how.add_argument("--dry-run", action="store_true",
                      help="show the plan, what of it is done and the time it will take (default: run it)")
+    how.add_argument("--add-arm", metavar="ARM", help="train another arm for the finished comparison whose folder is "
+                     "given, with the seeds, settings and data of its runs")
     how.add_argument("--retry", action="store_true", help="run failed runs again (default: they stay failed)")
     how.add_argument("--anyway", action="store_true",
                      help="go on with an arm that looks ahead; the report says so (default: stop)")
@@ -1004,6 +974,8 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     report = parser.add_argument_group("the report")
     report.add_argument("-o", "--output", type=Path,
                         help="its folder (default: one in ./comparisons that the same command finds again)")
+    report.add_argument("--json", action="store_true",
+                        help="print the verdict as one JSON object on stdout, all else on stderr")
     report.add_argument("--log-x", action="store_true", help="curves.png with logarithmic axes of tokens and time "
                         "(default: linear; report.html has a switch)")
 
@@ -1015,18 +987,42 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def check_arguments(given: argparse.Namespace):
-    """RunError for values outside their ranges."""
-    most_ranks = max(torch.cuda.device_count() or os.cpu_count() or 1, 1)
-    for name, most in dict(seeds=10_000, sweep_seeds=1000, ranks=most_ranks).items():
-        value = getattr(given, name)
-        require(1 <= value <= most, f"--{name.replace('_', '-')} must be at least 1 and at most {most:,}, got {value}")
+    """Settle the defaults that depend on others. RunError for values outside their ranges."""
+    # seeds
+    require(given.until_decided or given.max_seeds is None,
+            f"--max-seeds {given.max_seeds} belongs to --until-decided; add it, or give --seeds")
+    require(not given.until_decided or given.seeds is None,
+            f"--seeds {given.seeds} and --until-decided exclude each other; give --max-seeds")
+    if given.until_decided:
+        given.seeds = 24 if given.max_seeds is None else given.max_seeds
+        require(LOOKS[0] < given.seeds <= 200,
+                f"--max-seeds must be at least {LOOKS[0] + 1} and at most 200, got {given.seeds}")
+    given.seeds = 6 if given.seeds is None else given.seeds
 
-    # the time
+    # counts
+    devices = torch.cuda.device_count()
+    most = max(devices or os.cpu_count() or 1, 1)
+    require(1 <= given.jobs <= most, f"--jobs must be at least 1 and at most {most}, got {given.jobs}")
+    if given.ranks is None:
+        given.ranks = max(1, devices // given.jobs)
+    for name, least in dict(seeds=10_000, sweep_seeds=1000, ranks=most).items():
+        value = getattr(given, name)
+        require(1 <= value <= least,
+                f"--{name.replace('_', '-')} must be at least 1 and at most {least:,}, got {value}")
+    require(not devices or given.jobs * given.ranks <= devices,
+            f"--jobs {given.jobs} with --ranks {given.ranks} need {given.jobs * given.ranks} GPUs, and there are "
+            f"{devices}; lower one of them")
+
+    # numbers
+    require(given.margin is None or 0 < given.margin <= 100,
+            f"--margin must be greater than 0 and at most 100, got {given.margin}")
     longest = RANGES["time_budget"][1]
     require(0 <= given.seconds <= longest,
             f"--seconds must be greater than 0 and at most {longest:,.0f}, got {given.seconds:g}")
     require(not given.seconds or given.budget == "time",
             f"--seconds {given.seconds:g} belongs to --budget time; add it, or leave --seconds out")
+    require(0 <= given.hang_seconds <= longest,
+            f"--hang-seconds must be at least 0 and at most {longest:,.0f}, got {given.hang_seconds:g}")
 
     # the folders
     for name, path in dict(output=given.output, reuse=given.reuse).items():
@@ -1047,7 +1043,19 @@ def check_arguments(given: argparse.Namespace):
 def plan_of(given: argparse.Namespace, options: list[str], argv: list[str]) -> tuple[dict, list[Arm]]:
     """(plan as PLAN describes it, arms) of a command line. RunError for an arm that cannot be run or be compared."""
     shared = ["--track", given.track, *options]
-    arms = parse_arms(given.arms, given.seeds, shared)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if given.jobs > 1 and not torch.cuda.is_available() and not any(word.startswith("--threads") for word in options):
+        shared += ["--threads", str(max(1, cores // (given.jobs * given.ranks)))]
+    return make_plan(given, given.arms, shared, argv)
+
+
+def make_plan(given: argparse.Namespace, texts: list[str], shared: list[str], argv: list[str]
+              ) -> tuple[dict, list[Arm]]:
+    """plan_of with the arms' texts and the options that all of them have."""
+    arms = parse_arms(texts, given.seeds, shared)
+    require(not given.until_decided or len(set(texts)) == len(texts),
+            "--until-decided looks at pairs of equal seeds, and an arm that is named twice has seeds of its own; give "
+            "--seeds instead")
     configs = [parse_options(trainer_options(arm, shared)) for arm in arms]
     for arm, config in zip(arms, configs):
         require(config.val_tokens == configs[0].val_tokens,
@@ -1060,16 +1068,68 @@ def plan_of(given: argparse.Namespace, options: list[str], argv: list[str]) -> t
         require(identity["val"] == data[configs[0].data]["val"],
                 f"the arms are validated on different data, {configs[0].data} and {folder}; give --data to all of "
                 "them, after --")
-    plan = dict(arms=given.arms, options=shared, seeds=given.seeds, budget=given.budget, seconds=given.seconds,
-                sweep=given.sweep, sweep_seeds=given.sweep_seeds, ranks=given.ranks, source=source_of(arms), data=data)
+    margin = rule_settings(configs[0].track, given.margin)["margin"]
+    plan = dict(arms=texts, options=shared, seeds=given.seeds, budget=given.budget, seconds=given.seconds,
+                sweep=given.sweep, sweep_seeds=given.sweep_seeds, ranks=given.ranks, jobs=given.jobs, alpha=ALPHA,
+                margin=margin, until_decided=given.until_decided, design=None,
+                ledger=str(given.ledger) if given.ledger else None,
+                source=source_of([text for arm in arms for text in arm.variant]), data=data)
     return plan | dict(command=shlex.join(["python", "compare.py", *argv]), anyway=given.anyway), arms
+
+
+def plan_with_arm(given: argparse.Namespace, argv: list[str]) -> tuple[Path, dict, list[Arm]]:
+    """
+    (folder, plan, arms) of a finished comparison with one arm more. RunError where the folder is none, where its
+    design cannot take another arm, or where the arm cannot be run or compared.
+    """
+    require(len(given.arms) == 1, f"--add-arm takes the folder of one comparison, got {len(given.arms)}: "
+            f"{', '.join(given.arms)!r:.200}")
+    folder = Path(given.arms[0])
+    saved = read_fields(folder / "plan.json", "give the folder of a comparison", PLAN)
+    for name, reason in dict(until_decided="its error was divided by its arms beforehand",
+                             ledger="its error was taken from a ledger for its own arms").items():
+        require(not saved[name], f"{folder} takes no other arm: {reason}; begin a comparison of its own, which takes "
+                "over the runs that are the same")
+    state = read_fields(folder / "state.json", REMEDY, STATE)
+    begun = given.add_arm in state["added"]     # an earlier call was stopped, or is repeated
+    require(begun or given.add_arm not in saved["arms"],
+            f"{folder} has an arm {given.add_arm!r:.200} already; name another")
+    names = ("seeds", "budget", "seconds", "sweep", "sweep_seeds", "ranks", "margin", "until_decided", "anyway")
+    for name in names:
+        setattr(given, name, saved[name])
+    given.ledger = None
+    texts = saved["arms"] if begun else [*saved["arms"], given.add_arm]
+    plan, arms = make_plan(given, texts, saved["options"], argv)
+    command = saved["command"] if begun else f"{saved['command']}; {plan['command']}"
+    return folder, plan | dict(command=command), arms
 
 
 def folder_of(plan: dict, arms: list[Arm], track: str) -> Path:
     """The folder of a plan that names none: the same for the same plan, code and data."""
-    compared = {name: plan[name] for name in PLAN if name not in UNCOMPARED}
-    key = sha256_of_text(json.dumps(compared))[:6]
-    return COMPARISONS / f"{track}-{'-'.join(arm.readable for arm in arms)[:60]}-{key}"
+    return COMPARISONS / f"{track}-{'-'.join(arm.readable for arm in arms)[:60]}-{key_of(plan)[:6]}"
+
+
+# ---- Finished runs
+
+def is_folder(word: str) -> bool:
+    """Whether a word of the command line is a folder and not an arm; an arm's name goes before a folder's."""
+    known = word == "baseline" or word.partition(":")[0] in variants.available()
+    return not known and Path(word).is_dir()
+
+
+def judge(folders: list[Path], given: argparse.Namespace) -> dict:
+    """
+    The results of finished runs: of the arms in one folder (a comparison, a record, or a subfolder of logs for each
+    arm), or of several, each a comparison or the logs of an arm; the first has the baseline. Written to -o, if that is
+    given.
+    """
+    settings, arms = merge_arms(folders)
+    settings = settings | rule_settings(settings.get("track"), given.margin) | dict(tried=len(arms))
+    results = summarize(settings, arms)
+    add_autopsies(results, arms)
+    if given.output:
+        write_report(given.output, results, given.log_x)
+    return results
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1078,24 +1138,26 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     folder = None
+    results = None
+    begun = time.perf_counter()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a locale without the letters of a variant's name
 
-    with Interrupt() as interrupt:
+    with Interrupt() as interrupt, ExitStack() as stack:
         try:
             given, options = parse_arguments(argv)
-            plan, arms = plan_of(given, options, argv)
-            folder = given.output or folder_of(plan, arms, given.track)
-            comparison = Comparison(folder, plan, arms, given.reuse, interrupt)
-            title = f"{len(arms)} arms x {given.seeds} seeds, {comparison.total()} runs; folder {folder}"
-            if given.dry_run:
-                say(title)
-                comparison.show()
-                return 0
-            comparison.open(given.retry)
-            say(title)
-            results = comparison.compare(given.log_x)
+            if given.json:
+                stack.enter_context(redirect_stdout(sys.stderr))
+            if all(map(is_folder, given.arms)) and not given.add_arm:
+                folder = given.output
+                results = judge(list(map(Path, given.arms)), given)
+            else:
+                comparison = prepare(given, options, argv, interrupt)
+                folder = comparison.folder
+                results = run_or_show(comparison, given)
+            if results:
+                show_results(results, folder)
         except RunError as error:
             say(f"compare.py: error: {error}", stream=sys.stderr)
             return 1
@@ -1103,11 +1165,47 @@ def main(argv: list[str] | None = None) -> int:
             say(f"compare.py: stopped; finished runs are kept, call it again to go on (folder {folder})",
                 stream=sys.stderr)
             return 128 + stop.args[0]
-
-    # what came of it
-    report = f"report: {folder / 'README.md'} and report.html"
-    say("\n".join([*sentences(results), "", console_table(results), "", report]))
+    if given.json and results:
+        say(json.dumps(outcome_of(results) | dict(
+            seconds=round(time.perf_counter() - begun, 3), folder=str(folder) if folder else None)))
     return 0
+
+
+def prepare(given: argparse.Namespace, options: list[str], argv: list[str], interrupt: Interrupt) -> Comparison:
+    """The comparison of a command line, not yet opened. RunError for what cannot be run or compared."""
+    if given.add_arm:
+        folder, plan, arms = plan_with_arm(given, argv)
+    else:
+        plan, arms = plan_of(given, options, argv)
+        folder = given.output or folder_of(plan, arms, given.track)
+    comparison = Comparison(folder, plan, arms, given.reuse, interrupt)
+    comparison.patience = given.hang_seconds
+    return comparison
+
+
+def run_or_show(comparison: Comparison, given: argparse.Namespace) -> dict | None:
+    """The results of a comparison; None of one that is only shown."""
+    most = "at most " if given.until_decided else ""
+    title = (f"{len(comparison.arms)} arms x {most}{given.seeds} seeds, {most}{comparison.total()} runs; "
+             f"folder {comparison.folder}")
+    if given.dry_run:
+        say(title)
+        comparison.show()
+        return None
+    if given.add_arm:
+        comparison.open_for_arm(given.add_arm, given.retry)
+    else:
+        comparison.open(given.retry)
+    say(title)
+    return comparison.compare(given.log_x)
+
+
+def show_results(results: dict, folder: Path | None):
+    """Print what came of it: the sentences first, then the table."""
+    lines = [*sentences(results), "", console_table(results)]
+    if folder:
+        lines += ["", f"report: {folder / 'README.md'} and report.html"]
+    say("\n".join(lines))
 
 
 if __name__ == "__main__":

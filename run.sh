@@ -10,7 +10,7 @@ usage() {
 train and decide
   train [OPTIONS]              train on every GPU, or on the CPU; a track's data are prepared first
                                (default: --track cpu; --track small where a GPU and FineWeb's shards are found)
-  compare ARM ARM ...          arms against each other, in turn, with a verdict (default: --seeds 3, equal tokens)
+  compare ARM ARM ...          arms against each other, in turn, with a verdict (default: six pairs of seeds)
   check NAME[:OPTIONS]         what a variant costs, and whether it sees the future or other documents
   variants                     all variants: what they replace and what they cost
 

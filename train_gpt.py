@@ -2838,7 +2838,7 @@ class Trainer:
         if self.target:
             target = f"{self.target} nats a token: {reached}"
         files = f"{log.text} (the record), .json"
-        following = f"./run.sh compare baseline {'+'.join(config.variant) or 'VARIANT'} --seeds 6"
+        following = f"./run.sh compare baseline {'+'.join(config.variant) or 'VARIANT'}"
         if config.save:
             files += ", .pt (the checkpoint)"
             following = f"./run.sh generate --checkpoint {config.run_id} --prompt TEXT, or {following}"

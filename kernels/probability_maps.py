@@ -19,7 +19,7 @@ softmax's, k and 1/2, so that rational and squareplus start as softmax does; sta
 of min_shift_linear, sparsemax and entmax15 depend on n: they stay as they are.
 
 Cost: max or sum and one division a row, a few operations a score; all sums in float32 or wider. Plain PyTorch, its own
-reference; speed: benchmarks/probability_maps.py (not measured on a GPU).
+reference; speed: benchmarks/probability_maps.py (not measured on a GPU); in a classifier: studies/probability_maps.py.
 
 Source: StableMax: Prieto et al., Grokking at the Edge of Numerical Stability, 2025, arxiv.org/abs/2501.04697;
 squareplus: Barron, 2021, arxiv.org/abs/2112.11687; Taylor softmax: de Brebisson & Vincent, 2015,

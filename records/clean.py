@@ -92,9 +92,13 @@ def check_log(path: Path, log: BinaryIO):
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files of the run with this JSON: log, JSON, checkpoint, checkpoints on its way, what a killed one left."""
+    """
+    The files of the run with this JSON: log, JSON, checkpoint, checkpoints on its way, losses of single tokens, what a
+    killed one left.
+    """
     name = re.escape(path.stem)
-    pattern = re.compile(rf"{name}\.(txt|json|pt)|{name}-step\d{{6,}}\.pt|\.{name}\.(txt|json|pt)\.\d+")
+    kinds = r"(txt|json|pt|losses\.npz)"
+    pattern = re.compile(rf"{name}\.{kinds}|{name}-step\d{{6,}}\.pt|\.{name}\.{kinds}\.\d+")
     files = [file for file in path.parent.iterdir() if pattern.fullmatch(file.name)]
     others = {file.stem for file in path.parent.glob("*.json")} - {path.stem}
     return sorted(file for file in files if file.is_file() and not file.is_symlink() and file.stem not in others)

@@ -115,7 +115,17 @@ SAVED = FACTS | {
 SUMMARY = {"mean": NUMBER, "sd": Maybe(POSITIVE), "n": (int, 1, 2 ** 31), "min": NUMBER, "max": NUMBER}
 TEST = {"difference": Maybe(NUMBER), "low": Maybe(NUMBER), "high": Maybe(NUMBER), "p_holm": Maybe(SHARE),
         "verdict": str}
-SETTINGS = {"command?": check_text, "target?": Maybe(NUMBER)}
+
+# As sequential.make_design gives it.
+DESIGN = {"looks": [COUNT], "levels": [SHARE], "levels_equivalence": Maybe([SHARE]), "levels_interval": [SHARE]}
+SETTINGS = {
+    "track?": Maybe(str),
+    "command?": check_text,
+    "target?": Maybe(NUMBER),
+    "rule?": str,
+    "alpha?": SHARE,
+    "margin?": Maybe(POSITIVE),
+    "design?": Maybe(DESIGN)}
 
 # An arm in stats.json.
 ARM = {
@@ -130,7 +140,7 @@ ARM = {
     "loss": SUMMARY,
     "time": SUMMARY,
     "p_target": Maybe(SHARE),
-    "vs_baseline": Maybe({"loss": TEST, "time": TEST})}
+    "vs_baseline": Maybe({"loss": TEST, "time": {"verdict": str}})}
 
 # stats.json of a record.
 STATS = {
@@ -143,6 +153,7 @@ STATS = {
     "arm": Maybe(check_text),
     "rules": {"target": POSITIVE, "val_tokens": COUNT},
     "settings": SETTINGS,
+    "reread?": {"date": str, "words": {str: [str]}},    # arm: its verdict before and now
     "hardware": str,
     "val_sha256": {str: str},
     "versions": {str: Maybe(str)},
@@ -152,7 +163,8 @@ STATS = {
 RESULTS = {
     "format": str,
     "settings": SETTINGS,
-    "arms": [{"name": check_text, "options": [check_text], "runs": [{"seed": COUNT, "log?": str}]}]}
+    "arms": [{"name": check_text, "options": [check_text],
+              "runs": [{"seed": COUNT, "log?": str, "val_loss?": Maybe(NUMBER)}]}]}
 
 
 # ---- Checking

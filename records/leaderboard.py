@@ -30,7 +30,16 @@ import shutil
 import sys
 from pathlib import Path
 
-from records.fields import RESULTS, STATS, read_fields
+from records.arms import (
+    FORMAT,
+    log_folders,
+    read_arms,
+    read_results,
+    read_stats,
+    rule_settings,
+    runs_of,
+    stored_arms,
+)
 from records.manifest import SOURCES, find_unused, make_manifest, share_texts
 from records.pages import (
     check_marks,
@@ -42,100 +51,17 @@ from records.pages import (
     select,
     winner,
 )
-from records.report import FORMAT as COMPARISON
-from records.report import (
-    MACHINE,
-    differing,
-    equals,
-    escaped,
-    markdown_table,
-    number,
-    plain,
-    sentence,
-    settled,
-    summarize,
-)
-from records.runs import Run, log_files, prepare_console, read_folder, read_run, read_usable, stored_text
-from records.statistics import ALPHA, one_sample, summary, welch
+from records.report import sentence
+from records.results import differing, settled, summarize
+from records.runs import Run, log_files, prepare_console, read_usable, stored_text
+from records.statistics import ALPHA, one_sample, summary, test_welch
+from records.verdicts import MACHINE
+from records.words import equals, escaped, markdown_table, number, plain
 from train_gpt import TRACKS, RunError, make_config, require
 
-FORMAT = "knotgpt-record-2"
 CHOSEN = (  # fields of stats.json that do not come from the logs
-    "format", "name", "date", "track", "what", "kind", "arm", "rules", "settings")
+    "format", "name", "date", "track", "what", "kind", "arm", "rules", "settings", "reread")
 RECORDS = Path(__file__).resolve().parent
-
-
-# ---- Folders of logs
-
-def log_folders(folder: Path) -> list[Path]:
-    """The subfolders that hold logs, baseline first. RunError if there is none."""
-    folders = [path for path in folder.glob("*/") if log_files(path)]
-    fault = "no subfolder with logs" if folder.is_dir() else "no such folder"
-    require(folders, f"{folder}: {fault}; give one with a subfolder of logs for every arm")
-    return sorted(folders, key=lambda path: (path.name != "baseline", path.name))
-
-
-def read_arms(folder: Path) -> tuple[dict, list[dict]]:
-    """
-    (settings, arms) as report.summarize takes them, from a folder of compare.py, a record's, or one with a subfolder of
-    logs for every arm.
-    """
-    if (folder / "results.json").exists():
-        return read_comparison(folder)
-    if (folder / "stats.json").exists():
-        stats = read_stats(folder)
-        return stats["settings"], stored_arms(folder, stats)
-
-    folders = log_folders(folder)
-    require(len(folders) == 1 or folders[0].name == "baseline",
-            f"{folder}: no baseline among {', '.join(path.name for path in folders)}; "
-            "call the baseline's subfolder baseline")
-    arms = [make_arm(path.name, read_folder(path, strict=True)) for path in folders]
-    first = arms[0]["runs"][0]
-    seconds = first.config.get("time_budget", 0)
-    settings = dict(
-        track=first.track, seeds=sorted({run.seed for run in runs_of(arms) if run.seed is not None}),
-        budget="time" if seconds else "tokens", budget_seconds=seconds, target=first.target,
-        command=first.facts.get("command", ""), order=[], sweep=None, tried=len(arms) - 1, overhead=None)
-    return settings, arms
-
-
-def make_arm(name: str, runs: list[Run], options: list[str] | None = None) -> dict:
-    """An arm as report.summarize takes it. Its runs have one order, whatever folder they come from."""
-    runs = sorted(runs, key=lambda run: run.seed or 0)
-    return dict(name=name, variant=list(runs[0].variant), options=options or [], runs=runs)
-
-
-def runs_of(arms: list[dict]) -> list[Run]:
-    return [run for arm in arms for run in arm["runs"]]
-
-
-def read_comparison(folder: Path) -> tuple[dict, list[dict]]:
-    """(settings, arms) of a folder of compare.py, runs from its logs. RunError if a run is missing or unfinished."""
-    results = read_results(folder)
-    arms = []
-    for arm in results["arms"]:
-        runs = []
-        for run in arm["runs"]:
-            logs = [path for path in folder.rglob("*.txt") if path.name == run.get("log")]
-            require(len(logs) == 1,
-                    f"{folder}: {len(logs)} logs of {plain(arm['name'])}, seed {run['seed']}, where one is expected; "
-                    "run compare.py again, which does what is missing")
-            runs.append(read_run(logs[0], strict=True))
-        require(runs, f"{folder}: no run of {plain(arm['name'])}; run compare.py again, which does what is missing")
-        arms.append(make_arm(arm["name"], runs, arm["options"]))
-    return results["settings"], arms
-
-
-def read_results(folder: Path) -> dict:
-    """results.json of a comparison. RunError if it is none."""
-    path = folder / "results.json"
-    remedy = "give compare.py's folder, or one with a subfolder of logs for every arm"
-    results = read_fields(path, remedy, RESULTS)
-    require(results["format"] == COMPARISON,
-            f"{path}: no results of compare.py, but of format {plain(results['format'])}; {remedy}")
-    require(results["arms"], f"{path}: damaged: it has no arms; {remedy}")
-    return results
 
 
 # ---- A record's statistics and rules
@@ -220,7 +146,7 @@ def check_rules(stats: dict, arms: list[dict], standing: dict | None):
     # in less time than before
     if standing:
         before = winner(standing)
-        p = welch(arm["train_seconds"], before["train_seconds"])["p_less"]
+        p = test_welch(arm["train_seconds"], before["train_seconds"])["p_less"]
         require(p < ALPHA,
                 f"{where}: not faster than {record_path(standing)}: {arm['time']['mean']:.2f} s (n = {n}) against "
                 f"{before['time']['mean']:.2f} s (n = {before['time']['n']}), {equals(p)}, and p < {ALPHA} is asked "
@@ -254,29 +180,6 @@ def record_folders(root: Path) -> list[Path]:
     return sorted(path for path in folders if not path.name.startswith("."))
 
 
-def read_stats(folder: Path) -> dict:
-    """stats.json of a record. RunError if it is damaged."""
-    path = folder / "stats.json"
-    remedy = "delete the folder and add the runs again with ./run.sh board add"
-    require(path.exists(), f"{folder}: no stats.json; add the runs again with ./run.sh board add")
-    stats = read_fields(path, remedy, STATS)
-    require(stats["format"] == FORMAT,
-            f"{path}: damaged: its format is {plain(stats['format'])}, not {FORMAT}; {remedy}")
-    require(has_its_arms(stats), f"{path}: damaged: its arms are not those of a {plain(stats['kind'])}; {remedy}")
-    require(stats["track"] in TRACKS, f"{path}: damaged: there is no track {plain(stats['track'])}; {remedy}")
-    require(all(len(arm["seeds"]) == len(arm["losses"]) == len(arm["train_seconds"]) for arm in stats["arms"]),
-            f"{path}: damaged: an arm has not as many losses and times as seeds; {remedy}")
-    return stats
-
-
-def has_its_arms(stats: dict) -> bool:
-    """Whether a record has the arm that sets it, and a comparison a baseline and arms that were compared with it."""
-    if stats["kind"] == "record":
-        return stats["arm"] in [arm["name"] for arm in stats["arms"]]
-    others = stats["arms"][1:]
-    return stats["kind"] == "negative" and bool(others) and all(arm["vs_baseline"] for arm in others)
-
-
 def read_records(root: Path) -> list[dict]:
     """stats.json of every record. RunError for one that is damaged or stands in another record's folder."""
     records = []
@@ -290,16 +193,6 @@ def read_records(root: Path) -> list[dict]:
 def check_path(stats: dict, folder: Path):
     require(record_path(stats) == f"{folder.parent.name}/{folder.name}",
             f"{folder / 'stats.json'}: belongs to {record_path(stats)}; give the folder its name back")
-
-
-def stored_arms(folder: Path, stats: dict) -> list[dict]:
-    """The arms of a record from its logs. RunError unless the folder holds those of stats.json and no others."""
-    names = [arm["folder"] for arm in stats["arms"]]
-    folders = {path.name: path for path in log_folders(folder)}
-    require(set(names) == folders.keys(),
-            f"{folder}: stats.json has the arms {', '.join(sorted(names))}, the folder {', '.join(sorted(folders))}")
-    return [make_arm(arm["name"], read_folder(folders[arm["folder"]], strict=True), arm["options"])
-            for arm in stats["arms"]]
 
 
 def find_disagreement(ours, theirs, name: str = "") -> str | None:
@@ -328,7 +221,7 @@ def check_folder(folder: Path, records: list[dict]) -> dict:
     require(not unused, f"{folder}: {', '.join(unused)} is no run's source; delete it")
 
     # its numbers
-    fresh = json.loads(json.dumps(make_stats({name: stats[name] for name in CHOSEN}, arms)))
+    fresh = json.loads(json.dumps(make_stats({name: stats[name] for name in CHOSEN if name in stats}, arms)))
     name = find_disagreement(fresh, stats)
     require(not name, f"{folder / 'stats.json'}: {name} is not what the logs say; put the right one back, or add the "
             "runs again")
@@ -399,6 +292,8 @@ def record_readme(stats: dict, arms: list[dict], standing: dict | None) -> str:
     if stats["kind"] == "record":
         paragraphs.append(escaped(record_sentence(stats, standing)))
     paragraphs += [f"- {escaped(sentence(arm, results['arms'][0]))}" for arm in results["arms"][1:]]
+    if "reread" in stats:
+        paragraphs.append(escaped(reread_sentence(stats["reread"])))
 
     # a row a run
     rows = []
@@ -419,6 +314,14 @@ def record_readme(stats: dict, arms: list[dict], standing: dict | None) -> str:
     return "\n\n".join(paragraphs) + "\n"
 
 
+def reread_sentence(reread: dict) -> str:
+    """Which verdicts became other words when an old record was read again, and why."""
+    words = [f"{plain(arm)}: {before}, now {now}" for arm, (before, now) in reread["words"].items()]
+    return (f"Read again on {reread['date']} by the rule of that day, which was written before: a t test over pairs of "
+            "equal seeds decides instead of Welch's test between runs, from five pairs on, and what was not "
+            f"distinguishable is equivalent or undecided. Words that changed: {'; '.join(words) or 'none'}.")
+
+
 def record_sentence(stats: dict, standing: dict | None) -> str:
     """The time and the loss of a record, and what it was compared with."""
     arm = winner(stats)
@@ -427,7 +330,7 @@ def record_sentence(stats: dict, standing: dict | None) -> str:
             f"{stats['rules']['target']}.")
     if standing:
         before = winner(standing)
-        p = welch(arm["train_seconds"], before["train_seconds"])["p_less"]
+        p = test_welch(arm["train_seconds"], before["train_seconds"])["p_less"]
         text += (f" The record before it, {record_path(standing)}, took {number(before['time'], 2)} s: {equals(p)} for "
                  "one that is not faster.")
     return text
@@ -452,7 +355,7 @@ def add(root: Path, source: Path, name: str, track: str, what: str, arm: str | N
     # its statistics
     chosen = dict(format=FORMAT, name=name, date=f"{datetime.date.today()}", track=track, what=plain(what),
                   kind="negative" if negative else "record", arm=None if negative else arm or names[-1], rules=rules,
-                  settings=settings)
+                  settings=rule_settings(track) | settings)
     stats = make_stats(chosen, arms)
     folder = root / record_path(stats)
     require(not folder.exists(), f"{folder}: there is a record of this name and date; choose another --name")
@@ -614,7 +517,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     adding.add_argument("--what", required=True, help="what is new, in one line")
     adding.add_argument("--arm", help="the arm that sets the record (default: the only one beside the baseline)")
     adding.add_argument("--negative", action="store_true",
-                        help="a result that sets no record: worse, not distinguishable, or better but slower to the "
+                        help="a result that sets no record: worse, equivalent, undecided, or better but slower to the "
                         "target")
 
     commands.add_parser("check", help="check every record from its logs")

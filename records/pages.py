@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from records.report import escaped, interval, markdown_table, number, p_value, plain
+from records.words import escaped, interval, markdown_table, number, p_value, plain
 from train_gpt import TRACKS, RunError, require, write_atomically
 
 BEGIN = "<!-- tables: written by ./run.sh board render -->"
@@ -119,7 +119,8 @@ def record_sections(records: list[dict]) -> list[str]:
     paragraphs += [
         "### Comparisons that set no record",
         "Each arm against the first arm of its own comparison, whatever came of it: the difference of the mean final "
-        "losses in nats a token, its 95 % interval, and a verdict by Welch's test. A date links to the logs."]
+        "losses in nats a token, its 95 % interval, and a verdict by a t test over pairs of equal seeds (Welch's "
+        "between runs where no seed is common), for which five pairs are needed. A date links to the logs."]
     for stats in comparisons(records):
         paragraphs += comparison_section(stats)
     if not comparisons(records):

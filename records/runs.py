@@ -99,6 +99,7 @@ class Run:
     last_step: int = 0              # N of the last line of steps
     steps: int = 0                  # M of the last line of steps
     status: str = "unfinished"      # or finished, "stopped by SIGNAL", "failed: ERROR"
+    resumed: bool = False           # whether it went on from a checkpoint
     peak_memory_mib: int | None = None          # None, here and below: the log does not say
     warmup_seconds: float | None = None
     mfu: float | None = None                    # a share of the measured peak
@@ -407,6 +408,7 @@ def read_headers(path: Path, lines: list[str]) -> tuple[Run, list[tuple[int, str
         resumed = Run(path, source, facts)
         if run:
             check_resumed(run, resumed, number)
+            resumed.resumed = True
         run = resumed
     return run, body + list(enumerate(lines[end:], end + 1))
 

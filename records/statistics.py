@@ -1,10 +1,14 @@
 """
-The statistics of comparisons: differences of means, their tests and what they could have found. Pure functions of
+The statistics of comparisons: differences, their tests, verdicts and what could have been found. Pure functions of
 numbers; lower is better.
 
-Tests are SciPy's: Welch's t test between runs (their variances may differ), the paired one over equal seeds, the
-one-sample one against a target. Sources: Welch 1947; Holm 1979; Wilson 1927; the rule with a fixed standard deviation
-is modded-nanogpt's track 3.
+The rule. A difference between two arms is tested over pairs of equal seeds, which share the order of the data and the
+initial tensors: Student's t over the differences, two-sided, at ALPHA for all arms of a comparison together (Holm). An
+arm without common seeds is tested by Welch's t test between runs. Equivalence within a margin: the two one-sided tests
+at the same alpha both reject a difference as large as the margin. With fewer than PAIRS pairs there is no verdict.
+
+Tests are SciPy's. Sources: Student 1908; Welch 1947; Holm 1979; Schuirmann 1987 (two one-sided tests); Wilson 1927; the
+rule with a fixed standard deviation is modded-nanogpt's track 3.
 """
 
 import math
@@ -13,9 +17,11 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import optimize, stats
 
-ALPHA = 0.01  # of a verdict, two-sided
+ALPHA = 0.01    # of a comparison's verdicts, two-sided
 POWER = 0.8
-LEVEL = 0.95  # of intervals
+LEVEL = 0.95    # of intervals
+PAIRS = 5       # the least number for a verdict in words
+TIME_MARGIN = 0.02  # times that differ by less than this share are equal
 
 
 def summary(values: Sequence[float]) -> dict:
@@ -27,60 +33,84 @@ def summary(values: Sequence[float]) -> dict:
     return dict(mean=float(values.mean()), sd=sd, n=len(values), min=float(values.min()), max=float(values.max()))
 
 
-def welch(a: Sequence[float], b: Sequence[float]) -> dict:
+def test_pairs(differences: Sequence[float], margin: float | None = None) -> dict:
     """
-    difference = mean(a) - mean(b), low and high of its 95 % interval, and the p values: p_less of a's true mean being
-    lower, p_greater, p two-sided. One value on a side: None but for the difference. No variance on either side: the
-    difference is taken as exact, so that the interval is the difference itself, and p is 0 or 1 (all three 1 where it
-    is 0).
+    The t test of paired differences: difference (their mean), sd, n, low and high of its 95 % interval, and p values:
+    p_less of the true mean being lower than 0, p_greater, p two-sided, and p_equivalent, the larger p value of the two
+    one-sided tests of its being outside of -margin to margin (None without a margin). One difference: None but for the
+    difference and n. No variance: the difference is taken as exact, so that the interval is the difference itself, and
+    a p value is 0 or 1 (all of a difference 1 where it is 0). ValueError for none.
     """
+    n = len(differences)
+    if not n:
+        raise ValueError("a test of no differences")
+    difference = float(np.mean(differences))
+    if n < 2:
+        return untested(difference) | dict(sd=None, n=n)
+    sd = float(np.std(differences, ddof=1))
+    if has_no_variance(differences):
+        return exact(difference, margin) | dict(sd=sd, n=n)
+    return test_difference(difference, sd / math.sqrt(n), n - 1, margin) | dict(sd=sd, n=n)
+
+
+def test_welch(a: Sequence[float], b: Sequence[float], margin: float | None = None) -> dict:
+    """What test_pairs gives, of mean(a) - mean(b) by Welch's test between runs; sd is None, n the smaller number."""
     difference = float(np.mean(a) - np.mean(b))
-    if min(len(a), len(b)) < 2:
-        return dict(difference=difference, low=None, high=None, p_less=None, p_greater=None, p=None)
-    if no_variance(a) and no_variance(b):
-        return exact(difference)
-    return of_test(difference, stats.ttest_ind(a, b, equal_var=False))
+    n = min(len(a), len(b))
+    if n < 2:
+        return untested(difference) | dict(sd=None, n=n)
+    if has_no_variance(a) and has_no_variance(b):
+        return exact(difference, margin) | dict(sd=None, n=n)
+    variances = [np.var(values, ddof=1) / len(values) for values in (a, b)]
+    freedom = sum(variances) ** 2 / sum(v ** 2 / (len(values) - 1) for v, values in zip(variances, (a, b)))
+    return test_difference(difference, math.sqrt(sum(variances)), freedom, margin) | dict(sd=None, n=n)
 
 
-def paired(a: Sequence[float], b: Sequence[float]) -> dict:
-    """What welch gives, over pairs: a[i] and b[i] have the same seed. ValueError for unequal lengths."""
-    if len(a) != len(b):
-        raise ValueError(f"pairs of {len(a)} and {len(b)} values")
-    differences = np.subtract(a, b)
-    difference = float(differences.mean())
-    if len(a) < 2:
-        return dict(difference=difference, low=None, high=None, p_less=None, p_greater=None, p=None)
-    if no_variance(differences):
-        return exact(difference)
-    return of_test(difference, stats.ttest_1samp(differences, 0.0))
+def test_difference(difference: float, error: float, freedom: float, margin: float | None) -> dict:
+    """What test_pairs gives of a difference, its standard error and the degrees of freedom."""
+    t = difference / error
+    half = float(stats.t.isf((1 - LEVEL) / 2, freedom)) * error
+    outside = None
+    if margin is not None:
+        outside = max(float(stats.t.sf((margin - side * difference) / error, freedom)) for side in (1, -1))
+    return dict(difference=difference, low=difference - half, high=difference + half,
+                p_less=float(stats.t.cdf(t, freedom)), p_greater=float(stats.t.sf(t, freedom)),
+                p=float(2 * stats.t.sf(abs(t), freedom)), p_equivalent=outside)
 
 
-def no_variance(values: Sequence[float]) -> bool:
+def untested(difference: float) -> dict:
+    """What test_pairs gives of a difference that cannot be tested."""
+    return dict(difference=difference, low=None, high=None, p_less=None, p_greater=None, p=None, p_equivalent=None)
+
+
+def exact(difference: float, margin: float | None) -> dict:
+    """What test_pairs gives of a difference without any noise."""
+    less = difference < 0
+    greater = difference > 0
+    outside = None if margin is None else float(abs(difference) >= margin)
+    return dict(difference=difference, low=difference, high=difference, p_less=1.0 - less, p_greater=1.0 - greater,
+                p=1.0 - (less or greater), p_equivalent=outside)
+
+
+def has_no_variance(values: Sequence[float]) -> bool:
     """Equal but for rounding: no test can be made of it."""
     return float(np.ptp(values)) <= 1e-12 * max(1.0, float(np.max(np.abs(values))))
 
 
-def exact(difference: float) -> dict:
-    """What welch gives of a difference without any noise."""
-    less = difference < 0
-    greater = difference > 0
-    return dict(difference=difference, low=difference, high=difference, p_less=1.0 - less, p_greater=1.0 - greater,
-                p=1.0 - (less or greater))
-
-
-def of_test(difference: float, test) -> dict:
-    """What welch gives of a difference and SciPy's result of its t test."""
-    interval = test.confidence_interval(LEVEL)
-    return dict(difference=difference, low=float(interval.low), high=float(interval.high),
-                p_less=float(stats.t.cdf(test.statistic, test.df)),
-                p_greater=float(stats.t.sf(test.statistic, test.df)), p=float(test.pvalue))
-
-
-def detectable(sd_a: float | None, n_a: int, sd_b: float | None, n_b: int, alpha: float = ALPHA,
-               power: float = POWER) -> float | None:
+def detectable_by_pairs(sd: float | None, n: int, alpha: float = ALPHA, power: float = POWER) -> float | None:
     """
-    The smallest true difference that Welch's one-sided test at alpha finds with this power, if the standard deviations
-    are as given (noncentral t). None for fewer than two values on a side.
+    The smallest true difference that the two-sided test of n pairs at alpha finds with this power, if the standard
+    deviation of the differences is as given. None for fewer than two pairs.
+    """
+    if sd is None or n < 2:
+        return None
+    return find_detectable(sd / math.sqrt(n), n - 1, alpha / 2, power)
+
+
+def detectable_by_welch(sd_a: float | None, n_a: int, sd_b: float | None, n_b: int, alpha: float = ALPHA,
+                        power: float = POWER) -> float | None:
+    """
+    The same of Welch's test between runs with these standard deviations. None for fewer than two values on a side.
     """
     if min(n_a, n_b) < 2:
         return None
@@ -90,6 +120,11 @@ def detectable(sd_a: float | None, n_a: int, sd_b: float | None, n_b: int, alpha
     if error == 0:
         return 0.0
     freedom = error ** 4 / (variance_a ** 2 / (n_a - 1) + variance_b ** 2 / (n_b - 1))
+    return find_detectable(error, freedom, alpha / 2, power)
+
+
+def find_detectable(error: float, freedom: float, alpha: float, power: float) -> float:
+    """The true difference that a one-sided t test at alpha finds with this power (noncentral t)."""
     critical = stats.t.isf(alpha, freedom)
 
     def missing_power(shift):
@@ -112,7 +147,7 @@ def one_sample(values: Sequence[float], target: float) -> float | None:
     """One-sided p of the mean being below the target; None for fewer than two values. Without variance it is 0 or 1."""
     if len(values) < 2:
         return None
-    if no_variance(values):
+    if has_no_variance(values):
         return 0.0 if np.mean(values) < target else 1.0
     return float(stats.ttest_1samp(values, target, alternative="less").pvalue)
 
@@ -142,11 +177,21 @@ def reach(curve: Sequence[tuple[float, float]], target: float) -> float | None:
     return None
 
 
-def verdict(p: float | None, difference: float) -> str:
+def verdict(test: dict, alpha: float = ALPHA, least: int = PAIRS) -> str:
     """
-    better, worse or not distinguishable, from a two-sided p: without any true difference, one of the first two comes up
-    in ALPHA of all cases.
+    better, worse, equivalent, undecided or, with fewer than `least` pairs or runs a side, too few pairs. test: as
+    test_pairs gives it; p values corrected for several arms stand in p_holm and p_equivalent_holm. Without any true
+    difference, one of the first two comes up in alpha of all cases.
     """
-    if p is None or p >= ALPHA or difference == 0:
-        return "not distinguishable"
-    return "better" if difference < 0 else "worse"
+    if test["n"] < least or test["p"] is None:
+        return "too few pairs"
+    if test["p_holm"] < alpha and test["difference"] != 0:
+        return "better" if test["difference"] < 0 else "worse"
+    if test["p_equivalent_holm"] is not None and test["p_equivalent_holm"] < alpha:
+        return "equivalent"
+    return "undecided"
+
+
+def default_margin(target: float | None) -> float | None:
+    """The margin within which losses are equivalent: 0.5 % of a track's target, in thousandths; None without one."""
+    return round(0.005 * target, 3) or None if target else None

@@ -42,7 +42,7 @@ import torch
 
 from benchmarks.timing import ROOT, describe, markdown
 from data.command_line import run_script
-from records.statistics import paired, wilson
+from records.statistics import test_pairs, wilson
 from studies import build_parser, save
 from tasks import symbolic_language as language
 from train_gpt import RunError, require
@@ -147,7 +147,8 @@ def leads_of(runs: list[dict]) -> list[dict]:
     rows = []
     for budget in ("problems", "tokens"):
         for rendering, mark in (("english", "joint"), ("lean_like", "joint"), ("answer_only", "exact")):
-            lead = paired(shares(runs, ("symbolic", budget), mark), shares(runs, (rendering, budget), mark))
+            symbolic = shares(runs, ("symbolic", budget), mark)
+            lead = test_pairs(np.subtract(symbolic, shares(runs, (rendering, budget), mark)))
             rows.append(dict(over=rendering, mark=mark, equal=budget) | lead)
     return rows
 

@@ -18,6 +18,8 @@ import pytest
 import torch
 
 import compare
+import records.identity as identity
+import records.processes
 import records.report
 from compare import BUDGET_SEED, SWEEP_SEED, Comparison, main
 from data.shards import write_meta, write_shard
@@ -85,9 +87,8 @@ def stage(tmp_path, monkeypatch, corpus):
                 self.parse(argv[:at]), seed=int(own["--seed"]), run_id=own["--run_id"], log_dir=own["--log_dir"]
             )
             adopt_vocabulary(config)
-            texts = {
-                module_of(file): (ROOT / file).read_text(encoding="utf-8") for file in compare.source_of([job.arm])
-            }
+            files = identity.source_of(job.arm.variant)
+            texts = {module_of(file): (ROOT / file).read_text(encoding="utf-8") for file in files}
             facts = comparison.machine(config) | dict(val_sha256=comparison.plan["data"][config.data]["val"])
             facts |= dict(val_tokens=64, seed=config.seed, target=0.0) | run["facts"]
             facts["config"] = json.loads(json.dumps(asdict(config)))
@@ -142,24 +143,26 @@ def prepare_all(stage, slug, losses, first=1, **facts):
 
 
 def test_runs_take_turns_and_the_report_has_a_verdict(stage, capsys):
-    prepare_all(stage, "A0-baseline", [1.00, 1.01, 0.99])
-    prepare_all(stage, "A1-swiglu_mlp-lr_matrix-0.02", [0.90, 0.91, 0.89])
-    assert stage.call("baseline", "swiglu_mlp --lr_matrix 0.02", "--seeds", "3") == 0
+    prepare_all(stage, "A0-baseline", [1.00, 1.01, 0.99, 1.02, 0.98])
+    prepare_all(stage, "A1-swiglu_mlp-lr_matrix-0.02", [0.90, 0.91, 0.89, 0.93, 0.87])
+    assert stage.call("baseline", "swiglu_mlp --lr_matrix 0.02", "--seeds", "5") == 0
     calls = stage.calls()
     assert [(call.get("--variant"), call["--seed"]) for call in calls] == [
-        (variant, seed) for seed in "123" for variant in (None, "swiglu_mlp")
+        (variant, seed) for seed in "12345" for variant in (None, "swiglu_mlp")
     ]
     assert calls[1]["--lr_matrix"] == "0.02"
     assert "--lr_matrix" not in calls[0]
     assert {call["--track"] for call in calls} == {"cpu"}
     out = capsys.readouterr().out
-    assert "run 6/6: swiglu_mlp --lr_matrix 0.02, seed 3" in out
-    assert "swiglu_mlp --lr_matrix 0.02 is better than baseline by 0.1000 nats" in out
+    assert "run 10/10: swiglu_mlp --lr_matrix 0.02, seed 5" in out
+    assert "swiglu_mlp --lr_matrix 0.02 is better than baseline by 0.1000 nats (95 % " in out
     assert out.index("is better than") < out.index("\narm  ") < out.index("report: ")
-    assert "0.9000 ± 0.0100  3 of 3  -0.1000" in out
+    assert re.search(r"0\.9000 ± 0\.0224  5 of 5  -0\.1000", out)
     results = stage.results()
     assert results["settings"]["order"][:2] == [["baseline", 1], ["swiglu_mlp --lr_matrix 0.02", 1]]
     assert results["settings"]["target"] == TRACKS["cpu"]["target"]
+    assert results["settings"]["margin"] == pytest.approx(0.004), "half a per cent of the target"
+    assert results["settings"]["company"] == []
     assert results["settings"]["overhead"]["wall_seconds"] >= results["settings"]["overhead"]["runs_seconds"] > 0
     assert {path.name for path in stage.folder.iterdir()} >= {
         "README.md",
@@ -180,7 +183,7 @@ def test_a_run_inherits_the_bound_on_spinning_and_threads_are_an_arms_own(stage)
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
     spin = [inherited.get(name) for name in names]
     assert spin == [os.environ.get(name) for name in names] and any(spin)
-    usual, three = (compare.machine_facts("cpu", threads, 1) for threads in (0, 3))
+    usual, three = (identity.machine_facts("cpu", threads, 1) for threads in (0, 3))
     assert three["threads"] == 3 and three["device"].endswith(", 3 threads")
     assert usual["threads"] == torch.get_num_threads()
     assert stage.results()["environment_differs"]["device"] == [usual["device"], three["device"]]
@@ -248,7 +251,7 @@ def test_an_arm_given_again_has_seeds_of_its_own(stage):
     prepare_all(stage, "A1-baseline-2", [1.005, 1.012], first=3)
     assert stage.call("baseline", "baseline", "--seeds", "2") == 0
     assert [call["--seed"] for call in stage.calls()] == ["1", "3", "2", "4"]
-    assert stage.results()["arms"][1]["vs_baseline"]["loss"]["verdict"] == "not distinguishable"
+    assert stage.results()["arms"][1]["vs_baseline"]["loss"]["verdict"] == "too few pairs"
 
 
 def test_a_sweep_chooses_each_arms_rates_on_other_seeds(stage):
@@ -323,6 +326,18 @@ def fault(capsys, text):
         (["baseline", "baseline", "--budget", "time", "--seconds", "1e20"], "got 1e\\+20"),
         (["baseline", "baseline", "--seconds", "5"], "belongs to --budget time"),
         (["baseline", "baseline", "--reuse", "r" * 300], "--reuse 'r+': File name too long"),
+        (["baseline", "swiglu_mlp", "--max-seeds", "9"], "--max-seeds 9 belongs to --until-decided"),
+        (["baseline", "swiglu_mlp", "--until-decided", "--seeds", "9"], "--until-decided exclude each other"),
+        (["baseline", "swiglu_mlp", "--until-decided", "--max-seeds", "4"], "at least 5 and at most 200, got 4"),
+        (["baseline", "swiglu_mlp", "--until-decided", "--max-seeds", "201"], "at least 5 and at most 200, got 201"),
+        (["baseline", "baseline", "--until-decided"], "named twice has seeds of its own; give --seeds"),
+        (["baseline", "swiglu_mlp", "--margin", "0"], "--margin must be greater than 0 and at most 100, got 0"),
+        (["baseline", "swiglu_mlp", "--margin", "nan"], "--margin must be greater than 0"),
+        (["baseline", "swiglu_mlp", "--jobs", "0"], "--jobs must be at least 1 and at most"),
+        (["baseline", "swiglu_mlp", "--hang-seconds", "-1"], "--hang-seconds must be at least 0"),
+        (["baseline", "swiglu_mlp", "--hang-seconds", "nan"], "--hang-seconds must be at least 0"),
+        (["baseline", "swiglu_mlp", "--add-arm", "baseline"], "--add-arm takes the folder of one comparison, got 2"),
+        (["no_such_folder", "--add-arm", "swiglu_mlp"], "no_such_folder/plan.json: .*give the folder of a comparison"),
     ],
 )
 def test_bad_arguments(stage, capsys, argv, text):
@@ -381,6 +396,245 @@ def test_two_comparisons_do_not_share_a_folder(stage, capsys, monkeypatch):
         fcntl.flock(other, fcntl.LOCK_EX)
         assert stage.call("baseline", "baseline", "--seeds", "1") == 1
     fault(capsys, "another comparison uses")
+
+
+# ---- Until decided, several at once, hanging runs
+
+def test_a_decided_arm_gets_no_more_runs(stage, capsys):
+    """One arm is far better, one is like the baseline; the third differs, but by less than eight pairs can tell."""
+    rng = np.random.default_rng(3)
+    base = 1 + rng.normal(0, 0.05, 8)
+    noise = rng.normal(0, 0.001, (3, 8))
+    prepare_all(stage, "A0-baseline", base)
+    prepare_all(stage, "A1-swiglu_mlp", base - 0.1 + noise[0])
+    prepare_all(stage, "A2-parallel_residual", base + noise[1] / 10)
+    prepare_all(stage, "A3-forgetting_attention", base - 0.001 + noise[2])
+    call = ["baseline", "swiglu_mlp", "parallel_residual", "forgetting_attention", "--until-decided"]
+    call += ["--max-seeds", "8", "--margin", "0.004"]
+    assert stage.call(*call) == 0
+    out = capsys.readouterr().out
+    results = stage.results()
+    design = results["settings"]["design"]
+    assert design["looks"] == [4, 5, 6, 7, 8] and design["levels"][0] < 0.01 / 3
+    looks = [arm["vs_baseline"]["loss"]["look"] for arm in results["arms"][1:]]
+    assert [look["word"] for look in looks[:2]] == ["better", "equivalent"]
+    assert [look["pairs"] for look in looks[:2]] == [4, 4]
+    assert [len(arm["runs"]) for arm in results["arms"][1:]] == [look["pairs"] for look in looks]
+    assert len(results["arms"][0]["runs"]) == max(look["pairs"] for look in looks)
+    assert len(stage.calls()) == sum(len(arm["runs"]) for arm in results["arms"])
+    assert "swiglu_mlp: better after 4 pairs" in out
+    assert "swiglu_mlp is better than baseline by 0." in out
+    assert "parallel_residual is equivalent to baseline within 0.004 nats" in out
+
+    # the same command changes nothing, another number of seeds is another design
+    before = (stage.folder / "results.json").read_text()
+    calls = len(stage.calls())
+    assert stage.call(*call) == 0 and len(stage.calls()) == calls
+    after = json.loads((stage.folder / "results.json").read_text())
+    assert [arm["vs_baseline"] for arm in after["arms"]] == [arm["vs_baseline"] for arm in json.loads(before)["arms"]]
+    assert stage.call(*call[:-4], "--max-seeds", "9", "--margin", "0.004") == 1
+    fault(capsys, r"holds another plan \(seeds: 8, now 9\)")
+    text = (stage.folder / "README.md").read_text()
+    assert "Until decided: looks after 4, 5, 6, 7, 8 pairs." in text and "better after 4 pairs." in text
+
+
+def test_an_arm_that_always_fails_is_given_up_at_the_first_look(stage, capsys):
+    prepare_all(stage, "A0-baseline", [1.0, 1.1, 1.2, 1.3, 1.4])
+    for seed in range(1, 6):
+        stage.prepare(f"A1-swiglu_mlp-seed{seed}", fault="out of memory")
+    assert stage.call("baseline", "swiglu_mlp", "--until-decided", "--max-seeds", "5") == 0
+    assert len(stage.calls()) == 8
+    assert "swiglu_mlp: no run of it finished after 4 pairs" in capsys.readouterr().out
+    assert "no verdict, because swiglu_mlp has no finished run" in (stage.folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "jobs, arms, batches", [(2, 2, [2, 2, 2]), (4, 2, [4, 2]), (2, 3, [2, 1] * 3), (1, 2, [1] * 6)]
+)
+def test_runs_of_a_turn_are_started_together(stage, monkeypatch, jobs, arms, batches):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    names = ["baseline", "swiglu_mlp", "parallel_residual"][:arms]
+    for index, name in enumerate(names):
+        prepare_all(stage, f"A{index}-{name}", [1.0, 1.1, 1.2])
+    started = []
+    original = Comparison.run
+    monkeypatch.setattr(Comparison, "run", lambda self, missing, total: (
+        started.append([job.seed for _, job in missing]), original(self, missing, total)))
+    assert stage.call(*names, "--seeds", "3", "--jobs", str(jobs)) == 0
+    assert [len(seeds) for seeds in started] == batches
+    calls = stage.calls()
+    assert len(calls) == 3 * arms and sorted(call["--seed"] for call in calls) == sorted("123" * arms)
+    assert ("--threads" in calls[0]) == (jobs > 1), "each has its share of the cores"
+    results = stage.results()
+    company = {count for *_, count in results["settings"]["company"]}
+    assert company == set(batches) - {1}
+
+    # times count where company was equal
+    left_out = [line for arm in results["arms"][1:] for line in arm["vs_baseline"]["time"]["left_out"]]
+    unequal = [line for line in left_out if "runs were started together with this one" in line]
+    assert len(unequal) == (3 if (jobs, arms) == (2, 3) else 0)
+
+
+HANG = """
+import pathlib, sys, time
+argv = sys.argv[1:]
+given = dict(zip(argv[::2], argv[1::2]))
+log = pathlib.Path(given["--log_dir"]) / (given["--run_id"] + ".txt")
+with open(log, "w") as file:
+    for step in range(1, 4):
+        print(f"step:{step}/9 train_time:{step}ms step_avg:1.00ms", file=file, flush=True)
+print("step 3/9 loss 1.0", flush=True)
+time.sleep(1000)
+"""
+
+
+def test_a_run_that_hangs_is_stopped_and_the_others_go_on(stage, tmp_path, monkeypatch, capsys):
+    prepare_all(stage, "A0-baseline", [1.0, 1.1])
+    prepare_all(stage, "A1-swiglu_mlp", [1.2, 1.3])
+    (tmp_path / "hang.py").write_text(HANG)
+    original = Comparison.command
+
+    def command(self, job):
+        words = original(self, job)
+        return [words[0], str(tmp_path / "hang.py"), *words[3:]] if job.name == "A1-swiglu_mlp-seed1" else words
+
+    monkeypatch.setattr(Comparison, "command", command)
+    call = ("baseline", "swiglu_mlp", "--seeds", "2", "--hang-seconds", "0.5")
+    assert stage.call(*call) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"failed: it hung: no step for \d+ s, so it was stopped \(exit code -9; all of its output", out)
+    results = stage.results()
+    assert results["arms"][1]["status"] == "1 of 2 finished" and "it hung" in results["arms"][1]["errors"][0]
+    monkeypatch.setattr(Comparison, "command", original)
+    assert stage.call(*call, "--retry") == 0
+    assert stage.results()["arms"][1]["status"] == "complete"
+
+
+def test_a_run_that_compiles_long_does_not_hang(tmp_path):
+    """Before the first step it may be silent for longer; then ten usual steps, or what it was silent before, count."""
+    log = tmp_path / "run.txt"
+    assert records.processes.STARTUP * 120 >= 1800
+    log.write_text("facts: {}\nstep:0/9 val_loss:5.0 train_time:0ms step_avg:0.00ms\n")
+    assert records.processes.step_seconds(log) is None
+    log.write_text("step:1/9 train_time:2000ms step_avg:2000.00ms\nstep:2/9 train_time:5000ms step_avg:2500.00ms\n")
+    assert records.processes.step_seconds(log) == 2.5
+
+
+# ---- For scripts and agents
+
+def test_one_json_object_is_all_of_stdout(stage, capsys):
+    losses = [1.00, 1.02, 0.99, 1.03, 0.98, 1.01]
+    prepare_all(stage, "A0-baseline", losses)
+    prepare_all(stage, "A1-swiglu_mlp", [loss - 0.1 + 0.001 * (-1) ** i for i, loss in enumerate(losses)])
+    assert stage.call("baseline", "swiglu_mlp", "--json") == 0
+    shown = capsys.readouterr()
+    outcome = json.loads(shown.out)
+    assert outcome["verdict"] == "better" and outcome["difference"] == pytest.approx(-0.1, abs=0.001)
+    low, high = outcome["interval"]
+    assert low < -0.1 < high < -0.09 and outcome["p"] < 1e-6
+    assert outcome["pairs"] == 6 and outcome["runs"] == 12 and outcome["seconds"] > 0 and outcome["sound"]
+    assert outcome["folder"] == str(stage.folder) and outcome["arms"][0]["arm"] == "swiglu_mlp"
+    assert outcome["time"]["verdict"] == "equivalent"
+    assert "swiglu_mlp is better than baseline" in shown.err
+
+    # the verdict is no fault, and a fault is no verdict
+    assert stage.call("baseline", "no_such_thing", "--json") == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and "unknown variant" in shown.err
+    assert stage.call("baseline", "swiglu_mlp", "--json", "--dry-run") == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_an_arm_is_added_to_a_finished_comparison(stage, capsys):
+    losses = [1.00, 1.02, 0.99, 1.03, 0.98, 1.01]
+    prepare_all(stage, "A0-baseline", losses)
+    prepare_all(stage, "A1-swiglu_mlp", [loss - 0.1 + 0.002 * (-1) ** i for i, loss in enumerate(losses)])
+    prepare_all(stage, "A2-parallel_residual", [loss + 0.1 + 0.001 * (-1) ** i for i, loss in enumerate(losses)])
+    add = ["--add-arm", "parallel_residual", str(stage.folder)]
+    assert main(add) == 1
+    fault(capsys, "plan.json: ")
+    assert stage.call("baseline", "swiglu_mlp") == 0 and len(stage.calls()) == 12
+    alone = stage.results()["arms"][1]["vs_baseline"]["loss"]
+    assert main(add) == 0
+    assert len(stage.calls()) == 18, "only the new arm is trained"
+    assert [call["--variant"] for call in stage.calls()[12:]] == ["parallel_residual"] * 6
+    results = stage.results()
+    words = [arm["vs_baseline"]["loss"]["verdict"] for arm in results["arms"][1:]]
+    assert words == ["better", "worse"]
+    both = results["arms"][1]["vs_baseline"]["loss"]
+    assert both["p"] == alone["p"] and both["p_holm"] >= alone["p_holm"], "corrected for one arm more"
+    time = results["arms"][2]["vs_baseline"]["time"]
+    assert time["ratio"] is None and "added later" in time["left_out"][0]
+    assert "added after the results of the others were known" in (stage.folder / "README.md").read_text()
+    capsys.readouterr()
+
+    # the same call changes nothing; an arm of the plan is no new one; code and data are the same
+    assert main(add) == 0 and len(stage.calls()) == 18
+    assert stage.results()["arms"] == results["arms"]
+    assert main(["--add-arm", "swiglu_mlp", str(stage.folder)]) == 1
+    fault(capsys, "has an arm 'swiglu_mlp' already")
+    plan = json.loads((stage.folder / "plan.json").read_text())
+    (stage.folder / "plan.json").write_text(json.dumps(plan | dict(source=plan["source"] | {"train_gpt.py": "0"})))
+    assert main(["--add-arm", "forgetting_attention", str(stage.folder)]) == 1
+    fault(capsys, r"train_gpt\.py changed since")
+    assert len(stage.calls()) == 18
+
+
+def test_no_arm_is_added_to_a_design_or_a_ledger(stage, capsys):
+    prepare_all(stage, "A0-baseline", [1.00, 1.02, 0.99, 1.03, 0.98])
+    prepare_all(stage, "A1-swiglu_mlp", [0.9, 0.93, 0.88, 0.94, 0.87])
+    assert stage.call("baseline", "swiglu_mlp", "--until-decided", "--max-seeds", "5") == 0
+    assert main(["--add-arm", "parallel_residual", str(stage.folder)]) == 1
+    fault(capsys, "takes no other arm: its error was divided by its arms beforehand")
+
+
+def test_the_verdict_on_finished_runs(stage, capsys, tmp_path):
+    losses = [1.00, 1.02, 0.99, 1.03, 0.98, 1.01]
+    prepare_all(stage, "A0-baseline", losses)
+    prepare_all(stage, "A1-swiglu_mlp", [loss - 0.1 + 0.002 * (-1) ** i for i, loss in enumerate(losses)])
+    assert stage.call("baseline", "swiglu_mlp") == 0
+    trained = stage.results()["arms"][1]["vs_baseline"]["loss"]
+    capsys.readouterr()
+
+    # the comparison itself, and its logs in a folder for each arm
+    assert main([str(stage.folder), "--json"]) == 0
+    outcome = json.loads(capsys.readouterr().out)
+    assert outcome["verdict"] == "better" and outcome["p"] == pytest.approx(trained["p"]) and outcome["folder"] is None
+    for slug, name in (("A0-baseline", "before"), ("A1-swiglu_mlp", "after")):
+        (tmp_path / name).mkdir()
+        for log in (stage.folder / "logs").glob(f"{slug}-*"):
+            (tmp_path / name / log.name).write_bytes(log.read_bytes())
+    assert main([str(tmp_path / "before"), str(tmp_path / "after"), "-o", str(tmp_path / "report")]) == 0
+    out = capsys.readouterr().out
+    assert "after is better than before by 0.1000 nats" in out
+    assert (tmp_path / "report/report.html").exists()
+    assert main([str(tmp_path / "before")]) == 1
+    fault(capsys, "before")
+    assert len(stage.calls()) == 12
+
+
+def test_a_ledger_gives_the_error_and_is_told_what_came_of_it(stage, capsys, tmp_path):
+    ledger = tmp_path / "ideas.jsonl"
+    losses = [1.00, 1.02, 0.99, 1.03, 0.98, 1.01]
+    prepare_all(stage, "A0-baseline", losses)
+    prepare_all(stage, "A1-swiglu_mlp", [loss - 0.1 + 0.0002 * (-1) ** i for i, loss in enumerate(losses)])
+    prepare_all(stage, "A1-parallel_residual", [loss + 0.003 * (-1) ** i for i, loss in enumerate(losses)])
+    call = ("baseline", "swiglu_mlp", "--ledger", str(ledger))
+    assert stage.call(*call) == 0 and stage.call(*call) == 0
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    assert [next(iter(line)) for line in lines[1:]] == ["begun", "ended"], "called again it has one entry"
+    plan = json.loads((stage.folder / "plan.json").read_text())
+    assert 0 < plan["alpha"] <= 0.01 and stage.results()["settings"]["alpha"] == plan["alpha"]
+    assert "swiglu_mlp is better than baseline" in capsys.readouterr().out
+
+    # the next one, which a find has made richer
+    other = tmp_path / "other"
+    assert stage.call("baseline", "parallel_residual", "--ledger", str(ledger), folder=other) == 0
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    assert [next(iter(line)) for line in lines[1:]] == ["begun", "ended"] * 2
+    ledger.write_text("no ledger\n")
+    assert stage.call("baseline", "parallel_residual", "--ledger", str(ledger), folder=tmp_path / "third") == 1
+    fault(capsys, "ideas.jsonl")
 
 
 # ---- What belongs to an arm
@@ -466,56 +720,6 @@ def test_the_arms_are_tried_by_variants_check(stage, monkeypatch):
     assert faults == {"baseline": [], "swiglu_mlp": [], "swiglu_mlp (2)": []}
 
 
-def test_what_code_belongs_to_an_arm():
-    names = ([], ["swiglu_mlp"], ["swiglu_mlp+orthogonal_residual:layers=0-3"])
-    baseline, swiglu, both = (set(compare.source_of([compare.Arm(0, "", name, [], [1])])) for name in names)
-    assert baseline == {"train_gpt.py"}
-    assert swiglu == {"train_gpt.py", "variants/__init__.py", "variants/swiglu_mlp.py"}
-    kernels = {"kernels/residual_norm/__init__.py", "kernels/__init__.py"}
-    assert both > swiglu | kernels | {"variants/orthogonal_residual.py"}
-    assert not any("routed_skips" in file for file in both)
-    assert all(compare.module_file(module_of(file)) == ROOT / file for file in both)
-
-
-def test_an_operation_may_be_a_folder(tmp_path, monkeypatch):
-    """What its modules import counts, relative to the folder and by a name in quotes too; nothing outside does."""
-    files = {
-        "train_gpt.py": "import tasks.recall",
-        "variants/__init__.py": "import importlib",
-        "variants/mine.py": "from kernels.op import op\nimport studies.claims\nimport data.shards",
-        "kernels/__init__.py": "",
-        "kernels/op.py": "shadowed = 'by the folder'",
-        "kernels/op/__init__.py": '"""The op."""\nfrom .reference import op\nfrom kernels.backend import cpu_loops',
-        "kernels/op/reference.py": "def op():\n    from . import tiled",
-        "kernels/op/tiled.py": "from kernels.backend import cpu_loops\nloops = cpu_loops('op.cpu')\nword = 'op.no'",
-        "kernels/op/cpu.py": "from ..scan import running",
-        "kernels/op/unused.py": "",
-        "kernels/scan.py": "",
-        "kernels/backend.py": "import importlib",
-        "kernels/other/__init__.py": "",
-        "tasks/recall.py": "",
-        "studies/claims.py": "",
-        "data/shards.py": "",
-    }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(compare, "ROOT", tmp_path)
-    expected = {
-        "train_gpt.py",
-        "variants/__init__.py",
-        "variants/mine.py",
-        "kernels/__init__.py",
-        "kernels/scan.py",
-        "kernels/backend.py",
-        "kernels/op/__init__.py",
-        "kernels/op/reference.py",
-        "kernels/op/tiled.py",
-        "kernels/op/cpu.py",
-    }
-    assert set(compare.source_of([compare.Arm(0, "", ["mine"], [], [1])])) == expected
-
-
 # ---- Runs of other comparisons
 
 def finished(stage, folder, *argv, **options):
@@ -549,8 +753,8 @@ def test_finished_runs_of_other_comparisons_are_taken_over(begun, capsys):
     assert "Looks: 1 earlier comparison with runs of these arms had a result" in text
     assert "that one of 2 verdicts finds a difference where there is none happens in up to 2 %" in text
     time, loss = (results["arms"][1]["vs_baseline"][kind] for kind in ("time", "loss"))
-    assert time["difference"] == 0 and time["p"] is None, "the only pair that took turns"
-    assert loss["paired"]["n"] == 3 and results["arms"][0]["ms_per_step"]["n"] == 1
+    assert time["ratio"] == 1 and time["n"] == 1 and time["p"] is None, "the only pair that took turns"
+    assert loss["n"] == 3 and results["arms"][0]["ms_per_step"]["n"] == 1
     assert [seed for _, seed in results["settings"]["order"]] == [3, 3]
 
     # a third knows where they come from, and another arm of the same name in another place is the same run
@@ -559,18 +763,18 @@ def test_finished_runs_of_other_comparisons_are_taken_over(begun, capsys):
     reused = begun.results(third)["settings"]["reused"]
     assert {entry["log"].split("/")[1] for entry in reused if entry["seed"] < 3} == {"first"}
     assert reused[0]["seen"] == ["first", "second"] and "taken over" in (third / "README.md").read_text()
-    assert begun.results(third)["arms"][1]["vs_baseline"]["time"]["difference"] is None
+    assert begun.results(third)["arms"][1]["vs_baseline"]["time"]["ratio"] is None
     assert finished(begun, third, "swiglu_mlp", "baseline", "--seeds", "3") == []
 
 
 def test_an_edited_variant_alone_is_trained_again(begun, monkeypatch, capsys):
     second = Path("comparisons/second")
-    original = compare.text_and_digest
+    original = identity.text_and_digest
 
     def edited(file):
         return ("", "edited") if file.name == "swiglu_mlp.py" else original(file)
 
-    monkeypatch.setattr(compare, "text_and_digest", edited)
+    monkeypatch.setattr(identity, "text_and_digest", edited)
     begun.write = lambda *parts, write=begun.write: (write(*parts), edit_log(begun.prepared / f"{parts[1].name}.txt"))
     code = compare.Run.code.fget
 
@@ -638,20 +842,6 @@ def test_what_is_not_the_same_run_is_trained(begun, monkeypatch):
     assert trained("unfinished") == 2
 
 
-def test_a_variant_that_reads_a_file_is_trained_again(tmp_path, monkeypatch):
-    """The content of the file is in no log."""
-    monkeypatch.chdir(tmp_path)
-    Path("book.npz").write_text("")
-    config = parse_config([])
-    for variant, expected in (
-        ("swiglu_mlp:layers=0-3", False),
-        ("x:laplacian=domain:missing.npz", False),
-        ("x:laplacian=domain:book.npz,tau=file", True),
-    ):
-        assert compare.names_a_file(replace(config, variant=("swiglu_mlp", variant))) == expected
-    assert compare.names_a_file(replace(config, init_from="book.npz"))
-
-
 def test_a_run_that_was_taken_over_in_part_is_not_taken_for_an_own_one(begun, monkeypatch):
     """Stopped between the note and the log: the run is taken over again, or trained and then no longer noted."""
     second = Path("comparisons/second")
@@ -685,7 +875,8 @@ def test_the_plan_alone(begun, capsys):
     assert "6  swiglu_mlp, seed 3: to be trained" in out
     assert re.search(r"expected time: \d+:\d\d h, by 4 earlier runs of this track on this machine", out)
     assert begun.call("baseline", "swiglu_mlp", "--seeds", "2", "--dry-run", folder=Path("comparisons/first")) == 0
-    assert capsys.readouterr().out.count(": finished") == 4
+    out = capsys.readouterr().out
+    assert out.count(": finished") == 4 and "it can find nothing: 2 pairs are too few for a verdict" in out
     assert (
         begun.call("baseline", "swiglu_mlp", "--sweep", "1,2", "--dry-run", "--reuse", "nowhere", folder=second) == 0
     )
@@ -702,7 +893,8 @@ def test_help_names_every_default(capsys):
     assert stop.value.code == 0
     assert all(heading in text for heading in ("what is compared:", "how it is run:", "the report:"))
     text = text.partition("what is compared:")[2]
-    assert text.count("(default: ") == 13 and text.count("--no-reuse") == 1  # every option has one, but --no-reuse
+    assert text.count("(default: ") == 18
+    assert all(text.count(f" {option} ") == 1 for option in ("--no-reuse", "--until-decided", "--json"))  # have none
 
 
 # ---- The console
@@ -718,7 +910,7 @@ def test_a_closed_console_and_a_locale_without_accents(corpus, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    assert process.stdout.readline() == b"2 arms x 3 seeds, 6 runs; folder r??sultats\n"
+    assert process.stdout.readline() == b"2 arms x 6 seeds, 12 runs; folder r??sultats\n"
     process.stdout.close()
     errors = process.stderr.read()
     assert process.wait() == 0 and errors == b"", errors

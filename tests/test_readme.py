@@ -173,7 +173,9 @@ def parse(words, monkeypatch):
             train_gpt.GPT(dataclasses.replace(config, vocab_size=257))
     elif Path(program).name == "compare.py":
         plan, options = compare.parse_arguments(arguments)
-        assert compare.parse_arms(plan.arms, plan.seeds, ["--track", plan.track, *options])
+        arms = ["baseline", plan.add_arm] if plan.add_arm else plan.arms
+        are_folders = all(name == "FOLDER" or "/" in name for name in arms)
+        assert are_folders or compare.parse_arms(arms, plan.seeds, ["--track", plan.track, *options])
     elif program == "pytest":
         for word in arguments:
             known = word.startswith("-") or word in ("auto", "loadgroup") or (ROOT / word).exists()
@@ -305,6 +307,7 @@ def test_broken_links_are_found(tmp_path):
     "./run.sh            sets up once (virtual environment, pinned packages)",
     "./run.sh compare baseline my_mlp --seeds 6        equal tokens",
     "./run.sh compare baseline my_mlp --seeds 6 equal tokens",
+    "./run.sh compare --add-arm no_such_variant FOLDER",
     "./run.sh data tokenize_text book.txt -o data/book   your own text",
     "./run.sh task recall make --no-such-option 3",
     "./run.sh generate --checkpoint a.pt --top-k many",
@@ -332,8 +335,15 @@ TINY = {  # what is set behind a command: the longest beginning that fits decide
     "./run.sh --dry-run": STEPS,
     "./run.sh --variant topological_attention:laplacian": f"{STEPS} --run_id RUN",
     "./run.sh compare": f"--seeds 2 -- {STEPS}",
-    "./run.sh compare baseline my_mlp --seeds 6": f"--seeds 2 -o FOLDER -- {STEPS}",
+    "./run.sh compare baseline my_mlp": f"--seeds 2 -o FOLDER -- {STEPS}",
+    "./run.sh compare baseline my_mlp --until-decided": f"--max-seeds 5 -- {STEPS}",
     "./run.sh compare baseline my_mlp --seeds 6 --budget time": f"--seeds 2 -- {STEPS}",
+    "./run.sh compare baseline my_mlp --dry-run": f"-- {STEPS}",
+    "./run.sh compare baseline my_mlp --json": f"--seeds 2 -- {STEPS}",
+    "./run.sh compare baseline my_mlp --ledger": f"--seeds 2 -- {STEPS}",
+    "./run.sh compare --add-arm": "",
+    "./run.sh compare FOLDER": "",
+    "./run.sh compare logs/": None,                          # the reader's own folders
     './run.sh compare baseline "my_mlp': STEPS,              # has a -- already
     "./run.sh check": "",
     "./run.sh variants": "",

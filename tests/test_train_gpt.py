@@ -847,6 +847,53 @@ def test_a_run_learns_and_writes_its_record(corpus, tmp_path, capsys):
     assert "MiB" in capsys.readouterr().out
 
 
+def kept_losses(folder, run_id="run") -> np.ndarray:
+    """The losses of single tokens that a run kept."""
+    return np.load(folder / f"{run_id}.losses.npz")["losses"]
+
+
+def test_the_loss_of_every_validation_token_is_kept(corpus, tmp_path):
+    facts = run(corpus, tmp_path, steps=20, lr_matrix=0.05)
+    losses = kept_losses(tmp_path)
+    config = train_gpt.config_from(facts["config"], "the JSON")
+    rows = np.concatenate(train_gpt.validation_batches(config))
+    assert losses.shape == rows[:, 1:].shape and losses.dtype == np.float16
+
+    # they are the model's, token by token
+    saved = checkpoint_of(tmp_path)
+    model = train_gpt.trained_model(saved, config, train_gpt.Ranks(0, 1, torch.device("cpu"), torch.float32))
+    tokens = torch.from_numpy(rows)
+    with torch.no_grad():
+        logits = model(tokens[:, :-1])
+        expected = -logits.log_softmax(-1).gather(2, tokens[:, 1:, None].long())[..., 0].numpy()
+    bound = np.spacing(losses).astype(np.float32) + logit_bound(config, logits)
+    assert (np.abs(losses.astype(np.float32) - expected) <= bound).all()
+
+    # the validation loss counts the padding of the vocabulary, which these leave out
+    padding = math.log(config.padded_vocabulary / config.vocab_size)
+    assert -1e-3 < facts["val_loss"] - losses.mean(dtype=np.float64) < padding
+
+
+@pytest.mark.parametrize("kept, rows", [(0, None), (1, 1), (33, 2)])
+def test_so_many_losses_are_kept_as_asked_for(corpus, tmp_path, kept, rows):
+    facts = run(corpus, tmp_path, steps=2, keep_losses=kept)
+    assert (tmp_path / "run.losses.npz").exists() == bool(kept)
+    if kept:
+        assert kept_losses(tmp_path).shape == (rows, facts["config"]["sequence_length"])
+
+
+def test_a_run_is_worth_more_than_the_losses_of_its_tokens(corpus, tmp_path, monkeypatch, capsys):
+    """A model without logits, or no memory for them: a warning, and the run has its result."""
+    def refuse(trainer, rows):
+        raise RuntimeError("not enough memory\nand more")
+
+    monkeypatch.setattr(Trainer, "token_losses", refuse)
+    assert run(corpus, tmp_path, steps=2)["status"] == "finished"
+    warning = "warning: the losses of single tokens are not kept: RuntimeError: not enough memory"
+    assert warning in (tmp_path / "run.txt").read_text() and warning in capsys.readouterr().out
+    assert not (tmp_path / "run.losses.npz").exists()
+
+
 def test_flops_by_formula(corpus):
     plain = dict(document_mask=False, window_pattern="L", window_long=(0,), window_short=(0,), attention_gate=False,
                  smear=False)
@@ -1113,6 +1160,14 @@ def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(corpus, tmp_path)
     for world in (2, 4):
         for (_, ours), (_, alone) in zip(curves[world], curves[1], strict=True):
             assert ours == pytest.approx(alone, rel=2e-5)
+
+    # the losses of single tokens are those of one rank, row by row
+    kept = {world: kept_losses(tmp_path / str(world)) for world in (1, 2, 4)}
+    assert kept[1].shape[0] > 4 and kept[1].dtype == np.float16
+    for world in (2, 4):
+        spacing = np.spacing(kept[1]).astype(np.float32)
+        bound = 2e-5 * kept[1].astype(np.float32) + spacing
+        assert (np.abs(kept[world].astype(np.float32) - kept[1].astype(np.float32)) <= bound).all()
 
     # state gathered from four slices fits one
     one, four = checkpoint_of(tmp_path / "1"), checkpoint_of(tmp_path / "4")

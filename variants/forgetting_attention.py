@@ -20,7 +20,7 @@ them in bfloat16, which together hold a float32 number.
 
 Source: Lin, Nikishin, He & Courville, Forgetting Transformer, 2025, arxiv.org/abs/2503.02130; slopes: Press et al.,
 ALiBi, 2021, arxiv.org/abs/2108.12409; convolution: Fu et al., H3, 2022, arxiv.org/abs/2212.14052
-Status: undecided in 2026-11-22_TopologicalAttentionOptions; better in 2026-11-30_EnglishRowsOf1024AtEqualTime
+Status: too few pairs in 2026-11-22_TopologicalAttentionOptions; better in 2026-11-30_EnglishRowsOf1024AtEqualTime
 """
 
 import math

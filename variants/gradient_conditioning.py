@@ -32,7 +32,7 @@ hundred points, are in LOG_DIR/RUN_ID-conditioning.json.
 Source: github.com/lof310/projects (the form a G + b; no code or values); centralize: Yong et al., 2020,
 arxiv.org/abs/2004.01461; trust: You et al., LARS, 2017, arxiv.org/abs/1708.03888; orthograd: Prieto et al., 2025,
 arxiv.org/abs/2501.04697; hypergradient: Baydin et al., 2018, arxiv.org/abs/1703.04782
-Status: undecided in 2026-11-23_GradientConditioningLanguage, but for source=normalize, which is better there
+Status: too few pairs in 2026-11-23_GradientConditioningLanguage
 """
 
 import hashlib

@@ -38,7 +38,7 @@ of a step, compiled 6 %; a kernel saves these reads on a GPU (not measured).
 Source: lof310/projects, orthogonal-parallel residual; Oh et al., Revisiting Residual Connections (ORU), 2025,
 arxiv.org/abs/2505.11881; angle and scaled form also in BootsofLagrangian/ortho-residual; Touvron et al., LayerScale,
 2021, arxiv.org/abs/2103.17239; De & Smith, SkipInit, 2020, arxiv.org/abs/2002.10444
-Status: undecided in 2026-11-22_ElevenResiduals
+Status: too few pairs in 2026-11-22_ElevenResiduals
 """
 
 import math

@@ -22,7 +22,7 @@ Cost: 12 n + n + 1 parameters for each of these layers, and n reads of a stream.
 Source: dynamic weights over depth: Xiao et al., MUDDFormer, 2025, arxiv.org/abs/2502.12170; Pagliardini et al.,
 DenseFormer, 2024, arxiv.org/abs/2402.02622; the maps: see there; the form with one mean and the trainer's skip weight:
 ours
-Status: undecided in 2026-11-23_RoutedSkips, 2026-11-23_RoutedSkipsMaps
+Status: undecided in 2026-11-23_RoutedSkips; too few pairs in 2026-11-23_RoutedSkipsMaps
 """
 
 import math

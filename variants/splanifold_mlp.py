@@ -42,7 +42,7 @@ identity.
 Source: Adams, K-Splanifolds, 2026, doi 10.5281/zenodo.18673034, github.com/curvedinf/k-splanifolds, and the same
 author's 18M-parameter model of 128 layers, whose block is not published: exodus18m is our reading; forms with
 projections, groups and initial sizes: ours
-Status: worse in 2026-11-22_SplanifoldFeedForward; undecided in 2026-11-22_SplanifoldAtEqualTime
+Status: too few pairs in 2026-11-22_SplanifoldFeedForward, 2026-11-22_SplanifoldAtEqualTime
 """
 
 import math

@@ -42,7 +42,7 @@ Source: Moriondo, Topological Transformer, TechRxiv 176800983.30631144, github.c
 et al., ALiBi, 2021, arxiv.org/abs/2108.12409; forget gate: Lin et al., Forgetting Transformer, 2025,
 arxiv.org/abs/2503.02130; convolution: Fu et al., H3, 2022, arxiv.org/abs/2212.14052; straight-through gradient: Bengio
 et al., 2013, arxiv.org/abs/1308.3432; linear coordinates and the combination: ours
-Status: worse in 2026-11-22_TopologicalAttentionOptions; better in 2026-11-30_EnglishRowsOf1024AtEqualTime
+Status: too few pairs in 2026-11-22_TopologicalAttentionOptions; better in 2026-11-30_EnglishRowsOf1024AtEqualTime
 """
 
 import json

@@ -25,13 +25,16 @@ def folder(write_log, tmp_path):
     cut.write_text(cut.read_text()[:-90])
     edit_json(cut, status="running")
     logs = tmp_path / "logs"
-    for name in ("done.pt", "stopped.pt", "stopped-step000004.pt", ".cut.pt.123", "other.pt"):
+    names = ("done.pt", "stopped.pt", "stopped-step000004.pt", "stopped.losses.npz", ".cut.pt.123", "other.pt")
+    for name in names:
         (logs / name).write_bytes(b"x" * 1000)
     return logs
 
 
-UNFINISHED = ["cut.json", "cut.txt", ".cut.pt.123", "failed.json", "failed.txt", "stopped-step000004.pt",
-              "stopped.json", "stopped.pt", "stopped.txt"]
+UNFINISHED = [
+    "cut.json", "cut.txt", ".cut.pt.123", "failed.json", "failed.txt", "stopped-step000004.pt", "stopped.json",
+    "stopped.losses.npz", "stopped.pt", "stopped.txt",
+]
 
 
 def edit_json(log, **fields):
@@ -54,8 +57,9 @@ def test_unfinished_runs_go_and_all_else_stays(folder, capsys):
     assert [row.split()[0] for row in rows] == ["cut", "failed", "stopped"]
     assert "cut off: .cut.pt.123, cut.json, cut.txt, " in rows[0]
     assert "failed: the training loss is nan: failed.json, failed.txt, " in rows[1]
-    assert "stopped by SIGTERM: stopped-step000004.pt, stopped.json, stopped.pt, stopped.txt, " in rows[2]
-    assert last == f"deleted 9 files of 3 unfinished runs, {size:,} bytes"
+    files = "stopped-step000004.pt, stopped.json, stopped.losses.npz, stopped.pt, stopped.txt, "
+    assert f"stopped by SIGTERM: {files}" in rows[2]
+    assert last == f"deleted 10 files of 3 unfinished runs, {size:,} bytes"
     assert main(["--log_dir", str(folder)]) == 0 and capsys.readouterr().out == f"{folder}: no unfinished runs\n"
 
 
@@ -73,7 +77,7 @@ def test_a_person_is_asked(folder, capsys, monkeypatch, answer, deleted):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     before = names_in(folder)
     assert main(["--log_dir", str(folder)]) == 0
-    assert len(asked) == 1 and asked[0].startswith("delete 9 files of 3 unfinished runs, ")
+    assert len(asked) == 1 and asked[0].startswith("delete 10 files of 3 unfinished runs, ")
     assert asked[0].endswith(f" bytes, from {folder}? [y/N] ")
     assert (names_in(folder) == before) != deleted
     assert capsys.readouterr().out.splitlines()[-1].startswith("deleted" if deleted else "nothing was deleted")
@@ -129,7 +133,7 @@ def test_damaged_and_foreign_files_stay(folder, capsys, spoil, reason):
     out, err = capsys.readouterr()
     assert err.startswith("left alone: ") and err.count("\n") == 1 and reason in err
     assert {"cut.json", "cut.txt", ".cut.pt.123"} <= names_in(folder)
-    assert "deleted 6 files of 2 unfinished runs" in out
+    assert "deleted 7 files of 2 unfinished runs" in out
 
 
 def test_links_and_other_runs_files_stay(folder, tmp_path):

@@ -10,18 +10,23 @@ import sys
 from pathlib import Path
 
 import pytest
+from scipy import stats as tests
 
 from records import leaderboard
-from records.leaderboard import RECORDS, main, read_records
+from records.arms import rule_settings, stored_arms
+from records.leaderboard import CHOSEN, RECORDS, main, make_stats, read_records, record_readme
 from records.pages import BEGIN, END, is_current, pages_of
-from records.report import summarize, write_report
+from records.report import write_report
+from records.results import summarize
 from records.runs import read_folder, read_run
+from records.verdicts import RULE as VERDICTS
 from train_gpt import TRACKS, make_config
 
 ROOT = RECORDS.parent
 RULE = "=" * 100
 TARGET = make_config(dict(track="cpu")).target
 SPREAD = (-0.001, 0.0, 0.001, 0.0004)
+SIX = (1, 2, 3, 4, 5, 6)        # seeds, where a verdict is wanted
 README = f"# Records\n\nthe rules\n\n{BEGIN}\n{END}\n\nthe end\n"
 
 
@@ -39,20 +44,15 @@ def root(tmp_path):
 def write_arm(write_log):
     """
     write_arm(folder, loss relative to the target, ms_per_step, **as write_log takes it): four seeds, with a little
-    spread in both.
+    spread in both, which is one in all arms. apart: how far losses of odd seeds lie below this, and others above.
     """
 
-    def write(folder, loss=-0.02, ms_per_step=100.0, seeds=(1, 2, 3, 4), **options):
+    def write(folder, loss=-0.02, ms_per_step=100.0, seeds=(1, 2, 3, 4), apart=0.0, **options):
         for seed in seeds:
             noise = SPREAD[(seed - 1) % 4]
-            path = write_log(
-                {0: 5.576, 4: 2.0, 8: TARGET + loss + noise},
-                folder,
-                f"{Path(folder).name}_{seed}",
-                seed=seed,
-                ms_per_step=ms_per_step * (1 + noise),
-                **options,
-            )
+            final = TARGET + loss + noise + apart * (-1) ** seed
+            path = write_log({0: 5.576, 4: 2.0, 8: final}, folder, f"{Path(folder).name}_{seed}", seed=seed,
+                             ms_per_step=ms_per_step * (1 + noise), **options)
         return path.parent.parent
 
     return write
@@ -135,25 +135,20 @@ def test_a_record_is_judged_by_the_target_it_was_set_under(root, write_arm, add,
 
 def test_faster_record_and_history(root, write_arm, add, run):
     add(write_arm("a/baseline"), "First")
-    write_arm("b/baseline")
-    assert (
-        add(
-            write_arm("b/quick", ms_per_step=90.0, variant=["quick"], modules=[("variants.quick", "x = 1")]), "Second"
-        )[0]
-        == 0
-    )
+    write_arm("b/baseline", seeds=SIX)
+    quick = dict(ms_per_step=90.0, variant=["quick"], modules=[("variants.quick", "x = 1")])
+    assert add(write_arm("b/quick", seeds=SIX, apart=0.0002, **quick), "Second")[0] == 0
     stats = stats_of(record(root, "Second"))
     assert stats["arm"] == "quick" and [arm["folder"] for arm in stats["arms"]] == ["A0", "A1"]
     assert stats["arms"][1]["vs_baseline"]["time"]["verdict"] == "better"
-    assert stats["arms"][1]["vs_baseline"]["loss"]["verdict"] == "not distinguishable"
-    assert re.search(
-        r"The record before it, cpu/.*_First, took 0.80 ± 0.00 s: p < 0.0001",
-        (record(root, "Second") / "README.md").read_text().replace("\\", ""),
-    )
+    assert stats["arms"][1]["vs_baseline"]["loss"]["verdict"] == "equivalent"
+    readme = (record(root, "Second") / "README.md").read_text().replace("\\", "")
+    assert re.search(r"The record before it, cpu/.*_First, took 0.80 ± 0.00 s: p < 0.0001", readme)
+    assert "- quick is equivalent to baseline within 0.004 nats, " in readme and ", 10.0 % faster." in readme
     text = (root / "README.md").read_text()
     assert text.startswith(README[: README.index(END)].rstrip("\n")) and text.endswith(README[README.index(END) :])
     assert "### cpu, 1 x x86_64, 2 threads: 0.72 s" in text and text.index("_First)") < text.index("_Second)")
-    assert re.search(r"\n\| 0.72 ± 0.00 s \| .* \| 4 \| < 0.0001 \| \[Second\]\(cpu/[\d-]+_Second\) \|\n", text)
+    assert re.search(r"\n\| 0.72 ± 0.00 s \| .* \| 6 \| < 0.0001 \| \[Second\]\(cpu/[\d-]+_Second\) \|\n", text)
     assert re.search(r"\n- Second, [\d-]+, arm quick: what Second does\n", text)
     code, out, _ = run("check")
     assert code == 0 and len(out.splitlines()) == 4 and all(": ok" in line for line in out.splitlines())
@@ -173,25 +168,27 @@ def test_other_hardware_or_validation_data_has_its_own_table(root, write_arm, ad
 
 
 def test_negative_results(root, write_arm, add, run):
-    write_arm("a/baseline", ms_per_step=100.0)
-    write_arm("a/slow", loss=0.1, ms_per_step=150.0, variant=["slow"])
-    assert add(write_arm("a/even", loss=-0.0202, variant=["even"]), "Losers", "--negative")[0] == 0
+    write_arm("a/baseline", seeds=SIX)
+    write_arm("a/slow", loss=0.1, ms_per_step=150.0, seeds=SIX, apart=0.0005, variant=["slow"])
+    write_arm("a/wild", loss=-0.0202, seeds=SIX, apart=0.01, variant=["wild"])
+    assert add(write_arm("a/even", loss=-0.0202, seeds=SIX, apart=0.0002), "Losers", "--negative")[0] == 0
     folder = record(root, "Losers", "negative")
     text = (root / "README.md").read_text()
     results = root.parent / "docs" / "results.md"
     assert (folder / "A2" / "A2-seed1.txt").exists() and stats_of(folder)["arm"] is None
     assert "No record yet." in text
     assert "#### Losers\n\nwhat Losers does\n\n" in text
-    assert f"[{folder.name[:10]}](negative/{folder.name}), track cpu, 4 runs an arm, 1 x x86_64" in text
-    assert re.search(r"\n\| slow \| 0.92.* \| \+0.1200 \(\+0.1.* to \+0.1.*\) \| < 0.0001 \| worse \|\n", text)
-    assert re.search(r"\n\| even \| .* \| -0.0002 \(.*\) \| .* \| not distinguishable \|\n", text)
+    assert f"[{folder.name[:10]}](negative/{folder.name}), track cpu, 6 runs an arm, 1 x x86_64" in text
+    assert re.search(r"\n\| slow \| 0.9199 .* \| \+0.1200 \(\+0.1.* to \+0.1.*\) \| < 0.0001 \| worse \|\n", text)
+    assert re.search(r"\n\| even \| .* \| -0.0002 \(.*\) \| .* \| equivalent \|\n", text)
+    assert re.search(r"\n\| wild \| .* \| -0.0002 \(.*\) \| .* \| undecided \|\n", text)
     assert run("check") == (0, f"negative/{folder.name}: ok\n{root / 'README.md'}: ok\n{results}: ok\n", "")
 
 
 def test_a_better_arm_stands_under_no_heading_of_negative_results(root, write_arm, add):
     """It sets no record, for instance because it is slower to the target, and is better than its baseline."""
-    write_arm("a/baseline")
-    add(write_arm("a/slow_but_good", loss=-0.1, ms_per_step=150.0), "Better", "--negative")
+    write_arm("a/baseline", seeds=SIX)
+    add(write_arm("a/slow_but_good", loss=-0.1, ms_per_step=150.0, seeds=SIX, apart=0.0005), "Better", "--negative")
     lines = (root / "README.md").read_text().splitlines()
     row = next(i for i, line in enumerate(lines) if "| better |" in line)
     headings = [line for line in lines[:row] if line.startswith("#")]
@@ -200,41 +197,123 @@ def test_a_better_arm_stands_under_no_heading_of_negative_results(root, write_ar
     assert record(root, "Better", "negative").is_dir()
 
 
-def test_folder_of_compare(root, write_arm, add, run, tmp_path):
-    seeds = (9, 10, 11, 12)  # by name, 10 comes before 9
+DESIGN = dict(looks=[4, 5, 6], levels=[0.002, 0.001, 0.0012], levels_equivalence=[0.002, 0.001, 0.0012],
+              levels_interval=[0.03, 0.02, 0.02])
+
+
+@pytest.mark.parametrize("design, seeds, word", [
+    (None, (9, 10, 11, 12, 13, 14), "equivalent"), (DESIGN, (9, 10, 11, 12, 13), "undecided")])
+def test_folder_of_compare(root, write_arm, add, run, tmp_path, design, seeds, word):
+    """By name, seed 10 comes before 9. An arm that was decided before the others has fewer runs."""
     write_arm("compared/logs/baseline", seeds=seeds)
-    write_arm("compared/logs/wide:hidden=8/x", ms_per_step=90.0, seeds=seeds)
-    arms = [
-        dict(
-            name=name,
-            variant=[],
-            options=options,
-            runs=sorted(read_folder(tmp_path / "compared/logs" / folder), key=lambda run: run.seed),
-        )
-        for name, options, folder in (
-            ("baseline", [], "baseline"),
-            ("wide:hidden=8/x", ["--layers", "4"], "wide:hidden=8/x"),
-        )
-    ]
+    write_arm("compared/logs/wide:hidden=8/x", ms_per_step=90.0, seeds=seeds, apart=0.0002 if design is None else 0.01)
+    write_arm("compared/logs/worse", loss=0.1, seeds=seeds[:4], apart=0.0002)
+    arms = []
+    for name, options in (("baseline", []), ("wide:hidden=8/x", ["--layers", "4"]), ("worse", [])):
+        runs = sorted(read_folder(tmp_path / "compared/logs" / name), key=lambda run: run.seed)
+        arms.append(dict(name=name, variant=[], options=options, runs=runs))
     settings = dict(
-        track="cpu",
-        seeds=list(seeds),
-        budget="tokens",
-        budget_seconds=0,
-        target=TARGET,
-        command="compare.py baseline wide",
-        order=[["baseline", 1]],
-        sweep=None,
-        tried=2,
-        overhead=None,
-    )
+        rule=VERDICTS, alpha=0.01, margin=0.003, design=design, track="cpu", seeds=list(seeds), budget="tokens",
+        budget_seconds=0, target=TARGET, command="compare.py baseline wide", order=[["baseline", 1]], sweep=None,
+        tried=3, overhead=None)
     results = summarize(settings, arms)
     write_report(tmp_path / "compared", results)
-    assert add(tmp_path / "compared", "Compared")[0] == 0
+    assert add(tmp_path / "compared", "Compared", "--arm", "wide:hidden=8/x")[0] == 0
     stats = stats_of(record(root, "Compared"))
-    arm = stats["arms"][1]
-    assert stats["settings"] == settings and arm["options"] == ["--layers", "4"] and arm["folder"] == "A1"
-    assert stats["arms"][1]["vs_baseline"] == results["arms"][1]["vs_baseline"] and run("check")[0] == 0
+    wide, worse = stats["arms"][1:]
+    assert stats["settings"] == settings and wide["options"] == ["--layers", "4"] and wide["folder"] == "A1"
+    assert wide["vs_baseline"] == results["arms"][1]["vs_baseline"] and wide["vs_baseline"]["loss"]["verdict"] == word
+    assert worse["vs_baseline"]["loss"]["verdict"] == ("worse" if design else "too few pairs")
+    assert (worse["vs_baseline"]["loss"]["look"] is None) == (design is None)
+    assert run("check")[0] == 0
+
+
+# ---- which rule a record's verdicts follow
+
+def write_comparison(write_arm) -> Path:
+    """Of three arms; by Welch's test nothing is known of b, by pairs it is better."""
+    write_arm("a/baseline", seeds=SIX, apart=0.01)
+    write_arm("a/b", loss=-0.025, seeds=SIX, apart=0.0105)
+    return write_arm("a/c", loss=-0.0202, seeds=SIX, apart=0.0102)
+
+
+def test_what_is_added_follows_the_rule_of_today(root, write_arm, add, run, tmp_path):
+    """Whatever rule the comparison's own results followed: those of before it say no rule."""
+    source = write_comparison(write_arm)
+    assert add(source, "Today", "--negative")[0] == 0
+    stats = stats_of(record(root, "Today", "negative"))
+    rule = dict(rule=VERDICTS, alpha=0.01, margin=0.004, design=None)  # half a hundredth of the target, in thousandths
+    assert TARGET == 0.82 and {name: stats["settings"][name] for name in rule} == rule
+    assert [arm["vs_baseline"]["loss"]["verdict"] for arm in stats["arms"][1:]] == ["better", "equivalent"]
+    runs = {name: read_folder(source / name) for name in ("baseline", "b", "c")}
+    losses = {name: [run.val_loss for run in arm] for name, arm in runs.items()}
+    p = tests.ttest_rel(losses["b"], losses["baseline"]).pvalue
+    assert stats["arms"][1]["vs_baseline"]["loss"]["p_holm"] == pytest.approx(2 * p, rel=1e-4) and 2 * p < 0.01
+
+    # a folder of compare.py of before the rule
+    arms = [dict(name=name, variant=[], options=[], runs=arm) for name, arm in runs.items()]
+    results = summarize(dict(track="cpu", target=TARGET, order=[], tried=3), arms)
+    assert results["arms"][1]["vs_baseline"]["loss"]["verdict"] == "not distinguishable"
+    (source / "results.json").write_text(json.dumps(results | dict(format="knotgpt-comparison-1")))
+    assert add(source, "Older", "--negative")[0] == 0
+    stats = stats_of(record(root, "Older", "negative"))
+    assert stats["settings"]["rule"] == VERDICTS and run("check")[0] == 0
+    assert [arm["vs_baseline"]["loss"]["verdict"] for arm in stats["arms"][1:]] == ["better", "equivalent"]
+
+
+def restate(folder, settings: dict, **chosen) -> tuple[dict, list[dict]]:
+    """Write a comparison's stats.json again by the rule of these settings. Returns it and the arms."""
+    stats = stats_of(folder)
+    arms = stored_arms(folder, stats)
+    stats = make_stats({name: stats[name] for name in CHOSEN if name in stats} | dict(settings=settings) | chosen, arms)
+    (folder / "stats.json").write_text(json.dumps(stats))
+    return stats, arms
+
+
+OLDER = dict(track="cpu", target=TARGET, command="", order=[], sweep=None, tried=3, overhead=None)     # without a rule
+
+
+def test_an_older_comparison_is_checked_by_the_rule_before(root, write_arm, add, run):
+    add(write_comparison(write_arm), "Old", "--negative")
+    folder = record(root, "Old", "negative")
+    restate(folder, OLDER)
+    assert run("render")[0] == 0 and run("check")[0] == 0
+    stats = stats_of(folder)
+    tested = stats["arms"][1]["vs_baseline"]["loss"]
+    baseline, *losses = [arm["losses"] for arm in stats["arms"]]
+    p = [tests.ttest_ind(each, baseline, equal_var=False).pvalue for each in losses]
+    assert [arm["vs_baseline"]["loss"]["verdict"] for arm in stats["arms"][1:]] == ["not distinguishable"] * 2
+    assert tested["p"] == pytest.approx(p[0]) and tested["p_holm"] == pytest.approx(2 * p[0])
+    assert tested["paired"]["n"] == 6 and "look" not in tested and "margin" not in tested
+    assert "| not distinguishable |" in (root / "README.md").read_text()
+
+    # words of today's rule are not what its logs say by the rule it follows, and the other way round
+    change_stats(folder, lambda stats: stats["arms"][1]["vs_baseline"]["loss"].update(verdict="undecided"))
+    code, out, _ = run("check")
+    assert code == 1 and "arms[1].vs_baseline.loss.verdict is not what the logs say" in out
+    restate(folder, OLDER | rule_settings("cpu"))
+    run("render")
+    assert run("check")[0] == 0
+    change_stats(folder, lambda stats: stats["arms"][1]["vs_baseline"]["loss"].update(verdict="not distinguishable"))
+    assert "arms[1].vs_baseline.loss.verdict is not what the logs say" in run("check")[1]
+
+
+def test_a_comparison_that_was_read_again_says_so(root, write_arm, add, run):
+    """Its README names the words that changed; check keeps the note."""
+    add(write_comparison(write_arm), "Old", "--negative")
+    folder = record(root, "Old", "negative")
+    restate(folder, OLDER)
+    words = {"b": ["not distinguishable", "better"], "c": ["not distinguishable", "equivalent"]}
+    stats, arms = restate(folder, OLDER | rule_settings("cpu"), reread=dict(date="2026-12-02", words=words))
+    run("render")
+    assert run("check")[0] == 0 and stats_of(folder)["reread"]["words"] == words
+    readme = record_readme(stats, arms, None)
+    assert "- b is better than baseline by 0.0050 nats" in readme
+    assert "Read again on 2026-12-02 by the rule of that day" in readme
+    assert "Words that changed: b: not distinguishable, now better; c: not distinguishable, now equivalent." in readme
+    for fault in (dict(date=3, words={}), dict(date="2026-12-02", words={"b": "better"})):
+        change_stats(folder, lambda stats, fault=fault: stats.update(reread=fault))
+        assert "stats.json: damaged: reread." in run("check")[1]
 
 
 def test_a_comparison_with_runs_of_an_earlier_one_sets_no_record(root, write_arm, add, tmp_path):
@@ -426,13 +505,12 @@ def test_arms_of_one_name(root, write_arm, add, tmp_path):
 
 
 def test_a_negative_result_on_two_machines_says_nothing_of_time(root, write_arm, add, run):
-    write_arm("a/baseline")
-    assert (
-        add(write_arm("a/slow", loss=0.1, ms_per_step=120.0, variant=["slow"], device="H200"), "Two", "--negative")[0]
-        == 0
-    )
+    write_arm("a/baseline", seeds=SIX)
+    source = write_arm("a/slow", loss=0.1, ms_per_step=120.0, seeds=SIX, variant=["slow"], device="H200")
+    assert add(source, "Two", "--negative")[0] == 0
     text = (record(root, "Two", "negative") / "README.md").read_text()
-    assert "slow is worse than baseline" in text and "Time:" not in text and "1 x x86_64, 2 threads, H200" in text
+    assert "slow is worse than baseline" in text and "1 x x86_64, 2 threads, H200" in text
+    assert "times not compared" in text and "slower" not in text
     assert run("check")[0] == 0
 
 
@@ -720,16 +798,16 @@ def test_tables_out_of_date(root, two_records, run, name):
 def test_results_by_variant(root, write_arm, add, run):
     """The standing record, and the arms of all comparisons under their first variants."""
     add(write_arm("a/baseline"), "First")
-    write_arm("b/baseline", seeds=(1, 2, 3))
-    write_arm("b/wide", loss=0.1, variant=["wide:hidden=8+deep"])
-    assert add(write_arm("b/thin", mlp_hidden=64), "Several", "--negative")[0] == 0
+    write_arm("b/baseline", seeds=(1, 2, 3, 4, 5))
+    write_arm("b/wide", loss=0.1, seeds=SIX, variant=["wide:hidden=8+deep"])
+    assert add(write_arm("b/thin", seeds=SIX, apart=0.01, mlp_hidden=64), "Several", "--negative")[0] == 0
     text = (root.parent / "docs/results.md").read_text()
     link = r"\[Several\]\(../records/negative/[\d-]+_Several/README.md\)"
     machine = "1 x x86_64, 2 threads"
     assert re.search(rf"\n\| cpu \| {TARGET} \| 0.80 ± 0.00 s \| .* \| 4 \| {machine} \| \[First\]\(.*\) \|\n", text)
-    wide = rf"### wide\n\n.*\n.*\n\| wide \| .* \| \+0.1.* \| worse \| 4, baseline 3 \| {machine} \| {link} \|\n"
+    wide = rf"### wide\n\n.*\n.*\n\| wide \| .* \| \+0.1.* \| worse \| 6, baseline 5 \| {machine} \| {link} \|\n"
     assert re.search(wide, text)
-    assert re.search(rf"### baseline\n\n.*\n.*\n\| thin \| .* \| not distinguishable \| .* \| {link} \|\n", text)
+    assert re.search(rf"### baseline\n\n.*\n.*\n\| thin \| .* \| undecided \| .* \| {link} \|\n", text)
     assert text.index("### wide") < text.index("### baseline")
 
 
