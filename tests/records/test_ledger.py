@@ -481,9 +481,10 @@ def test_a_process_killed_while_it_writes(path, last, monkeypatch):
     lines = content.splitlines(keepends=True)
     entries = read_entries(path, b"".join(lines[:last]))
     before = b"".join(lines[:last - 1])
-    for cut in range(len(lines[last - 1])):
+    end = len(lines[last - 1]) - 1
+    for cut in (*range(0, end, 5), end):
         path.write_bytes(before + lines[last - 1][:cut])
-        complete = cut == len(lines[last - 1]) - 1  # only the end of the line is missing
+        complete = cut == end  # only the end of the line is missing
         known = entries if complete else read_entries(path, before)
         assert read_entries(path, path.read_bytes()) == known
         describe(path)
@@ -584,6 +585,18 @@ def test_the_last_digits_of_another_machine_are_no_edit(path):
     other = np.nextafter(second.alpha, 1)
     path.write_text(path.read_text().replace(repr(second.alpha), repr(float(other))))
     assert begin(path, "two").alpha == other != second.alpha
+
+
+def test_an_alpha_is_on_the_disk_before_its_comparison_begins(path, monkeypatch):
+    """The lines and, of a new ledger, its name in the folder."""
+    synced = []
+    monkeypatch.setattr(ledger.os, "fsync", lambda descriptor: synced.append((os.fstat(descriptor).st_ino,
+                                                                              len(path.read_bytes().splitlines()))))
+    begin(path, "one")
+    assert synced == [(path.stat().st_ino, 2), (path.parent.stat().st_ino, 2)]
+    begin(path, "two")
+    close_entry(path, 1, dict(idea="worse"))
+    assert synced[2:] == [(path.stat().st_ino, 3), (path.stat().st_ino, 4)]
 
 
 @pytest.mark.parametrize("name", ["write", "fsync"])
