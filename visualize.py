@@ -69,7 +69,8 @@ FRAMES_A_SECOND = 8
 FONT = 7.5                          # points, of labels
 PANEL = np.array([440, 370])        # points, of the graph's nodes
 LIMITS = dict(layer=(0, 4095), groups=(1, 4096), tokens=(1, 2 ** 24), size=(0.1, 50.0))  # of splanifold's options
-MOST_SIDE, MOST_PIXELS = 65_535, 2 ** 27  # of a picture: matplotlib's limit, and what takes half a gigabyte
+MOST_SIDE = 65_535                  # pixels of a picture's side: matplotlib's limit
+MOST_PIXELS = 2 ** 27               # of a picture: they take half a gigabyte
 
 
 def legible(text: str) -> str:
@@ -105,7 +106,8 @@ def check_manifold(manifold: Manifold, path: str):
 
     # the arrays
     n = len(manifold.laplacian)
-    vectors, counts = manifold.vectors, manifold.counts
+    vectors = manifold.vectors
+    counts = manifold.counts
     require(vectors.ndim == 2 and vectors.shape[1] == n and vectors.dtype.kind == "f" and np.isfinite(vectors).all(),
             f"{path}: its vectors are no finite numbers (n, {n}) but {vectors.dtype} {vectors.shape}; {remedy}")
     are_counts = counts.shape == (len(vectors),) and counts.dtype.kind in "iu" and (counts >= 0).all()
@@ -133,7 +135,8 @@ def count_occurrences(manifold: Manifold, folder: str) -> np.ndarray:
     size = manifold.provenance.get("of", manifold.provenance).get("vocab_size")
     require(config.vocab_size == size, f"the vectors are those of a vocabulary of {size} tokens, {folder} has "
             f"{config.vocab_size}; give shards of the same tokenizer")
-    least, most = manifold.tokens.min(), manifold.tokens.max()
+    least = manifold.tokens.min()
+    most = manifold.tokens.max()
     require(least >= 0 and most < size,
             f"the vectors are those of tokens {least} to {most}, and the vocabulary has {size}; make the file again")
 
@@ -151,11 +154,14 @@ def place_labels(positions: np.ndarray, labels: list[str],
     in this order; the others are left out.
     """
     points = (positions - positions.min(0)) / np.ptp(positions, axis=0) * PANEL
-    taken, result = [], []  # boxes (lowest, highest corner); the labels that have one
+    taken = []      # boxes (lowest, highest corner)
+    result = []     # the labels that have one
     for i in order[:len(labels)]:
         for offset in ((3, 3), (3, -3), (-3, 3), (-3, -3)):
-            corner, size = points[i] + offset, np.sign(offset) * (0.62 * FONT * len(labels[i]), FONT)
-            low, high = np.minimum(corner, corner + size), np.maximum(corner, corner + size)
+            corner = points[i] + offset
+            size = np.sign(offset) * (0.62 * FONT * len(labels[i]), FONT)
+            low = np.minimum(corner, corner + size)
+            high = np.maximum(corner, corner + size)
             if all((high < other_low).any() or (other_high < low).any() for other_low, other_high in taken):
                 taken.append((low, high))
                 result.append((i, labels[i], offset))
@@ -217,7 +223,8 @@ def draw_manifold(file, manifold: Manifold, counts: np.ndarray, corpus: str):
     from matplotlib.figure import Figure
 
     # the graph, or the matrix
-    laplacian, source = manifold.laplacian, manifold.provenance["source"]
+    laplacian = manifold.laplacian
+    source = manifold.provenance["source"]
     figure = Figure(figsize=(13, 7), dpi=130, layout="constrained")
     panels = figure.subplot_mosaic([["graph", "spectrum"], ["graph", "lambda"]], width_ratios=[1.7, 1])
     if source == "random":
@@ -257,9 +264,11 @@ def run_manifold(options: argparse.Namespace):
 
     # the vectors that lambda is shown of
     source = manifold.provenance.get("of", manifold.provenance)
-    corpus, counts = source.get("data", ""), manifold.counts
+    corpus = source.get("data", "")
+    counts = manifold.counts
     if options.data:
-        corpus, counts = Path(options.data).resolve().name, count_occurrences(manifold, options.data)
+        corpus = Path(options.data).resolve().name
+        counts = count_occurrences(manifold, options.data)
     kind = f"the keys of {corpus}" if source["source"] == "checkpoint" else f"the tokens of {corpus}"
     write_atomically(options.output, lambda file: draw_manifold(file, manifold, counts, kind))
 
@@ -410,13 +419,16 @@ def draw_splanifolds(file, kind: str, heads: list[dict], frames: list[list[list[
     from tqdm import tqdm
 
     # the figure
-    layers, columns = heads[0]["layers"], max(len(groups) for groups in frames[0])
-    width, height = round(100 * (size * columns + 0.3)), round(100 * (size * len(layers) + 0.6))
+    layers = heads[0]["layers"]
+    columns = max(len(groups) for groups in frames[0])
+    width = round(100 * (size * columns + 0.3))
+    height = round(100 * (size * len(layers) + 0.6))
     require(max(width, height) <= MOST_SIDE and width * height <= MOST_PIXELS,
             f"a picture of {width:,} x {height:,} pixels takes {4 * width * height:,} bytes and is too large; "
             "choose fewer by --layer and --groups, or lower --size")
     figure = Figure(figsize=(width / 100, height / 100), dpi=100, layout="constrained")
-    panels, drawn = figure.subplots(len(layers), columns, squeeze=False), []
+    panels = figure.subplots(len(layers), columns, squeeze=False)
+    drawn = []
     for row, groups in enumerate(frames[0]):
         for column in range(columns):
             panel = panels[row, column]
@@ -459,7 +471,8 @@ def run_splanifold(options: argparse.Namespace):
     from tqdm import tqdm
 
     # the options
-    kind, number = options.output.suffix.lower(), len(options.checkpoints)
+    kind = options.output.suffix.lower()
+    number = len(options.checkpoints)
     require(kind in (".png", ".gif", ".mp4"), f"{options.output} must end in .png, .gif or .mp4")
     require(kind != ".png" or number == 1,
             f"a PNG shows one checkpoint, got {number}; give one, or an output that ends in .gif or .mp4")
@@ -525,7 +538,8 @@ def stream_history(name: str, log_dir: str) -> tuple[str, list[dict]]:
     require(path.is_file(), f"there is no file {path}; give the JSON beside a run's log")
     facts = read_json(path, "give the JSON beside a run's log")
     unfit = f"{path} is no run's JSON"
-    config, curve = facts.get("config"), facts.get("curve")
+    config = facts.get("config")
+    curve = facts.get("curve")
     require(isinstance(config, dict) and isinstance(config.get("variant"), list),
             f"{unfit}: it has no list config.variant")
     for spec in config["variant"]:

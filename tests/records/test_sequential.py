@@ -339,7 +339,7 @@ def test_the_vectorised_reading_is_look_at_on_many_paths(design):
     compare_readings(design, 300, seed=8)
 
 
-@pytest.mark.parametrize("count", [20_000, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_what_is_read_off_a_path(design, count):
     """
     False verdicts, and the pairs that a comparison takes: at most half of 24 at twice the difference that a fixed
