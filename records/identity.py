@@ -9,9 +9,11 @@ import re
 from functools import cache
 from pathlib import Path
 
-import torch
-
+# The trainer first: it bounds how long OpenMP's waiting threads spin, which torch reads when it is loaded.
 from train_gpt import Config, Ranks, RunError, environment, find_shards, sha256_of_file, sha256_of_text
+
+# isort: split
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 

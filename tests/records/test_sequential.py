@@ -283,12 +283,13 @@ def test_false_verdicts_by_weighed_paths(alpha, largest):
     """
     More exactly than by counting, and at a strict alpha, as a ledger gives it: by paths of other seeds than the
     design's, most of them with an effect, each weighed by how probable its t value at the first crossing is without.
-    largest: the bound, four standard errors, as a share of alpha.
+    largest: the bound, four standard errors, as a share of the error.
     """
     design = make_design(MOST, alpha, equivalence=True)
     looks = design["looks"]
     t = np.concatenate([t_values(20_000, looks, effect, seed) for seed, effect in enumerate(EFFECTS, 100)])
-    for levels, sides in ((design["levels"], 2), (design["levels_equivalence"], 1)):
+    for levels, sides, error in ((design["levels"], 2, alpha), (design["levels_equivalence"], 1, alpha),
+                                 (design["levels_interval"], 2, 0.05)):
         values = np.abs(t) if sides == 2 else t
         crosses = values >= thresholds(looks, levels, sides)
         first = np.argmax(crosses, axis=1)
@@ -298,7 +299,7 @@ def test_false_verdicts_by_weighed_paths(alpha, largest):
             weights[here] = np.exp(-log_likelihood_ratio(values[here, k], n, sides))
         counted = math.sqrt(np.square(weights).sum()) / len(weights)
         bound = 4 * math.hypot(counted, error_of_design(looks, levels, sides)[-1])
-        assert bound < largest * alpha and weights.mean() == pytest.approx(alpha, abs=bound)
+        assert bound < largest * error and weights.mean() == pytest.approx(error, abs=bound)
 
 
 @pytest.mark.slow

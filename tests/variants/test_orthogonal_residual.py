@@ -238,10 +238,11 @@ def test_twenty_steps_of_the_identity_are_those_of_the_baseline():
 def test_the_kernel_computes_the_same(options):
     """
     Attention's residual and the feed-forward's norm as one operation, here by its reference: loss and every gradient,
-    within several times what one rounding of every weight makes of them.
+    within several times what one rounding of every weight makes of them, the most of three drawings: of a single number
+    one drawing may be small by luck.
     """
     results, tokens = {}, torch.randint(257, (2, 33), generator=torch.Generator().manual_seed(2))
-    for kernel, rounding in (("off", False), ("on", False), ("off", True)):
+    for kernel, rounding in (("off", 0), ("on", 0), ("off", 1), ("off", 2), ("off", 3)):
         model = build(f"orthogonal_residual:{options},kernel={kernel}")
         assert (type(model.blocks[0]).__name__ == "FusedBlock") == (kernel == "on")
         generator = torch.Generator().manual_seed(3)
@@ -249,14 +250,15 @@ def test_the_kernel_computes_the_same(options):
             for p in model.parameters():
                 p.add_(0.05 * torch.randn(p.shape, generator=generator))
                 if rounding:
-                    p.copy_(perturbed(p, p.numel()))
+                    p.copy_(perturbed(p, p.numel() + rounding))
         model.set_windows(1.0)
         loss = model(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         results[kernel, rounding] = [loss.detach(), *(p.grad for p in model.parameters())]
-    arms = results["on", False], results["off", False], results["off", True]
-    for found, expected, rounded in zip(*arms, strict=True):
-        assert relative_rms(found, expected) < max(8 * relative_rms(rounded, expected), float_bound(32, torch.float32))
+    arms = [results["on", 0], results["off", 0], *(results["off", rounding] for rounding in (1, 2, 3))]
+    for fused, expected, *rounded in zip(*arms, strict=True):
+        lost = max(relative_rms(gradient, expected) for gradient in rounded)
+        assert relative_rms(fused, expected) <= max(8 * lost, float_bound(32, torch.float32))
 
 
 def test_the_kernel_wants_the_trainer_s_norm(monkeypatch):
