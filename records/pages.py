@@ -98,7 +98,7 @@ def comparison_section(stats: dict) -> list[str]:
         f"#### {escaped(stats['name'])}",
         escaped(plain(stats["what"])),
         f"[{stats['date']}]({record_path(stats)}), {how}",
-        markdown_table(["arm", "loss", "difference (95 %)", "p after Holm", "verdict"], rows)]
+        markdown_table(["arm", "loss", "difference (95 %)", "p corrected", "verdict"], rows)]
 
 
 def difference_of(test: dict) -> str:

@@ -14,7 +14,7 @@ from records.pictures import COLORS, LATE, axes, differences_svg, draw
 from records.results import ORDER, START, VALIDATION, known_summary
 from records.statistics import ALPHA, LEVEL, PAIRS, POWER, TIME_MARGIN
 from records.words import equals, escaped, interval, markdown_table, number, p_value, percent, plain, plural
-from train_gpt import RunError, write_atomically
+from train_gpt import RunError, require, write_atomically
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 TIME_WORDS = {
@@ -494,6 +494,8 @@ def write_report(folder: Path, results: dict, log_x: bool = False):
     Write results.json, README.md, report.html and curves.png (log_x: its x axes logarithmic) into folder; each appears
     when it is complete. RunError where the disk refuses.
     """
+    require(results["settings"].get("rule"), "these results follow the rule before verdicts were dated, whose words "
+            "reports no longer have; give compare.py their folder, which reads them again")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -53,8 +53,9 @@ def compare_losses(entries: list, baseline: list, settings: dict) -> dict | None
     test        "pairs" or "runs" (Welch's, where no seed is common)
     margin      nats, or None
     welch       dict(difference, low, high, p) of Welch's test over all finished runs, for information
-    look        with a design: dict(pairs, level, word) of the last look: the planned pairs, the level of its p value,
-                and what it says, None where the arm goes on; otherwise None
+    look        with a design: dict(pairs, level, word) of the last look, whose runs alone are tested: the planned
+                pairs, the level of its p value, and what it says, None where the arm goes on; otherwise None. The
+                interval is then the look's repeated one, and none before the first look
     None where a side has no finished run. entries and baseline: their runs in the order of the turns, each a Run or a
     dict of one without a log.
     """
@@ -63,14 +64,19 @@ def compare_losses(entries: list, baseline: list, settings: dict) -> dict | None
     if not runs or not others:
         return None
     margin = settings.get("margin")
+    design = settings.get("design")
+    look = last_look(entries, others, design, margin) if design else None
+    if look:  # an arm that is decided may have further runs, and one that goes on begins the next look's
+        entries = entries[:look["pairs"]]
+        runs = finished_runs(entries)
     welch = test_welch([run.val_loss for run in runs], [run.val_loss for run in others], margin)
     differences = [run.val_loss - other.val_loss for run, other in pairs_of(runs, others)]
     result = test_pairs(differences, margin) | dict(test="pairs") if differences else welch | dict(test="runs")
     result["welch"] = {name: welch[name] for name in ("difference", "low", "high", "p")}
     result["margin"] = margin
-    result["look"] = None
-    if settings.get("design"):
-        result |= read_looks(entries, others, settings["design"], margin)
+    result["look"] = look
+    if design:
+        result |= repeated_interval(result, design)
     return result
 
 
@@ -78,35 +84,36 @@ def finished_runs(entries: list) -> list[Run]:
     return [run for run in entries if isinstance(run, Run) and run.finished]
 
 
-def read_looks(entries: list, baseline: list[Run], design: dict, margin: float | None) -> dict:
-    """
-    What replaces the fixed test's interval where an arm is looked at until it is decided: the last look that its runs
-    have come to, and low and high of that look's repeated interval.
-    """
+def last_look(entries: list, baseline: list[Run], design: dict, margin: float | None) -> dict | None:
+    """The last look that an arm's runs have come to: the first that decides it, or else the latest; None before all."""
     look = None
-    interval = dict(low=None, high=None)
-    for n, level, wide in zip(design["looks"], design["levels"], design["levels_interval"]):
+    for n, level in zip(design["looks"], design["levels"]):
         if len(entries) < n:
             break
         differences = [run.val_loss - other.val_loss for run, other in pairs_of(finished_runs(entries[:n]), baseline)]
         word = look_at(differences, n, design, margin)
         look = dict(pairs=n, level=level, word=word)
-        if len(differences) > 1:
-            test = test_pairs(differences)
-            half = float(stats.t.isf(wide / 2, len(differences) - 1)) * test["sd"] / math.sqrt(len(differences))
-            interval = dict(low=test["difference"] - half, high=test["difference"] + half)
         if word:
             break
-    return dict(look=look, **interval)
+    return look
+
+
+def repeated_interval(test: dict, design: dict) -> dict:
+    """low and high of the repeated interval of a test's last look; None before the first look and of one pair."""
+    if not test["look"] or test["test"] != "pairs" or test["sd"] is None:
+        return dict(low=None, high=None)
+    level = design["levels_interval"][design["looks"].index(test["look"]["pairs"])]
+    half = float(stats.t.isf(level / 2, test["n"] - 1)) * test["sd"] / math.sqrt(test["n"])
+    return dict(low=test["difference"] - half, high=test["difference"] + half)
 
 
 # ---- Times
 
 def compare_times(arm: dict, baseline: dict, settings: dict) -> dict:
     """
-    The test of an arm's times of a step: ratio (the arm's over the baseline's), low and high of its interval, sd (of
-    the logarithms), n (turns), p values as test_pairs gives them, and left_out, a line for each turn that does not
-    count. What was not measured is None.
+    The test of an arm's times of a step: ratio (the arm's over the baseline's), low and high of its interval,
+    difference (the ratio's logarithm), sd (of the logarithms), n (turns), p values as test_pairs gives them, and
+    left_out, a line for each turn that does not count. What was not measured is None.
     """
     ratios = []
     left_out = []
@@ -117,11 +124,11 @@ def compare_times(arm: dict, baseline: dict, settings: dict) -> dict:
         else:
             ratios.append(math.log(run.ms_per_step / other.ms_per_step))
     if not ratios:
-        missing = dict.fromkeys(("ratio", "low", "high", "sd", "p", "p_less", "p_greater", "p_equivalent"))
-        return missing | dict(n=0, left_out=left_out)
+        unknown = ("ratio", "difference", "low", "high", "sd", "p", "p_less", "p_greater", "p_equivalent")
+        return dict.fromkeys(unknown) | dict(n=0, left_out=left_out)
     test = test_pairs(ratios, math.log(1 + TIME_MARGIN))
     ends = {end: None if test[end] is None else math.exp(test[end]) for end in ("low", "high")}
-    return test | ends | dict(ratio=math.exp(test.pop("difference")), left_out=left_out)
+    return test | ends | dict(ratio=math.exp(test["difference"]), left_out=left_out)
 
 
 def turns_of(entries: list, baseline: list) -> list[tuple[Run, Run]]:

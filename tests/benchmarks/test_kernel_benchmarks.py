@@ -42,6 +42,7 @@ def test_topological_attention_measures_every_backend():
     assert "| against softmax, PyTorch |" in shown(rows)
 
 
+@pytest.mark.slow
 def test_gated_linear_attention_measures_every_backend():
     rows = gated_linear_attention.measure(PLACE, 64, 8, 8, 2)
     assert complete(rows)
@@ -50,6 +51,7 @@ def test_gated_linear_attention_measures_every_backend():
     assert all(("bound_share" in row) == (row["arm"] in ("loops", "chunked", "reference")) for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [*residual_norm.FORMS, residual_norm.MIX])
 def test_residual_norm_measures_every_arm(form):
     rows = residual_norm.measure(PLACE, form, 16, 32)
@@ -59,6 +61,7 @@ def test_residual_norm_measures_every_arm(form):
     assert all(row["copy_share"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [splanifold.Shape(64, 1, 16, 8), splanifold.Shape(64, 4, 3, 2, mix="concat"),
                                    splanifold.Shape(64, 4, 3, 8), splanifold.Shape(64, 1, 16, 8, S=3)], ids=str)
 def test_splanifold_measures_every_arm(shape):
@@ -83,6 +86,7 @@ def test_embedding_lookup_measures_every_arm():
     assert complete(rows) and {row["arm"] for row in rows} == {"trainer, compiled", "trainer", "copy"}
 
 
+@pytest.mark.slow
 def test_short_convolution_measures_every_arm():
     rows = short_convolution.measure(PLACE, 2, 64, 8, 4)
     arms = {"loops", "reference, compiled", "reference", short_convolution.PEER, "copy"}
@@ -103,12 +107,14 @@ def test_relu_squared_feed_forward_measures_every_arm(quick):
                                                             else {"trainer, compiled", "reference, compiled"})
 
 
+@pytest.mark.slow
 def test_softcapped_cross_entropy_measures_every_arm():
     rows = softcapped_cross_entropy.measure(PLACE, 16, 8, 40)
     assert complete(rows)
     assert {row["arm"] for row in rows} == {"loops", "trainer", "trainer, compiled", "reference, compiled"}
 
 
+@pytest.mark.slow
 def test_optimizer_updates_measures_every_form():
     rows = optimizer_updates.measure(PLACE, 2, 16, 8)
     assert complete(rows) and {row["form"] for row in rows} == {"nesterov", "step", "adam"}
@@ -166,6 +172,7 @@ def test_command_line(monkeypatch, tmp_path, capsys):
         run("--sizes", "16")
 
 
+@pytest.mark.slow
 def test_decode_measures_every_arm():
     rows, fixed = decode.measure(20, argparse.Namespace(layers=1, heads=2, width=16, seconds=0.01), CPU, torch.float32)
     assert [row["arm"] for row in rows] == list(decode.ARMS)

@@ -177,7 +177,8 @@ def assert_complete(folder, expected: str) -> list[str]:
     run = read_run(folder / "run.txt")
     assert run.finished and run.last_step == TINY["steps"] and [point.step for point in run.points] == [0, 5, 10, 15]
     kept = [f"run-step{step:06d}.pt" for step in (0, 5, 10)]
-    assert sorted(file.name for file in folder.iterdir()) == sorted(["run.txt", "run.json", "run.losses.npz", "run.pt", *kept])
+    files = ["run.txt", "run.json", "run.losses.npz", "run.pt", *kept]
+    assert sorted(file.name for file in folder.iterdir()) == sorted(files)
     return kept
 
 
