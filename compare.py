@@ -86,7 +86,7 @@ from records.identity import (
     ranks_of,
     source_of,
 )
-from records.ledger import close_entry, open_entry
+from records.ledger import close_entry, describe, open_entry
 from records.processes import Interrupt, Interrupted, Process, wait_for
 from records.report import console_table, sentences, write_report
 from records.results import add_autopsies, check_scored, outcome_of, summarize
@@ -830,11 +830,15 @@ class Comparison:
         return reported
 
     def close_ledger(self, results: dict):
-        """Write down in the ledger what came of each arm of this comparison."""
-        words = {}
-        for arm in results["arms"][1:]:
-            words[arm["name"]] = arm["vs_baseline"]["loss"]["verdict"] if arm["vs_baseline"] else "no verdict"
-        close_entry(Path(self.plan["ledger"]), self.entry.id, words)
+        """
+        Write down in the ledger what came of each arm of this comparison. It stays open where an arm has no result:
+        --retry may still give it one.
+        """
+        if all(arm["vs_baseline"] for arm in results["arms"][1:]):
+            words = {arm["name"]: arm["vs_baseline"]["loss"]["verdict"] for arm in results["arms"][1:]}
+            close_entry(Path(self.plan["ledger"]), self.entry.id, words)
+        for line in describe(Path(self.plan["ledger"])):
+            say(line)
 
     def results(self, jobs: list[list[Job]], seconds: float | None, sweep: dict | None) -> dict:
         """What the report says, as summarize gives it, of the reported jobs of each arm."""
@@ -857,7 +861,8 @@ class Comparison:
         config = self.config(jobs[0][0])
         wall = state["wall_seconds"]
         trained = state["runs_seconds"]
-        rule = rule_settings(config.track, plan["margin"]) | dict(alpha=plan["alpha"], design=plan["design"])
+        rule = rule_settings(config.track, plan["margin"])
+        rule |= {name: plan[name] for name in ("alpha", "design", "ledger")}
         settings = rule | dict(
             track=config.track, target=config.target, seeds=sorted({job.seed for job in reported.values()}),
             budget=plan["budget"], budget_seconds=seconds, command=plan["command"], order=order, company=company,

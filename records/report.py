@@ -398,7 +398,10 @@ def statistics_lines(results: dict) -> list[str]:
 def fixed_rule_lines(settings: dict, compared: int) -> list[str]:
     """The rule of a comparison with a fixed number of seeds."""
     alpha = settings.get("alpha", ALPHA)
-    text = (f"After Holm's correction over {plural(compared, 'arm')}, p < {alpha:.3g} is better or worse; with fewer "
+    method = "Holm's"
+    if settings.get("ledger"):
+        method = f"Bonferroni's (the error is of the ledger {plain(settings['ledger'])})"
+    text = (f"After {method} correction over {plural(compared, 'arm')}, p < {alpha:.3g} is better or worse; with fewer "
             f"than {PAIRS} pairs there is no verdict.")
     if settings.get("margin") is None:
         return [f"{text} Equivalence was not tested: no margin was given, and the track has no target to take it from."]

@@ -55,6 +55,7 @@ def summarize(settings: dict, arms: list[dict]) -> dict:
       track, seeds, budget ("tokens" or "time"), target, command
       rule: the day of the rule that verdicts follow; without it they follow the one before RULE
       alpha, margin (nats, None: equivalence is not tested), design (as sequential.make_design gives it) or None
+      ledger: the file that gave alpha, or None
       budget_seconds; order [[arm, seed], ...] as run; company [[arm, seed, count], ...] of runs that were started
       together with others, with the number of them all; tried (number of arms)
       sweep {arm: dict(tries=[dict(factor, seeds, losses)], chosen=factor)} or None

@@ -9,7 +9,8 @@ turn. A turn is left out, with a line that says why, where a run did not take it
 another number of runs beside it than its partner, and where the measured speed of the machine moved in between.
 
 Both are corrected over the arms by Holm's method, difference and equivalence apart. A design has divided its error by
-the number of arms beforehand instead.
+the number of arms beforehand instead, and so does a comparison whose error is a ledger's: its bound is on how many arms
+are kept by mistake, which Holm's method does not keep.
 """
 
 import math
@@ -192,7 +193,10 @@ def add_verdicts(tests: list[dict], settings: dict):
     design = settings.get("design")
     for name in ("p", "p_equivalent"):
         values = [test[name] for test in tests]
-        corrected = [scale(p, len(tests)) for p in values] if design else holm(values)
+        if design or settings.get("ledger"):
+            corrected = [scale(p, len(tests)) for p in values]
+        else:
+            corrected = holm(values)
         for test, p in zip(tests, corrected):
             test[f"{name}_holm"] = p
     for test in tests:
