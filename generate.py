@@ -111,11 +111,12 @@ class LayerCache:
         before.append(total[:, -1:].transpose(1, 2))
         return total
 
-    def with_earlier(self, x: Tensor, count: int) -> Tensor:
+    def with_earlier(self, x: Tensor, count: int, name: str = "inputs") -> Tensor:
         """
         x (B, t, C) -> (B, count + t, C): the `count` inputs before the new ones, zeros where there are none, then x.
+        name: of the memory, where a layer has several.
         """
-        before = self.part("inputs", TokenBuffer)
+        before = self.part(name, TokenBuffer)
         earlier = x.new_zeros(x.shape[0], count, x.shape[2]) if before.data is None else before.tokens[:, 0]
         joined = torch.cat((earlier, x), 1)
         before.keep(0)
