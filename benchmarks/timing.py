@@ -341,12 +341,13 @@ def parse_size(text: str) -> dict:
 
 def kernel_benchmark(name: str, doc: str, measure: Callable, tests: dict[str, list[str]], sizes: dict[str, list[dict]],
                      quick: dict[str, list[dict]], seconds: float = 1.0, names: tuple[str, ...] = (),
-                     others: tuple[str, ...] = ()) -> int:
+                     others: tuple[str, ...] = (), facts: Callable[[list[dict]], dict] | None = None) -> int:
     """
     A benchmark's command line: runs its tests, measures at every size, writes benchmarks/results/<name>-<device>.json
     after each, prints a table. tests, sizes, quick: by the device's type; names: of a row's columns within which arms
     compete, where these are more than a size's; others: arms that do something else, with which "triton" and, on a CPU,
-    "loops" do not compete. Returns the exit code.
+    "loops" do not compete; facts(rows): what the file and the last line say of all sizes together. Returns the exit
+    code.
     """
     # the options
     example = ",".join(f"{key}={value}" for key, value in sizes["cpu"][0].items())
@@ -384,6 +385,8 @@ def kernel_benchmark(name: str, doc: str, measure: Callable, tests: dict[str, li
                 continue
             results["rows"] += measure(place, **size)
             results |= verdict(device, results["rows"], names or tuple(size), (COPY, *others))
+            if facts is not None:
+                results |= facts(results["rows"])
             save(name, results, options.output)
             print(f"{', '.join(f'{key} {value}' for key, value in size.items())}: done", flush=True)
         require(results["rows"], f"--minutes {options.minutes:g} left no time for a size after the tests; give more")
@@ -392,4 +395,6 @@ def kernel_benchmark(name: str, doc: str, measure: Callable, tests: dict[str, li
         limits = place.limits
         print(f"\n{shown(results['rows'])}\n\n{limits['flops'] / 1e12:.3g} TFLOP/s of a large product, "
               f"{limits['bytes'] / 1e9:.3g} GB/s copied; {len(results['left_out'])} sizes left out; {path}")
+        if facts is not None:
+            print("; ".join(f"{key}: {fact}" for key, fact in facts(results["rows"]).items()))
     return run_script(f"{name}.py", work)

@@ -10,6 +10,7 @@ from benchmarks import (
     decode,
     embedding_lookup,
     gated_linear_attention,
+    lane_scan,
     norm_rotary,
     optimizer_updates,
     probability_maps,
@@ -49,6 +50,18 @@ def test_gated_linear_attention_measures_every_backend():
     assert {row["arm"] for row in rows} == {"loops", "chunked", "reference", gated_linear_attention.SOFTMAX,
                                                                     gated_linear_attention.STEP}
     assert all(("bound_share" in row) == (row["arm"] in ("loops", "chunked", "reference")) for row in rows)
+
+
+@pytest.mark.slow
+def test_lane_scan_measures_every_arm(monkeypatch):
+    monkeypatch.setattr(lane_scan, "compile_flex", lambda T, place: lane_scan.softmax_attention)
+    rows = [row for T in (32, 64) for row in lane_scan.measure(PLACE, T, 64, 8)]
+    assert complete(rows)
+    assert {row["arm"] for row in rows} == {"loops", "chunked", lane_scan.TOEPLITZ, *lane_scan.OTHERS, "copy"}
+    facts = lane_scan.exponents(rows)["exponents"]
+    assert list(facts) == ["W=64, F=8, forward", "W=64, F=8, forward + backward"]
+    exact = [dict(B=1, T=T, W=4, F=2, arm="loops", what="forward", median=3 * T ** 1.5) for T in (8, 32, 512)]
+    assert lane_scan.exponents(exact) == dict(exponents={"W=4, F=2, forward": 1.5})
 
 
 @pytest.mark.slow
