@@ -10,7 +10,7 @@ Cost: one norm fewer, otherwise the same parameters and FLOPs; the two branches 
 
 Source: Wang & Komatsuzaki, GPT-J, 2021, github.com/kingoflolz/mesh-transformer-jax; Chowdhery et al., PaLM, 2022,
 arxiv.org/abs/2204.02311
-Status: worse in 2026-11-22_SwigluAndParallelResidual
+Status: worse in 2026-11-22_SwigluAndParallelResidual, 2026-12-01_ParallelResidualPairs
 """
 
 from dataclasses import dataclass
