@@ -7,6 +7,7 @@ reading stands in for look_at; one test proves that both say the same.
 import json
 import math
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -458,3 +459,46 @@ def test_predictive_probability_of_what_is_certain(design):
     assert predictive_probability(0.1, 0.0, 4, design, None) == 1.0
     assert predictive_probability(0.1, 1.0, MOST, design, None) == 1.0
     assert predictive_probability(100.0, 1.0, 12, design, MARGIN) == pytest.approx(1.0)
+
+
+# ---- Real runs, resampled
+
+PAIRS = Path(__file__).resolve().parents[2] / "records/negative/2026-12-01_ParallelResidualPairs/stats.json"
+
+
+def losses_of_pairs() -> tuple[np.ndarray, np.ndarray]:
+    """The final losses of the record's pairs: the baseline's and parallel_residual's, in the order of their seeds."""
+    baseline, arm = json.loads(PAIRS.read_text())["arms"]
+    assert baseline["seeds"] == arm["seeds"] and len(arm["seeds"]) >= 12
+    return np.array(baseline["losses"]), np.array(arm["losses"])
+
+
+def moments_of(differences: np.ndarray, looks: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The means and the standard deviations of paths (paths, pairs) at the looks, each (paths, looks)."""
+    means = np.stack([differences[:, :n].mean(axis=1) for n in looks], axis=1)
+    return means, np.stack([differences[:, :n].std(axis=1, ddof=1) for n in looks], axis=1)
+
+
+def test_real_pairs_find_half_a_hundredth(design):
+    """
+    0.005 nats on track cpu take at most 24 runs on average where pairs divide the variance of the difference by twelve:
+    the differences of real pairs around their mean, scaled to that factor by the baseline's own spread.
+    """
+    rng = np.random.default_rng(12)
+    baseline, arm = losses_of_pairs()
+    spread = arm - baseline - (arm - baseline).mean()
+    scaled = spread / spread.std(ddof=1) * math.sqrt(2 * baseline.var(ddof=1) / 12)
+    paths = rng.choice(scaled, (20_000, MOST)) + 0.005
+    with np.errstate(divide="ignore"):  # four times the same pair
+        words, pairs = read_paths(*moments_of(paths, design["looks"]), design, None)
+    assert 2 * pairs.mean() <= 24
+    assert share(words, "worse") > 0.9 and share(words, "better") < 0.001
+
+
+def test_real_runs_without_a_difference_have_no_verdict(design):
+    """The baseline against itself, runs drawn from the real ones: one verdict in a hundred, within half of one."""
+    rng = np.random.default_rng(13)
+    baseline, _ = losses_of_pairs()
+    differences = rng.choice(baseline, (20_000, MOST)) - rng.choice(baseline, (20_000, MOST))
+    words, _ = read_paths(*moments_of(differences, design["looks"]), design, None)
+    assert share(words, "better", "worse") == pytest.approx(ALPHA, abs=0.005)
