@@ -129,7 +129,7 @@ def test_status_is_what_its_records_say(spec):
             assert word in verdicts
 
 
-@every_spec
+@every_spec_in_time
 def test_loss_at_start(model):
     assert check.start_faults(model) == []
 
