@@ -246,6 +246,13 @@ WHOLE_ROWS = dict(align_documents=False, document_mask=False, window_pattern="L"
 MODEL_30M = dict(layers=8, model_dim=384, heads=6, head_dim=64, mlp_hidden=1536, tied_embedding=True, lr_embed=0.01)
 MODEL_124M = dict(layers=12, model_dim=768, heads=6, head_dim=128, mlp_hidden=3072, attention_scale=0.12)
 MODEL_350M = dict(layers=16, model_dim=1024, heads=8, head_dim=128, mlp_hidden=4096, attention_scale=0.12)
+# the base of the parameter-golf contest: grouped queries, scales by channel, plain Muon
+MODEL_GOLF = dict(
+    layers=9, model_dim=512, heads=8, head_dim=64, kv_heads=4, mlp_hidden=1024, rope="full", rope_base=10_000.0,
+    tied_embedding=True, embedding_std=0.005, logit_softcap=30.0, channel_scales=True, value_embeddings=0, smear=False,
+    attention_gate=False, lr_matrix=0.04, lr_embed=0.05, lr_scalar=0.04, normuon_beta2=0.0, weight_decay=0.0,
+    decay_fraction=0.69,
+)
 TARGET_3_28 = dict(target=3.28, target_data="fineweb_val_")
 
 TRACKS = {
@@ -272,6 +279,12 @@ TRACKS = {
     "medium": FINEWEB | MODEL_350M | dict(
         tokens=3_000_000_000, micro_batch_tokens=32_768, value_embeddings=3, bigram_rows=50_304, target=2.92,
         target_data="fineweb_val_",
+    ),
+    # parameter-golf's base: 17.06M parameters with a vocabulary of 1,024; any shards, their vocabulary
+    "golf": FINEWEB | WHOLE_ROWS | MODEL_GOLF | dict(tokens=900_000_000, sequence_length=1024),
+    # the same in small: bytes of the machine's Python library, two CPU cores, about a minute
+    "golf_cpu": WHOLE_ROWS | MODEL_GOLF | dict(
+        model_dim=96, heads=4, head_dim=24, kv_heads=2, mlp_hidden=192, tokens=600_000, val_tokens=65_536,
     ),
     # the fixed architecture of modded-nanogpt's track 3, for step times
     "benchmark": FINEWEB | MODEL_124M | WHOLE_ROWS | TARGET_3_28 | dict(
@@ -1265,6 +1278,7 @@ class WeightSource(nn.Module):
                                   for attribute, other in module.named_parameters(recurse=False) if other is p]
             for module, attribute in self.readers[name]:
                 delattr(module, attribute)
+                setattr(module, attribute, p.detach())  # of the right shape and device; its numbers mean nothing
 
     def _assign(self, tensors: dict[str, Tensor]):
         for name, readers in self.readers.items():

@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 import train_gpt
 from train_gpt import Config, WeightSource, draw_normal, require
-from variants.hypernetwork import draw, kind_of, linear, set_rate
+from variants.hypernetwork import draw, gains, kind_of, linear, set_rate
 
 KIND_CHANNELS = 8
 FREQUENCIES = 4         # of sines and cosines of rows and of columns
@@ -103,7 +103,7 @@ class CellSource(WeightSource):
         self.kinds = None
         if options.positions:
             self.kinds = draw(nn.Parameter(torch.empty(len(kinds), KIND_CHANNELS)), 1.0)
-        self.gains = None if self.is_published else nn.Parameter(torch.zeros(len(self.sizes)))
+        self.gains = None if self.is_published else gains([0.0] * len(self.sizes))
         set_rate(self, options.lr, config)
         self._register_constants(config)
 
@@ -114,7 +114,8 @@ class CellSource(WeightSource):
         shape = (sum(self.cells), options.channels) if self.is_published else (sum(self.sizes),)
         self.register_buffer("start", torch.empty(shape), persistent=False)
         # (cells - 1, 1): whether a cell and the next one are of one line
-        lines = torch.repeat_interleave(torch.arange(len(self.cells)), torch.tensor(self.cells))
+        cells = torch.tensor(self.cells)
+        lines = torch.repeat_interleave(torch.arange(len(self.cells)), cells, output_size=sum(self.cells))
         self.register_buffer("joined", (lines[1:] == lines[:-1]).float()[:, None], persistent=False)
 
         # (cells, n): where each cell is, and (cells,): its kind of matrix

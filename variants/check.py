@@ -769,7 +769,7 @@ def parse_run(spec: str, track: str, options: list[str]) -> Config:
     try:
         train_gpt.adopt_vocabulary(config)
     except RunError:  # without its data: that of bytes or of GPT-2
-        config.vocab_size = 257 if track == "cpu" else 50257
+        config.vocab_size = 257 if config.data == Config.data else 50257
     return config
 
 

@@ -19,6 +19,7 @@ Cost: 2 message model_dim parameters, and multiply-adds a token.
 
 Source: parameter-golf pull request 1589; bottleneck: ours
 Status: unmeasured
+Declared: style=published fails test_trains
 """
 
 from dataclasses import dataclass, replace

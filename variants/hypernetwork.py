@@ -32,7 +32,6 @@ import train_gpt
 from train_gpt import Config, WeightSource, require
 
 TANH_SQUARE = 0.394     # mean of tanh(x)^2 for normal x
-PUBLISHED_HIDDEN = 512
 PUBLISHED_STD = 1e-3    # of the first A and B
 
 
@@ -81,6 +80,11 @@ def linear(n_in: int, n_out: int, std: float) -> nn.Linear:
     return layer
 
 
+def gains(starts) -> nn.ParameterList:
+    """A learned number for each of these, which it begins at."""
+    return nn.ParameterList(nn.Parameter(torch.tensor(float(start))) for start in starts)
+
+
 class OncePerStep(WeightSource):
     """A source that can run in every pass instead of once a step."""
 
@@ -111,7 +115,7 @@ class ChunkSource(OncePerStep):
         self.embeddings = draw(nn.Parameter(torch.empty(sum(self.counts), options.z_dim)), 1.0)
         self.inner = linear(options.z_dim, options.hidden, options.z_dim ** -0.5)
         self.outer = linear(options.hidden, self.chunk ** 2, (options.hidden * TANH_SQUARE) ** -0.5)
-        self.gains = nn.Parameter(torch.tensor(list(self.stds.values()), dtype=torch.float32))
+        self.gains = gains(self.stds.values())
         set_rate(self, options.lr, config)
 
     def forward(self) -> dict[str, Tensor]:
@@ -137,11 +141,14 @@ class LowRankSource(OncePerStep):
         self.rows = {layer: row for row, layer in enumerate(layers)}            # layer -> its embedding
         self.numbers = {kind: number for number, kind in enumerate(kinds)}      # kind -> its head
 
-        hidden = PUBLISHED_HIDDEN
+        hidden = options.hidden
         self.embeddings = draw(nn.Parameter(torch.empty(len(layers), options.z_dim)), 1.0)
         self.inner = linear(options.z_dim, hidden, options.z_dim ** -0.5)
         self.outer = linear(hidden, hidden, hidden ** -0.5)
-        self.heads = nn.ModuleList(linear(hidden, self.rank * sum(shape), PUBLISHED_STD) for shape in kinds.values())
+        std = PUBLISHED_STD * hidden ** -0.5
+        self.heads = nn.ModuleList(linear(hidden, self.rank * sum(shape), std) for shape in kinds.values())
+        for head in self.heads:
+            draw(head.bias, PUBLISHED_STD)
         set_rate(self, options.lr, config)
 
     def forward(self) -> dict[str, Tensor]:
@@ -158,9 +165,11 @@ class LowRankSource(OncePerStep):
 
 def build(model: nn.Module, config: Config, options: Options) -> WeightSource | None:
     """The source, or none without a network."""
+    if options.hidden == 0:
+        return None
     if options.style == "published":
         return LowRankSource(model, config, options)
-    return ChunkSource(model, config, options) if options.hidden else None
+    return ChunkSource(model, config, options)
 
 
 def patch(options: Options):

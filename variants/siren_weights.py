@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 import train_gpt
 from train_gpt import Config, WeightSource, draw_normal, require
-from variants.hypernetwork import draw, kind_of, set_rate
+from variants.hypernetwork import draw, gains, kind_of, set_rate
 
 KIND_CHANNELS = 8
 PUBLISHED_KINDS = 16
@@ -80,10 +80,8 @@ class SineSource(WeightSource):
         sizes = [inputs, *[options.hidden] * (options.depth - 1), 1]
         self.net = nn.ModuleList(nn.Linear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:]))
 
-        # (matrices,); None: f itself
-        self.gains = None
-        if not is_published:
-            self.gains = nn.Parameter(torch.tensor(list(self.stds.values()), dtype=torch.float32))
+        # one a matrix; None: f itself
+        self.gains = None if is_published else gains(self.stds.values())
         set_rate(self, options.lr, config)
 
     def initialize(self, name: str, seed: int):

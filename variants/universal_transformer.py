@@ -28,13 +28,14 @@ import torch
 from torch import Tensor, nn
 
 import train_gpt
+from kernels.backend import wide
 from train_gpt import AttentionContext, Config, require
 from variants.depth_recurrence import context_of_pass
 
 
 @dataclass
 class Options:
-    t_max: int = 4
+    t_max: int = 3
     threshold: float = 0.99
     ponder: float = 0.01            # weight of the penalty
     halt_bias: float = -1.0         # where b begins
@@ -86,21 +87,21 @@ class UniversalGPT(train_gpt.GPT):
 
     def halt(self, x: Tensor, contexts: list[AttentionContext]) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """
-        (weights, streams, penalty) of the runs' streams s_1 .. s_t_max: each (B, T) float32, each like x, (B, T)
-        float32.
+        (weights, streams, penalty) of the runs' streams s_1 .. s_t_max: each (B, T), each like x, (B, T); weights and
+        penalty are float32 at least.
         """
         options = self.options
-        total = torch.zeros(x.shape[:2], device=x.device)       # h so far
-        running = torch.ones_like(total)                        # 1: has not halted
+        total = torch.zeros_like(wide(x[..., 0]))   # h so far
+        running = torch.ones_like(total)            # 1: has not halted
         penalty = torch.zeros_like(total)
         weights, streams = [], []
         for number in range(options.t_max):
             # a token that has halted keeps its stream
             x = torch.where(running[..., None] > 0, self.step(x, contexts, number), x)
-            h = torch.sigmoid(x.float() @ self.halt_weight + self.halt_bias)
+            h = torch.sigmoid(wide(x) @ self.halt_weight + self.halt_bias)
 
             # which tokens halt here
-            is_full = (total + h >= options.threshold).float()
+            is_full = (total + h >= options.threshold).type_as(h)
             is_last = number == options.t_max - 1
             halting = running if is_last and options.style == "act" else running * is_full
             going_on = running - halting
