@@ -235,11 +235,12 @@ def table_of_tier_2(results: dict) -> str:
     lines = []
     for budget, result in results.items():
         for arm in result["arms"]:
-            loss, against = arm["loss"], arm["vs_baseline"]
+            loss, difference = arm["loss"], (arm["vs_baseline"] or {}).get("loss")
+            if loss is None:
+                continue
             line = {"equal": budget, "arm": arm["name"], "loss": f"{loss['mean']:.4f}", "n": loss["n"], "against": "-",
                     "95 %": "-", "verdict": "-"}
-            if against is not None:
-                difference = against["loss"]
+            if difference is not None:
                 line |= {"against": f"{difference['difference']:+.4f}", "verdict": difference["verdict"]}
                 if difference["low"] is not None:
                     line["95 %"] = f"{difference['low']:+.4f} to {difference['high']:+.4f}"
