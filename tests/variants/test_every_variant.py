@@ -69,7 +69,6 @@ def changes(name: str, last: str) -> bool:
 
 # What a model must satisfy is asked where a variant changes the model, learning also where it changes the optimizer.
 MODEL_NAMES = [name for name in NAMES if changes(name, "GPT")]
-SPECS = [spec for name in MODEL_NAMES for spec in specs_of(name)]
 
 
 def options_slow(names: list[str]) -> list:
@@ -80,8 +79,7 @@ def options_slow(names: list[str]) -> list:
 
 every_variant = pytest.mark.parametrize("spec", NAMES)
 every_model = pytest.mark.parametrize("spec", MODEL_NAMES)
-every_spec = pytest.mark.parametrize("spec", SPECS)
-every_spec_in_time = pytest.mark.parametrize("spec", options_slow(MODEL_NAMES))
+every_spec = pytest.mark.parametrize("spec", options_slow(MODEL_NAMES))
 
 
 @pytest.fixture
@@ -129,12 +127,12 @@ def test_status_is_what_its_records_say(spec):
             assert word in verdicts
 
 
-@every_spec_in_time
+@every_spec
 def test_loss_at_start(model):
     assert check.start_faults(model) == []
 
 
-@every_spec_in_time
+@every_spec
 def test_numbers(probe):
     assert check.number_faults(probe) == []
 
@@ -149,17 +147,17 @@ def test_documents_do_not_see_each_other(probe):
     assert check.document_faults(probe) == []
 
 
-@every_spec_in_time
+@every_spec
 def test_rows_do_not_see_each_other(probe):
     assert check.row_faults(probe) == []
 
 
-@every_spec_in_time
+@every_spec
 def test_every_parameter_learns(probe):
     assert check.gradient_faults(probe) == []
 
 
-@every_spec_in_time
+@every_spec
 def test_counts(model):
     assert sum(p.numel() for p in model.parameters()) > 0 and all(p.dtype == torch.float32 for p in model.parameters())
     assert 0 < train_gpt.flops_per_token(replace(TINY, layers=3)) < math.inf  # builds the model on the meta device
