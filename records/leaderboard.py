@@ -15,7 +15,8 @@ baseline alone; of several, --arm says which.
     README.md, stats.json            what was measured; both say which arm A0 (the baseline), A1, ... is
     source-0123456789ab.txt          the modules of the runs' source, once for all runs that have it; their texts, which
                                      all records share, are in records/sources/
-    A1/A1-seed3.txt, A1-seed3.json   each run's log, which names its source by hash, and its JSON as it was written
+    A1/A1-seed3.txt, A1-seed3.json   each run's log, which names its source by hash, and its JSON without the training
+                                     losses, which the log has
 
 records/README.md has the rules. Exit code 1 and one line for a fault. ./run.sh board is python -m records.leaderboard.
 """
@@ -57,7 +58,7 @@ from records.runs import Run, log_files, prepare_console, read_usable, stored_te
 from records.statistics import ALPHA, one_sample, summary, test_welch
 from records.verdicts import MACHINE
 from records.words import equals, escaped, markdown_table, number, plain
-from train_gpt import TRACKS, RunError, make_config, require
+from train_gpt import TRACKS, RunError, json_text, make_config, require
 
 CHOSEN = (  # fields of stats.json that do not come from the logs
     "format", "name", "date", "track", "what", "kind", "arm", "rules", "settings", "reread")
@@ -396,11 +397,14 @@ def log_name(arm: dict, seed: int) -> str:
 
 
 def store(run: Run, folder: Path, name: str):
-    """Write a run into a record's folder: its log and, as it is, its JSON."""
+    """Write a run into a record's folder: its log and its JSON, without the training losses, which the log has."""
     (folder / f"{name}.txt").write_text(stored_text(run), encoding="utf-8")
     saved = run.path.with_suffix(".json")
-    if saved.exists():
-        shutil.copyfile(saved, folder / f"{name}.json")
+    if not saved.exists():
+        return
+    facts = json.loads(saved.read_text(encoding="utf-8"))
+    facts.pop("train_curve", None)
+    (folder / f"{name}.json").write_text(json_text(facts, indent=1), encoding="utf-8")
 
 
 def store_sources(runs: list[Run], folder: Path) -> list[str]:

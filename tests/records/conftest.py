@@ -82,7 +82,8 @@ def log_lines(losses: dict[int, float], *, run_id="run", ms_per_step=100.0, sour
 
     # the end
     statuses = {"finished": "finished", "SIGTERM": "stopped by SIGTERM"}
-    saved = facts | dict(status=statuses.get(end, f"failed: {end}"), warmup_seconds=1.2, step=last, curve=curve)
+    saved = facts | dict(status=statuses.get(end, f"failed: {end}"), warmup_seconds=1.2, step=last, curve=curve,
+                         train_curve=[[step, 4.5] for step in range(first, last + 1)])
     if end == "finished":
         rate = 1000 * config["batch_tokens"] / ms_per_step
         reached = "reached" if losses[last] <= config["target"] else "not reached"
