@@ -68,7 +68,6 @@ class Compiled:
     spills: int             # bytes of stack and local memory per thread: 0 where nothing spills
     shared: int             # bytes of shared memory a launch asks for
     ptx: str
-    sass: str
     shared_limit: int       # bytes a block can use on this card
 
     @property
@@ -106,11 +105,9 @@ def _aot(kernel, signature: dict, constexprs: dict, capability: int, num_warps: 
         cubin.flush()
         usage = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name], capture_output=True,
                                text=True, check=True).stdout
-        sass = subprocess.run([triton.knobs.nvidia.nvdisasm.path, "-c", cubin.name], capture_output=True, text=True,
-                              check=True).stdout
     figures = {name: int(figure) for name, figure in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return Compiled(figures["REG"], figures["STACK"] + figures["LOCAL"], compiled.metadata.shared, compiled.asm["ptx"],
-                    sass, SHARED_LIMIT[capability])
+    spills = figures["STACK"] + figures["LOCAL"]
+    return Compiled(figures["REG"], spills, compiled.metadata.shared, compiled.asm["ptx"], SHARED_LIMIT[capability])
 
 
 class Interpreter:

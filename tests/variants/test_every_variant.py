@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 import torch
@@ -213,7 +214,17 @@ def test_leaves_the_trainer_as_it_was(spec):
     assert torch.equal(again(rows[:, :-1], rows[:, 1:]), expected)
 
 
-@pytest.mark.parametrize("pair", combinations(NAMES, 2), ids="+".join)
+def pairs_of(names: list[str]) -> list:
+    """All pairs; three of four, chosen by their names, are among the slow tests."""
+    pairs = []
+    for pair in combinations(names, 2):
+        name = "+".join(pair)
+        marks = pytest.mark.slow if crc32(name.encode()) % 4 else ()
+        pairs.append(pytest.param(pair, id=name, marks=marks))
+    return pairs
+
+
+@pytest.mark.parametrize("pair", pairs_of(NAMES))
 def test_two_compose_or_say_why_not(pair):
     try:
         with variants.applied(pair, TINY):
