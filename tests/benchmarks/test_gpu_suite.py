@@ -191,7 +191,7 @@ NONE_RAN = "failed: no test marked gpu ran on this GPU"
 
 @pytest.mark.parametrize("test, reduced, status", [
     pytest.param(SKIPPED_TEST, True, "skipped", marks=pytest.mark.slow),
-    (SKIPPED_TEST, False, NONE_RAN),
+    pytest.param(SKIPPED_TEST, False, NONE_RAN, marks=pytest.mark.slow),
     pytest.param("def test_unmarked(): pass", False, NONE_RAN, marks=pytest.mark.slow),
     pytest.param(SKIPPED_TEST + "\n@pytest.mark.gpu\ndef test_b(): pass", False, "passed", marks=pytest.mark.slow),
     (SKIPPED_TEST + "\n@pytest.mark.gpu\ndef test_b(): assert 0", False,

@@ -136,7 +136,7 @@ def test_a_comparison_is_killed_and_loses_and_repeats_nothing(tmp_path, corpus):
     Killed in its first run, and asked to stop in its second, each time where there is a checkpoint: both runs go on
     from it.
     """
-    killed = Killed(tmp_path / "out", corpus, steps=300)
+    killed = Killed(tmp_path / "out", corpus, steps=80)
     for number, log in zip((signal.SIGKILL, signal.SIGHUP), killed.logs):
         process = killed.start()
         wait_until(lambda log=log: log.with_suffix(".pt").exists() and "step:20/" in log.read_text(), process)
