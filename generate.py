@@ -86,7 +86,7 @@ class LayerCache:
         return self.parts[name]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Tensor:
-        """train_gpt.attend for the new tokens q, k, v (B, t, H, D), over the earlier ones too."""
+        """train_gpt.attend for the new tokens q (B, t, H, D), k and v (B, t, G, D), over the earlier ones too."""
         # keep the new keys and values
         keys, values = self.part("keys", TokenBuffer), self.part("values", TokenBuffer)
         for buffer, new in ((keys, k), (values, v)):
@@ -100,8 +100,15 @@ class LayerCache:
             return train_gpt.attend(q, k, v, replace(mask, cache=None), scale)
         hidden = hidden_keys(mask.first_key, self.length - keys.tokens.shape[2], t, self.length)
         seen = None if hidden is None else ~hidden[:, None].to(q.device)
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), keys.tokens, values.tokens, attn_mask=seen, scale=scale)
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), keys.tokens, values.tokens, attn_mask=seen, scale=scale,
+                                           enable_gqa=q.shape[2] != k.shape[2])
         return y.transpose(1, 2)
+
+    def of_pass(self, number: int) -> "LayerCache":
+        """What a layer that runs several times keeps in its pass of this number, from 0 on."""
+        if number == 0:
+            return self
+        return self.part(f"pass {number}", lambda: LayerCache(self.context, self.bins))
 
     def running_sum(self, x: Tensor) -> Tensor:
         """x (B, t, H) -> its sum over all tokens so far, at each of the new ones."""
