@@ -1296,10 +1296,14 @@ class WeightSource(nn.Module):
         self._assign({name: tensor.detach().requires_grad_(tensor.requires_grad) for name, tensor in self.held.items()})
 
     def release(self):
-        """Take the gradients of all passes since hold() back to the source's parameters: one product with a vector."""
+        """
+        Take the gradients of all passes since hold(), if there are any, back to the source's parameters: one product
+        with a vector.
+        """
         leaves = [getattr(*self.readers[name][0]) for name in self.held]
         outputs = [(tensor, leaf.grad) for tensor, leaf in zip(self.held.values(), leaves) if leaf.grad is not None]
-        torch.autograd.backward(*zip(*outputs))
+        if outputs:
+            torch.autograd.backward(*zip(*outputs))
         self.held = None
 
 
@@ -1507,10 +1511,11 @@ def trained_model(saved: dict, config: Config, ranks: Ranks) -> GPT:
     model = build_model(config, ranks)
     model.load_state_dict(saved["model"])
     model.set_windows(1.0)
+    model.eval()
     if model.source is not None:
         with torch.no_grad():
             model.source.hold()
-    return model.eval()
+    return model
 
 
 def compile_mode(config: Config, ranks: Ranks) -> str:
@@ -2586,6 +2591,20 @@ class Trainer:
         """A context in which the model has the weights that validation and texts see."""
         return nullcontext() if self.average is None else self.average.applied()
 
+    @contextmanager
+    def _validated(self):
+        """A context in which the model is as it is validated; a source makes its tensors once for all of it."""
+        source = self.model.source
+        with self._averaged():
+            if source is not None:
+                with torch.no_grad():
+                    source.hold()
+            try:
+                yield
+            finally:
+                if source is not None:
+                    source.release()
+
     def _model_state(self) -> dict:
         """Copies of the model's tensors, not views of a bucket; one of several names is copied once."""
         copies, state = {}, {}
@@ -2682,7 +2701,7 @@ class Trainer:
         self.model.eval()
         self.model.set_windows(1.0)
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        with self._averaged():
+        with self._validated():
             for batch in batches[self.ranks.rank::self.ranks.world]:
                 rows = torch.from_numpy(batch).to(self.ranks.device)
                 total += self.model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()).double() * len(batch)
@@ -2714,7 +2733,7 @@ class Trainer:
         losses = None
         self.model.eval()
         try:
-            with self._averaged():
+            with self._validated():
                 losses = self.token_losses(torch.from_numpy(rows[self.ranks.rank::world]))
         except Exception as error:  # no memory for the logits, a variant without logits, a compiler's fault
             fault = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0][:200]}"

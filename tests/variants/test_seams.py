@@ -322,6 +322,55 @@ def test_a_run_with_a_source_resumes_exactly_and_decodes(corpus, tmp_path):
     assert loss == pytest.approx(after["curve"][-1]["val_loss"], rel=1e-5)
 
 
+def test_a_validation_makes_the_weights_once(corpus, tmp_path, monkeypatch):
+    """Not once a batch; and no gradient goes back from it."""
+    hypernetwork, validate = variants.load("hypernetwork"), Trainer.validate
+    runs, sizes, forward = [], [], hypernetwork.ChunkSource.forward
+
+    def counted(self, batches):
+        before = len(runs)
+        loss = validate(self, batches)
+        assert len(runs) == before + 1 and self.model.source.held is None
+        sizes.append(len(batches))
+        return loss
+
+    monkeypatch.setattr(hypernetwork.ChunkSource, "forward", lambda self: runs.append(1) or forward(self))
+    monkeypatch.setattr(Trainer, "validate", counted)
+    run(corpus, tmp_path, "hypernetwork:hidden=8")
+    assert sizes == [1, 2, 2, 2]  # the warm-up's, and the run's
+
+
+def test_a_model_that_is_used_has_the_automatons_expectation():
+    """Not the random masks of training, in what a checkpoint gives to texts and pictures."""
+    config = make_config(TINY)
+    with variants.applied(("cellular_automaton:p=0.5,steps=2,hidden=8",), config):
+        saved = dict(model=scramble(train_gpt.build_model(config, ALONE), 0.1).state_dict())
+        first, second = (train_gpt.trained_model(saved, config, ALONE) for _ in range(2))
+    for name in first.source.shapes:
+        tensors = [getattr(*model.source.readers[name][0]) for model in (first, second)]
+        assert torch.equal(*tensors), name
+
+
+@pytest.mark.slow
+def test_on_several_ranks_a_source_has_the_composites_gradients(corpus, tmp_path):
+    """
+    Two ranks with two micro batches a step: weights made once a step, and within every pass, where the gradients that
+    ranks exchange are those of the composite. Adam's first steps are of the size of the rate whatever the gradients'.
+    """
+    states = []
+    for refresh in ("step", "micro"):
+        spec = f"hypernetwork:hidden=8,refresh={refresh}"
+        words = arguments(corpus, tmp_path / refresh, spec, micro_batch_tokens=2 * T)
+        result = run_ranks({2: words})
+        assert result.returncode == 0, result.stderr[-3000:]
+        states.append(checkpoint(tmp_path / refresh)["model"])
+    start = train_gpt.draw_normal("source.embeddings", states[0]["source.embeddings"].shape, 1.0, 1)
+    assert relative_rms(states[0]["source.embeddings"], start) > 1e-3
+    for name, expected in states[1].items():
+        assert relative_rms(states[0][name], expected) < 1e-3, name
+
+
+@pytest.mark.slow
 def test_a_source_holds_for_several_ranks(corpus, tmp_path):
     """Two ranks see the losses of one; reductions and updates go on under the product that ends a step."""
     specs = "seed_model:dim=32,lr=0.1", "gradient_clipping:norm=1"
