@@ -87,22 +87,36 @@ class LayerCache:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Tensor:
         """train_gpt.attend for the new tokens q (B, t, H, D), k and v (B, t, G, D), over the earlier ones too."""
-        # keep the new keys and values
-        keys, values = self.part("keys", TokenBuffer), self.part("values", TokenBuffer)
-        for buffer, new in ((keys, k), (values, v)):
-            buffer.keep((mask.window or self.context) - 1)
-            buffer.append(new.transpose(1, 2))
         t = q.shape[1]
-        self.length += t
-
-        # whole rows as in training, later tokens over the keys that they see
-        if self.length == t and (mask.first_key is None or mask.stretches is not None):
+        keys, values = self.keep(mask, keys=k.transpose(1, 2), values=v.transpose(1, 2))
+        if self.is_whole(mask, t):
             return train_gpt.attend(q, k, v, replace(mask, cache=None), scale)
-        hidden = hidden_keys(mask.first_key, self.length - keys.tokens.shape[2], t, self.length)
-        seen = None if hidden is None else ~hidden[:, None].to(q.device)
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), keys.tokens, values.tokens, attn_mask=seen, scale=scale,
-                                           enable_gqa=q.shape[2] != k.shape[2])
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=self.seen(mask, t, keys),
+                                           scale=scale, enable_gqa=q.shape[2] != k.shape[2])
         return y.transpose(1, 2)
+
+    def keep(self, mask: AttentionMask, **new: Tensor) -> list[Tensor]:
+        """
+        Keep what attention needs of the new tokens, name=tensor (B, H, t, ..); returns of each name what there is of
+        these tokens and of as many before them as the mask sees.
+        """
+        kept = []
+        for name, tensor in new.items():
+            buffer = self.part(name, TokenBuffer)
+            buffer.keep((mask.window or self.context) - 1)
+            buffer.append(tensor)
+            kept.append(buffer.tokens)
+        self.length += tensor.shape[2]
+        return kept
+
+    def is_whole(self, mask: AttentionMask, t: int) -> bool:
+        """Whether the t tokens that were kept last are all of the text, and attend as in training."""
+        return self.length == t and (mask.first_key is None or mask.stretches is not None)
+
+    def seen(self, mask: AttentionMask, t: int, kept: Tensor) -> Tensor | None:
+        """Which of the tokens kept (B, H, n, ..) the last t of them see, (B or 1, 1, t, n) bool; None: all."""
+        hidden = hidden_keys(mask.first_key, self.length - kept.shape[2], t, self.length)
+        return None if hidden is None else ~hidden[:, None].to(kept.device)
 
     def of_pass(self, number: int) -> "LayerCache":
         """What a layer that runs several times keeps in its pass of this number, from 0 on."""
