@@ -25,6 +25,11 @@ from variants.check import Probe, awake, random_rows
 
 NAMES = variants.available()
 WORDS = ("better", "worse", "equivalent", "undecided", "too few pairs")
+# the variants of the parameter-golf study: what takes long of so many is among the slow tests
+GOLF = {"low_rank", "depth_recurrence", "latent_attention", "pause_tokens", "basis_sharing", "tensor_train",
+        "universal_transformer", "hypernetwork", "hopfield", "communicating_agents", "cellular_automaton",
+        "siren_weights", "seed_model"}
+SLOW_TO_TRAIN = {"cellular_automaton", "siren_weights", "seed_model"}
 T = 32
 TINY = train_gpt.make_config(dict(vocab_size=256, layers=4, model_dim=32, heads=2, head_dim=16, mlp_hidden=64,
                                   sequence_length=T, batch_tokens=4 * T))
@@ -71,14 +76,18 @@ def changes(name: str, last: str) -> bool:
 MODEL_NAMES = [name for name in NAMES if changes(name, "GPT")]
 
 
-def options_slow(names: list[str]) -> list:
+def slow_where(cases, is_slow) -> list:
+    """The cases, and those of which is_slow(case) says so among the slow tests."""
+    return [pytest.param(case, marks=pytest.mark.slow) if is_slow(case) else case for case in cases]
+
+
+def options_slow(names: list[str], slow: set = frozenset()) -> list:
     """The variants as they are, and with each of their options among the slow tests: for all it takes minutes."""
-    return [spec if spec == name else pytest.param(spec, marks=pytest.mark.slow)
-            for name in names for spec in specs_of(name)]
+    specs = (spec for name in names for spec in specs_of(name))
+    return slow_where(specs, lambda spec: spec not in NAMES or spec in slow)
 
 
 every_variant = pytest.mark.parametrize("spec", NAMES)
-every_model = pytest.mark.parametrize("spec", MODEL_NAMES)
 every_spec = pytest.mark.parametrize("spec", options_slow(MODEL_NAMES))
 
 
@@ -174,12 +183,13 @@ def test_counts(model):
     assert 0 < train_gpt.flops_per_token(replace(TINY, layers=3)) < math.inf  # builds the model on the meta device
 
 
-@pytest.mark.parametrize("spec", options_slow([name for name in NAMES if changes(name, "symmetric_product")]))
+@pytest.mark.parametrize("spec", options_slow([name for name in NAMES if changes(name, "symmetric_product")],
+                                              SLOW_TO_TRAIN))
 def test_trains(model):
     assert check.learning_faults(check.train(model)) == []
 
 
-@every_model
+@pytest.mark.parametrize("spec", slow_where(MODEL_NAMES, lambda name: name in GOLF))
 def test_compiles_to_one_graph(model):
     assert check.compile_fault(awake(model)) is None
 
@@ -224,7 +234,7 @@ def test_leaves_the_trainer_as_it_was(spec):
     assert torch.equal(again(rows[:, :-1], rows[:, 1:]), expected)
 
 
-@pytest.mark.parametrize("pair", combinations(NAMES, 2), ids="+".join)
+@pytest.mark.parametrize("pair", slow_where(combinations(NAMES, 2), GOLF.intersection), ids="+".join)
 def test_two_compose_or_say_why_not(pair):
     try:
         with variants.applied(pair, TINY):
