@@ -10,10 +10,10 @@ Text from a checkpoint of any variant.
 
 - A checkpoint is a run's .pt file, a run's id or the beginning of one, `last`, or a folder that --export made. Nothing
   in it is executed. Where the code of a module has changed since the training, a line on stderr names it.
-- Every layer keeps what later tokens need: softmax attention its keys and values, topological attention coordinates
-  and values or, with --bins, a state of fixed size, forgetting attention its sums besides. A model whose parts cannot
-  go on from that is found out by a trial against the whole forward pass and then runs all of its context for every
-  token; a line on stderr says so.
+- Every layer keeps what later tokens need: softmax attention its keys and values, latent attention with decoupled
+  positions its latents, topological attention coordinates and values or, with --bins, a state of fixed size, forgetting
+  attention its sums besides. A model whose parts cannot go on from that is found out by a trial against the whole
+  forward pass and then runs all of its context for every token; a line on stderr says so.
 - A token sees --context tokens back (default: the row length of the training). A longer text goes on without what
   lies further back. What does not fit in memory is refused before it is allocated.
 - Sampling: softmax of logits / temperature (0: the likeliest token), among the --top-k likeliest, then among the fewest
