@@ -10,10 +10,10 @@ Text from a checkpoint of any variant.
 
 - A checkpoint is a run's .pt file, a run's id or the beginning of one, `last`, or a folder that --export made. Nothing
   in it is executed. Where the code of a module has changed since the training, a line on stderr names it.
-- Every layer keeps what later tokens need: softmax attention its keys and values, topological attention coordinates
-  and values or, with --bins, a state of fixed size, forgetting attention its sums besides. A model whose parts cannot
-  go on from that is found out by a trial against the whole forward pass and then runs all of its context for every
-  token; a line on stderr says so.
+- Every layer keeps what later tokens need: softmax attention its keys and values, latent attention with decoupled
+  positions its latents, topological attention coordinates and values or, with --bins, a state of fixed size, forgetting
+  attention its sums besides. A model whose parts cannot go on from that is found out by a trial against the whole
+  forward pass and then runs all of its context for every token; a line on stderr says so.
 - A token sees --context tokens back (default: the row length of the training). A longer text goes on without what
   lies further back. What does not fit in memory is refused before it is allocated.
 - Sampling: softmax of logits / temperature (0: the likeliest token), among the --top-k likeliest, then among the fewest
@@ -86,22 +86,43 @@ class LayerCache:
         return self.parts[name]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Tensor:
-        """train_gpt.attend for the new tokens q, k, v (B, t, H, D), over the earlier ones too."""
-        # keep the new keys and values
-        keys, values = self.part("keys", TokenBuffer), self.part("values", TokenBuffer)
-        for buffer, new in ((keys, k), (values, v)):
-            buffer.keep((mask.window or self.context) - 1)
-            buffer.append(new.transpose(1, 2))
+        """train_gpt.attend for the new tokens q (B, t, H, D), k and v (B, t, G, D), over the earlier ones too."""
         t = q.shape[1]
-        self.length += t
-
-        # whole rows as in training, later tokens over the keys that they see
-        if self.length == t and (mask.first_key is None or mask.stretches is not None):
+        keys, values = self.keep(mask, keys=k.transpose(1, 2), values=v.transpose(1, 2))
+        if self.is_whole(mask, t):
             return train_gpt.attend(q, k, v, replace(mask, cache=None), scale)
-        hidden = hidden_keys(mask.first_key, self.length - keys.tokens.shape[2], t, self.length)
-        seen = None if hidden is None else ~hidden[:, None].to(q.device)
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), keys.tokens, values.tokens, attn_mask=seen, scale=scale)
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=self.seen(mask, t, keys),
+                                           scale=scale, enable_gqa=q.shape[2] != k.shape[2])
         return y.transpose(1, 2)
+
+    def keep(self, mask: AttentionMask, **new: Tensor) -> list[Tensor]:
+        """
+        Keep what attention needs of the new tokens, name=tensor (B, H, t, ..); returns of each name what there is of
+        these tokens and of as many before them as the mask sees.
+        """
+        kept = []
+        for name, tensor in new.items():
+            buffer = self.part(name, TokenBuffer)
+            buffer.keep((mask.window or self.context) - 1)
+            buffer.append(tensor)
+            kept.append(buffer.tokens)
+        self.length += tensor.shape[2]
+        return kept
+
+    def is_whole(self, mask: AttentionMask, t: int) -> bool:
+        """Whether the t tokens that were kept last are all of the text, and attend as in training."""
+        return self.length == t and (mask.first_key is None or mask.stretches is not None)
+
+    def seen(self, mask: AttentionMask, t: int, kept: Tensor) -> Tensor | None:
+        """Which of the tokens kept (B, H, n, ..) the last t of them see, (B or 1, 1, t, n) bool; None: all."""
+        hidden = hidden_keys(mask.first_key, self.length - kept.shape[2], t, self.length)
+        return None if hidden is None else ~hidden[:, None].to(kept.device)
+
+    def of_pass(self, number: int) -> "LayerCache":
+        """What a layer that runs several times keeps in its pass of this number, from 0 on."""
+        if number == 0:
+            return self
+        return self.part(f"pass {number}", lambda: LayerCache(self.context, self.bins))
 
     def running_sum(self, x: Tensor) -> Tensor:
         """x (B, t, H) -> its sum over all tokens so far, at each of the new ones."""

@@ -207,11 +207,11 @@ fi
 # prepare TRACK: its data, unless the caller's folder has its own of that name, where the trainer looks first.
 prepare() {
     local folder=data/fineweb10B shards
-    [ "$1" != cpu ] || folder=data/python_bytes
+    case "$1" in cpu | golf_cpu) folder=data/python_bytes ;; esac
     if [ -d "$folder" ] && ! [ "$folder" -ef "$checkout/$folder" ]; then
         return
     fi
-    if [ "$1" = cpu ]; then
+    if [ "$folder" = data/python_bytes ]; then
         ls "$checkout/$folder/meta.json" "$checkout/$folder"/*_train_*.bin >/dev/null 2>&1 ||
             "$python" -P -m data.local_corpus
         return

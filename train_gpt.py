@@ -66,7 +66,7 @@ from torch import Tensor, nn
 SEAMS = (
     # the model
     "Linear", "Norm", "RMSNormalize", "ReLUSquared", "SoftcappedCrossEntropy", "rotate", "attend",
-    "CausalSelfAttention", "MLP", "Residual", "Block", "LanguageModelHead", "GPT",
+    "CausalSelfAttention", "MLP", "Residual", "Block", "LanguageModelHead", "build_source", "GPT",
     # the optimizer and its schedules, what it reads, and the weights that validation sees
     "build_optimizers", "Muon", "Adam", "orthogonalize", "symmetric_product", "schedule_learning_rate",
     "schedule_weight_decay", "schedule_momentum", "schedule_adam_betas", "treat_gradients", "build_average",
@@ -140,6 +140,7 @@ class Config:
     model_dim: int = 128                # width of the residual stream
     heads: int = 4                      # attention heads
     head_dim: int = 32                  # width of one head
+    kv_heads: int = 0                   # heads of keys and values, each for as many query heads (0: one for each)
     mlp_hidden: int = 512               # hidden width of the feed-forward
     document_mask: bool = True          # tokens see their own document only
     window_pattern: str = "L"           # S(hort) or L(ong) window for each layer, repeated; the last layer is always L
@@ -151,9 +152,11 @@ class Config:
     rope_base: float = 1024.0           # longest wavelength of the rotation, over 2 pi
     zero_init_projections: bool = True  # output projections begin at zero: every block begins as the identity
     tied_embedding: bool = False        # head and embedding share one matrix
+    embedding_std: float = 0.0          # standard deviation of its first tensor (0: 0.02 where tied, else 1)
     logit_softcap: float = 15.0         # logits are c tanh(logits / c) (0: off)
     x0_skip: bool = True                # every block reads a learned mix of the stream and the embedding
     unet_skips: bool = True             # the second half adds the first half's streams, mirrored, with learned weights
+    channel_scales: bool = False        # a factor a channel for mixes, skips and branches, one a head for queries
     value_embeddings: int = 2           # tables added to the values of the first and last so many layers (0: off)
     smear: bool = True                  # every embedding takes a gated part of the one before it
     attention_gate: bool = True         # each head's output is gated by the first few channels of the stream
@@ -187,6 +190,11 @@ class Config:
     keep_every: int = 0                 # steps between kept checkpoints, from step 0 on: RUN_ID-step000100.pt (0: none)
 
     @property
+    def key_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.kv_heads or self.heads
+
+    @property
     def end_of_text(self) -> int:
         """
         The token that begins every document: as set or as the data say, else the vocabulary's last: 256 of bytes, 50256
@@ -213,9 +221,10 @@ RANGES = dict(
     vocab_size=(0, 65_536), document_token=(-1, 65_535), sequence_length=(2, 2 ** 24), batch_tokens=(1, 2 ** 32),
     micro_batch_tokens=(1, 2 ** 32), tokens=(1, 10 ** 15), steps=(0, 10 ** 9), time_budget=(0.0, 31_536_000.0),
     val_tokens=(1, 10 ** 12), val_every=(-1, 10 ** 9), target=(0.0, 100.0), layers=(1, 1024), model_dim=(1, 2 ** 18),
-    heads=(1, 2 ** 14), head_dim=(1, 2 ** 14), mlp_hidden=(1, 2 ** 20), window_short=(0, 2 ** 24),
-    window_long=(0, 2 ** 24), attention_scale=(0.0, 1e4), rope_base=(1.0, 1e12), logit_softcap=(0.0, 1e6),
-    value_embeddings=(0, 4096), bigram_rows=(0, 2 ** 28), lr_matrix=(0.0, 1e4), lr_embed=(0.0, 1e4),
+    heads=(1, 2 ** 14), head_dim=(1, 2 ** 14), kv_heads=(0, 2 ** 14), mlp_hidden=(1, 2 ** 20),
+    window_short=(0, 2 ** 24), window_long=(0, 2 ** 24), attention_scale=(0.0, 1e4), rope_base=(1.0, 1e12),
+    embedding_std=(0.0, 1e4), logit_softcap=(0.0, 1e6), value_embeddings=(0, 4096), bigram_rows=(0, 2 ** 28),
+    lr_matrix=(0.0, 1e4), lr_embed=(0.0, 1e4),
     lr_head=(0.0, 1e4), lr_scalar=(0.0, 1e4), momentum=(0.0, 0.999999), normuon_beta2=(0.0, 0.999999),
     weight_decay=(0.0, 1e4), adam_beta1=(0.0, 0.999999), adam_beta2=(0.0, 0.999999), decay_fraction=(0.0, 1.0),
     seed=(0, 2 ** 48), threads=(0, 1024), loss_chunk=(1, 2 ** 32), keep_losses=(0, 2 ** 32),
@@ -237,6 +246,13 @@ WHOLE_ROWS = dict(align_documents=False, document_mask=False, window_pattern="L"
 MODEL_30M = dict(layers=8, model_dim=384, heads=6, head_dim=64, mlp_hidden=1536, tied_embedding=True, lr_embed=0.01)
 MODEL_124M = dict(layers=12, model_dim=768, heads=6, head_dim=128, mlp_hidden=3072, attention_scale=0.12)
 MODEL_350M = dict(layers=16, model_dim=1024, heads=8, head_dim=128, mlp_hidden=4096, attention_scale=0.12)
+# the base of the parameter-golf contest: grouped queries, scales by channel, plain Muon
+MODEL_GOLF = dict(
+    layers=9, model_dim=512, heads=8, head_dim=64, kv_heads=4, mlp_hidden=1024, rope="full", rope_base=10_000.0,
+    tied_embedding=True, embedding_std=0.005, logit_softcap=30.0, channel_scales=True, value_embeddings=0, smear=False,
+    attention_gate=False, lr_matrix=0.04, lr_embed=0.05, lr_scalar=0.04, normuon_beta2=0.0, weight_decay=0.0,
+    decay_fraction=0.69,
+)
 TARGET_3_28 = dict(target=3.28, target_data="fineweb_val_")
 
 TRACKS = {
@@ -263,6 +279,12 @@ TRACKS = {
     "medium": FINEWEB | MODEL_350M | dict(
         tokens=3_000_000_000, micro_batch_tokens=32_768, value_embeddings=3, bigram_rows=50_304, target=2.92,
         target_data="fineweb_val_",
+    ),
+    # parameter-golf's base: 17.06M parameters with a vocabulary of 1,024; any shards, their vocabulary
+    "golf": FINEWEB | WHOLE_ROWS | MODEL_GOLF | dict(tokens=900_000_000, sequence_length=1024),
+    # the same in small: bytes of the machine's Python library, two CPU cores, about a minute
+    "golf_cpu": WHOLE_ROWS | MODEL_GOLF | dict(
+        model_dim=96, heads=4, head_dim=24, kv_heads=2, mlp_hidden=192, tokens=600_000, val_tokens=65_536,
     ),
     # the fixed architecture of modded-nanogpt's track 3, for step times
     "benchmark": FINEWEB | MODEL_124M | WHOLE_ROWS | TARGET_3_28 | dict(
@@ -299,6 +321,9 @@ def check_settings(values: dict, name=lambda setting: f"--{setting}"):
     require(c.rope == "none" or c.head_dim % 4 == 0,
             f"{name('head_dim')} {c.head_dim} is not a multiple of 4, as rotary positions need; choose another or "
             "--rope none")
+    require(c.heads % c.key_heads == 0,
+            f"{name('heads')} {c.heads} is not a multiple of {name('kv_heads')} {c.kv_heads}; choose another, or 0 for "
+            "as many")
     require(not c.value_embeddings or c.heads * c.head_dim == c.model_dim,
             f"value embeddings need heads x head_dim = model_dim, got {c.heads} x {c.head_dim} and {c.model_dim}; or "
             "use --value_embeddings 0")
@@ -876,7 +901,7 @@ class AttentionContext:
     mask: AttentionMask
     rotary: tuple[Tensor, Tensor] | None    # cosine and sine, (T, pairs that turn)
     x0: Tensor                              # (B, T, model_dim): the embedded tokens
-    value: Tensor | None                    # (B, T, model_dim): the layer's value embedding
+    value: Tensor | None                    # (B, T, kv_heads * head_dim): the layer's value embedding
 
 
 class Linear(nn.Module):
@@ -890,6 +915,7 @@ class Linear(nn.Module):
         # gates begin at a half, the head at equal logits, a branch at nothing
         zero = role in ("gate", "head") or role in ("o", "proj") and config.zero_init_projections
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.weight.role = role
         self.weight.init_std = 0.0 if zero else 0.5 * n_in ** -0.5
         self.weight.optimizer = dict(gate="adam", head="adam_head").get(role, "muon")
 
@@ -1004,56 +1030,75 @@ def mask_stretches(first_key: Tensor, window: int | None, dtype: torch.dtype) ->
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Tensor:
-    """Softmax attention of q, k, v (B, T, H, D) over the keys that the mask allows; returns (B, T, H, D)."""
+    """
+    Softmax attention of q (B, T, H, D), k and v (B, T, G, D) over the keys that the mask allows; returns (B, T, H, D).
+    G divides H: each head of keys serves H / G heads of queries, none is copied.
+    """
     # of a text that is continued
     if mask.cache is not None:
         return mask.cache.attend(q, k, v, mask, scale)
 
     # by blocks, whole rows, or stretches
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    options = dict(scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     if mask.block_mask is not None:
         from torch.nn.attention.flex_attention import flex_attention
 
-        return flex_attention(q, k, v, block_mask=mask.block_mask, scale=scale).transpose(1, 2)
+        return flex_attention(q, k, v, block_mask=mask.block_mask, **options).transpose(1, 2)
     if mask.stretches is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options).transpose(1, 2)
     outputs = []
     for start, stop, begin, bias in mask.stretches:
         keys, values = k[:, :, begin:stop], v[:, :, begin:stop]
-        outputs.append(F.scaled_dot_product_attention(q[:, :, start:stop], keys, values, attn_mask=bias, scale=scale))
+        outputs.append(F.scaled_dot_product_attention(q[:, :, start:stop], keys, values, attn_mask=bias, **options))
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 GATE_CHANNELS = 12  # of the stream, which the sparse gates read
 
 
+def stream_weights(config: Config, start: Tensor) -> nn.Parameter:
+    """Learned factors on streams: start (n,), with channel_scales (n, model_dim)."""
+    weights = nn.Parameter(start[:, None].repeat(1, config.model_dim) if config.channel_scales else start)
+    weights.optimizer = "adam"
+    return weights
+
+
 class CausalSelfAttention(nn.Module):
     """
     Multi-head softmax attention with QK-norm, half-truncated rotary positions, value embeddings and a sparse output
-    gate.
+    gate; with kv_heads several heads of queries share one of keys and values.
     """
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
         self.config = config
-        width = config.heads * config.head_dim
-        self.q, self.k, self.v = (Linear(config, layer, role, config.model_dim, width) for role in "qkv")
+        width, kv_width = config.heads * config.head_dim, config.key_heads * config.head_dim
+        self.q = Linear(config, layer, "q", config.model_dim, width)
+        self.k, self.v = (Linear(config, layer, role, config.model_dim, kv_width) for role in "kv")
         self.o = Linear(config, layer, "o", width, config.model_dim)
         self.gate = None
         if config.attention_gate:
             self.gate = Linear(config, layer, "gate", min(GATE_CHANNELS, config.model_dim), config.heads)
         self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5])) if value_table(config, layer) is not None else None
+        self.query_gain = nn.Parameter(torch.full((config.heads,), 1.5)) if config.channel_scales else None
         self.scale = config.attention_scale or config.head_dim ** -0.5
 
     def heads(self, x: Tensor, ctx: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, T, H, D), ready to attend."""
+        """Queries (B, T, H, D), keys and values (B, T, G, D), ready to attend."""
         q, k, v = (linear(x).unflatten(-1, (-1, self.config.head_dim)) for linear in (self.q, self.k, self.v))
+        return *self.turn(q, k, ctx), self.mix_value(v, ctx)
+
+    def turn(self, q: Tensor, k: Tensor, ctx: AttentionContext) -> tuple[Tensor, Tensor]:
+        """Queries (B, T, H, D) and keys (B, T, G, D), normalised, at their positions, queries with their gains."""
         # norm before rotation: a rotation keeps it
         if self.config.qk_norm:
             q, k = RMSNormalize.apply(q), RMSNormalize.apply(k)
         if ctx.rotary is not None:
             q, k = rotate(q, ctx.rotary), rotate(k, ctx.rotary)
-        return q, k, self.mix_value(v, ctx)
+        if self.query_gain is not None:
+            q = q * self.query_gain.type_as(q)[:, None]
+        return q, k
 
     def mix_value(self, v: Tensor, ctx: AttentionContext) -> Tensor:
         if self.value_mix is None:
@@ -1091,9 +1136,12 @@ class Residual(nn.Module):
 
     def __init__(self, config: Config, layer: int, branch: str):
         super().__init__()
+        self.scale = nn.Parameter(torch.ones(config.model_dim)) if config.channel_scales else None
 
     def forward(self, x: Tensor, branch_output: Tensor) -> Tensor:
-        return x + branch_output
+        if self.scale is None:
+            return x + branch_output
+        return x + self.scale.type_as(x) * branch_output
 
 
 class Block(nn.Module):
@@ -1101,7 +1149,7 @@ class Block(nn.Module):
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.stream_mix = nn.Parameter(torch.tensor([1.0, 0.0])) if config.x0_skip else None
+        self.stream_mix = stream_weights(config, torch.tensor([1.0, 0.0])) if config.x0_skip else None
         self.attention_norm, self.mlp_norm = Norm(config, config.model_dim), Norm(config, config.model_dim)
         self.attention, self.mlp = CausalSelfAttention(config, layer), MLP(config, layer)
         self.attention_residual, self.mlp_residual = Residual(config, layer,
@@ -1173,8 +1221,12 @@ class LanguageModelHead(nn.Module):
         self.softcap = config.logit_softcap
         self.chunk = config.loss_chunk
 
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The tensors (B, T, n) and (padded vocabulary, n) whose product the logits are, before the cap."""
+        return x, self.projection.weight
+
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
-        weight = self.projection.weight
+        x, weight = self.operands(x)
         if targets is None:
             logits = F.linear(x, weight[:self.vocab_size].type_as(x)).float()
             return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
@@ -1203,6 +1255,80 @@ def embedding(rows: int, columns: int, std: float) -> nn.Embedding:
     return table
 
 
+class WeightSource(nn.Module):
+    """
+    Makes parameters of a model out of numbers of its own: forward() returns {name: tensor} for all names in .shapes.
+    What it makes are parameters no more but tensors, which their modules read as before. A pass makes them anew, with
+    its gradient running back to the source; between hold() and release() passes share them, as in a step of training:
+    they see leaves, whose gradients are summed and go back at once, so that the source runs once a step.
+    """
+
+    def __init__(self, model: nn.Module, names: list[str]):
+        """Take the parameters of these names from the model."""
+        super().__init__()
+        self.shapes = {}    # parameter's name -> its shape
+        self.stds = {}      # parameter's name -> standard deviation of the baseline's first tensor; None: not drawn
+        self.readers = {}   # parameter's name -> (module, attribute) of all that read it: the head may be tied
+        self.held = None    # {name: tensor with its graph} between hold() and release(); None: a pass makes them
+        parameters = dict(model.named_parameters())
+        for name in names:
+            p = parameters[name]
+            self.shapes[name], self.stds[name] = p.shape, getattr(p, "init_std", None)
+            self.readers[name] = [(module, attribute) for module in model.modules()
+                                  for attribute, other in module.named_parameters(recurse=False) if other is p]
+            for module, attribute in self.readers[name]:
+                delattr(module, attribute)
+                setattr(module, attribute, p.detach())  # of the right shape and device; its numbers mean nothing
+
+    def _assign(self, tensors: dict[str, Tensor]):
+        for name, readers in self.readers.items():
+            for module, attribute in readers:
+                setattr(module, attribute, tensors[name])
+
+    def provide(self):
+        """What a pass begins with."""
+        if self.held is None:
+            self._assign(self())
+
+    def hold(self):
+        """Make the tensors for all passes until release()."""
+        self.held = self()
+        self._assign({name: tensor.detach().requires_grad_(tensor.requires_grad) for name, tensor in self.held.items()})
+
+    def release(self):
+        """
+        Take the gradients of all passes since hold(), if there are any, back to the source's parameters: one product
+        with a vector.
+        """
+        leaves = [getattr(*self.readers[name][0]) for name in self.held]
+        outputs = [(tensor, leaf.grad) for tensor, leaf in zip(self.held.values(), leaves) if leaf.grad is not None]
+        if outputs:
+            torch.autograd.backward(*zip(*outputs))
+        self.held = None
+
+
+def matrices_of(model: nn.Module) -> list[str]:
+    """Names of the weights that Linear holds in blocks, gates left out. RunError where there are none."""
+    names = [name for name, p in model.named_parameters() if getattr(p, "role", "gate") not in ("gate", "head")]
+    require(names, f"variants {', '.join(model.config.variant)}: no matrix of the trainer's Linear is left to be made "
+                   "by a source; leave out what replaces Linear")
+    return names
+
+
+def build_source(model: nn.Module, config: Config) -> WeightSource | None:
+    """
+    None: all that a model learns are its parameters. Or what makes some of them, see WeightSource; the model is whole,
+    its tensors are not yet drawn.
+    """
+    return None
+
+
+def draw_normal(name: str, shape: tuple, std: float, seed: int) -> Tensor:
+    """A parameter's first tensor of this standard deviation: normal numbers of a generator of its name and the seed."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) * 1_000_003 + seed)
+    return torch.randn(shape, generator=generator, device="cpu") * std
+
+
 class GPT(nn.Module):
     """forward(tokens (B, T) int, targets (B, T) int) -> mean loss; without targets -> logits (B, T, vocabulary)."""
 
@@ -1216,14 +1342,16 @@ class GPT(nn.Module):
         self.windows = (0, 0)           # short and long in this part of the run, in tokens; 0: unlimited
 
         # parameters; their order is that of the checkpoint
-        self.embedding = embedding(rows, width, 0.02 if config.tied_embedding else 1.0)
+        self.embedding = embedding(rows, width, config.embedding_std or (0.02 if config.tied_embedding else 1.0))
         self.bigram_embedding = embedding(config.bigram_rows, width, 0.0) if config.bigram_rows else None
         tables = min(config.value_embeddings, config.layers // 2)
-        self.value_embeddings = nn.ModuleList(embedding(rows, width, 0.1) for _ in range(tables))
+        kv_width = config.key_heads * config.head_dim
+        self.value_embeddings = nn.ModuleList(embedding(rows, kv_width, 0.1) for _ in range(tables))
         self.smear_gate = Linear(config, None, "gate", min(GATE_CHANNELS, width), 1) if config.smear else None
         self.smear_scale = nn.Parameter(torch.zeros(1)) if config.smear else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.skip_weights = nn.Parameter(torch.full((config.layers // 2,), 0.2)) if config.unet_skips else None
+        start = torch.full((config.layers // 2,), 1.0 if config.channel_scales else 0.2)
+        self.skip_weights = stream_weights(config, start) if config.unet_skips else None
         self.embedding_norm, self.final_norm = Norm(config, width), Norm(config, width)
         self.head = LanguageModelHead(config)
         if config.tied_embedding:
@@ -1232,20 +1360,25 @@ class GPT(nn.Module):
         # rotary positions
         turning = config.head_dim // (2 if config.rope == "full" else 4)  # pairs of channels
         self.register_buffer("frequencies", config.rope_base ** -torch.linspace(0, 1, turning), persistent=False)
+        self.source = build_source(self, config)  # makes parameters; None: there is none
 
     @torch.no_grad()
     def initialize(self, seed: int):
         """
         Draw every parameter that has .init_std from a generator of its own name: equal names begin equal, whatever else
-        there is.
+        there is. Modules with a method initialize(name, seed) draw theirs besides.
         """
         for name, p in self.named_parameters():
             std = getattr(p, "init_std", None)
-            if std is None:
-                continue
-            # the name's checksum and the seed
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) * 1_000_003 + seed)
-            p.copy_(torch.randn(p.shape, generator=generator) * std if std else torch.zeros(p.shape))
+            if std is not None:
+                p.copy_(draw_normal(name, p.shape, std, seed) if std else torch.zeros(p.shape))
+        for name, module in self.named_modules():
+            if module is not self and hasattr(module, "initialize"):
+                module.initialize(name, seed)
+
+    def stage(self, progress: float):
+        """What a compiled graph depends on of progress in [0, 1] of the run: every value is compiled in the warm-up."""
+        return window_stage(self.config, progress)
 
     def set_windows(self, progress: float):
         """Choose the windows of this part of the run, progress in [0, 1]."""
@@ -1350,6 +1483,8 @@ class GPT(nn.Module):
         return result
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        if self.source is not None:
+            self.source.provide()
         return self.predict(tokens, self.masks(tokens), targets)
 
 
@@ -1376,7 +1511,11 @@ def trained_model(saved: dict, config: Config, ranks: Ranks) -> GPT:
     model = build_model(config, ranks)
     model.load_state_dict(saved["model"])
     model.set_windows(1.0)
-    return model.eval()
+    model.eval()
+    if model.source is not None:
+        with torch.no_grad():
+            model.source.hold()
+    return model
 
 
 def compile_mode(config: Config, ranks: Ranks) -> str:
@@ -1432,23 +1571,37 @@ def measure_model(config: Config) -> dict:
     """
     What a model costs, counted on one row without data (PyTorch's meta device), as a dict: parameters;
     parameters_without_embeddings, which leaves the tables and the head out; flops_per_token, of training, forward and
-    backward, scores that are computed and masked counted too.
+    backward, scores that are computed and masked counted too, a source of weights once a step.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
         model, tokens = GPT(config), torch.zeros(1, config.sequence_length, dtype=torch.int64)
     model.set_windows(1.0)
-    with FlopCounterMode(display=False) as counter:
-        model(tokens, tokens).backward()
 
-    # tables and the head are counted once
-    head = model.head.projection.weight
-    tables = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
-    tables[id(head)] = head.numel()
+    def count(action) -> int:
+        with FlopCounterMode(display=False) as counter:
+            action()
+        return counter.get_total_flops()
+
+    # of a row, and of a step
+    of_step = 0 if model.source is None else count(model.source.hold)
+    of_row = count(lambda: model(tokens, tokens).backward())
+    if model.source is not None:
+        of_step += count(model.source.release)
+    flops = of_row / config.sequence_length + of_step / config.batch_tokens
+
+    parameters, others = count_parameters(model)
+    return dict(parameters=parameters, parameters_without_embeddings=others, flops_per_token=flops)
+
+
+def count_parameters(model: GPT) -> tuple[int, int]:
+    """A model's parameters, and those without the tables and the head, which are counted once; none of a source's."""
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    sizes = {id(weight): weight.numel() for weight in (*tables, model.head.projection.weight)
+             if isinstance(weight, nn.Parameter)}
     parameters = sum(p.numel() for p in model.parameters())
-    return dict(parameters=parameters, parameters_without_embeddings=parameters - sum(tables.values()),
-                flops_per_token=counter.get_total_flops() / config.sequence_length)
+    return parameters, parameters - sum(sizes.values())
 
 
 def flops_per_token(config: Config) -> float:
@@ -2438,6 +2591,20 @@ class Trainer:
         """A context in which the model has the weights that validation and texts see."""
         return nullcontext() if self.average is None else self.average.applied()
 
+    @contextmanager
+    def _validated(self):
+        """A context in which the model is as it is validated; a source makes its tensors once for all of it."""
+        source = self.model.source
+        with self._averaged():
+            if source is not None:
+                with torch.no_grad():
+                    source.hold()
+            try:
+                yield
+            finally:
+                if source is not None:
+                    source.release()
+
     def _model_state(self) -> dict:
         """Copies of the model's tensors, not views of a bucket; one of several names is copied once."""
         copies, state = {}, {}
@@ -2506,13 +2673,17 @@ class Trainer:
         batches = micro_batches(cut_rows(rows, self._batch_at(progress)[1]), config)
 
         # forward and backward; of several ranks the last one's gradients are reduced, and updates made, meanwhile
-        loss = 0.0
+        loss, source = 0.0, self.model.source
+        if source is not None:
+            source.hold()
         for index, batch in enumerate(batches):
             if index == len(batches) - 1 and ranks.world > 1:
                 Overlap(self.optimizers, lr_factor, progress, update=treat_gradients is None)
             batch_loss = self.model(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
             (batch_loss / (len(batches) * ranks.world)).backward()
             loss = loss + batch_loss.detach() / len(batches)
+        if source is not None:
+            source.release()
 
         # what is left of the update
         if treat_gradients is not None:
@@ -2530,7 +2701,7 @@ class Trainer:
         self.model.eval()
         self.model.set_windows(1.0)
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        with self._averaged():
+        with self._validated():
             for batch in batches[self.ranks.rank::self.ranks.world]:
                 rows = torch.from_numpy(batch).to(self.ranks.device)
                 total += self.model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()).double() * len(batch)
@@ -2562,7 +2733,7 @@ class Trainer:
         losses = None
         self.model.eval()
         try:
-            with self._averaged():
+            with self._validated():
                 losses = self.token_losses(torch.from_numpy(rows[self.ranks.rank::world]))
         except Exception as error:  # no memory for the logits, a variant without logits, a compiler's fault
             fault = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0][:200]}"
@@ -2589,9 +2760,9 @@ class Trainer:
         start, kept = self._now(), self.state_dict()
         # every size of a step, under every window
         stages = len(self.config.window_long)
-        times = {}  # (stage of the windows, rows, their length) -> when in the run that is first so
+        times = {}  # (stage of the model, rows, their length) -> when in the run that is first so
         for progress in sorted({stage / stages for stage in range(stages)} | {i / 512 for i in range(512)}):
-            times.setdefault((window_stage(self.config, progress), *self._batch_at(progress)), progress)
+            times.setdefault((self.model.stage(progress), *self._batch_at(progress)), progress)
 
         # run each once
         for (_, count, _), progress in times.items():

@@ -39,6 +39,7 @@ class Watch:
         self._wrap(train_gpt.Bucket, "_reduce", self._reducing)
         self._wrap(train_gpt.ShardedOptimizer, "update_bucket", self._updating)
         self._wrap(train_gpt.Tensor, "backward", self._entering, self._leaving)
+        self._wrap(train_gpt.WeightSource, "release", self._entering, self._leaving)
 
     def _wrap(self, owner, name: str, before, after=lambda: None):
         original = getattr(owner, name)
@@ -57,7 +58,7 @@ class Watch:
         self.updates.append((id(bucket), self.inside))
         self.treated = train_gpt.treat_gradients is not None
 
-    def _entering(self, loss):
+    def _entering(self, loss_or_source):
         self.inside = True
 
     def _leaving(self):

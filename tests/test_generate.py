@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(vocab_size=61, layers=3, model_dim=32, heads=2, head_dim=16, mlp_hidden=64, sequence_length=64,
             attention_scale=0.25)
 SHORT = dict(window_pattern="SL", window_short=(9,))
+GROUPED = dict(kv_heads=1, value_embeddings=0, channel_scales=True)
 ALONE = train_gpt.Ranks(0, 1, torch.device("cpu"), torch.float32)
 CACHED = ["baseline", "forgetting_attention:short_conv=3", "forgetting_attention:decay=per_head",
           "topological_attention", "topological_attention:preset=fast", "topological_attention:preset=key_only",
@@ -78,7 +79,8 @@ def worst(decoder, tokens, whole, first):
 # ---- decoding ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("windows", [{}, SHORT, dict(document_mask=False)], ids=["long", "short", "no-documents"])
+@pytest.mark.parametrize("windows", [{}, SHORT, dict(document_mask=False), GROUPED],
+                         ids=["long", "short", "no-documents", "grouped"])
 @pytest.mark.parametrize("specs", CACHED)
 def test_decoding_equals_the_whole_pass(model_of, specs, windows):
     model, tokens = model_of(specs, **windows), text_rows(90)
@@ -87,6 +89,15 @@ def test_decoding_equals_the_whole_pass(model_of, specs, windows):
     assert whole.square().mean().sqrt() > 0.3
     assert worst(Decoder(model, 90), tokens, whole, 40) < 1e-4
     assert decodes_from_cache(model)
+
+
+def test_grouped_queries_keep_fewer_keys(model_of):
+    sizes = []
+    for heads in (2, 1):
+        decoder = Decoder(model_of("baseline", kv_heads=heads, value_embeddings=0), 64)
+        decoder.feed(text_rows(50))
+        sizes.append(decoder.bytes_kept)
+    assert sizes[0] == 2 * sizes[1]
 
 
 @pytest.mark.slow

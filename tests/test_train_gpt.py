@@ -225,7 +225,7 @@ def test_tracks_are_consistent(track):
     with torch.device("meta"):
         parameters = sum(p.numel() for p in train_gpt.GPT(config).parameters())
     millions = dict(cpu=(0.5, 40), small=(28, 36), exodus18m=(17.5, 18.5), long=(28, 36), short=(124, 360),
-                    medium=(300, 600), benchmark=(124, 170))
+                    medium=(300, 600), benchmark=(124, 170), golf=(42, 43), golf_cpu=(0.6, 6))
     least, most = millions[track]
     assert least * 1e6 < parameters < most * 1e6
 
@@ -282,7 +282,7 @@ def test_without_document_mask_the_row_is_one_document():
 
 def test_every_parameter_gets_a_gradient():
     bare = dict(x0_skip=False, unet_skips=False, smear=False, attention_gate=False, value_embeddings=0, bigram_rows=0)
-    for changes in ({}, dict(tied_embedding=True), dict(rope="full"), bare):
+    for changes in ({}, dict(tied_embedding=True), dict(rope="full"), bare, dict(kv_heads=1, channel_scales=True)):
         model = wake(tiny_model(**changes)[0])
         tokens = rows_of_documents(8, 33)
         model(tokens[:, :-1], tokens[:, 1:]).backward()
@@ -362,6 +362,54 @@ def test_attention_sees_exactly_its_keys(T, window):
     mask = AttentionMask(starts.int(), (index - starts).int(), window, first_key, stretches=stretches)
     expected = reference_attention(q, k, v, first_key, 0.3)
     assert relative_rms(attend(q, k, v, mask, 0.3), expected) < float_bound(T + 8, torch.float32)
+
+
+@pytest.mark.parametrize("masked", ("not at all", "by stretches", "by blocks"))
+def test_grouped_queries_are_those_of_repeated_keys(masked):
+    """Heads of queries that share a key, against a copy of the key for each of them; gradients too."""
+    generator, T = torch.Generator().manual_seed(0), 256
+    tensors = [torch.randn(2, T, heads, 8, generator=generator) for heads in (6, 2, 2)]
+    index = torch.arange(T)
+    first_key = (index - 100).clamp_min(0).int().expand(2, -1)
+    mask = AttentionMask(first_key * 0, first_key, None, None)
+    if masked == "by stretches":
+        mask = AttentionMask(first_key * 0, first_key, 101, first_key)
+        mask.stretches = train_gpt.mask_stretches(first_key, 101, torch.float32)
+    if masked == "by blocks":
+        mask = AttentionMask(first_key * 0, first_key, 101, first_key)
+        mask.block_mask = train_gpt.interval_block_mask(first_key)
+
+    # FlexAttention takes no tensors with gradients on a CPU
+    has_gradients = masked != "by blocks"
+    q, k, v = (tensor.requires_grad_(has_gradients) for tensor in tensors)
+    grouped = attend(q, k, v, mask, 0.3)
+    repeated = attend(q, k.repeat_interleave(3, 2), v.repeat_interleave(3, 2), mask, 0.3)
+    assert relative_rms(grouped, repeated) < float_bound(T + 8, torch.float32)
+    if has_gradients:
+        gradients = [torch.autograd.grad(y.square().sum(), tensors) for y in (grouped, repeated)]
+        for got, expected in zip(*gradients):
+            assert relative_rms(got, expected) < 4 * float_bound(T + 8, torch.float32)
+
+
+def test_scales_by_channel_begin_as_factors_of_one():
+    """With channel_scales a model is one with scalars of the same values; its queries begin 1.5 times as long."""
+    fine, plain = tiny_model(channel_scales=True)[0], tiny_model()[0]
+    shapes = {name: p.shape for name, p in fine.named_parameters()}
+    assert shapes["blocks.0.stream_mix"] == (2, 32) and shapes["skip_weights"] == (2, 32)
+    assert shapes["blocks.1.mlp_residual.scale"] == (32,) and shapes["blocks.1.attention.query_gain"] == (2,)
+    for block in fine.blocks:
+        assert (block.attention.query_gain == 1.5).all() and (block.attention_residual.scale == 1).all()
+        assert block.stream_mix.optimizer == "adam"
+        block.attention.query_gain.data.fill_(1.0)
+    fine.skip_weights.data.fill_(0.2)
+    for name, p in plain.named_parameters():
+        if p.shape == shapes[name]:
+            p.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(p.numel()))
+            fine.get_parameter(name).data.copy_(p.data)
+    tokens = rows_of_documents(2, 32)
+    with torch.no_grad():
+        expected = plain(tokens)
+        assert relative_rms(fine(tokens), expected) < 100 * float_bound(64, torch.float32)
 
 
 def test_block_mask_is_the_same_rule():
@@ -894,12 +942,14 @@ def test_a_run_is_worth_more_than_the_losses_of_its_tokens(corpus, tmp_path, mon
     assert not (tmp_path / "run.losses.npz").exists()
 
 
-def test_flops_by_formula(corpus):
+@pytest.mark.parametrize("kv_heads", (0, 1))
+def test_flops_by_formula(corpus, kv_heads):
     plain = dict(document_mask=False, window_pattern="L", window_long=(0,), window_short=(0,), attention_gate=False,
-                 smear=False)
+                 smear=False, kv_heads=kv_heads)
     config = make_config({**TINY, **plain})
     d, h, T, L, V = 32, 64, 32, 4, config.padded_vocabulary
-    products = L * (4 * d * d + 2 * d * h)
+    kv = config.key_heads * config.head_dim
+    products = L * (2 * d * d + 2 * d * kv + 2 * d * h)
     assert train_gpt.flops_per_token(config) == 6 * products + 6 * d * V + 12 * L * d * T
 
 
@@ -1202,6 +1252,7 @@ def test_a_world_that_does_not_divide_is_one_line(corpus, tmp_path):
     (["--window_pattern", "SX"], "--window_pattern takes letters S and L"),
     (["--window_short", "1,2,3"], "equally many stages"),
     (["--head_dim", "6"], "not a multiple of 4"),
+    (["--kv_heads", "3"], "--heads 2 is not a multiple of --kv_heads 3"),
     (["--heads", "1"], "value embeddings need heads x head_dim = model_dim, got 1 x 16 and 32"),
     (["--data", "nowhere"], r"no train shards \(\*_train_\*.bin\) in nowhere; ./run.sh prepares"),
     (["--vocab_size", "100"], "token 256 in .* is outside the vocabulary of 100; give --vocab_size"),

@@ -136,6 +136,9 @@ class Probe:
     def __init__(self, model: GPT):
         self.model = awake(model)
         self.config = model.config
+        if model.source is not None:  # every question is asked of the same weights
+            with torch.no_grad():
+                model.source.hold()
         self.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         rows = random_rows(self.config, 3)
         self.tokens = rows[:, :-1]   # (3, T)
@@ -345,13 +348,16 @@ def leaks(probe: Probe, tokens: Tensor, title: str, cause: str, predictions: Ten
 
 def gradient_faults(probe: Probe) -> list[str]:
     """
-    Parameters that three texts give no gradient, and gradients that are no numbers. Frozen parameters are not looked
-    at.
+    Parameters that three texts, at the beginning of a run and at its end, give no gradient, and gradients that are no
+    numbers. Frozen parameters are not looked at.
     """
     parameters = {name: p for name, p in probe.model.named_parameters() if p.requires_grad}
     probe.model.zero_grad()
-    for seed in range(3):
+    if probe.model.source is not None:
+        probe.model.source.held = None
+    for seed, progress in enumerate((0.0, 1.0, 0.0)):  # some learn at the end of a run only
         probe.begin(training=True)
+        probe.model.set_windows(progress)
         rows = random_rows(probe.config, 3, seed)
         probe.model(rows[:, :-1], rows[:, 1:]).backward()
         dead = [name for name, p in parameters.items() if p.grad is None or not p.grad.any()]
@@ -414,8 +420,8 @@ def learning_faults(losses: dict[int, float]) -> list[str]:
 
 def compile_fault(model: GPT) -> str | None:
     """
-    Return why the model does not compile to one graph with the loss that it has without, in one line; None if it does.
-    Changes nothing in it.
+    Return why what the trainer compiles of the model does not compile to one graph with the loss that it has without,
+    in one line; None if it does. Changes nothing in it.
     """
     torch._dynamo.reset()
     rows = random_rows(model.config, 2)
@@ -423,11 +429,13 @@ def compile_fault(model: GPT) -> str | None:
     expected = model(rows[:, :-1], rows[:, 1:]).item()
     torch.manual_seed(1)
     try:
-        loss = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)(rows[:, :-1], rows[:, 1:])
+        model.predict = torch.compile(model.predict, backend="eager", fullgraph=True, dynamic=False)
+        loss = model(rows[:, :-1], rows[:, 1:])
         loss.backward()
     except Exception as error:
         return error_line(error)
     finally:
+        vars(model).pop("predict", None)
         torch._dynamo.reset()
     if abs(loss.item() - expected) > ROUNDING * EPSILON * abs(expected):
         return f"the compiled model's loss is {loss.item():.6f}, without compiling {expected:.6f}"
@@ -540,10 +548,7 @@ def count_parameters(config: Config) -> tuple[list[str], int, int]:
     """Return (names that config.variant changes, parameters of the model, parameters without embeddings and head)."""
     with variants.applied(config.variant, config) as changed, torch.device("meta"):
         model = train_gpt.GPT(config)
-    tables = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
-    sizes = {id(weight): weight.numel() for weight in (*tables, model.head.projection.weight)}  # one may be shared
-    parameters = sum(p.numel() for p in model.parameters())
-    return sorted(sum(changed.values(), [])), parameters, parameters - sum(sizes.values())
+    return sorted(sum(changed.values(), [])), *train_gpt.count_parameters(model)
 
 
 def measure_size(config: Config) -> dict:
@@ -764,7 +769,7 @@ def parse_run(spec: str, track: str, options: list[str]) -> Config:
     try:
         train_gpt.adopt_vocabulary(config)
     except RunError:  # without its data: that of bytes or of GPT-2
-        config.vocab_size = 257 if track == "cpu" else 50257
+        config.vocab_size = 257 if config.data == Config.data else 50257
     return config
 
 

@@ -57,9 +57,16 @@ def split_number(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def attend_and_forget(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, mask: AttentionMask, scale: float) -> Tensor:
-    """Return the attention (B, T, H, D) of q, k, v (B, T, H, D) with sums_i - sums_j (B, T, H) added to the scores."""
+    """
+    Return the attention (B, T, H, D) of q (B, T, H, D), k and v (B, T, G, D) with sums_i - sums_j (B, T, H) added to
+    the scores.
+    """
     if mask.block_mask is not None:
         return attend_with_flex(q, k, v, sums, mask, scale)
+
+    # heads that share a key differ in the sums
+    if q.shape[2] != k.shape[2]:
+        k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
 
     # the sums as channels of the product; v gets as many zeros, as equal widths take the fast path on a CPU
     k_extra = split_number(-sums, k.dtype)
@@ -80,7 +87,8 @@ def attend_with_flex(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, mask: Attent
         return score + (queries[b, h, i] - keys[b, h, j])
 
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    y = flex_attention(q, k, v, score_mod=add_decay, block_mask=mask.block_mask, scale=scale)
+    y = flex_attention(q, k, v, score_mod=add_decay, block_mask=mask.block_mask, scale=scale,
+                       enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2)
 
 

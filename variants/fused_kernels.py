@@ -122,13 +122,16 @@ def heads(self, x: Tensor, ctx: AttentionContext) -> tuple[Tensor, Tensor, Tenso
     if not self.config.qk_norm or ctx.rotary is None:
         return plain_heads(self, x, ctx)
     q, k, v = (linear(x).unflatten(-1, (-1, self.config.head_dim)) for linear in (self.q, self.k, self.v))
-    return norm_rotary(q, *ctx.rotary), norm_rotary(k, *ctx.rotary), self.mix_value(v, ctx)
+    q, k = norm_rotary(q, *ctx.rotary), norm_rotary(k, *ctx.rotary)
+    if self.query_gain is not None:
+        q = q * self.query_gain.type_as(q)[:, None]
+    return q, k, self.mix_value(v, ctx)
 
 
 def block(self, x: Tensor, ctx: AttentionContext) -> Tensor:
     modules = self.attention_norm, self.mlp_norm, self.attention_residual
     is_plain = tuple(map(type, modules)) == (Norm, Norm, Residual) and type(self).mix_stream is plain_mix_stream
-    if not is_plain:
+    if not is_plain or self.attention_residual.scale is not None:
         return plain_block(self, x, ctx)
     if self.stream_mix is None:
         h = self.attention_norm(x)
@@ -140,7 +143,8 @@ def block(self, x: Tensor, ctx: AttentionContext) -> Tensor:
 
 def look_up(self, tokens: Tensor) -> list[Tensor]:
     tables = [self.embedding, *self.value_embeddings]
-    if any(type(table) is not Embedding for table in tables):
+    is_fused = all(type(table) is Embedding and table.weight.shape == self.embedding.weight.shape for table in tables)
+    if not is_fused:
         return plain_look_up(self, tokens)
     return embedding_lookup(tokens, [table.weight for table in tables], self.dtype)
 
@@ -150,8 +154,9 @@ def make_cross_entropy(fp8: bool):
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         if targets is None or not torch.is_grad_enabled() or type(self.projection) is not Linear:
             return plain_cross_entropy(self, x, targets)
+        x, weight = self.operands(x)
         x, targets = x.flatten(0, 1), targets.flatten().long()
-        weight, use_fp8 = self.projection.weight, fp8 and x.is_cuda
+        use_fp8 = fp8 and x.is_cuda
         return softcapped_cross_entropy(x, weight, targets, self.softcap, self.chunk, fp8=use_fp8) / len(targets)
     return forward
 

@@ -22,7 +22,7 @@ are the baseline's. The options, each a choice of its own:
                    F_i = sum over t <= i of log sigmoid(w.x_t + d) with w starting at zero. Both start from the slopes
                    2^(-8 h / H), h = 1 .. H
     heads          number of heads; head_dim: their width. One of them alone keeps the product of the two; 0: the
-                   preset's, else the trainer's
+                   preset's, else the trainer's. Every head has keys and values of its own, whatever --kv_heads says
     short_conv     taps of a causal convolution of each channel on the attention's input, starting as the identity; it
                    stays in the document
     gate           output: every channel of y is multiplied by 2 sigmoid(w.x)
@@ -201,9 +201,10 @@ def choose_heads(config: Config, layer: int, options: Options) -> tuple[int, int
     prefix = "variant topological_attention:"
     require((options.heads and options.head_dim) or heads * head_dim == width,
             f"{prefix} heads={options.heads},head_dim={options.head_dim} do not divide the width {width}; give both")
-    require(heads * head_dim == config.model_dim or train_gpt.value_table(config, layer) is None,
-            f"{prefix} value embeddings need heads x head_dim = model_dim, got {heads} x {head_dim} and "
-            f"{config.model_dim}; or use --value_embeddings 0")
+    value_width = config.key_heads * config.head_dim
+    require(heads * head_dim == value_width or train_gpt.value_table(config, layer) is None,
+            f"{prefix} value embeddings need heads x head_dim = {value_width}, got {heads} x {head_dim}; or use "
+            "--value_embeddings 0")
     require(not is_rayleigh or config.rope == "none" or head_dim % 4 == 0,
             f"{prefix} head_dim={head_dim} is not a multiple of 4, as rotary positions need; choose another, "
             "coordinate=linear or --rope none")
@@ -226,7 +227,7 @@ class TopologicalAttention(train_gpt.CausalSelfAttention):
 
     def __init__(self, config: Config, layer: int, options: Options, domain: np.ndarray | None):
         heads, head_dim = choose_heads(config, layer, options)
-        super().__init__(replace(config, heads=heads, head_dim=head_dim), layer)
+        super().__init__(replace(config, heads=heads, head_dim=head_dim, kv_heads=0, channel_scales=False), layer)
         self.options = options
         width = config.model_dim
 

@@ -14,6 +14,9 @@ import torch.nn.functional as F
 import train_gpt
 import variants
 from data.shards import write_meta, write_shard
+from generate import decodes_from_cache
+from tests.errors import float_bound, relative_rms
+from tests.models import build, gradients_of, random_tokens, scramble
 from tests.ranks import run_ranks
 from train_gpt import Config, Ranks, TokenLoader, Trainer, make_config
 
@@ -249,6 +252,137 @@ def test_a_run_with_an_average_resumes_exactly(corpus, tmp_path):
     go_on(tmp_path / "run-step000005.pt")
     after = checkpoint(tmp_path)
     assert same_tensors(before["model"], after["model"]) and same_tensors(before["trained"], after["trained"])
+
+
+# ---- Weights that a source makes --------------------------------------------
+
+SOURCES = ("seed_model:dim=16", "hypernetwork:hidden=8", "siren_weights:hidden=8",
+           "cellular_automaton:hidden=8,steps=2")
+
+
+@pytest.mark.parametrize("spec", SOURCES)
+def test_one_product_a_step_gives_the_composites_gradients(spec):
+    """Of three micro batches: weights made once against weights made within each pass, in float64."""
+    gradients, rows = [], [(random_tokens(seed=n), random_tokens(seed=n + 3)) for n in (1, 2, 3)]
+    for once in (True, False):
+        model = scramble(build(spec), 0.05)
+        source = model.source
+        if once:
+            source.hold()
+        for tokens, targets in rows:
+            (model(tokens, targets) / 3).backward()
+        if once:
+            assert not any(p.grad is not None for p in source.parameters())
+            source.release()
+        gradients.append(gradients_of(model))
+    assert gradients[0].keys() == gradients[1].keys() == dict(model.named_parameters()).keys()
+    bound = 100 * float_bound(257, torch.float32)  # logits are float32
+    for name, expected in gradients[1].items():
+        assert expected.any() and relative_rms(gradients[0][name], expected) < bound, name
+
+
+def test_a_source_leaves_no_parameter_behind():
+    model, baseline = build("seed_model:dim=16"), build()
+    made = set(model.source.shapes)
+    assert dict(model.named_parameters()).keys() == dict(baseline.named_parameters()).keys() - made | {"source.phi"}
+    assert model.state_dict().keys() == dict(model.named_parameters()).keys()
+    costs = [train_gpt.count_parameters(m) for m in (model, baseline)]
+    written = sum(shape.numel() for shape in model.source.shapes.values())
+    assert costs[0] == tuple(count - written + 16 for count in costs[1])
+
+
+def test_costs_count_a_source_once_a_step(corpus):
+    """A step of 256 tokens pays eight times as much for each of them as one of 2,048."""
+    flops = []
+    for batch_tokens in (8 * T, 64 * T):
+        config = make_config({**TINY, "batch_tokens": batch_tokens, "data": str(corpus)})
+        with variants.applied(("siren_weights:hidden=8",), config):
+            flops.append(train_gpt.flops_per_token(config))
+    baseline = train_gpt.flops_per_token(config)
+    assert flops[0] - baseline == pytest.approx(8 * (flops[1] - baseline)) and flops[1] > baseline
+
+
+def test_a_run_with_a_source_resumes_exactly_and_decodes(corpus, tmp_path):
+    spec = "hypernetwork:hidden=8"
+    run(corpus, tmp_path, spec, "weight_average:decay=0.5", keep_every=5)
+    before = checkpoint(tmp_path)
+    assert "blocks.0.mlp.fc.weight" not in before["model"] and "source.embeddings" in before["model"]
+    go_on(tmp_path / "run-step000005.pt")
+    after = checkpoint(tmp_path)
+    assert same_tensors(before["model"], after["model"]) and same_tensors(before["trained"], after["trained"])
+
+    # what a checkpoint's model says is what was validated
+    config = train_gpt.config_from(after["config"], "test")
+    with variants.applied((spec,), config):
+        model = train_gpt.trained_model(after, config, ALONE)
+        rows = torch.from_numpy(np.concatenate(train_gpt.validation_batches(config)))
+        with torch.no_grad():
+            loss = model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()).item()
+        assert decodes_from_cache(model)
+    assert loss == pytest.approx(after["curve"][-1]["val_loss"], rel=1e-5)
+
+
+def test_a_validation_makes_the_weights_once(corpus, tmp_path, monkeypatch):
+    """Not once a batch; and no gradient goes back from it."""
+    hypernetwork, validate = variants.load("hypernetwork"), Trainer.validate
+    runs, sizes, forward = [], [], hypernetwork.ChunkSource.forward
+
+    def counted(self, batches):
+        before = len(runs)
+        loss = validate(self, batches)
+        assert len(runs) == before + 1 and self.model.source.held is None
+        sizes.append(len(batches))
+        return loss
+
+    monkeypatch.setattr(hypernetwork.ChunkSource, "forward", lambda self: runs.append(1) or forward(self))
+    monkeypatch.setattr(Trainer, "validate", counted)
+    run(corpus, tmp_path, "hypernetwork:hidden=8")
+    assert sizes == [1, 2, 2, 2]  # the warm-up's, and the run's
+
+
+def test_a_model_that_is_used_has_the_automatons_expectation():
+    """Not the random masks of training, in what a checkpoint gives to texts and pictures."""
+    config = make_config(TINY)
+    with variants.applied(("cellular_automaton:p=0.5,steps=2,hidden=8",), config):
+        saved = dict(model=scramble(train_gpt.build_model(config, ALONE), 0.1).state_dict())
+        first, second = (train_gpt.trained_model(saved, config, ALONE) for _ in range(2))
+    for name in first.source.shapes:
+        tensors = [getattr(*model.source.readers[name][0]) for model in (first, second)]
+        assert torch.equal(*tensors), name
+
+
+@pytest.mark.slow
+def test_on_several_ranks_a_source_has_the_composites_gradients(corpus, tmp_path):
+    """
+    Two ranks with two micro batches each: weights made once a step, and within every pass, where the gradients that
+    ranks exchange are those of the composite. After a step from zero Adam's first moments are the gradients, scaled.
+    Without QK-norm, under which gains of queries and keys have none but by rounding.
+    """
+    moments = []
+    for refresh in ("step", "micro"):
+        spec = f"hypernetwork:hidden=8,refresh={refresh}"
+        words = arguments(corpus, tmp_path / refresh, spec, steps=1, micro_batch_tokens=2 * T, val_every=1)
+        result = run_ranks({2: [*words, "--tied_embedding", "--no-zero_init_projections", "--no-qk_norm"]})
+        assert result.returncode == 0, result.stderr[-3000:]
+        adam = checkpoint(tmp_path / refresh)["optimizers"][1]
+        moments.append({name: p for name, p in adam["state"]["mean"].items() if name.startswith("source.")})
+    assert {"source.embeddings", "source.inner.weight", "source.gains.0"} < moments[0].keys()
+    for name, expected in moments[1].items():
+        assert expected.any() and relative_rms(moments[0][name], expected) < 100 * float_bound(257, torch.float32), name
+
+
+@pytest.mark.slow
+def test_a_source_holds_for_several_ranks(corpus, tmp_path):
+    """Two ranks see the losses of one; reductions and updates go on under the product that ends a step."""
+    specs = "seed_model:dim=32,lr=0.1", "gradient_clipping:norm=1"
+    for number, words in enumerate((specs[:1], specs)):
+        folders = {world: tmp_path / f"{number}-{world}" for world in (1, 2)}
+        result = run_ranks({world: arguments(corpus, folder, *words) for world, folder in folders.items()})
+        assert result.returncode == 0, result.stderr[-3000:]
+        alone, shared = ([point["val_loss"] for point in facts_of(folder)["curve"]] for folder in folders.values())
+        assert len(alone) > 2 and shared == pytest.approx(alone, rel=2e-5)
+        one, two = (checkpoint(folder)["model"]["source.phi"] for folder in folders.values())
+        assert one.abs().max() > 0.01 and (two - one).norm() <= 1e-3 * one.norm()
 
 
 # ---- Auxiliary losses, dropout and smoothing --------------------------------
