@@ -14,6 +14,8 @@ STYLES = dict(published=COLORS[2], repaired=COLORS[1], control=COLORS[0])
 UNIFORM = 8.0           # bits a byte of a model that knows nothing: dots above are drawn at the edge
 EDGE = 1.06             # the edge, as a multiple of that
 ROW_HEIGHT = 8.5        # inches of a protocol's two panels
+FLOOR = 0.05            # how far below the best the axis of losses has its pole, as a share
+BACKGROUND = dict(facecolor="white", edgecolor="none", pad=0.3)  # of a name, so that no line crosses it
 LABEL_POINTS = 6.5      # size of the names
 GAP = 8                 # pixels between the middle of a dot and its name
 RADIUS = 5              # pixels of a dot
@@ -56,7 +58,7 @@ def draw(path: Path, protocols: dict[str, dict[str, dict]]):
         has_bits = any(row["bits_per_byte"] for row in rows.values())
         unit = "bits a byte" if has_bits else "nats a token"
         equal = dict(A="equal steps", B="equal time")[protocol]
-        pair[0].set_ylabel(f"validation loss, {unit}", fontsize=9)
+        pair[0].set_ylabel(f"validation loss, {unit}; spread out near the best", fontsize=9)
         pair[0].set_title(f"Protocol {protocol}: {equal}", fontsize=10, loc="left")
 
     # the legend
@@ -78,13 +80,11 @@ def draw_panel(panel, rows: dict[str, dict], column: str, renderer):
         marker = "^" if points[name][1] > y else "o"
         panel.plot([x], [y], marker, color=color, markersize=5, zorder=3)
 
-    # logarithmic axes with room for names
-    panel.set(xscale="log", yscale="log")
+    # axes with room for names
+    panel.set_xscale("log")
     if shown:
-        columns = [np.log([point[axis] for point in shown.values()]) for axis in (0, 1)]
-        (left, right), (low, high) = ((values.min(), values.max()) for values in columns)
-        margin = max(0.03 * (high - low), 0.005)
-        panel.set_ylim(math.exp(low - margin), math.exp(high + margin))
+        scale_losses(panel, [y for _, y in shown.values()])
+        left, right = (math.log(end([x for x, _ in shown.values()])) for end in (min, max))
         panel.set_xlim(math.exp(left - 0.1), math.exp(right + 0.1 + 0.15 * (right - left)))
 
         # the front, which goes on upwards and to the right
@@ -97,12 +97,31 @@ def draw_panel(panel, rows: dict[str, dict], column: str, renderer):
     write_names(panel, points, shown, renderer)
 
 
-def format_axes(panel):
-    """Write plain numbers on both axes, at most some ten of them."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+def scale_losses(panel, losses: list[float]):
+    """Make the vertical axis logarithmic in the distance to a floor a little below the best, where most dots lie."""
+    from matplotlib.ticker import FixedLocator
 
-    panel.yaxis.set_major_locator(MaxNLocator(12))
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    best = min(losses)
+    floor = best * (1 - FLOOR)
+
+    def forward(y):
+        return np.log(np.maximum(np.asarray(y, dtype=float) - floor, 1e-3 * FLOOR * best))
+
+    def inverse(z):
+        return floor + np.exp(z)
+
+    low, high = float(forward(best)), float(forward(max(losses)))
+    margin = max(0.03 * (high - low), 0.05)
+    panel.set_yscale("function", functions=(forward, inverse))
+    panel.set_ylim(float(inverse(low - margin)), float(inverse(high + margin)))
+    panel.yaxis.set_major_locator(FixedLocator(np.round(inverse(np.linspace(low, high, 12)), 3)))
+
+
+def format_axes(panel):
+    """Write plain numbers on both axes."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3f}"))
     panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     for axis in (panel.xaxis, panel.yaxis):
@@ -120,7 +139,7 @@ def write_names(panel, points: dict, shown: dict, renderer):
         # how large it is
         text = name if points[name][1] == shown[name][1] else f"{name} {points[name][1]:.1f}"
         label = panel.annotate(text, shown[name], xytext=(0, 0), textcoords="offset pixels", fontsize=LABEL_POINTS,
-                               va="center", zorder=4)
+                               va="center", zorder=4, bbox=BACKGROUND)
         box = label.get_window_extent(renderer)
 
         # where it goes
