@@ -1613,14 +1613,11 @@ def memory_needed(config: Config, dtype: torch.dtype) -> int:
     """
     Bytes that a process of this run takes at the least, whatever is fused: for every parameter its weight, its gradient
     and two numbers of its optimizer, and during the warm-up a copy of three of these; the stream of a micro batch after
-    every layer, the logits of a chunk and the tokens of two batches. Parameters of more than eight layers are counted
-    at four and eight and continued in a straight line: any depth takes a second.
+    every layer, the logits of a chunk and the tokens of two batches.
     """
     # parameters
-    few, more = (dataclasses.replace(config, layers=min(config.layers, n)) for n in (4, 8))
     with torch.device("meta"):
-        counts = [sum(p.numel() for p in GPT(c).parameters()) for c in (few, more)]
-    parameters = counts[1] + max(config.layers - 8, 0) / 4 * (counts[1] - counts[0])
+        parameters = sum(p.numel() for p in GPT(config).parameters())
     # activations
     rows = max(1, min(config.micro_batch_tokens, config.batch_tokens) // config.sequence_length)
     tokens = rows * config.sequence_length

@@ -87,14 +87,13 @@ class Preset:
         return re.sub(r"\{([^|}]+)\|([^}]+)\}", rf"\{1 + TRACKS.index(track)}", self.line)
 
 
-# depth_recurrence repeats the two layers in the middle, 3 and 4 of 9, where it is not told others
 PUBLISHED = (
     Preset("baseline", "baseline", 1.3094, 17_059_912),
     Preset("mla_l64", "latent_attention:latent={64|12},style=published", 1.3362, 15_290_440),
     Preset("mla_l128", "latent_attention:latent={128|24},style=published", 1.3223, 15_880_264),
-    Preset("recur_34x2", "depth_recurrence:style=published", 1.3226, 17_060_424),
+    Preset("recur_34x2", "depth_recurrence:looped=3,4,style=published", 1.3226, 17_060_424),
     Preset("recur_345x2", "depth_recurrence:looped=3,4,5,style=published", 1.3324, 17_060_936),
-    Preset("recur_34x3", "depth_recurrence:times=3,style=published", 1.3399, 17_060_936),
+    Preset("recur_34x3", "depth_recurrence:looped=3,4,times=3,style=published", 1.3399, 17_060_936),
     Preset("pause_4x64", "pause_tokens:num=4,every=64,style=published", 1.3318, 17_061_960),
     Preset("pause_8x32", "pause_tokens:num=8,every=32,style=published", 1.3438, 17_064_008),
     Preset("eigen_r64", "low_rank:rank={64|12},style=published", 1.4997, 4_382_152),
@@ -109,10 +108,10 @@ PUBLISHED = (
            "--mlp_hidden {1536|288}", 1.6098, 5_132_904),
     Preset("eigen2_d1024_r32", "low_rank:rank={32|6},style=published --model_dim {1024|192} --head_dim {128|48} "
            "--mlp_hidden {2048|384}", 1.8539, 4_925_192),
-    Preset("eigen2_r128_rec34", "low_rank:rank={128|24},style=published+depth_recurrence:style=published",
-           1.4306, 8_219_976),
+    Preset("eigen2_r128_rec34", "low_rank:rank={128|24},style=published+"
+           "depth_recurrence:looped=3,4,style=published", 1.4306, 8_219_976),
     Preset("eigen2_a96m48_rec34", "low_rank:attn_rank={96|18},mlp_rank={48|9},style=published+"
-           "depth_recurrence:style=published", 1.5469, 4_973_352),
+           "depth_recurrence:looped=3,4,style=published", 1.5469, 4_973_352),
     Preset("basis_r64", "basis_sharing:rank={64|12},style=published", 2.03, 2_805_832),
     Preset("basis_r128", "basis_sharing:rank={128|24},style=published", 1.8226, 5_066_824),
     Preset("ut_act12", f"universal_transformer:t_max=12,halt_bias=-3,style=published {ONE_BLOCK}", 1.6967, 2_361_865),
@@ -132,7 +131,7 @@ PUBLISHED = (
 # rank_in_mlp and rank_in_attention.
 FURTHER = (
     Preset("mla_l128_repaired", "latent_attention:latent={128|24}", style="repaired"),
-    Preset("recur_34x2_repaired", "depth_recurrence", style="repaired"),
+    Preset("recur_34x2_repaired", "depth_recurrence:looped=3,4", style="repaired"),
     Preset("pause_4x64_repaired", "pause_tokens:num=4,every=64", style="repaired"),
     Preset("low_rank_r256", "low_rank:rank={256|48}", style="repaired"),
     Preset("low_rank_r90", "low_rank:rank={90|18}", style="repaired"),

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt
+import variants
 from data.shards import write_meta, write_shard
 from tests.errors import float_bound, relative_rms
 from tests.loading import load_file
@@ -1042,8 +1043,8 @@ def test_a_plan_that_does_not_fit_the_memory_is_refused_before_anything_is_alloc
 
 def test_the_memory_of_a_plan_is_a_lower_bound():
     """
-    Parameters of deep models are counted exactly; no track is refused on the machines that it is for, rows of 65,536
-    tokens included.
+    Parameters are counted exactly, also of a variant that names a late layer; no track is refused on the machines that
+    it is for, rows of 65,536 tokens included.
     """
     shallow, deep = (make_config({**TINY, "layers": layers}) for layers in (8, 24))
     parameters = [train_gpt.measure_model(config)["parameters"] for config in (shallow, deep)]
@@ -1053,6 +1054,8 @@ def test_the_memory_of_a_plan_is_a_lower_bound():
     for track, gigabytes in dict(cpu=4, small=8, exodus18m=24, long=40, short=80, medium=80, benchmark=80).items():
         config = make_config(dict(track=track, vocab_size=50257))
         assert 10 ** 7 < train_gpt.memory_needed(config, torch.bfloat16) < 0.8 * gigabytes * 2 ** 30
+    with variants.applied(("depth_recurrence:looped=23",), deep):
+        assert train_gpt.memory_needed(deep, torch.float32) > needed[1]
 
 
 # ---- Checkpoints ------------------------------------------------------------
