@@ -43,7 +43,7 @@ The options, "preset" and 0 meaning the packing's own:
     attention_every   n: every n-th layer keeps the trainer's attention and feed-forward (0: none does)
     widths        matched: lanes are as wide as bring the layer to its packing's parameters, 4 or 12 model_dim^2; fixed:
                   as wide as they are among poly, fourier and wavelet
-    depth, residual   of faithful: shallow, standard or deep MLPs of 1 to 3 hidden layers; the stream is added
+    depth, residual   of faithful: shallow, standard or deep MLPs of 1 to 3 hidden layers; on: the stream is added
     kernel        of poly and fourier: auto, triton, loops, torch, dense, or banded: fourier up to the layer's window.
                   chunk and segment: its tokens (0: the kernel's)
     faithful      S is the length of the row that is read, as published: what a prefix means depends on what follows.
@@ -88,6 +88,16 @@ from train_gpt import AttentionContext, AttentionMask, Config, require
 LANES = ("poly", "fourier", "wavelet", "recall", "attention", "conv", "token")
 KERNELS = dict(auto="auto", triton="triton", loops="loops", torch="chunked", dense="reference", banded="banded")
 DEPTHS = dict(shallow=1, standard=2, deep=3)
+WORDS = dict(       # option -> what it may be
+    basis=("chosen", "random"),
+    lane_norm=("preset", "on", "off"),
+    gate_map=MAPS,
+    diversity=("none", "cosine", "energy"),
+    widths=("matched", "fixed"),
+    depth=DEPTHS,
+    residual=("on", "off"),
+    kernel=KERNELS,
+)
 TAPS = 8            # of the conv lane
 SHORTEST = 4        # tokens of the shortest wave on the logarithmic scale
 PRESETS = dict(     # packing -> what is left to it
@@ -114,14 +124,14 @@ class Options:
     basis: str = "chosen"
     mean: bool = True
     linf: bool = True
-    lane_norm: Literal["preset", "on", "off"] = "preset"
+    lane_norm: str = "preset"
     context_conv: Literal["preset", "none", "depthwise", "dense"] = "preset"
     conv_k: int = 3
     gate: Literal["preset", "softmax_mlp", "softmax_linear", "elementwise"] = "preset"
     gate_map: str = "softmax"
     lane_dropout: float = 0.0
     dropout: float = -1.0
-    diversity: Literal["none", "cosine", "energy"] = "none"
+    diversity: str = "none"
     diversity_weight: float = 0.1
     recall_features: int = 64
     recall_decay: float = 0.98
@@ -129,7 +139,7 @@ class Options:
     attention_every: int = 0
     widths: str = "matched"
     depth: str = "shallow"
-    residual: bool = False
+    residual: str = "off"
     kernel: str = "auto"
     chunk: int = 0
     segment: int = 0
@@ -144,8 +154,7 @@ class Options:
         require(len(set(names)) == len(names), f"lanes={self.lanes} names a lane twice; name it once")
 
         # words
-        for key, choices in dict(basis=("chosen", "random"), gate_map=MAPS, widths=("matched", "fixed"), depth=DEPTHS,
-                                 kernel=KERNELS).items():
+        for key, choices in WORDS.items():
             require(getattr(self, key) in choices, f"{key}={getattr(self, key)} is none of {', '.join(choices)}")
 
         # numbers
@@ -160,7 +169,7 @@ class Options:
                 f"lane_dropout={self.lane_dropout},dropout={self.dropout}: probabilities are below 1")
         require(self.pack != "faithful" or not self.attention_every,
                 "attention_every is of packings with several layers; leave it out or give pack=attention")
-        require(self.pack == "faithful" or not self.residual and self.depth == "shallow",
+        require(self.pack == "faithful" or self.residual == "off" and self.depth == "shallow",
                 "residual and depth are of pack=faithful; leave them out")
 
     def resolve(self) -> "Options":
@@ -827,7 +836,7 @@ class FaithfulBlock(nn.Module):
         note_diversity(self, outputs)
         if self.convolutions is not None:
             y = self.convolutions[1](y, ctx.mask, "convolution out")
-        return x + y if self.options.residual else y
+        return x + y if self.options.residual == "on" else y
 
 
 class LayerNorm(nn.LayerNorm):

@@ -361,7 +361,8 @@ def _lane_scan_gain_kernel(
 # gradients divides one of the scan. Three TF32 products for one hold three times the operands in registers.
 LAUNCH = {
     (0, 2): dict(scan=(64, 64, 4, 1), gain=(32, 32, 8, 1), most=64),
-    (0, 4): dict(scan=(32, 32, 4, 1), gain=(32, 32, 8, 1), most=16),
+    (8, 2): dict(scan=(64, 64, 4, 1), gain=(32, 16, 8, 1), most=64),
+    (0, 4): dict(scan=(32, 32, 4, 1), gain=(32, 32, 4, 1), most=16),
 }
 # The scan has about PROGRAMS programs, two for each multiprocessor of an H200, where a row can be cut into segments of
 # SEGMENT_CHUNKS chunks or more.
