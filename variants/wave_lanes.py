@@ -34,7 +34,8 @@ The options, "preset" and 0 meaning the packing's own:
     lane_norm     RMSNorm after the filter
     context_conv  of conv_k taps, u + GELU(conv(u) + b): none, depthwise or dense
     gate          softmax_mlp: reads the lanes; softmax_linear: reads the layer's input; elementwise. gate_map: one of
-                  kernels/probability_maps in place of softmax. New gates begin equal for all lanes
+                  kernels/probability_maps in place of softmax, or, as controls, uniform: equal weights, top1: all of
+                  the lane with the largest logit. New gates begin equal for all lanes
     lane_dropout  probability that a row does without a lane in training; dropout of the MLPs and convolutions (-1: the
                   packing's)
     diversity     none, cosine or energy: diversity_weight times the mean cosine of the lanes' outputs, or the spread of
@@ -88,10 +89,11 @@ from train_gpt import AttentionContext, AttentionMask, Config, require
 LANES = ("poly", "fourier", "wavelet", "recall", "attention", "conv", "token")
 KERNELS = dict(auto="auto", triton="triton", loops="loops", torch="chunked", dense="reference", banded="banded")
 DEPTHS = dict(shallow=1, standard=2, deep=3)
+CONTROLS = ("uniform", "top1")      # of gates, in place of a probability map
 WORDS = dict(       # option -> what it may be
     basis=("chosen", "random"),
     lane_norm=("preset", "on", "off"),
-    gate_map=MAPS,
+    gate_map=(*MAPS, *CONTROLS),
     diversity=("none", "cosine", "energy"),
     widths=("matched", "fixed"),
     depth=DEPTHS,
@@ -575,7 +577,7 @@ class LaneGate(nn.Module):
         columns = [self.names.index(name) for name in self.active]
         if len(columns) < len(self.names):
             logits = logits[..., columns]
-        return probability_map(logits, self.options.gate_map, self.is_kept(x))
+        return weigh_lanes(logits, self.options.gate_map, self.is_kept(x))
 
     def factors(self, x: Tensor) -> dict[str, Tensor]:
         """Return 2 sigmoid(W x) of every active lane, (B, T, width)."""
@@ -586,6 +588,20 @@ class LaneGate(nn.Module):
         for number, name in enumerate(self.active):
             chosen[name] = factors[name] if kept is None else factors[name] * kept[..., number:number + 1]
         return chosen
+
+
+def weigh_lanes(logits: Tensor, gate_map: str, kept: Tensor | None) -> Tensor:
+    """
+    Return weights of lanes, whose sum is 1, from logits (B, T, n); 0 where kept, if there is one, is not true. The
+    weight of top1 is 1 and has the gradient of the largest probability's logarithm.
+    """
+    if gate_map == "uniform":
+        return probability_map(0.0 * logits, "softmax", kept)
+    if gate_map == "top1":
+        probabilities = probability_map(logits, "softmax", kept)
+        first = F.one_hot(probabilities.argmax(-1), logits.shape[-1])
+        return first * (probabilities / probabilities.detach().clamp_min(torch.finfo(logits.dtype).tiny))
+    return probability_map(logits, gate_map, kept)
 
 
 def set_lanes(model: nn.Module, names: list[str]):
