@@ -35,6 +35,7 @@ QUICK = {device: sizes("T W F", (1024, 256, 64), (8192, 256, 64)) for device in 
 TOKENS = {"cpu": 1, "cuda": 65_536}     # at least, in rows of the length
 DENSE = 4096            # no Toeplitz matrix above this length
 SOFTMAX_PAIRS = {"cpu": 1 << 31, "cuda": 1 << 39}  # no softmax attention of more, over all rows and heads
+FLEX_PAIRS = {"cpu": 1 << 26, "cuda": 1 << 39}  # no FlexAttention of more, which takes many times as long on a CPU
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}  # relative RMS error of the output and of each gradient
 HEAD_DIM = 64           # of attention
 KERNELS = ("loops", "triton")
@@ -77,16 +78,21 @@ def compile_flex(T: int, place: Place) -> Callable:
 def attentions(B: int, T: int, W: int, place: Place) -> dict[str, tuple[Callable, Callable]]:
     """{arm: (forward, both passes)} of attention with as many channels, where it is not too long."""
     heads = W // HEAD_DIM
-    if B * heads * T * T > SOFTMAX_PAIRS[place.device.type]:
-        return {}
+    pairs = B * heads * T * T
+    functions = {}
+    if pairs <= SOFTMAX_PAIRS[place.device.type]:
+        functions[SOFTMAX] = softmax_attention
+    if pairs <= FLEX_PAIRS[place.device.type]:
+        functions[FLEX] = compile_flex(T, place)
     generator = torch.Generator(place.device).manual_seed(1)
     q, k, v, grad = (torch.randn(B, heads, T, HEAD_DIM, device=place.device, generator=generator).to(place.dtype)
                      for _ in range(4))
     tensors = [x.requires_grad_() for x in (q, k, v)]
 
     arms = {}
-    for arm, function in {SOFTMAX: softmax_attention, FLEX: compile_flex(T, place)}.items():
-        forward = torch.no_grad()(partial(function, *tensors))
+    for arm, function in functions.items():
+        # on a CPU FlexAttention refuses tensors that want a gradient
+        forward = torch.no_grad()(partial(function, *(x.detach() for x in tensors)))
         arms[arm] = forward, partial(both_passes, function, tensors, [grad])
     return arms
 

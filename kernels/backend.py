@@ -55,6 +55,29 @@ else:
         return kernel
 
 
+def operand_dtype(dtype: torch.dtype) -> torch.dtype:
+    """
+    Returns what numbers of a dtype are multiplied as in a chain of products, and states kept in: bfloat16 as itself,
+    others as float32, because a sum of float16 numbers can leave their range.
+    """
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def launch_entry(launches: dict[tuple[int, int], dict], x: Tensor) -> dict:
+    """
+    Returns the entry of a launch table for x's card and operands. Its keys are (major number of the compute capability,
+    bytes of an operand); the major number 0 stands for any other card.
+    """
+    major = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 0
+    operand = operand_dtype(x.dtype).itemsize
+    return launches.get((major, operand), launches[0, operand])
+
+
+def with_unit_stride(x: Tensor | None) -> Tensor | None:
+    """Returns x with a last stride of 1, for kernels that take any other strides; None for None."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
 def triton_serves(x: Tensor) -> bool:
     """Returns whether Triton kernels can take this tensor: it is on a GPU, or kernels are interpreted."""
     return triton is not None and (x.is_cuda or INTERPRETED)
@@ -156,14 +179,19 @@ def _autograd_function(body: Callable, save: Callable, gradients: Callable) -> C
     return Function.apply
 
 
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """Returns the dtype of sums of x's numbers, which loops compute in: float32 for half precision, else x's own."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def wide(x: Tensor) -> Tensor:
-    """Returns x in the dtype that loops compute in: float32 for half precision, else its own."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    """Returns x in the dtype of its sums."""
+    return x.to(sum_dtype(x))
 
 
-def array(x: Tensor) -> np.ndarray:
-    """Returns x, contiguous and wide, as loops take it. It shares x's memory where x is both."""
-    return wide(x).contiguous().numpy(force=True)
+def array(x: Tensor, dtype: torch.dtype | None = None) -> np.ndarray:
+    """Returns x, contiguous, in a dtype (None: that of its sums), as loops take it: no copy where x is so."""
+    return x.to(dtype or sum_dtype(x)).contiguous().numpy(force=True)
 
 
 def strided_array(x: Tensor) -> tuple[np.ndarray, list[int]]:
@@ -245,6 +273,21 @@ def check_backend(backend: str, backends: Iterable[str], x: Tensor, instead: str
         raise ValueError(f"backend 'triton' needs CUDA tensors and Triton; got tensors on {x.device}: use {instead}")
     if backend == "loops" and not loops_serve(x):
         raise ValueError(f"backend 'loops' needs tensors on a CPU and Numba; got tensors on {x.device}: use {instead}")
+
+
+def check_documents(doc_start: Tensor | None):
+    """
+    Checks that doc_start (B, T) int32 has for every token the index of its document's first token. None passes; so do
+    tensors on a GPU, which would have to wait, and in a graph, which would break.
+    """
+    if doc_start is None or doc_start.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    index = torch.arange(doc_start.shape[1], dtype=torch.int32)
+    if (doc_start < 0).any() or (doc_start > index).any() or (doc_start.diff(dim=1) < 0).any():
+        raise ValueError(
+            "doc_start must hold for every token the index of its document's first token: "
+            "0 <= doc_start[b, t] <= t, never falling"
+        )
 
 
 def check_no_float64(backend: str, dtypes: Iterable[torch.dtype], instead: str = "'reference' or 'auto'"):

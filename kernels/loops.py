@@ -60,6 +60,11 @@ if _folder is not None:
     numba.config.CACHE_DIR = str(_folder)
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
+# Numba starts its threads, and tells OpenMP to take so many, in PyTorch's loops too: these get their own number back
+_threads = torch.get_num_threads()
+numba.set_num_threads(numba.get_num_threads())
+torch.set_num_threads(_threads)
+
 BOUNDSCHECK = bool(numba.config.BOUNDSCHECK)  # NUMBA_BOUNDSCHECK=1: every index is checked, for tests
 _options = dict(cache=_folder is not None, fastmath=FASTMATH, error_model="numpy")
 _inner = dict(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_options)

@@ -34,7 +34,8 @@ The options, "preset" and 0 meaning the packing's own:
     lane_norm     RMSNorm after the filter
     context_conv  of conv_k taps, u + GELU(conv(u) + b): none, depthwise or dense
     gate          softmax_mlp: reads the lanes; softmax_linear: reads the layer's input; elementwise. gate_map: one of
-                  kernels/probability_maps in place of softmax. New gates begin equal for all lanes
+                  kernels/probability_maps in place of softmax, or, as controls, uniform: equal weights, top1: all of
+                  the lane with the largest logit. New gates begin equal for all lanes
     lane_dropout  probability that a row does without a lane in training; dropout of the MLPs and convolutions (-1: the
                   packing's)
     diversity     none, cosine or energy: diversity_weight times the mean cosine of the lanes' outputs, or the spread of
@@ -43,7 +44,7 @@ The options, "preset" and 0 meaning the packing's own:
     attention_every   n: every n-th layer keeps the trainer's attention and feed-forward (0: none does)
     widths        matched: lanes are as wide as bring the layer to its packing's parameters, 4 or 12 model_dim^2; fixed:
                   as wide as they are among poly, fourier and wavelet
-    depth, residual   of faithful: shallow, standard or deep MLPs of 1 to 3 hidden layers; the stream is added
+    depth, residual   of faithful: shallow, standard or deep MLPs of 1 to 3 hidden layers; on: the stream is added
     kernel        of poly and fourier: auto, triton, loops, torch, dense, or banded: fourier up to the layer's window.
                   chunk and segment: its tokens (0: the kernel's)
     faithful      S is the length of the row that is read, as published: what a prefix means depends on what follows.
@@ -88,6 +89,17 @@ from train_gpt import AttentionContext, AttentionMask, Config, require
 LANES = ("poly", "fourier", "wavelet", "recall", "attention", "conv", "token")
 KERNELS = dict(auto="auto", triton="triton", loops="loops", torch="chunked", dense="reference", banded="banded")
 DEPTHS = dict(shallow=1, standard=2, deep=3)
+CONTROLS = ("uniform", "top1")      # of gates, in place of a probability map
+WORDS = dict(       # option -> what it may be
+    basis=("chosen", "random"),
+    lane_norm=("preset", "on", "off"),
+    gate_map=(*MAPS, *CONTROLS),
+    diversity=("none", "cosine", "energy"),
+    widths=("matched", "fixed"),
+    depth=DEPTHS,
+    residual=("on", "off"),
+    kernel=KERNELS,
+)
 TAPS = 8            # of the conv lane
 SHORTEST = 4        # tokens of the shortest wave on the logarithmic scale
 PRESETS = dict(     # packing -> what is left to it
@@ -114,14 +126,14 @@ class Options:
     basis: str = "chosen"
     mean: bool = True
     linf: bool = True
-    lane_norm: Literal["preset", "on", "off"] = "preset"
+    lane_norm: str = "preset"
     context_conv: Literal["preset", "none", "depthwise", "dense"] = "preset"
     conv_k: int = 3
     gate: Literal["preset", "softmax_mlp", "softmax_linear", "elementwise"] = "preset"
     gate_map: str = "softmax"
     lane_dropout: float = 0.0
     dropout: float = -1.0
-    diversity: Literal["none", "cosine", "energy"] = "none"
+    diversity: str = "none"
     diversity_weight: float = 0.1
     recall_features: int = 64
     recall_decay: float = 0.98
@@ -129,7 +141,7 @@ class Options:
     attention_every: int = 0
     widths: str = "matched"
     depth: str = "shallow"
-    residual: bool = False
+    residual: str = "off"
     kernel: str = "auto"
     chunk: int = 0
     segment: int = 0
@@ -144,8 +156,7 @@ class Options:
         require(len(set(names)) == len(names), f"lanes={self.lanes} names a lane twice; name it once")
 
         # words
-        for key, choices in dict(basis=("chosen", "random"), gate_map=MAPS, widths=("matched", "fixed"), depth=DEPTHS,
-                                 kernel=KERNELS).items():
+        for key, choices in WORDS.items():
             require(getattr(self, key) in choices, f"{key}={getattr(self, key)} is none of {', '.join(choices)}")
 
         # numbers
@@ -160,7 +171,7 @@ class Options:
                 f"lane_dropout={self.lane_dropout},dropout={self.dropout}: probabilities are below 1")
         require(self.pack != "faithful" or not self.attention_every,
                 "attention_every is of packings with several layers; leave it out or give pack=attention")
-        require(self.pack == "faithful" or not self.residual and self.depth == "shallow",
+        require(self.pack == "faithful" or self.residual == "off" and self.depth == "shallow",
                 "residual and depth are of pack=faithful; leave them out")
 
     def resolve(self) -> "Options":
@@ -566,7 +577,7 @@ class LaneGate(nn.Module):
         columns = [self.names.index(name) for name in self.active]
         if len(columns) < len(self.names):
             logits = logits[..., columns]
-        return probability_map(logits, self.options.gate_map, self.is_kept(x))
+        return weigh_lanes(logits, self.options.gate_map, self.is_kept(x))
 
     def factors(self, x: Tensor) -> dict[str, Tensor]:
         """Return 2 sigmoid(W x) of every active lane, (B, T, width)."""
@@ -577,6 +588,20 @@ class LaneGate(nn.Module):
         for number, name in enumerate(self.active):
             chosen[name] = factors[name] if kept is None else factors[name] * kept[..., number:number + 1]
         return chosen
+
+
+def weigh_lanes(logits: Tensor, gate_map: str, kept: Tensor | None) -> Tensor:
+    """
+    Return weights of lanes, whose sum is 1, from logits (B, T, n); 0 where kept, if there is one, is not true. The
+    weight of top1 is 1 and has the gradient of the largest probability's logarithm.
+    """
+    if gate_map == "uniform":
+        return probability_map(0.0 * logits, "softmax", kept)
+    if gate_map == "top1":
+        probabilities = probability_map(logits, "softmax", kept)
+        first = F.one_hot(probabilities.argmax(-1), logits.shape[-1])
+        return first * (probabilities / probabilities.detach().clamp_min(torch.finfo(logits.dtype).tiny))
+    return probability_map(logits, gate_map, kept)
 
 
 def set_lanes(model: nn.Module, names: list[str]):
@@ -827,7 +852,7 @@ class FaithfulBlock(nn.Module):
         note_diversity(self, outputs)
         if self.convolutions is not None:
             y = self.convolutions[1](y, ctx.mask, "convolution out")
-        return x + y if self.options.residual else y
+        return x + y if self.options.residual == "on" else y
 
 
 class LayerNorm(nn.LayerNorm):

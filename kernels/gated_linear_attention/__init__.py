@@ -43,7 +43,18 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.backend import check_backend, check_device, check_dtype, cpu_loops, loops_serve, triton
+from kernels.backend import (
+    array,
+    check_backend,
+    check_device,
+    check_documents,
+    check_dtype,
+    check_no_float64,
+    cpu_loops,
+    loops_serve,
+    sum_dtype,
+    triton,
+)
 from kernels.gated_linear_attention import chunked, chunked_triton
 from kernels.gated_linear_attention.reference import empty_gradients, gated_linear_attention_reference
 
@@ -59,10 +70,6 @@ CHUNKED_CHANNELS = 32
 # ---- Host functions: the CPU's loops ----------------------------------------
 
 
-def _sum_dtype(value: Tensor) -> torch.dtype:
-    return torch.promote_types(value.dtype, torch.float32)
-
-
 def _loop_decay(value: Tensor, log_decay: Tensor | None, doc_start: Tensor | None) -> Tensor:
     """Returns the decays (B, T, H) in float64, 0 at a document's start."""
     if log_decay is None:
@@ -73,11 +80,6 @@ def _loop_decay(value: Tensor, log_decay: Tensor | None, doc_start: Tensor | Non
         return decay.contiguous()
     starts = doc_start == torch.arange(value.shape[1], dtype=doc_start.dtype)
     return decay.masked_fill(starts[..., None], 0.0).contiguous()
-
-
-def _arrays(*tensors: Tensor, dtype: torch.dtype) -> list:
-    """Returns contiguous arrays of a dtype, no copies where the tensors are so."""
-    return [x.detach().to(dtype).contiguous().numpy() for x in tensors]
 
 
 def _loop_states(key: Tensor, value: Tensor, log_decay: Tensor | None) -> tuple[int, ...]:
@@ -94,11 +96,11 @@ def _loops_forward(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, doc_start: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Returns (out, states (B H N, D, M))."""
-    dtype = _sum_dtype(value)
+    dtype = sum_dtype(value)
     out = torch.empty(value.shape, dtype=dtype)
     states = torch.empty(_loop_states(key, value, log_decay), dtype=dtype)
     decay = _loop_decay(value, log_decay, doc_start)
-    arrays = _arrays(query, key, value, dtype=dtype)
+    arrays = [array(x, dtype) for x in (query, key, value)]
     cpu_loops("gated_linear_attention.cpu").forward(*arrays, decay.numpy(), out.numpy(), states.numpy())
     return out.to(value.dtype), states
 
@@ -113,7 +115,7 @@ def _loops_backward(
     gradients = [torch.empty(x.shape, dtype=states.dtype) for x in inputs]
     ddecay = torch.empty(log_decay.shape if decay_grad else (0, 0, 0), dtype=torch.float64)
     cpu_loops("gated_linear_attention.cpu").backward(
-        *_arrays(grad, *inputs, dtype=states.dtype), decay.numpy(), states.numpy(),
+        *(array(x, states.dtype) for x in (grad, *inputs)), decay.numpy(), states.numpy(),
         *(x.numpy() for x in gradients), ddecay.numpy()
     )
     gradients = [gradient.to(x.dtype) for gradient, x in zip(gradients, inputs)]
@@ -135,7 +137,7 @@ def _forward_op(
 
 @_forward_op.register_fake
 def _(query, key, value, log_decay, doc_start, backend):
-    dtype = _sum_dtype(value)
+    dtype = sum_dtype(value)
     if backend == "triton":
         shape = chunked_triton.state_shape(key, value)
         dtype = chunked_triton.operand_dtype(value.dtype)
@@ -304,21 +306,15 @@ def _check(
 
     # the backend
     check_backend(backend, BACKENDS, value, "'chunked' or 'auto'")
-    if backend == "triton" and value.dtype == torch.float64:
-        raise ValueError("backend 'triton' has no float64; use 'chunked' or 'reference'")
+    if backend == "triton":
+        check_no_float64(backend, (value.dtype,), "'chunked' or 'reference'")
 
     # contents; a look at them would make a GPU wait, or break a graph
-    if value.device.type != "cpu" or torch.compiler.is_compiling():
+    check_documents(doc_start)
+    if log_decay is None or value.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    if log_decay is not None and (log_decay > 0).any():
+    if (log_decay > 0).any():
         raise ValueError(f"log_decay must be <= 0; its largest is {log_decay.max().item():.6g}")
-    if doc_start is not None:
-        index = torch.arange(T, dtype=torch.int32)
-        if (doc_start < 0).any() or (doc_start > index).any() or (doc_start.diff(dim=1) < 0).any():
-            raise ValueError(
-                "doc_start must hold for every token the index of its document's first token: "
-                "0 <= doc_start[b, t] <= t, never falling"
-            )
 
 
 def _check_step(state: Tensor, query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.backend import sum_dtype
 from kernels.gated_linear_attention.reference import empty_gradients
 
 GROUP = 4096    # tokens times heads that are worked on at once: what they need stays in a CPU's cache
@@ -57,7 +58,7 @@ class _Chunks:
         # the cut
         B, T, H, M = key.shape
         device = key.device
-        self.dtype = torch.promote_types(value.dtype, torch.float32)
+        self.dtype = sum_dtype(value)
         self.chunk = chunk_length(T, M, value.shape[-1])    # C, tokens of a chunk
         self.N = N = -(-T // self.chunk)                    # chunks
         per_group = max(1, GROUP // (B * H * self.chunk))

@@ -12,7 +12,7 @@ table is a choice, not a measurement.
 import torch
 from torch import Tensor
 
-from kernels.backend import jit, tl
+from kernels.backend import jit, launch_entry, operand_dtype, tl, with_unit_stride
 from kernels.gated_linear_attention.reference import empty_gradients
 
 # ---- Triton kernels ---------------------------------------------------------
@@ -340,19 +340,6 @@ PROGRAMS = 264
 SEGMENT_CHUNKS = 16
 
 
-def _launch(value: Tensor) -> dict:
-    major = torch.cuda.get_device_capability(value.device)[0] if value.is_cuda else 0
-    operand = operand_dtype(value.dtype).itemsize
-    return LAUNCH.get((major, operand), LAUNCH[0, operand])
-
-
-def operand_dtype(dtype: torch.dtype) -> torch.dtype:
-    """
-    Returns what values of a dtype are multiplied as, and their states kept in: a state can leave float16's range.
-    """
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-
-
 def _block(size: int, most: int) -> int:
     """
     Returns the largest of 16, 32 and 64, up to `most`, whose multiples cover `size` with at most a quarter more than
@@ -385,7 +372,7 @@ def _stored(D: int) -> int:
 def state_shape(key: Tensor, value: Tensor) -> tuple[int, ...]:
     """Returns the shape of the chunks' states, (B H, N, M, D rounded up)."""
     B, T, H, M = key.shape
-    return B * H, -(-T // _launch(value)["chunk"]), M, _stored(value.shape[-1])
+    return B * H, -(-T // launch_entry(LAUNCH, value)["chunk"]), M, _stored(value.shape[-1])
 
 
 def _strides(*tensors: Tensor, log_decay: Tensor | None, doc_start: Tensor | None) -> tuple[int, ...]:
@@ -400,7 +387,7 @@ def _states(
     """Returns the states that enter the chunks, or with reverse those behind them: (B H, N, M, D rounded up)."""
     B, T, H, M = key.shape
     D = value.shape[-1]
-    launch = _launch(value)
+    launch = launch_entry(LAUNCH, value)
     constants = _constants(M, D, value.dtype, launch)
     shape = state_shape(key, value)
     states = torch.empty(shape, dtype=operand_dtype(value.dtype), device=value.device)
@@ -428,19 +415,14 @@ def _states(
     return states
 
 
-def _rows(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Returns tensors whose last stride is 1; the kernels take any other strides."""
-    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
-
-
 def forward(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, doc_start: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Returns (out, states (B H, N, M, D rounded up))."""
-    query, key, value, doc_start = _rows(query, key, value, doc_start)
+    query, key, value, doc_start = map(with_unit_stride, (query, key, value, doc_start))
     B, T, H, M = key.shape
     D = value.shape[-1]
-    launch = _launch(value)
+    launch = launch_entry(LAUNCH, value)
     with torch.cuda.device_of(value):
         states = _states(key, value, log_decay, doc_start, False)
         out = torch.empty(B, T, H, D, dtype=value.dtype, device=value.device)
@@ -459,10 +441,10 @@ def backward(
     states: Tensor, decay_grad: bool
 ) -> tuple[Tensor, ...]:
     """Returns the four gradients; that of the log-decay is empty without decay_grad."""
-    query, key, value, grad, doc_start = _rows(query, key, value, grad, doc_start)
+    query, key, value, grad, doc_start = map(with_unit_stride, (query, key, value, grad, doc_start))
     B, T, H, M = key.shape
     D = value.shape[-1]
-    launch = _launch(value)
+    launch = launch_entry(LAUNCH, value)
     *gradients, ddecay = empty_gradients(query, key, value, log_decay if decay_grad else None)
     with torch.cuda.device_of(value):
         behind = _states(query, grad, log_decay, doc_start, True)

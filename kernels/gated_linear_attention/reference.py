@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from kernels.backend import sum_dtype
+
 
 def gated_linear_attention_reference(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None = None, doc_start: Tensor | None = None
@@ -15,7 +17,7 @@ def gated_linear_attention_reference(
     integer, or None. The result (B, T, H, D) has value's dtype. Sums run in float32, in float64 for float64 values; F
     in float64.
     """
-    dtype = torch.promote_types(value.dtype, torch.float32)
+    dtype = sum_dtype(value)
     T = value.shape[1]
     query, key, values = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
 

@@ -46,13 +46,17 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels.backend import (
     FLOATS,
+    array,
     check_backend,
     check_device,
+    check_documents,
     check_dtype,
+    check_no_float64,
     check_shape,
     cpu_loops,
     cpu_operation,
     loops_serve,
+    sum_dtype,
     triton,
 )
 from kernels.lane_scan import chunked, chunked_triton, step
@@ -75,25 +79,21 @@ BACKENDS = ("auto", "reference", "chunked", "banded", "loops", "triton")
 # ---- Host functions: the CPU's loops ----------------------------------------
 
 
-def _array(x: Tensor | None, dtype: torch.dtype):
-    """Returns x as a contiguous array of a dtype, no copy where it is one; None for None."""
-    return None if x is None else x.detach().to(dtype).contiguous().numpy()
-
-
 def _loops_arguments(u: Tensor, features: Tensor, gain: Tensor, decay: Tensor | None, doc_start: Tensor | None) -> list:
     """Returns [features, gain, decay, doc_start] as cpu.py takes them."""
     if doc_start is None:
         doc_start = torch.zeros(u.shape[:2], dtype=torch.int32)
-    return [*(_array(x, torch.float64) for x in (features, gain, decay)), _array(doc_start, torch.int32)]
+    tables = [None if x is None else array(x, torch.float64) for x in (features, gain, decay)]
+    return [*tables, array(doc_start, torch.int32)]
 
 
 def _loops_forward(
     u: Tensor, features: Tensor, gain: Tensor, decay: Tensor | None, doc_start: Tensor | None, mean: bool, chunk: int,
     segment: int
 ) -> Tensor:
-    y = torch.empty(u.shape, dtype=_sum_dtype(u))
+    y = torch.empty(u.shape, dtype=sum_dtype(u))
     arguments = _loops_arguments(u, features, gain, decay, doc_start)
-    cpu_loops("lane_scan.cpu").scan(_array(u, y.dtype), *arguments, False, mean, y.numpy())
+    cpu_loops("lane_scan.cpu").scan(array(u), *arguments, False, mean, y.numpy())
     return y.to(u.dtype)
 
 
@@ -103,15 +103,15 @@ def _loops_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     # du
     loops = cpu_loops("lane_scan.cpu")
-    du = torch.empty(u.shape, dtype=_sum_dtype(u))
+    du = torch.empty(u.shape, dtype=sum_dtype(u))
     arguments = _loops_arguments(u, features, gain, decay, doc_start)
-    g = _array(grad, du.dtype)
+    g = array(grad, du.dtype)
     loops.scan(g, *arguments, True, mean, du.numpy())
     dgain, ddecay = _no_gradient(u), _no_gradient(u)
 
     # the others
     if gain_grad or decay_grad:
-        gradients = loops.gain_gradients(_array(u, du.dtype), g, *arguments, mean, decay_grad)
+        gradients = loops.gain_gradients(array(u), g, *arguments, mean, decay_grad)
         dgain = torch.from_numpy(gradients[0].copy())
         if decay_grad:
             ddecay = torch.from_numpy(gradients[1].copy())
@@ -122,10 +122,6 @@ def _loops_backward(
 
 FORWARD = {"triton": chunked_triton.forward, "chunked": chunked.forward, "loops": _loops_forward}
 BACKWARD = {"triton": chunked_triton.backward, "chunked": chunked.backward, "loops": _loops_backward}
-
-
-def _sum_dtype(u: Tensor) -> torch.dtype:
-    return torch.promote_types(u.dtype, torch.float32)
 
 
 def _no_gradient(u: Tensor) -> Tensor:
@@ -277,7 +273,7 @@ def lane_scan_step(
     values = u.unflatten(2, (len(gain), -1)).transpose(1, 2)
     if state is None:
         columns = features.shape[-1] * (1 if features.ndim == 2 else 2)
-        state = torch.zeros(B, len(gain), columns, values.shape[-1], dtype=_sum_dtype(u), device=u.device)
+        state = torch.zeros(B, len(gain), columns, values.shape[-1], dtype=sum_dtype(u), device=u.device)
 
     # slice by slice
     sums = []
@@ -320,7 +316,13 @@ def _check(u, features, gain, decay, doc_start, window, chunk, segment, backend)
             check_device(name, x, "u", u)
 
     _check_options(u, is_table, decay, window, chunk, segment, backend)
-    _check_contents(decay, doc_start)
+
+    # contents; a look at them would make a GPU wait, or break a graph
+    check_documents(doc_start)
+    if decay is None or decay.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if (decay < 0).any():
+        raise ValueError(f"decay must be >= 0; its smallest is {decay.min().item():.6g}")
 
 
 def _check_options(u, is_table, decay, window, chunk, segment, backend):
@@ -337,20 +339,5 @@ def _check_options(u, is_table, decay, window, chunk, segment, backend):
     if window is None and backend == "banded" or window is not None and backend not in windowed:
         raise ValueError(f"a window is for the backends 'banded' and 'reference', and 'banded' needs one; got window "
                          f"{window} and backend {backend!r}")
-    if backend == "triton" and u.dtype == torch.float64:
-        raise ValueError("backend 'triton' has no float64; use 'chunked' or 'reference'")
-
-
-def _check_contents(decay, doc_start):
-    """Raises lane_scan's ValueErrors for contents; a look at them would make a GPU wait, or break a graph."""
-    if torch.compiler.is_compiling():
-        return
-    if decay is not None and decay.device.type == "cpu" and (decay < 0).any():
-        raise ValueError(f"decay must be >= 0; its smallest is {decay.min().item():.6g}")
-    if doc_start is not None and doc_start.device.type == "cpu":
-        index = torch.arange(doc_start.shape[1], dtype=torch.int32)
-        if (doc_start < 0).any() or (doc_start > index).any() or (doc_start.diff(dim=1) < 0).any():
-            raise ValueError(
-                "doc_start must hold for every token the index of its document's first token: "
-                "0 <= doc_start[b, t] <= t, never falling"
-            )
+    if backend == "triton":
+        check_no_float64(backend, (u.dtype,), "'chunked' or 'reference'")

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.backend import sum_dtype
 from kernels.lane_scan.reference import time_kernel
 
 CHUNK = 128     # tokens of a chunk
@@ -172,7 +173,7 @@ def forward(
     segment: int
 ) -> Tensor:
     """Returns y (B, T, W)."""
-    dtype = torch.promote_types(u.dtype, torch.float32)
+    dtype = sum_dtype(u)
     start, positions = _starts(u, doc_start)
     chunk = min(chunk or CHUNK, u.shape[1])
     chunks = _Chunks(features, gain, decay, start, positions, chunk, dtype)
@@ -186,7 +187,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of u, gain and decay; the last two (H, F) float64, empty where they are not wanted."""
     # du: the scan of the turned rows
-    dtype = torch.promote_types(u.dtype, torch.float32)
+    dtype = sum_dtype(u)
     H, T = len(gain), u.shape[1]
     start, positions = _starts(u, doc_start)
     chunk = min(chunk or CHUNK, T)
@@ -214,7 +215,7 @@ def banded(
     for all chunks, each masked by the documents. Autograd differentiates it.
     """
     # the chunks and the documents
-    dtype = torch.promote_types(u.dtype, torch.float32)
+    dtype = sum_dtype(u)
     T = u.shape[1]
     start, positions = _starts(u, doc_start)
     chunk = min(chunk or CHUNK, T)

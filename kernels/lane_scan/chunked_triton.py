@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.backend import jit, tl, triton
+from kernels.backend import jit, launch_entry, operand_dtype, tl, triton, with_unit_stride
 from kernels.lane_scan.reference import time_kernel
 
 # ---- Triton kernels ---------------------------------------------------------
@@ -361,23 +361,13 @@ def _lane_scan_gain_kernel(
 # gradients divides one of the scan. Three TF32 products for one hold three times the operands in registers.
 LAUNCH = {
     (0, 2): dict(scan=(64, 64, 4, 1), gain=(32, 32, 8, 1), most=64),
-    (0, 4): dict(scan=(32, 32, 4, 1), gain=(32, 32, 8, 1), most=16),
+    (8, 2): dict(scan=(64, 64, 4, 1), gain=(32, 16, 8, 1), most=64),
+    (0, 4): dict(scan=(32, 32, 4, 1), gain=(32, 32, 4, 1), most=16),
 }
 # The scan has about PROGRAMS programs, two for each multiprocessor of an H200, where a row can be cut into segments of
 # SEGMENT_CHUNKS chunks or more.
 PROGRAMS = 264
 SEGMENT_CHUNKS = 8
-
-
-def _launch(u: Tensor) -> dict:
-    major = torch.cuda.get_device_capability(u.device)[0] if u.is_cuda else 0
-    operand = _operand(u.dtype).itemsize
-    return LAUNCH.get((major, operand), LAUNCH[0, operand])
-
-
-def _operand(dtype: torch.dtype) -> torch.dtype:
-    """Returns what channels of a dtype are multiplied as: a sum of float16 numbers can leave their range."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 def _width(count: int) -> int:
@@ -386,7 +376,7 @@ def _width(count: int) -> int:
 
 
 def _constants(u: Tensor, X: int, D: int, kernel: str) -> dict:
-    chunk, block, warps, stages = _launch(u)[kernel]
+    chunk, block, warps, stages = launch_entry(LAUNCH, u)[kernel]
     return dict(
         X=X,
         CHUNK=chunk,
@@ -422,11 +412,11 @@ class _Tables:
 
     def __init__(self, u: Tensor, features: Tensor, gain: Tensor, decay: Tensor | None, kernel: str, reverse: bool):
         # sizes
-        operand = _operand(u.dtype)
+        operand = operand_dtype(u.dtype)
         self.is_table = features.ndim == 2
         count = features.shape[-1]
         self.X = X = _width(count)
-        self.chunk = C = _launch(u)[kernel][0]
+        self.chunk = C = launch_entry(LAUNCH, u)[kernel][0]
         self.pairs = self.read = self.write = self.turn = self.table = self.gain = None
         self.heads = 1
         if self.is_table:
@@ -462,11 +452,6 @@ def _segments(B: int, H: int, T: int, D: int, constants: dict, segment: int) -> 
     if segment:
         chunks = min(N, max(1, -(-segment // constants["CHUNK"])))
     return N, -(-N // chunks), chunks, blocks
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Returns x with a last stride of 1; the kernels take any other strides."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _totals(u: Tensor, tables: _Tables, segments: int, H: int) -> tuple[Tensor, Tensor]:
@@ -514,7 +499,7 @@ def _scan(
 
 def _groups(u: Tensor, *tensors: Tensor | None) -> list[tuple[Tensor | None, ...]]:
     """Returns groups of as many frequencies or columns as a program takes: slices of features, gains and decays."""
-    most = _launch(u)["most"]
+    most = launch_entry(LAUNCH, u)["most"]
     count = -(-tensors[0].shape[-1] // most)
     return list(zip(*([None] * count if x is None else x.split(most, -1) for x in tensors)))
 
@@ -538,8 +523,8 @@ def forward(
     segment: int
 ) -> Tensor:
     """Returns y (B, T, W). The chunk is the launch table's."""
-    u = _rows(u)
-    doc_start = None if doc_start is None else _rows(doc_start)
+    u = with_unit_stride(u)
+    doc_start = with_unit_stride(doc_start)
     with torch.cuda.device_of(u):
         return _sum_of_groups(u, features, gain, decay, doc_start, mean, segment, False)
 
@@ -549,8 +534,8 @@ def backward(
     chunk: int, segment: int, gain_grad: bool, decay_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of u, gain and decay; the last two (H, F) float64, empty where they are not wanted."""
-    u, grad = _rows(u), _rows(grad)
-    doc_start = None if doc_start is None else _rows(doc_start)
+    u, grad = with_unit_stride(u), with_unit_stride(grad)
+    doc_start = with_unit_stride(doc_start)
     with torch.cuda.device_of(u):
         du = _sum_of_groups(grad, features, gain, decay, doc_start, mean, segment, True).to(u.dtype)
         sums = []
@@ -583,7 +568,7 @@ def _gain_sums(
             segment_turn = tables.turn if tables.is_table else _turn_table(features, decay, tokens, tables.X)
 
     # the programs' sums
-    operand = _operand(u.dtype)
+    operand = operand_dtype(u.dtype)
     wave, far_wave, far_write = None, None, None
     pairs, far_sums = None, None
     programs = B, segments, H, blocks

@@ -19,51 +19,68 @@ of a further pass, with v_t the gradient of the sums, G_f = sum over i of e^{lam
     da_f = -g_f (the same, each pair times its distance), which takes G and z with distances in their sums as well
 """
 
-import numpy as np
-from numba import prange
+from typing import NamedTuple
 
-from kernels.loops import called_loop, inner_loop, parallel_loop, use_threads
+import numpy as np
+
+from kernels.loops import called_loop, inner_loop, run_stages
 from kernels.simd import load, madd, splat, store, total
 
 CHUNK = 32      # tokens of a chunk, a multiple of 4
 LANES = 16      # channels of a task, two vectors
 STATE = 32      # numbers of a frequency's state: its real part in all channels, then its imaginary part
 
-# What run_waves and run_tables do with a row.
-FORWARD, REVERSED = False, True
-
 # Where rows of tables begin, and steps in them. Indices are unsigned: signed ones could count from an array's end, and
 # each would be looked at.
 U1, U2, U3 = np.uint64(1), np.uint64(2), np.uint64(3)
+
+
+class Scan(NamedTuple):
+    """What every task gets; of no numbers where it needs none. Each field is an array, as loops.run_stages has it."""
+    sizes: np.ndarray       # (6) int64: T, W, H, F or K, the heads of waves, P
+    flags: np.ndarray       # (3) int64, 1 or 0: reversed, the mean, the gradient of decays
+    doc_start: np.ndarray   # (B T) int32
+    u: np.ndarray           # (B T W)
+    grad: np.ndarray        # (B T W), of gradients
+    out: np.ndarray         # (B T W), of scans
+    partial: np.ndarray     # (tasks, 2, F or K) float64, of gradients
+    # tables, flat, as _wave_tables and scan() make them
+    kernel: np.ndarray
+    read: np.ndarray
+    waves: np.ndarray
+    rest: np.ndarray
+    far: np.ndarray
+    table: np.ndarray
+    gain: np.ndarray
+
+
+@inner_loop
+def _channels(sizes, task):
+    """Returns the batch row and the head of a task, its first channel and how many it has."""
+    W, H = sizes[1], sizes[2]
+    D = W // H
+    blocks = -(-D // LANES)
+    row = task // blocks
+    head = row % H
+    start = task % blocks * LANES
+    return row // H, head, head * D + start, min(LANES, D - start)
 
 
 # ---- A chunk's rows ---------------------------------------------------------
 
 
 @inner_loop
-def _read_row(x, i, u, at, width, factor):
-    """Sets row i of x to a token's `width` channels of u from index `at` on, times a factor; to 0 beyond them."""
-    row = LANES * i
+def _copy_row(x, at, y, to, width, factor):
+    """
+    Writes `width` numbers of x from index `at` on, times a factor, to y from index `to` on. Rows of scratch memory are
+    made of zeros, and stay 0 beyond the width.
+    """
     if width == LANES:
-        store(x, row, load(u, at) * splat(factor))
-        store(x, row + 8, load(u, at + 8) * splat(factor))
+        store(y, to, load(x, at) * splat(factor))
+        store(y, to + 8, load(x, at + 8) * splat(factor))
     else:
         for c in range(np.uint64(width)):
-            x[np.uint64(row) + c] = u[np.uint64(at) + c] * factor
-        for c in range(np.uint64(width), np.uint64(LANES)):
-            x[np.uint64(row) + c] = 0
-
-
-@inner_loop
-def _write_row(y, i, out, at, width, factor):
-    """Writes the first `width` numbers of row i of y, times a factor, to out from index `at` on."""
-    row = LANES * i
-    if width == LANES:
-        store(out, at, load(y, row) * splat(factor))
-        store(out, at + 8, load(y, row + 8) * splat(factor))
-    else:
-        for c in range(np.uint64(width)):
-            out[np.uint64(at) + c] = y[np.uint64(row) + c] * factor
+            y[np.uint64(to) + c] = x[np.uint64(at) + c] * factor
 
 
 @inner_loop
@@ -214,15 +231,22 @@ def _clear(x):
 
 
 @called_loop
-def _wave_task(u, doc_start, kernel, read, waves, rest, out, T, W, F, b, first, width, head, wave_head, reverse, mean):
-    """Makes out[b, :, first:first + width]; see forward() for the tables, which are flat."""
-    # scratch memory, and where the head's tables are
+def _scan_waves(stage, task, thread, scan):
+    """Makes out of a task's channels."""
+    # the arrays, and where the head's tables are
+    u, out, doc_start = scan.u, scan.out, scan.doc_start
+    kernel, read, waves, rest = scan.kernel, scan.read, scan.waves, scan.rest
+    T, W, F = scan.sizes[0], scan.sizes[1], scan.sizes[3]
+    reverse, mean = scan.flags[0] == 1, scan.flags[1] == 1
+    b, head, first, width = _channels(scan.sizes, task)
+    kernel_at, read_at = np.uint64(head * CHUNK), np.uint64(head * F * 2 * CHUNK)
+    waves_at = np.uint64(head % scan.sizes[4] * F * 2 * (CHUNK + 1))
+    step = -1 if reverse else 1
+
+    # scratch memory
     state = np.zeros(STATE * F, u.dtype)
     x = np.zeros(LANES * CHUNK, u.dtype)
     y = np.zeros(LANES * CHUNK, u.dtype)
-    kernel_at, read_at = np.uint64(head * CHUNK), np.uint64(head * F * 2 * CHUNK)
-    waves_at = np.uint64(wave_head * F * 2 * (CHUNK + 1))
-    step = -1 if reverse else 1
 
     # document by document, from the last one on
     end = T
@@ -235,7 +259,7 @@ def _wave_task(u, doc_start, kernel, read, waves, rest, out, T, W, F, b, first, 
             at = (b * T + t) * W + first
             for i in range(n):
                 factor = _factor(t + step * i, begin, mean and reverse, u)
-                _read_row(x, i, u, at + step * i * W, width, factor)
+                _copy_row(u, at + step * i * W, x, LANES * i, width, factor)
 
             # the outputs
             _inside(x, y, kernel, kernel_at, n)
@@ -243,7 +267,7 @@ def _wave_task(u, doc_start, kernel, read, waves, rest, out, T, W, F, b, first, 
                 _add_state(state, y, read, read_at, n, F)
             for i in range(n):
                 factor = _factor(t + step * i, begin, mean and not reverse, u)
-                _write_row(y, i, out, at + step * i * W, width, factor)
+                _copy_row(y, LANES * i, out, at + step * i * W, width, factor)
 
             # the state, where it will be read
             if done + n < length:
@@ -253,17 +277,6 @@ def _wave_task(u, doc_start, kernel, read, waves, rest, out, T, W, F, b, first, 
                     _rotate(state, waves, rest, waves_at + np.uint64(n), F)
                 _add_rows(state, x, waves, waves_at + np.uint64(n), np.uint64(-1), n, F)
         end = begin
-
-
-@parallel_loop
-def _run_waves(u, doc_start, kernel, read, waves, rest, out, B, T, W, F, H, wave_heads, blocks, reverse, mean):
-    D = W // H
-    for task in prange(B * H * blocks):
-        row = np.int64(task) // blocks
-        first = np.int64(task) % blocks * LANES
-        head = row % H
-        _wave_task(u, doc_start, kernel, read, waves, rest, out, T, W, F, row // H, head * D + first,
-                   min(LANES, D - first), head, head % wave_heads, reverse, mean)
 
 
 @inner_loop
@@ -298,12 +311,19 @@ def _add_scaled(y, factor, x):
 
 
 @called_loop
-def _wave_gradients_task(u, g, doc_start, waves, rest, far, partial, T, W, F, b, first, width, wave_head, decay_grad,
-                         mean):
+def _sum_wave_gradients(stage, task, thread, scan):
     """
-    Makes partial (2, F) float64: what these channels add to the gradient of the gains and, with decay_grad, to that of
-    the decays, without its factor -gain. far: waves, each times its distance.
+    Makes partial[task] (2, F): what a task's channels add to the gradient of the gains and, where it is wanted, to that
+    of the decays, without its factor -gain. far: waves, each times its distance.
     """
+    # the arrays, and where the head's tables are
+    u, grad, doc_start, partial = scan.u, scan.grad, scan.doc_start, scan.partial[task]
+    waves, rest, far = scan.waves, scan.rest, scan.far
+    T, W, F = scan.sizes[0], scan.sizes[1], scan.sizes[3]
+    mean, decay_grad = scan.flags[1] == 1, scan.flags[2] == 1
+    b, head, first, width = _channels(scan.sizes, task)
+    waves_at = np.uint64(head % scan.sizes[4] * F * 2 * (CHUNK + 1))
+
     # scratch memory: what the chunk's gradients gather, the state, both again with distances, and sums
     gathered = np.zeros(STATE * F, u.dtype)
     state = np.zeros(STATE * F, u.dtype)
@@ -314,7 +334,6 @@ def _wave_gradients_task(u, g, doc_start, waves, rest, far, partial, T, W, F, b,
     by_distance = np.zeros(8 * CHUNK, u.dtype)
     sums = np.zeros(8 * F, u.dtype)
     sums_far = np.zeros(8 * F, u.dtype)
-    waves_at = np.uint64(wave_head * F * 2 * (CHUNK + 1))
 
     # document by document, from the last one on
     end = T
@@ -326,8 +345,8 @@ def _wave_gradients_task(u, g, doc_start, waves, rest, far, partial, T, W, F, b,
             t = begin + done
             at = (b * T + t) * W + first
             for i in range(n):
-                _read_row(x, i, u, at + i * W, width, u.dtype.type(1))
-                _read_row(v, i, g, at + i * W, width, _factor(t + i, begin, mean, u))
+                _copy_row(u, at + i * W, x, LANES * i, width, u.dtype.type(1))
+                _copy_row(grad, at + i * W, v, LANES * i, width, _factor(t + i, begin, mean, u))
 
             # the pairs inside, and those that cross the chunk's beginning
             _add_pairs(x, v, n, by_distance)
@@ -372,18 +391,6 @@ def _wave_gradients_task(u, g, doc_start, waves, rest, far, partial, T, W, F, b,
         partial[1, f] = of_decay
 
 
-@parallel_loop
-def _run_wave_gradients(u, g, doc_start, waves, rest, far, partial, B, T, W, F, H, wave_heads, blocks, decay_grad,
-                        mean):
-    D = W // H
-    for task in prange(B * H * blocks):
-        row = np.int64(task) // blocks
-        first = np.int64(task) % blocks * LANES
-        head = row % H
-        _wave_gradients_task(u, g, doc_start, waves, rest, far, partial[task], T, W, F, row // H, head * D + first,
-                             min(LANES, D - first), head % wave_heads, decay_grad, mean)
-
-
 # ---- Tables -----------------------------------------------------------------
 
 
@@ -405,12 +412,19 @@ def _scan_column(x, y, s0, s1, table, at, step, last, weight, n):
 
 
 @called_loop
-def _table_task(u, doc_start, table, gain, out, T, W, P, K, b, first, width, head, reverse, mean):
-    """Makes out[b, :, first:first + width]; table (K, P) and gain (H, K) are flat."""
+def _scan_table(stage, task, thread, scan):
+    """Makes out of a task's channels."""
+    # the arrays
+    u, out, doc_start, table, gain = scan.u, scan.out, scan.doc_start, scan.table, scan.gain
+    T, W, K, P = scan.sizes[0], scan.sizes[1], scan.sizes[3], scan.sizes[5]
+    reverse, mean = scan.flags[0] == 1, scan.flags[1] == 1
+    b, head, first, width = _channels(scan.sizes, task)
+    step = -1 if reverse else 1
+
+    # scratch memory
     state = np.zeros(LANES * K, u.dtype)
     x = np.zeros(LANES * CHUNK, u.dtype)
     y = np.zeros(LANES * CHUNK, u.dtype)
-    step = -1 if reverse else 1
 
     # document by document, from the last one on
     end = T
@@ -424,7 +438,7 @@ def _table_task(u, doc_start, table, gain, out, T, W, P, K, b, first, width, hea
             at = (b * T + t) * W + first
             for i in range(n):
                 factor = _factor(t + step * i, begin, mean and reverse, u)
-                _read_row(x, i, u, at + step * i * W, width, factor)
+                _copy_row(u, at + step * i * W, x, LANES * i, width, factor)
 
             # column by column
             _clear(y)
@@ -436,19 +450,8 @@ def _table_task(u, doc_start, table, gain, out, T, W, P, K, b, first, width, hea
                 store(state, place + 8, s1)
             for i in range(n):
                 factor = _factor(t + step * i, begin, mean and not reverse, u)
-                _write_row(y, i, out, at + step * i * W, width, factor)
+                _copy_row(y, LANES * i, out, at + step * i * W, width, factor)
         end = begin
-
-
-@parallel_loop
-def _run_tables(u, doc_start, table, gain, out, B, T, W, P, K, H, blocks, reverse, mean):
-    D = W // H
-    for task in prange(B * H * blocks):
-        row = np.int64(task) // blocks
-        first = np.int64(task) % blocks * LANES
-        head = row % H
-        _table_task(u, doc_start, table, gain, out, T, W, P, K, row // H, head * D + first, min(LANES, D - first), head,
-                    reverse, mean)
 
 
 @inner_loop
@@ -464,8 +467,15 @@ def _sum_column(x, v, s0, s1, sums, table, at, last, n):
 
 
 @called_loop
-def _table_gradients_task(u, g, doc_start, table, partial, T, W, P, K, b, first, width, mean):
-    """Makes partial[0] (K,) float64, what these channels add to the gradient of the gains."""
+def _sum_table_gradients(stage, task, thread, scan):
+    """Makes partial[task, 0] (K,): what a task's channels add to the gradient of the gains."""
+    # the arrays
+    u, grad, doc_start, table, partial = scan.u, scan.grad, scan.doc_start, scan.table, scan.partial[task]
+    T, W, K, P = scan.sizes[0], scan.sizes[1], scan.sizes[3], scan.sizes[5]
+    mean = scan.flags[1] == 1
+    b, _, first, width = _channels(scan.sizes, task)
+
+    # scratch memory
     state = np.zeros(LANES * K, u.dtype)
     sums = np.zeros(8 * K, u.dtype)
     x = np.zeros(LANES * CHUNK, u.dtype)
@@ -480,8 +490,8 @@ def _table_gradients_task(u, g, doc_start, table, partial, T, W, P, K, b, first,
             n = min(CHUNK, end - t)
             at = (b * T + t) * W + first
             for i in range(n):
-                _read_row(x, i, u, at + i * W, width, u.dtype.type(1))
-                _read_row(v, i, g, at + i * W, width, _factor(t + i, begin, mean, u))
+                _copy_row(u, at + i * W, x, LANES * i, width, u.dtype.type(1))
+                _copy_row(grad, at + i * W, v, LANES * i, width, _factor(t + i, begin, mean, u))
             for k in range(K):
                 place = LANES * k
                 s0, s1, of_column = _sum_column(x, v, load(state, place), load(state, place + 8), load(sums, 8 * k),
@@ -492,16 +502,6 @@ def _table_gradients_task(u, g, doc_start, table, partial, T, W, P, K, b, first,
         end = begin
     for k in range(K):
         partial[0, k] = total(load(sums, 8 * k))
-
-
-@parallel_loop
-def _run_table_gradients(u, g, doc_start, table, partial, B, T, W, P, K, H, blocks, mean):
-    D = W // H
-    for task in prange(B * H * blocks):
-        row = np.int64(task) // blocks
-        first = np.int64(task) % blocks * LANES
-        _table_gradients_task(u, g, doc_start, table, partial[task], T, W, P, K, row // H, row % H * D + first,
-                              min(LANES, D - first), mean)
 
 
 # ---- Host functions ---------------------------------------------------------
@@ -533,12 +533,24 @@ def _wave_tables(frequencies: np.ndarray, gain: np.ndarray, decay: np.ndarray | 
     return *(table.ravel() for table in tables), waves
 
 
-def _tasks(u: np.ndarray, H: int) -> tuple[int, int]:
-    """Returns (blocks of channels of a head, tasks), and lets loops take threads for them."""
-    blocks = -(-u.shape[2] // (H * LANES))
-    tasks = len(u) * H * blocks
-    use_threads(tasks)
-    return blocks, tasks
+def _run(function, u: np.ndarray, count: int, H: int, doc_start: np.ndarray, tasks: int, reverse: bool = False,
+         mean: bool = False, decay_grad: bool = False, wave_heads: int = 1, P: int = 0, **arrays: np.ndarray):
+    """Runs all tasks of a pass. count: F or K; arrays: the fields of Scan that it needs beside those of every pass."""
+    nothing = np.empty(0, u.dtype)
+    fields = dict.fromkeys(Scan._fields, nothing) | dict(partial=np.empty((0, 2, 0)))
+    fields |= {name: array if name == "partial" else array.reshape(-1) for name, array in arrays.items()}
+    fields |= dict(
+        sizes=np.array([*u.shape[1:], H, count, wave_heads, P], np.int64),
+        flags=np.array([reverse, mean, decay_grad], np.int64),
+        doc_start=doc_start.reshape(-1),
+        u=u.reshape(-1),
+    )
+    run_stages(function, [tasks], Scan(**fields), kind=u.dtype)
+
+
+def _tasks(u: np.ndarray, H: int) -> int:
+    """Returns how many tasks a pass has: each 16 channels of a head, or fewer, in one row."""
+    return len(u) * H * -(-u.shape[2] // (H * LANES))
 
 
 def scan(
@@ -549,17 +561,16 @@ def scan(
     Writes out (B, T, W), contiguous as u is: the sums, or with `reverse` the gradient of u of which u is that of the
     sums. features (F,) or (P, K), gain and decay (H, F) float64; doc_start (B, T) int32.
     """
-    B, T, W = u.shape
     H = len(gain)
-    blocks, _ = _tasks(u, H)
-    flat = u.reshape(-1), doc_start.reshape(-1)
+    common = dict(H=H, doc_start=doc_start, tasks=_tasks(u, H), reverse=reverse, mean=mean, out=out)
     if features.ndim == 2:
-        table, gains = (np.ascontiguousarray(x, u.dtype).ravel() for x in (features.T, gain))
+        table, gains = (np.ascontiguousarray(x, u.dtype) for x in (features.T, gain))
         P, K = features.shape
-        _run_tables(*flat, table, gains, out.reshape(-1), B, T, W, P, K, H, blocks, reverse, mean)
+        _run(_scan_table, u, K, P=P, table=table, gain=gains, **common)
         return
-    *tables, waves = _wave_tables(features, gain, decay, u.dtype)
-    _run_waves(*flat, *tables, out.reshape(-1), B, T, W, waves.shape[1], H, len(waves), blocks, reverse, mean)
+    kernel, read, rounded, rest, waves = _wave_tables(features, gain, decay, u.dtype)
+    heads, F = waves.shape[:2]
+    _run(_scan_waves, u, F, wave_heads=heads, kernel=kernel, read=read, waves=rounded, rest=rest, **common)
 
 
 def gain_gradients(
@@ -567,21 +578,21 @@ def gain_gradients(
     doc_start: np.ndarray, mean: bool, decay_grad: bool
 ) -> np.ndarray:
     """Returns (2, H, F) float64: the gradients of the gains and, with decay_grad, of the decays; g: that of y."""
-    B, T, W = u.shape
     H = len(gain)
-    blocks, tasks = _tasks(u, H)
-    flat = u.reshape(-1), g.reshape(-1), doc_start.reshape(-1)
+    tasks = _tasks(u, H)
+    common = dict(H=H, doc_start=doc_start, tasks=tasks, mean=mean, grad=g)
     if features.ndim == 2:
-        table = np.ascontiguousarray(features.T, u.dtype).ravel()
         P, K = features.shape
         partial = np.zeros((tasks, 2, K))
-        _run_table_gradients(*flat, table, partial, B, T, W, P, K, H, blocks, mean)
+        table = np.ascontiguousarray(features.T, u.dtype)
+        _run(_sum_table_gradients, u, K, P=P, table=table, partial=partial, **common)
     else:
         _, _, rounded, rest, waves = _wave_tables(features, gain, decay, u.dtype)
-        far = (waves * np.arange(CHUNK + 1.0)).astype(u.dtype).ravel()
-        partial = np.zeros((tasks, 2, waves.shape[1]))
-        _run_wave_gradients(*flat, rounded, rest, far, partial, B, T, W, waves.shape[1], H, len(waves), blocks,
-                            decay_grad, mean)
-    sums = partial.reshape(B, H, blocks, 2, -1).sum((0, 2)).swapaxes(0, 1)[..., :features.shape[-1]]
+        heads, F = waves.shape[:2]
+        partial = np.zeros((tasks, 2, F))
+        far = (waves * np.arange(CHUNK + 1.0)).astype(u.dtype)
+        _run(_sum_wave_gradients, u, F, wave_heads=heads, waves=rounded, rest=rest, far=far, partial=partial,
+             decay_grad=decay_grad, **common)
+    sums = partial.reshape(len(u), H, -1, 2, partial.shape[2]).sum((0, 2)).swapaxes(0, 1)[..., :features.shape[-1]]
     sums[1] *= -gain
     return sums

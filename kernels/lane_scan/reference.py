@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from kernels.backend import sum_dtype
+
 # ---- Features ---------------------------------------------------------------
 
 
@@ -95,6 +97,6 @@ def lane_scan_reference(
         weights = weights / (positions + 1)[:, None, :, None]
 
     # the sums
-    dtype = torch.promote_types(u.dtype, torch.float32)
+    dtype = sum_dtype(u)
     values = u.to(dtype).unflatten(2, (len(gain), -1)).transpose(1, 2)
     return (weights.to(dtype) @ values).transpose(1, 2).flatten(2).to(u.dtype)

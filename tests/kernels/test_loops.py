@@ -65,6 +65,22 @@ def test_loops_take_as_many_threads_as_pytorch_and_there_are(torch_threads):
         assert thread_count() == min(threads, numba.config.NUMBA_NUM_THREADS)
 
 
+THREADS = """
+import torch
+torch.set_num_threads(1)
+from kernels import loops
+loops.use_threads()
+print(torch.get_num_threads())
+"""
+
+
+def test_pytorch_keeps_its_threads(tmp_path):
+    """Numba's OpenMP layer is PyTorch's: without care a run of one thread had all cores after its first loop."""
+    program = tmp_path / "program.py"
+    program.write_text(THREADS)
+    assert run_process(program, cache=tmp_path).stdout.split() == ["1"]
+
+
 CACHED = """
 from typing import NamedTuple
 import numpy as np
