@@ -22,6 +22,7 @@ Cost: the rule's parameters alone are learned, and a gain a matrix; W_0 comes fr
 Source: Mordvintsev et al., Growing Neural Cellular Automata, 2020, distill.pub/2020/growing-ca; published:
 parameter-golf pull request 1589
 Status: unmeasured
+Declared: style=published fails test_trains
 """
 
 import math
