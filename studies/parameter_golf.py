@@ -49,10 +49,11 @@ import variants
 from compare import Comparison
 from data import local_corpus
 from data.command_line import run_script
-from records.processes import Interrupt, Interrupted
+from records.processes import Interrupt
 from records.results import summarize
 from records.runs import Run
 from studies import build_parser, save
+from studies.comparisons import run_comparison
 from studies.golf_claims import Evidence, judge_claims
 from studies.golf_picture import draw
 from studies.ngram_loss import first_tokens, unigram
@@ -211,19 +212,10 @@ def compare_arms(arms: list[str], seeds: int, options: argparse.Namespace,
     """
     argv = [*arms, "--track", options.track, "--seeds", str(seeds), "--jobs", str(options.jobs), "--margin",
             str(options.margin), "--anyway", "--", *trainer_options(options), *length]
+    if not options.dry_run:
+        return run_comparison(argv)
     with Interrupt() as interrupt:
-        arguments, settings = compare.parse_arguments(argv)
-        comparison = compare.prepare(arguments, settings, argv, interrupt)
-        if options.dry_run:
-            return comparison, None
-        try:
-            return comparison, compare.run_or_show(comparison, arguments)
-        except Interrupted:
-            raise KeyboardInterrupt from None
-        finally:
-            lock = getattr(comparison, "lock", None)
-            if lock is not None:  # a later call in this process may open the folder again
-                lock.close()
+        return compare.prepare(*compare.parse_arguments(argv), argv, interrupt), None
 
 
 def arms_of(comparison: Comparison, results: dict) -> list[dict]:

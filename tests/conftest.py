@@ -80,16 +80,3 @@ def signals_as_before():
     for number, handler in before.items():
         if signal.getsignal(number) is not handler and handler is not None:
             signal.signal(number, handler)
-
-
-@pytest.fixture(autouse=True)
-def threads_as_before():
-    """
-    Numba's OpenMP loops leave PyTorch with as many threads as the machine has cores, and every later test of the
-    process would take several times as long.
-    """
-    yield
-    torch = sys.modules.get("torch")
-    threads = int(os.environ["OMP_NUM_THREADS"].split(",")[0])
-    if torch is not None and torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
