@@ -886,6 +886,7 @@ class FaithfulGPT(train_gpt.GPT):
         # rotary positions, of an attention lane
         turning = config.head_dim // (2 if config.rope == "full" else 4)
         self.register_buffer("frequencies", config.rope_base ** -torch.linspace(0, 1, turning), persistent=False)
+        self.source = train_gpt.build_source(self, config)
 
     def embed(self, tokens: Tensor, masks: list, start: int = 0) -> tuple[Tensor, list[AttentionContext]]:
         """As GPT.embed."""

@@ -20,6 +20,8 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import numpy as np
@@ -566,7 +568,9 @@ def test_strange_fields_of_a_checkpoint(tmp_path, checkpoint, corpus, count):
     content = {name: saved[name] for name in train_gpt.CHECKPOINT_FIELDS}
     fields = list(paths_in(content))
     for number in range(count):
-        field, value = chance.choice(fields), chance.choice(STRANGE)
+        field = chance.choice(fields)
+        sound = reduce(getitem, field, content)
+        value = chance.choice([strange for strange in STRANGE if repr(strange) != repr(sound)])
         torch.save(with_field(saved, field, value), file)
         assert refused(file), (field, value)
         if number % 3:

@@ -364,7 +364,7 @@ def test_hybrid():
     ("heads=64,coordinate=linear", "heads=64,head_dim=0 do not divide the width 32; give both"),
     ("head_dim=5,coordinate=linear", "heads=0,head_dim=5 do not divide the width 32; give both"),
     ("heads=4,head_dim=16",
-     "value embeddings need heads x head_dim = model_dim, got 4 x 16 and 32; or use --value_embeddings 0"),
+     "value embeddings need heads x head_dim = 32, got 4 x 16; or use --value_embeddings 0"),
     ("head_dim=2",
      "head_dim=2 is not a multiple of 4, as rotary positions need; choose another, coordinate=linear or --rope none"),
 ])
