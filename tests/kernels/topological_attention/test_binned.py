@@ -18,6 +18,8 @@ from kernels.topological_attention.binned import (
 )
 from tests.errors import float_bound, reference_bound, rounding_bound
 
+pytestmark = pytest.mark.usefixtures("chunks_in_float64")
+
 NAMES = ("query_coord", "key_coord", "value", "log_decay", "key_bias")
 # exact centres
 GRIDS = dict(
