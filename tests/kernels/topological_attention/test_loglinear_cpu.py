@@ -1,6 +1,6 @@
 """
 Topological attention's loops on a CPU: random shapes and options against the reference in float64, equal results for
-any number of threads, numbers that are not finite, the ends of arrays, life without Numba, the cache, memory. What both
+any number of threads, numbers that are not finite, the ends of arrays, the cache, memory. What both
 backends of the operation owe is tested in test_topological_attention.py.
 """
 
@@ -188,37 +188,6 @@ def test_numbers_that_are_not_finite(dtype, name, bad, coordinates, window):
 
 
 # ---- processes of their own -------------------------------------------------
-
-WITHOUT_NUMBA = """
-import sys
-
-
-class NoNumba:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("numba", "llvmlite"):
-            raise ImportError("No module named 'numba'")
-
-
-sys.meta_path.insert(0, NoNumba())
-import torch
-from kernels.topological_attention import topological_attention_reference as reference
-from tests.errors import relative_rms
-from tests.kernels.topological_attention.test_topological_attention import check, inputs
-
-for options in ({}, dict(decay=0.1, bias=1.0, docs=0.02), dict(coordinates=False)):
-    for dtype in (torch.float32, torch.float64):
-        check(relative_rms, *inputs(70, dtype=dtype, **options), window=30)
-assert "numba" not in sys.modules
-"""
-
-
-def test_the_reference_serves_without_numba(tmp_path):
-    """Both passes are right, and stderr says once why they are slow."""
-    script = tmp_path / "without_numba.py"
-    script.write_text(WITHOUT_NUMBA)
-    errors = run_process(script, cache=tmp_path).stderr
-    assert errors.count("the CPU's compiled loops need Numba") == 1 and errors.count("pip install numba") == 1
-
 
 CACHED = """
 import sys
