@@ -17,6 +17,7 @@ from kernels.norm_rotary import norm_rotary
 from kernels.relu_squared_feed_forward import relu_squared_feed_forward
 from kernels.residual_norm import scaled_sum_norm
 from kernels.softcapped_cross_entropy import softcapped_cross_entropy
+from tests.kernels.marks import slow
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [f"tests/kernels/test_{name}.py" for name in (
@@ -50,7 +51,7 @@ def both_passes(function, tensors):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [True, *slow(False)])
 def test_compiled_equals_eager(name, dynamic):
     """Whole graphs, of other sizes too, bit for bit: the same loops run."""
     function, shapes = CASES[name]
@@ -100,6 +101,7 @@ def test_loops_are_as_many_threads_as_pytorchs_and_repeat():
 @pytest.mark.slow
 def test_nothing_is_read_outside_an_array():
     environment = os.environ | dict(NUMBA_BOUNDSCHECK="1", OMP_NUM_THREADS="1")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "loops", *FILES]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "slow or not slow",
+               "-k", "loops", *FILES]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-2000:]

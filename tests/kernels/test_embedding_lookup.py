@@ -12,6 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from kernels.embedding_lookup import embedding_lookup, embedding_lookup_reference
 from tests.errors import float_bound, rounding_bound
+from tests.kernels.marks import slow_rows
 from tests.kernels.poison import poisoned_memory
 
 # where a package hands on the function under the module's name, too
@@ -162,10 +163,14 @@ COUNTS = dict(token=[1], few=[3, 0, 1, 0, 0, 2], one_row=[0, 0, 600, 0], all_dif
               whole_chunks=[32, 16, 0, 64], parts_of_chunks=[15, 17, 31, 1, 33, 30, 2, 48, 7], zipf=zipf(50, 200))
 
 
-@pytest.mark.parametrize("counts, D", [*((counts, 33) for counts in COUNTS.values()), (COUNTS["zipf"], 1),
-                                       (COUNTS["zipf"], 256), (COUNTS["parts_of_chunks"], 300)])
-def test_interpreted_kernels_equal_the_definition(counts, D, interpreter, relative_rms):
-    inputs = make_inputs(counts, D, 1)
+FEW_COUNTS = [*((name, 33) for name in COUNTS if name not in ("parts_of_chunks", "zipf")), ("few", 1),
+              ("parts_of_chunks", 300)]
+
+
+@pytest.mark.parametrize("name, D", [*FEW_COUNTS, *slow_rows(("parts_of_chunks", 33), ("zipf", 33), ("zipf", 1),
+                                                             ("zipf", 256))])
+def test_interpreted_kernels_equal_the_definition(name, D, interpreter, relative_rms):
+    inputs = make_inputs(COUNTS[name], D, 1)
     agree(interpreter(__name__, "run_interpreted", inputs), inputs, relative_rms)
 
 
@@ -177,9 +182,9 @@ def test_interpreted_tokens_of_any_shape(integer, shape, interpreter, relative_r
     agree(interpreter(__name__, "run_interpreted", inputs), inputs, relative_rms)
 
 
-@pytest.mark.parametrize("table, result", [(torch.float32, torch.float16), (torch.float16, torch.float16),
-                                           (torch.float16, torch.float32),
-                                           (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)])
+@pytest.mark.parametrize("table, result", [(torch.float32, torch.float16), (torch.bfloat16, torch.bfloat16),
+                                           *slow_rows((torch.float16, torch.float16), (torch.float16, torch.float32),
+                                                      (torch.float32, torch.bfloat16))])
 def test_interpreted_sums_are_float32(table, result, interpreter, relative_rms):
     inputs = make_inputs(zipf(12, 150), 20, 1, dtype=torch.bfloat16 if torch.bfloat16 in (table, result)
                          else torch.float16)
@@ -221,8 +226,8 @@ def guarded_results(inputs, pad=4096):
     return results, len(buffers) == 4 and all(x[:pad].isnan().all() and x[-pad:].isnan().all() for x in buffers)
 
 
-@pytest.mark.parametrize("integer", [torch.int32, torch.int64])
-@pytest.mark.parametrize("D", [5, 260])
+@pytest.mark.parametrize("integer, D", [(torch.int32, 260), (torch.int64, 5),
+                                        *slow_rows((torch.int32, 5), (torch.int64, 260))])
 def test_interpreted_tokens_outside_are_zeros(integer, D, interpreter, relative_rms):
     """So many of each kind that they fill chunks; 2^32 + 2, too, which is 2 where 32 bits are left of it."""
     inputs = make_inputs([20, 0, 3, 1], D, 1)
@@ -319,7 +324,7 @@ SLOW = [*((D, torch.float32, torch.bfloat16, capability) for D in (1, 33, 128, 3
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("D, table, result, capability",
-                         [*FEW, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
+                         [*FEW, *slow_rows(*SLOW)])
 def test_kernels_compile_for_cards(D, table, result, capability, name, aot):
     compiled = compile_ahead(aot, name, D, table, result, capability)
     assert compiled.spills == 0 and compiled.shared <= 4096 and not compiled.has_tensor_cores

@@ -11,6 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from kernels.norm_rotary import norm_rotary, norm_rotary_reference
 from tests.errors import float_bound, rounding_bound
+from tests.kernels.marks import slow, slow_rows
 from tests.kernels.poison import poisoned_memory
 from train_gpt import RMSNormalize, rotate
 
@@ -139,7 +140,7 @@ def test_compiled_reference_equals_eager(compiler, relative_rms):
 
 # ---- The CPU's loops --------------------------------------------------------
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, *slow(torch.float64)], ids=str)
 @pytest.mark.parametrize("B, T, H, D, P",
                          [(2, 7, 3, 32, 8), (2, 7, 3, 32, 0), (3, 37, 5, 96, 24), (1, 1, 1, 2, 1), (1, 5, 2, 6, 3),
                           (2, 9, 2, 14, 4)])
@@ -197,7 +198,7 @@ def test_wrong_arguments(change, message):
 
 # ---- Triton, interpreted ----------------------------------------------------
 
-@pytest.mark.parametrize("D", [2, 8, 32, 96, 128, 256])
+@pytest.mark.parametrize("D", [2, 96, 256, *slow(8, 32, 128)])
 @pytest.mark.parametrize("part", [0, 4, 2])
 def test_interpreted_kernels_equal_the_reference(D, part, interpreter, relative_rms):
     inputs = rounded(make_inputs(D=D, P=part and D // part), torch.float32)
@@ -293,7 +294,7 @@ FEW = [(128, 32, torch.bfloat16, capability) for capability in (80, 90, 100)]
 
 @pytest.mark.parametrize("name", ["fwd", "bwd"])
 @pytest.mark.parametrize("D, P, dtype, capability",
-                         [*FEW, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW if case not in FEW)])
+                         [*FEW, *slow_rows(*(case for case in SLOW if case not in FEW))])
 def test_kernels_compile_for_cards(D, P, dtype, capability, name, aot):
     result = compile_ahead(aot, name, D, P, dtype, capability)
     # a word a warp and row, for the sums

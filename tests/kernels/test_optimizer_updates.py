@@ -9,6 +9,7 @@ import torch
 import train_gpt
 from kernels import optimizer_updates as updates
 from tests.errors import float_bound, relative_rms
+from tests.kernels.marks import LOOP_FLOATS
 
 SHAPES = [(1, 1, 1), (3, 5, 5), (2, 7, 33), (2, 33, 7), (4, 128, 128)]
 
@@ -66,7 +67,7 @@ def test_references_are_the_trainers(shape, beta2, monkeypatch):
     assert all(relative_rms(x, y) < float_bound(4, torch.float32) for x, y in zip((data, mean, square), expected))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", LOOP_FLOATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("beta2", [0.95, 0.0])
 def test_loops(shape, beta2, dtype):

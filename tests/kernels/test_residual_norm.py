@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from kernels.residual_norm import residual_norm, residual_norm_reference, scaled_sum_norm
 from tests.errors import float_bound, rounding_bound
+from tests.kernels.marks import slow, slow_rows
 from tests.kernels.poison import poisoned_memory
 
 rn = importlib.import_module("kernels.residual_norm")  # the package hands on the function under the module's name
@@ -303,7 +304,7 @@ def test_scaled_sum_is_residual_norm(relative_rms):
     assert relative_rms(found[0], 0.75 * inputs["x"] - 1.5 * inputs["y"]) < float_bound(20, torch.float64)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, *slow(torch.float64)], ids=str)
 @pytest.mark.parametrize("N, D", [(1, 1), (7, 33), (129, 128)])
 @pytest.mark.parametrize("scaled", [True, False])
 def test_loops(scaled, N, D, dtype, relative_rms):
@@ -351,8 +352,11 @@ def test_scaled_sums_wrong_arguments(change, message):
 
 # ---- Triton, interpreted ----------------------------------------------------
 
-@pytest.mark.parametrize("D", [64, 96, 255, 768, 1000])
-@pytest.mark.parametrize("N", [1, 7, 33])
+FEW_ROWS = [(7, 96), (33, 255), (1, 1000)]
+MORE_ROWS = [rows for rows in product((1, 7, 33), (64, 96, 255, 768, 1000)) if rows not in FEW_ROWS]
+
+
+@pytest.mark.parametrize("N, D", [*FEW_ROWS, *slow_rows(*MORE_ROWS)])
 @pytest.mark.parametrize("gates", ["channel", "scalar", None])
 def test_interpreted_kernels_equal_the_reference(gates, N, D, interpreter, relative_rms):
     for weight, scale in ((True, True), (False, False))[:1 if N == 33 else 2]:
@@ -466,7 +470,8 @@ def opcheck_interpreted(inputs):
     return torch.library.opcheck(torch.ops.knotgpt.residual_norm.default, (*tensors, 1e-8, 1e-6, False))
 
 
-@pytest.mark.parametrize("gates, weight, scale", [("channel", True, True), (None, False, False), (None, True, True)])
+@pytest.mark.parametrize("gates, weight, scale",
+                         [("channel", True, True), *slow_rows((None, False, False), (None, True, True))])
 def test_interpreted_registration(gates, weight, scale, interpreter):
     assert set(interpreter(__name__, "opcheck_interpreted",
                            make_inputs(3, 20, gates, weight, scale)).values()) == {"SUCCESS"}
@@ -505,7 +510,7 @@ def compile_ahead(aot, name, D, dtype, capability, gates="channel", weight=True,
     return aot(kernel, signature, constants, capability, warps, 3, aligned)
 
 
-USUAL = [("channel", True), ("channel", False), ("scalar", False), (None, False)]
+USUAL = [("channel", True), (None, False), *slow_rows(("channel", False), ("scalar", False))]
 SLOW = [*((D, torch.bfloat16, capability) for D in (128, 768, 1024) for capability in (80, 90, 100)
           if (D, capability) != (768, 90)), (768, torch.float32, 90), (1000, torch.bfloat16, 90),
         (4096, torch.bfloat16, 90)]
@@ -514,7 +519,7 @@ SLOW = [*((D, torch.bfloat16, capability) for D in (128, 768, 1024) for capabili
 @pytest.mark.parametrize("name", ["fwd", "bwd"])
 @pytest.mark.parametrize("gates, weight", USUAL)
 @pytest.mark.parametrize("D, dtype, capability",
-                         [(768, torch.bfloat16, 90), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
+                         [(768, torch.bfloat16, 90), *slow_rows(*SLOW)])
 def test_kernels_compile_for_cards(D, dtype, capability, gates, weight, name, aot):
     result = compile_ahead(aot, name, D, dtype, capability, gates, weight)
     assert result.spills == 0 and result.shared <= min(result.shared_limit, 99 * 1024)  # a consumer card's limit, too

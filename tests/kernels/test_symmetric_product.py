@@ -3,6 +3,7 @@ symmetric_product against its equation, in Muon's orthogonalisation too; its Tri
 ahead of time and, where there is one, on a GPU.
 """
 import importlib
+from itertools import product
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.symmetric_product import orthogonalize_symmetric
 from kernels.symmetric_product import symmetric_product, symmetric_product_reference
 from tests.errors import float_bound, reference_bound, rounding_bound
+from tests.kernels.marks import slow, slow_rows
 from tests.kernels.poison import poisoned_memory
 from train_gpt import orthogonalize
 
@@ -116,10 +118,13 @@ def test_wrong_arguments(change, message):
 
 # ---- Triton, interpreted ----------------------------------------------------
 
-@pytest.mark.parametrize("tall", [False, True])
-@pytest.mark.parametrize("summand", [False, True])
-# the last in larger tiles
-@pytest.mark.parametrize("shape", [(1, 1), (64, 64), (2, 3, 40, 70), (2, 130, 33), (161, 16), (22, 130, 5)])
+SHAPES = [(1, 1), (64, 64), (2, 3, 40, 70), (2, 130, 33), (161, 16), (22, 130, 5)]  # the last in larger tiles
+FEW = [((1, 1), False, False), ((64, 64), True, True), ((2, 3, 40, 70), True, False), ((2, 3, 40, 70), False, True),
+       ((2, 130, 33), True, True), ((161, 16), False, False), ((22, 130, 5), True, False)]
+MORE = [case for case in product(SHAPES, (False, True), (False, True)) if case not in FEW]
+
+
+@pytest.mark.parametrize("shape, summand, tall", [*FEW, *slow_rows(*MORE)])
 def test_interpreted_kernel_equals_the_reference(shape, summand, tall, interpreter, relative_rms):
     inputs = make_inputs(*shape, summand=summand, tall=tall)
     result = interpreter(__name__, "run_interpreted", inputs)
@@ -180,7 +185,7 @@ def orthogonalize_interpreted(matrices):
         return orthogonalize_symmetric(matrices, backend="triton")
 
 
-@pytest.mark.parametrize("shape", [(3, 48, 80), (2, 80, 48)])
+@pytest.mark.parametrize("shape", [(2, 80, 48), *slow((3, 48, 80))])
 def test_interpreted_orthogonalisation_is_the_trainers(shape, interpreter, relative_rms):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     result, true = interpreter(__name__, "orthogonalize_interpreted", matrices), orthogonalize(matrices.double())
@@ -195,7 +200,7 @@ def opcheck_interpreted(x, a):
                                  (x, a, 0.7, -1.3 if a is not None else 0.0))
 
 
-@pytest.mark.parametrize("summand", [False, True])
+@pytest.mark.parametrize("summand", [True, *slow(False)])
 def test_interpreted_registration(summand, interpreter):
     inputs = make_inputs(2, 3, 10, 7, summand=summand)
     assert set(interpreter(__name__, "opcheck_interpreted", inputs["x"], inputs.get("a")).values()) == {"SUCCESS"}
@@ -236,7 +241,7 @@ CASES = [(shape, summand, tall) for shape in [(12, 768, 768), (12, 768, 3072), (
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("shape, summand, tall",
-                         [CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:])])
+                         [CASES[0], *slow_rows(*CASES[1:])])
 def test_kernel_compiles_for_cards(shape, summand, tall, capability, aot):
     result = compile_ahead(aot, *shape, torch.bfloat16, capability, summand, tall)
     assert INSTRUCTION[capability] in result.ptx and result.has_tensor_cores

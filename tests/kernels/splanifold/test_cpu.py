@@ -14,9 +14,11 @@ pytest.importorskip("numba")
 from kernels import splanifold as package
 from kernels.splanifold import SplanifoldControls, splanifold
 from tests.errors import rounding_bound
+from tests.kernels.marks import LOOP_FLOATS, slow
 from tests.kernels.poison import poisoned_memory
 from tests.kernels.splanifold.runs import assert_close, bounds, make_inputs, run
 
+with_floats = pytest.mark.parametrize("dtype", LOOP_FLOATS, ids=str)
 SHAPES = [  # M, G, K, n, S, expansion, delta_max, eps
     (1, 1, 1, 1, 2, 0.0, math.inf, 1e-3),
     (7, 2, 2, 3, 2, 0.0, math.inf, 1e-3),
@@ -36,25 +38,24 @@ def options_of(expansion, delta_max, eps):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_loops_equal_the_reference(shape, relative_rms):
+@with_floats
+def test_loops_equal_the_reference(dtype, shape, relative_rms):
     inputs, options = make_inputs(*shape[:5]), options_of(*shape[5:])
     expected = run(inputs, "reference", **options)
-    for dtype in (torch.float64, torch.float32):
-        with poisoned_memory():
-            results = run(inputs, "loops", dtype, **options)
-        assert_close(results, expected, relative_rms, bounds(inputs, dtype, **options))
+    with poisoned_memory():
+        results = run(inputs, "loops", dtype, **options)
+    assert_close(results, expected, relative_rms, bounds(inputs, dtype, **options))
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_loops_of_any_shape_and_option(seed, relative_rms):
+@pytest.mark.parametrize("seed", [*range(20), *slow(*range(20, 60))])
+@with_floats
+def test_loops_of_any_shape_and_option(dtype, seed, relative_rms):
     draw = random.Random(seed)
     M, G, K, n, S = (draw.randint(1, most) for most in (300, 6, 16, 9, 5))
     options = options_of(draw.choice([0.0, 0.5]), draw.choice([0.2, math.inf]), draw.choice([1e-9, 1e-1]))
     inputs = make_inputs(M, G, K, n, S + 1, seed=seed, low=0.1)
     expected = run(inputs, "reference", **options)
-    assert_close(run(inputs, "loops", **options), expected, relative_rms, bounds(inputs, **options))
-    assert_close(run(inputs, "loops", torch.float32, **options), expected, relative_rms,
-                 bounds(inputs, torch.float32, **options))
+    assert_close(run(inputs, "loops", dtype, **options), expected, relative_rms, bounds(inputs, dtype, **options))
 
 
 def test_loops_do_not_depend_on_the_threads(torch_threads):
@@ -69,12 +70,13 @@ def test_loops_do_not_depend_on_the_threads(torch_threads):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("K, S", [(1, 2), (2, 3), (4, 4)])
-def test_loops_keep_a_bad_number_with_its_token_and_group(bad, K, S):
+@with_floats
+def test_loops_keep_a_bad_number_with_its_token_and_group(dtype, bad, K, S):
     """Its result and r's gradient are not finite where the reference's are not, and all others are finite."""
     r, *controls = make_inputs(19, 3, K, 3, S)
     r[4, 1, 0] = bad
     for backend in ("reference", "loops"):
-        out, dr, *_ = run([r, *controls], backend, mix="concat")
+        out, dr, *_ = run([r, *controls], backend, dtype, mix="concat")
         out = out.view(19, 3, 3)
         assert not out[4, 1].isfinite().any() and not dr[4, 1].isfinite().all()
         out[4, 1], dr[4, 1] = 0.0, 0.0
@@ -82,11 +84,11 @@ def test_loops_keep_a_bad_number_with_its_token_and_group(bad, K, S):
 
 
 @pytest.mark.parametrize("eps", [1e-3, 1e-15])
-def test_loops_are_finite_where_sigma_is_zero(eps):
+@with_floats
+def test_loops_are_finite_where_sigma_is_zero(dtype, eps):
     r, *controls = make_inputs(24, 2, 4, 3, 2)
     r[:12] = 0.0
-    for dtype in (torch.float32, torch.float64):
-        assert all(x.isfinite().all() for x in run([r, *controls], "loops", dtype, mix="concat", eps=eps))
+    assert all(x.isfinite().all() for x in run([r, *controls], "loops", dtype, mix="concat", eps=eps))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -100,21 +102,25 @@ def test_loops_of_half_precision(dtype, relative_rms):
                  {name: rounding_bound(1, dtype) + bound for name, bound in exact.items()})
 
 
-def test_loops_of_mixed_dtypes_and_any_strides(relative_rms):
+@with_floats
+def test_loops_of_mixed_dtypes_and_any_strides(dtype, relative_rms):
+    """r in dtype or in float16, the controls in float32."""
     inputs = [x.float().double() for x in make_inputs(60, 4, 3, 2, 3)]
     expected = run(inputs, "loops", torch.float32, mix="concat")
     r, *controls = (torch.stack([x.float()] * 2, -1)[..., 0].requires_grad_() for x in inputs)
     assert not r.is_contiguous()
-    out = splanifold(r.double(), SplanifoldControls(*controls), mix="concat", backend="loops")
-    assert out.dtype == torch.float64
-    grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    out = splanifold(r.to(dtype), SplanifoldControls(*controls), mix="concat", backend="loops")
+    assert out.dtype == dtype
+    grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
     gradients = torch.autograd.grad(out, [r, *controls], grad.T.contiguous().T)
     assert all(x.dtype == torch.float32 for x in gradients)
     assert_close([out.detach(), *gradients], expected, relative_rms, bounds(inputs, torch.float32, mix="concat"))
+    half = splanifold(r.half(), SplanifoldControls(*controls), mix="concat", backend="loops")
+    assert half.dtype == torch.float16 and half.isfinite().all()
 
 
 def test_loops_leave_out_what_is_not_asked_for():
-    r, *controls = make_inputs(30, 2, 3, 5, 2)
+    r, *controls = (x.float() for x in make_inputs(30, 2, 3, 5, 2))
     out = splanifold(r, SplanifoldControls(*controls), mix="concat", backend="loops")
     assert not out.requires_grad
     bases = controls[1].clone().requires_grad_()
@@ -138,9 +144,10 @@ def test_loops_in_a_graph():
     for M in (70, 130):
         inputs = make_inputs(M, 2, 4, 3, 3)
         with torch._dynamo.config.patch(error_on_recompile=M > 70):
-            results = run(inputs, "loops", function=compiled, mix="concat")
-        assert all(torch.equal(x, y) for x, y in zip(results, run(inputs, "loops", mix="concat"), strict=True))
-    tensors = [x.requires_grad_() for x in inputs]
+            results = run(inputs, "loops", torch.float32, function=compiled, mix="concat")
+        expected = run(inputs, "loops", torch.float32, mix="concat")
+        assert all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
+    tensors = [x.float().requires_grad_() for x in inputs]
     checks = torch.library.opcheck(torch.ops.knotgpt.splanifold_loops.default, (*tensors, 0.1, 0.5, 1e-3))
     assert set(checks.values()) == {"SUCCESS"}
     with FlopCounterMode(display=False) as counter:

@@ -17,6 +17,9 @@ from kernels.topological_attention.binned import (
     topological_attention_binned_step,
 )
 from tests.errors import float_bound, reference_bound, rounding_bound
+from tests.kernels.marks import slow, slow_rows
+
+pytestmark = pytest.mark.usefixtures("chunks_in_float64")
 
 NAMES = ("query_coord", "key_coord", "value", "log_decay", "key_bias")
 # exact centres
@@ -366,7 +369,8 @@ def test_slices_keep_no_features(monkeypatch):
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "grid, spread, size", [("narrow", True, 1 << 24), ("narrow", False, 70 * 2 * 64), ("sharp", True, 1 << 24)]
+    "grid, spread, size",
+    [("narrow", False, 70 * 2 * 64), *slow_rows(("narrow", True, 1 << 24), ("sharp", True, 1 << 24))],
 )
 def test_compiles_as_one_graph(compiler, grid, spread, size, relative_rms, monkeypatch):
     monkeypatch.setattr(binned, "SLICE", size)
@@ -417,7 +421,9 @@ def steps(state, tensors, first=0, **options):
 @pytest.mark.parametrize("spread", [True, False])
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 @pytest.mark.parametrize(
-    "options", [x for x in OPTIONS.values() if "docs" not in x] + [dict(decay=0.2, bias=10.0, H=4, kv=2)], ids=str
+    "options",
+    [{}, dict(decay=0.2, bias=10.0, H=4, kv=2), *slow(*(x for x in OPTIONS.values() if x and "docs" not in x))],
+    ids=str,
 )
 def test_steps_equal_the_forward_pass(relative_rms, options, grid, spread):
     tensors, _ = inputs(120, grid, centres=False, **options)

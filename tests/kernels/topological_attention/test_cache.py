@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels.topological_attention import cache as module
-from kernels.topological_attention import topological_attention, topological_attention_binned
+from kernels.topological_attention import topological_attention_binned
 from kernels.topological_attention import topological_attention_reference as reference
 from kernels.topological_attention.cache import TokenBuffer, TopologicalCache, hidden_keys
 from tests.errors import float_bound, reference_bound, rounding_bound
@@ -82,7 +82,7 @@ def one_thread():
 )
 def test_pieces_equal_the_whole(options, window, coordinates):
     tensors, doc_start = rows(60, coordinates=coordinates, **options)
-    whole = topological_attention(**exactly(tensors), doc_start=doc_start, window=window)
+    whole = reference(**exactly(tensors), doc_start=doc_start, window=window)
     for steps in ([60], [1] * 60, [20, 3, 1, 1, 35]):
         got = decode(TopologicalCache(), tensors, doc_start, window, steps)
         assert_near(got, whole, tensors)
@@ -126,7 +126,7 @@ def test_sorted_runs_equal_the_whole(short_runs, monkeypatch, options, window, B
         doc_start = torch.where(starts, torch.arange(240), 0).cummax(1).values.int()
     if not loops:
         monkeypatch.setattr(module, "cpu_loops", lambda name: None)
-    whole = topological_attention(**exactly(tensors), doc_start=doc_start, window=window)
+    whole = reference(**exactly(tensors), doc_start=doc_start, window=window)
     for steps in ([120, 3, 1, 1, 35] + [1] * 80, [1] * 240):
         cache = TopologicalCache()
         assert_near(decode(cache, tensors, doc_start, window, steps), whole, tensors)
@@ -145,7 +145,7 @@ def test_what_loops_do_not_take(short_runs):
     for dtype in (torch.float32, torch.float64):
         given = {name: None if x is None else x.to(dtype) for name, x in tensors.items()}
         cache = TopologicalCache()
-        assert_near(decode(cache, given, None, None, [1] * 100), topological_attention(**exactly(tensors)), tensors)
+        assert_near(decode(cache, given, None, None, [1] * 100), reference(**exactly(tensors)), tensors)
         assert cache.runs is None
 
 
@@ -196,13 +196,13 @@ def test_indices_stay_inside():
     script = """
 import torch
 from kernels.topological_attention import cache as module
-from tests.kernels.topological_attention.test_cache import assert_near, decode, exactly, rows, topological_attention
+from tests.kernels.topological_attention.test_cache import assert_near, decode, exactly, reference, rows
 module.RUN, module.BLOCK = 16, 4
 for options in (dict(), dict(decay=0.3, bias=True, D=16), dict(coordinates=False, decay=0.1)):
     for window in (None, 60):
         tensors, _ = rows(150, **options)
         got = decode(module.TopologicalCache(), tensors, None, window, [40, 3] + [1] * 107)
-        assert_near(got, topological_attention(**exactly(tensors), window=window), tensors)
+        assert_near(got, reference(**exactly(tensors), window=window), tensors)
     if options and tensors["key_coord"] is not None:
         tensors["key_coord"][0, ::7] = float("nan")
         decode(module.TopologicalCache(), tensors, None, None, [1] * 150)
@@ -221,14 +221,14 @@ for options in (dict(), dict(decay=0.3, bias=True, D=16), dict(coordinates=False
 def test_runs_of_equal_and_of_far_coordinates(short_runs, scale, relative_rms):
     tensors, _ = rows(100, B=1)
     tensors |= {name: tensors[name] * scale for name in ("query_coord", "key_coord")}
-    whole, cache = topological_attention(**exactly(tensors)), TopologicalCache()
+    whole, cache = reference(**exactly(tensors)), TopologicalCache()
     bound = reference_bound(reference(**tensors), whole, 100 + 8, factor=8.0)
     assert relative_rms(decode(cache, tensors, None, None, [1] * 100), whole) < bound
     assert cache.runs.runs
 
 
 @pytest.mark.parametrize("options", [dict(), dict(decay=0.3, bias=True, docs=True)], ids=str)
-def test_binned_pieces_equal_the_binned_whole(options):
+def test_binned_pieces_equal_the_binned_whole(chunks_in_float64, options):
     tensors, doc_start = rows(60, **options)
     whole = topological_attention_binned(**exactly(tensors), doc_start=doc_start, bins=32)
     for steps in ([1] * 60, [20, 3, 1, 36]):
@@ -240,7 +240,7 @@ def test_many_tokens_lose_no_digits():
     """A decay of e^-1 a token moves the sum by 3,000: log-weights relative to the start would be off by 1e-4."""
     tensors, _ = rows(3000, B=1, H=1, kv=1, decay=1.0)
     got = decode(TopologicalCache(), tensors, None, None, [2000] + [1] * 1000)
-    assert_near(got, topological_attention(**exactly(tensors)), tensors, 100)  # a hundred tokens back weigh e^-80
+    assert_near(got, reference(**exactly(tensors)), tensors, 100)  # a hundred tokens back weigh e^-80
 
 
 def test_bytes_kept(monkeypatch):
@@ -278,7 +278,7 @@ def test_append_then_read():
     cache = TopologicalCache()
     cache.append(tensors["key_coord"], tensors["value"], tensors["log_decay"])
     got = cache.read(tensors["query_coord"][:, -1:])
-    assert_near(got, topological_attention(**exactly(tensors))[:, -1:], tensors)
+    assert_near(got, reference(**exactly(tensors))[:, -1:], tensors)
 
 
 def test_token_buffer_keeps_what_it_is_told():

@@ -1,6 +1,6 @@
 """
 Topological attention's loops on a CPU: random shapes and options against the reference in float64, equal results for
-any number of threads, numbers that are not finite, the ends of arrays, life without Numba, the cache, memory. What both
+any number of threads, numbers that are not finite, the ends of arrays, the cache, memory. What both
 backends of the operation owe is tested in test_topological_attention.py.
 """
 
@@ -16,8 +16,16 @@ import torch
 from kernels.backend import has_cpu_loops
 from kernels.topological_attention import topological_attention_reference as reference
 from kernels.topological_attention.reference import CHUNK
+from tests.kernels.marks import slow
 from tests.kernels.processes import run_process
-from tests.kernels.topological_attention.test_topological_attention import FLOATS, NAMES, check, inputs, loglinear, run
+from tests.kernels.topological_attention.test_topological_attention import (
+    NAMES,
+    check,
+    inputs,
+    loglinear,
+    run,
+    with_floats,
+)
 
 pytestmark = pytest.mark.skipif(not has_cpu_loops(), reason="needs Numba")
 
@@ -25,16 +33,17 @@ pytestmark = pytest.mark.skipif(not has_cpu_loops(), reason="needs Numba")
 # ---- random shapes ----------------------------------------------------------
 
 
-def random_case(seed):
+def random_case(seed, dtype):
     """
-    Tensors, doc_start and window of a random shape with random options; small lengths are as frequent as large ones.
+    Tensors in dtype, doc_start and window of a random shape with random options; small lengths are as frequent as large
+    ones.
     """
     draw = random.Random(seed)
     T = round(math.exp(draw.uniform(0, math.log(700))))
     kv = draw.choice((1, 1, 2, 3))
     tensors, doc_start = inputs(
         T,
-        B=draw.randint(1, 3), H=kv * draw.choice((1, 1, 2, 3)), kv=kv, D=draw.randint(1, 70), dtype=draw.choice(FLOATS),
+        B=draw.randint(1, 3), H=kv * draw.choice((1, 1, 2, 3)), kv=kv, D=draw.randint(1, 70), dtype=dtype,
         scale=draw.choice((1e-3, 0.3, 1, 10, 1e2, 1e4)), decay=draw.choice((0, 0, 0.02, 0.5, 20)),
         bias=draw.choice((0, 0, 1, 30)), docs=draw.choice((0, 0, 0.01, 0.1)), ties=draw.random() < 0.3,
         coordinates=draw.random() < 0.75, seed=seed
@@ -43,13 +52,12 @@ def random_case(seed):
     return tensors, doc_start, window
 
 
-@pytest.mark.parametrize(
-    "first", [0, 20, 40, *(pytest.param(first, marks=pytest.mark.slow) for first in range(60, 300, 40))]
-)
-def test_random_shapes(relative_rms, first):
-    for seed in range(first, first + (20 if first < 60 else 40)):
+@pytest.mark.parametrize("first", [0, *slow(*range(40, 300, 40))])
+@with_floats
+def test_random_shapes(relative_rms, dtype, first):
+    for seed in range(first, first + 40):
         try:
-            check(relative_rms, *random_case(seed))
+            check(relative_rms, *random_case(seed, dtype))
         except AssertionError as error:
             raise AssertionError(f"seed {seed}") from error
 
@@ -57,9 +65,10 @@ def test_random_shapes(relative_rms, first):
 @pytest.mark.slow
 def test_nothing_is_read_outside_an_array(tmp_path):
     """The same shapes where every index is checked."""
+    cases = [f"{Path(__file__)}::test_random_shapes[{dtype}-0]" for dtype in (torch.float32, torch.float64)]
     run_process(
-        "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "test_random_shapes", Path(__file__),
-        cache=tmp_path, NUMBA_BOUNDSCHECK="1"
+        "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "slow or not slow", *cases, cache=tmp_path,
+        NUMBA_BOUNDSCHECK="1"
     )
 
 
@@ -149,7 +158,8 @@ def spoilt(name, t, window, out):
 
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("name, bad, coordinates", CASES)
-def test_numbers_that_are_not_finite(name, bad, coordinates, window):
+@with_floats
+def test_numbers_that_are_not_finite(dtype, name, bad, coordinates, window):
     """
     From the token with a bad number on, its document's results are NaN wherever the reference's are, and not finite
     wherever those are not; so are gradients. Nothing changes in a tile of scores without it: a chunk of tokens before
@@ -158,58 +168,26 @@ def test_numbers_that_are_not_finite(name, bad, coordinates, window):
     """
     doc_start = STARTS[torch.bucketize(torch.arange(200), STARTS, right=True) - 1][None].int()
     index = torch.arange(200)
-    for dtype in FLOATS:
-        for t in (0, 5, 31, 47, 64, 89)[name == "log_decay":]:  # no score has a document's first decay
-            tensors, clean = with_bad_number(name, bad, t, dtype, coordinates)
-            got = run(loglinear, tensors, doc_start, window, dtype)
-            usual = run(loglinear, clean, doc_start, window, dtype)
-            alone = [None if x is None else x[:, :WITHIN].detach().double().requires_grad_() for x in tensors]
-            expected = run(reference, alone, None, window, dtype)
+    for t in (0, 5, 31, 47, 64, 89)[name == "log_decay":]:  # no score has a document's first decay
+        tensors, clean = with_bad_number(name, bad, t, dtype, coordinates)
+        got = run(loglinear, tensors, doc_start, window, dtype)
+        usual = run(loglinear, clean, doc_start, window, dtype)
+        alone = [None if x is None else x[:, :WITHIN].detach().double().requires_grad_() for x in tensors]
+        expected = run(reference, alone, None, window, dtype)
 
-            where = spoilt(name, t, window, expected["out"])
-            for result, exact in expected.items():
-                seen = got[result][:, :WITHIN]
-                missing = where[result] & ((exact.isnan() & ~seen.isnan()) | (~exact.isfinite() & seen.isfinite()))
-                assert not missing.any(), (dtype, t, result, missing.nonzero().tolist()[:5])
+        where = spoilt(name, t, window, expected["out"])
+        for result, exact in expected.items():
+            seen = got[result][:, :WITHIN]
+            missing = where[result] & ((exact.isnan() & ~seen.isnan()) | (~exact.isfinite() & seen.isfinite()))
+            assert not missing.any(), (dtype, t, result, missing.nonzero().tolist()[:5])
 
-            before, elsewhere = index <= t - CHUNK, index >= max(WITHIN, t + (window or 0)) + CHUNK
-            assert torch.equal(got["out"][:, before], usual["out"][:, before])
-            for result, x in got.items():
-                assert torch.equal(x[:, elsewhere], usual[result][:, elsewhere]), (dtype, t, result)
+        before, elsewhere = index <= t - CHUNK, index >= max(WITHIN, t + (window or 0)) + CHUNK
+        assert torch.equal(got["out"][:, before], usual["out"][:, before])
+        for result, x in got.items():
+            assert torch.equal(x[:, elsewhere], usual[result][:, elsewhere]), (dtype, t, result)
 
 
 # ---- processes of their own -------------------------------------------------
-
-WITHOUT_NUMBA = """
-import sys
-
-
-class NoNumba:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("numba", "llvmlite"):
-            raise ImportError("No module named 'numba'")
-
-
-sys.meta_path.insert(0, NoNumba())
-import torch
-from kernels.topological_attention import topological_attention_reference as reference
-from tests.errors import relative_rms
-from tests.kernels.topological_attention.test_topological_attention import check, inputs
-
-for options in ({}, dict(decay=0.1, bias=1.0, docs=0.02), dict(coordinates=False)):
-    for dtype in (torch.float32, torch.float64):
-        check(relative_rms, *inputs(70, dtype=dtype, **options), window=30)
-assert "numba" not in sys.modules
-"""
-
-
-def test_the_reference_serves_without_numba(tmp_path):
-    """Both passes are right, and stderr says once why they are slow."""
-    script = tmp_path / "without_numba.py"
-    script.write_text(WITHOUT_NUMBA)
-    errors = run_process(script, cache=tmp_path).stderr
-    assert errors.count("the CPU's compiled loops need Numba") == 1 and errors.count("pip install numba") == 1
-
 
 CACHED = """
 import sys

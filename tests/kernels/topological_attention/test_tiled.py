@@ -3,9 +3,6 @@ topological_attention_tiled against the reference in float64: its kernels in the
 and, where there is one, on a GPU. Gradients are always those of all five inputs that are given, for a random gradient
 of the output.
 """
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,8 +12,8 @@ from kernels.topological_attention import topological_attention_reference as ref
 from kernels.topological_attention.loglinear import topological_attention_loglinear
 from kernels.topological_attention.tiled import Tiles, topological_attention_tiled
 from tests.errors import float_bound, rounding_bound
+from tests.kernels.marks import slow, slow_rows
 from tests.kernels.poison import poisoned_memory
-from tests.kernels.processes import ROOT
 from tests.kernels.topological_attention.test_topological_attention import (
     NAMES,
     bound,
@@ -66,22 +63,24 @@ def single(T, **options):
 CASES = [  # T, window, tiles, options
     (1, None, SMALL, dict(decay=0.1, bias=1.0, H=4, D=1)),
     (2, None, OTHER, dict(decay=0.1, D=8, H=1, kv=1)),
-    (63, None, SMALL, dict(D=8)),
-    (63, 7, OTHER, dict(D=5, decay=0.1, docs=0.1, bias=1.0, H=4)),
+    (63, 7, OTHER, dict(B=1, D=5, decay=0.1, docs=0.1, bias=1.0, H=4)),
     (64, 1, SMALL, dict(D=1, H=1, kv=1, bias=1.0)),
     (65, None, OTHER, dict(D=16, B=1, decay=2.0, bias=3.0, docs=0.05, H=3, kv=1)),
-    (65, 65, SMALL, dict(D=3, ties=True, docs=0.1)),
+    (65, 65, SMALL, dict(H=1, kv=1, D=3, ties=True, docs=0.1)),
     (100, 20, LARGE, dict(D=64, H=1, kv=1, decay=0.5)),
-    (130, None, SMALL, dict(B=1, H=1, kv=1, scale=0.0)),
     (130, None, SMALL, dict(B=1, H=1, kv=1, scale=15.0, docs=0.02)),
+    (500, None, LARGE, dict(B=1, H=1, kv=1, D=128, decay=0.1, docs=0.01)),
+]
+SLOW_CASES = [
+    (63, None, SMALL, dict(D=8)),
+    (130, None, SMALL, dict(B=1, H=1, kv=1, scale=0.0)),
     (200, None, OTHER, dict(B=1, H=1, kv=1, decay=5.0)),
     (200, 50, SMALL, dict(B=1, H=2, kv=1, docs=0.02, bias=1.0)),
-    (500, None, LARGE, dict(B=1, H=1, kv=1, D=128, decay=0.1, docs=0.01)),
     (1023, None, LARGE, dict(B=1, H=1, kv=1, D=8, decay=0.01, bias=1.0)),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *slow(*SLOW_CASES)], ids=str)
 def test_interpreted_kernels_equal_the_reference(case, interpreter, relative_rms):
     T, window, tiles, options = case
     tensors, doc_start = single(T, **options)
@@ -89,29 +88,34 @@ def test_interpreted_kernels_equal_the_reference(case, interpreter, relative_rms
           window)
 
 
-@pytest.mark.parametrize("options", [{}, dict(decay=0.5, bias=1.0, docs=0.03, H=4)], ids=["plain", "all"])
-@pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_interpreted_float16(options, scale, interpreter, relative_rms):
+ALL = dict(decay=0.5, bias=1.0, docs=0.05, H=4)
+
+
+@pytest.mark.parametrize("T, scale, options", [(50, 1.0, ALL), (50, 4.0, {}),
+                                               *slow_rows((100, 1.0, {}), (100, 4.0, ALL))])
+def test_interpreted_float16(T, scale, options, interpreter, relative_rms):
     """
     float16 only: the interpreter multiplies bfloat16 as the integers that it keeps them in. Coordinates, decay and bias
     stay float32.
     """
-    tensors, doc_start = single(100, B=1, scale=scale, **options)
+    tensors, doc_start = single(T, B=1, scale=scale, **options)
     tensors[2] = tensors[2].detach().half().requires_grad_()
     check(relative_rms, interpreter(__name__, "interpreted", tensors, doc_start, None, SMALL, torch.float16), tensors,
           doc_start, None, torch.float16)
 
 
-@pytest.mark.parametrize("options", [{}, dict(decay=1.0, bias=1.0, docs=0.05)], ids=["plain", "all"])
-@pytest.mark.parametrize("scale", [1e2, 1e4])
-def test_interpreted_sharp_heads(options, scale, interpreter, relative_rms):
+SHARP = dict(decay=1.0, bias=1.0, docs=0.05)
+
+
+@pytest.mark.parametrize("scale, options", [(1e2, SHARP), (1e4, {}), *slow_rows((1e2, {}), (1e4, SHARP))])
+def test_interpreted_sharp_heads(scale, options, interpreter, relative_rms):
     """A score is float32: its weight's error is that of a distance."""
     tensors, doc_start = single(70, B=1, scale=scale, **options)
     check(relative_rms, interpreter(__name__, "interpreted", tensors, doc_start), tensors, doc_start, None)
 
 
 def test_interpreted_queries_beyond_all_keys(interpreter, relative_rms):
-    tensors, _ = single(100, B=1, decay=0.1)
+    tensors, _ = single(50, B=1, decay=0.1)
     with torch.no_grad():
         tensors[0] += 300
     check(relative_rms, interpreter(__name__, "interpreted", tensors), tensors, None, None)
@@ -129,7 +133,7 @@ def test_interpreted_ties_have_derivative_zero(interpreter):
 
 def test_interpreted_hidden_keys_and_closed_gates(interpreter, relative_rms):
     """A bias of -inf hides a key, here whole tiles of them too; a decay of -1e4 forgets everything before."""
-    tensors, _ = single(100, B=1, bias=1.0, decay=0.1)
+    tensors, _ = single(100, B=1, H=1, kv=1, bias=1.0, decay=0.1)
     with torch.no_grad():
         tensors[4][:, 1::3] = -torch.inf
         tensors[4][:, 10:60] = -torch.inf
@@ -144,7 +148,7 @@ def gradients_of_a_sum(tensors):
 
 
 def test_interpreted_non_contiguous(interpreter, relative_rms):
-    wide = torch.randn(2, 4, 40, 12, generator=torch.Generator().manual_seed(0))
+    wide = torch.randn(2, 4, 20, 12, generator=torch.Generator().manual_seed(0))
     a, b, g, c = (
         wide[:, heads, :, n].transpose(1, 2)
         for n, heads in enumerate((slice(0, 2), slice(2, 3), slice(0, 2), slice(2, 3)))
@@ -184,29 +188,29 @@ def changed(tensors, doc_start, window, where):
     return results
 
 
-@pytest.mark.parametrize("window", [None, 20])
-def test_interpreted_causality_is_exact(window, interpreter):
-    tensors, _ = single(90, B=1, H=1, kv=1, decay=0.1, bias=1.0)
-    for t in (1, 40, 89):
-        first, second = interpreter(__name__, "changed", tensors, None, window, torch.arange(90) >= t)
-        assert torch.equal(first[0][:, :t], second[0][:, :t])
-        assert not any(x[:, t:].any() for x in first[1:])  # nothing flows to what no query with a gradient sees
+@pytest.mark.parametrize("window, t", [(None, 40), (20, 40), *slow_rows((None, 1), (20, 1), (None, 69), (20, 69))])
+def test_interpreted_causality_is_exact(window, t, interpreter):
+    tensors, _ = single(70, B=1, H=1, kv=1, decay=0.1, bias=1.0)
+    first, second = interpreter(__name__, "changed", tensors, None, window, torch.arange(70) >= t)
+    assert torch.equal(first[0][:, :t], second[0][:, :t])
+    assert not any(x[:, t:].any() for x in first[1:])  # nothing flows to what no query with a gradient sees
 
 
-@pytest.mark.parametrize("window", [None, 20])
-def test_interpreted_documents_are_isolated_exactly(window, interpreter):
-    tensors, _ = single(90, B=1, H=1, kv=1, decay=0.1, bias=1.0)
-    starts = torch.tensor([0, 23, 70, 71])
-    doc_start = starts[torch.bucketize(torch.arange(90), starts, right=True) - 1][None].int()
-    for document in (0, 23, 71):
-        others = doc_start[0] != document
-        first, second = interpreter(__name__, "changed", tensors, doc_start, window, others)
-        assert all(torch.equal(x[:, ~others], y[:, ~others]) for x, y in zip(first, second))
-        assert not any(x[:, others].any() for x in first[1:])
+@pytest.mark.parametrize(
+    "window, document", [(None, 23), (20, 23), *slow_rows((None, 0), (20, 0), (None, 51), (20, 51))]
+)
+def test_interpreted_documents_are_isolated_exactly(window, document, interpreter):
+    tensors, _ = single(70, B=1, H=1, kv=1, decay=0.1, bias=1.0)
+    starts = torch.tensor([0, 23, 50, 51])
+    doc_start = starts[torch.bucketize(torch.arange(70), starts, right=True) - 1][None].int()
+    others = doc_start[0] != document
+    first, second = interpreter(__name__, "changed", tensors, doc_start, window, others)
+    assert all(torch.equal(x[:, ~others], y[:, ~others]) for x, y in zip(first, second))
+    assert not any(x[:, others].any() for x in first[1:])
 
 
 def test_interpreted_runs_repeat_bit_for_bit(interpreter):
-    tensors, doc_start = single(50, B=1, decay=0.1, bias=1.0, docs=0.03, H=4)
+    tensors, doc_start = single(40, B=1, decay=0.1, bias=1.0, docs=0.03, kv=1)
     first, second = (interpreter(__name__, "interpreted", tensors, doc_start) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -224,22 +228,22 @@ def compiled(tensors, doc_start):
     )
 
 
-def test_interpreted_in_a_graph(interpreter):
-    for options in ({}, dict(decay=0.1, bias=1.0, docs=0.1)):
-        tensors, doc_start = single(20, B=1, H=2, kv=1, **options)
-        eager, graph = interpreter(__name__, "compiled", tensors, doc_start)
-        assert eager.keys() == graph.keys() and all(torch.equal(eager[name], graph[name]) for name in eager)
+@pytest.mark.parametrize("options", [dict(decay=0.1, bias=1.0, docs=0.3), *slow({})], ids=["all", "plain"])
+def test_interpreted_in_a_graph(options, interpreter):
+    tensors, doc_start = single(12, B=1, H=2, kv=1, **options)
+    eager, graph = interpreter(__name__, "compiled", tensors, doc_start)
+    assert eager.keys() == graph.keys() and all(torch.equal(eager[name], graph[name]) for name in eager)
 
 
 # ---- Elsewhere --------------------------------------------------------------
 
 @pytest.mark.parametrize(
     "options",
-    [dict(dtype=torch.float32, decay=0.1, bias=1.0, docs=0.03, H=4), dict(D=300), dict(coordinates=False, decay=0.1)],
+    [dict(decay=0.1, bias=1.0, docs=0.03, H=4), dict(D=300), dict(coordinates=False, decay=0.1)],
     ids=str,
 )
 def test_without_a_gpu_it_is_loglinear(options):
-    tensors, doc_start = inputs(150, **options)
+    tensors, doc_start = single(150, **options)
     torch._dynamo.reset()
     graph = torch.compile(topological_attention_tiled, fullgraph=True, backend="aot_eager")
     expected, *others = (
@@ -247,21 +251,6 @@ def test_without_a_gpu_it_is_loglinear(options):
         for function in (topological_attention_loglinear, topological_attention_tiled, graph)
     )
     assert all(torch.equal(got[name], expected[name]) for got in others for name in expected)
-
-
-def test_needs_no_triton():
-    script = """
-import sys
-sys.modules["triton"] = None
-import torch
-from kernels.topological_attention.tiled import topological_attention_tiled
-x = torch.ones(1, 3, 1, requires_grad=True)
-print(topological_attention_tiled(x, x, torch.ones(1, 3, 1, 2)).tolist())
-"""
-    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0 and result.stdout.strip() == "[[[[1.0, 1.0]], [[1.0, 1.0]], [[1.0, 1.0]]]]", (
-        result.stderr
-    )
 
 
 @pytest.mark.parametrize("window, pairs", [(None, 10 * 11 // 2), (3, 1 + 2 + 8 * 3), (99, 55)])
@@ -343,27 +332,28 @@ CARDS = [
         *((torch.float32, D) for D in (16, 64, 128)),
     )
 ]
-DEFAULT = [(90, torch.bfloat16, 64), (90, torch.bfloat16, 128)]
+DEFAULT = [(90, torch.bfloat16, 128)]
 
 
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize(
     "capability, dtype, D",
-    [*DEFAULT, *(pytest.param(*card, marks=pytest.mark.slow) for card in CARDS if card not in DEFAULT)],
+    [*DEFAULT, *slow_rows(*(card for card in CARDS if card not in DEFAULT))],
 )
 def test_kernels_compile_for_cards(name, capability, dtype, D, aot):
     assert_fits(compile_ahead(aot, name, capability, dtype, D), capability)
 
 
 @pytest.mark.parametrize("name", PASSES)
-def test_narrow_tiles_take_no_exponential_per_pair(name, aot):
+@pytest.mark.parametrize("D", [128, *slow(64)])
+def test_narrow_tiles_take_no_exponential_per_pair(D, name, aot):
     """
     The loop over the other tiles takes one a pair, and both a few a row: with one a pair in either there would be twice
     as many.
     """
-    tiles = module.tiles_for(module.FORWARD_TILES if name == "fwd" else module.BACKWARD_TILES, 90, torch.bfloat16, 64)
+    tiles = module.tiles_for(module.FORWARD_TILES if name == "fwd" else module.BACKWARD_TILES, 90, torch.bfloat16, D)
     pairs = tiles.block_m * tiles.block_n // (32 * tiles.warps)
-    assert pairs <= compile_ahead(aot, name, 90, torch.bfloat16, 64).ptx.count("ex2.approx") < 1.5 * pairs
+    assert pairs <= compile_ahead(aot, name, 90, torch.bfloat16, D).ptx.count("ex2.approx") < 1.5 * pairs
 
 
 # a launch makes constants of arguments that are 1
