@@ -53,7 +53,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from records.runs import Run, one_line
+from records.runs import Run, file_beside, one_line
 from records.splits import Split, Text, make_splits, read_text
 from records.statistics import LEVEL
 from train_gpt import (
@@ -83,7 +83,7 @@ def read_losses(run: Run) -> np.ndarray | None:
     Return the losses that the run kept, (rows, T) float16, nats, of its first validation rows; None where it kept none.
     It raises RunError, one line with the file's name, for a file that is damaged or does not agree with the run's log.
     """
-    path = run.path.with_suffix(".losses.npz")
+    path = file_beside(run.path, ".losses.npz")
     if not path.exists():
         return None
     remedy = "copy it again, or delete it: the comparison then has no autopsy of this run"

@@ -15,8 +15,8 @@ baseline alone; of several, --arm says which.
     README.md, stats.json            what was measured; both say which arm A0 (the baseline), A1, ... is
     source-0123456789ab.txt          the modules of the runs' source, once for all runs that have it; their texts, which
                                      all records share, are in records/sources/
-    A1/A1-seed3.txt, A1-seed3.json   each run's log, which names its source by hash, and its JSON without the training
-                                     losses, which the log has
+    A1/A1-seed3.txt.gz               each run's log, which names its source by hash; compressed, read it with zcat
+    A1/A1-seed3.json                 its JSON without the training losses, which the log has
 
 records/README.md has the rules. Exit code 1 and one line for a fault. ./run.sh board is python -m records.leaderboard.
 """
@@ -54,7 +54,7 @@ from records.pages import (
 )
 from records.report import sentence
 from records.results import differing, settled, summarize
-from records.runs import Run, log_files, prepare_console, read_usable, stored_text
+from records.runs import Run, compressed, file_beside, log_files, prepare_console, read_usable, stored_text
 from records.statistics import ALPHA, one_sample, summary, test_welch
 from records.verdicts import MACHINE
 from records.words import equals, escaped, markdown_table, number, plain
@@ -300,16 +300,16 @@ def record_readme(stats: dict, arms: list[dict], standing: dict | None) -> str:
     rows = []
     for arm in stats["arms"]:
         for seed, loss, seconds in zip(arm["seeds"], arm["losses"], arm["train_seconds"]):
-            link = f"[{seed}]({arm['folder']}/{log_name(arm, seed)}.txt)"
+            link = f"[{seed}]({arm['folder']}/{log_name(arm, seed)}.txt.gz)"
             rows.append([arm["folder"], escaped(plain(arm["name"])), link, number(loss, 4), number(seconds, 2)])
     paragraphs.append(markdown_table(["id", "arm", "seed", "final loss", "time s"], rows))
 
     # where it was measured
     versions = ", ".join(f"{name} {version}" for name, version in stats["versions"].items())
     paragraphs.append(
-        escaped(f"Track {stats['track']} on {stats['hardware']}; {versions}. ") + "A seed's link is its log: the "
-        "configuration and every step; it names its source, a file here, by hash. stats.json has these numbers and "
-        "the tests.")
+        escaped(f"Track {stats['track']} on {stats['hardware']}; {versions}. ") + "A seed's link is its log, "
+        "compressed (zcat shows it): the configuration and every step; it names its source, a file here, by hash. "
+        "stats.json has these numbers and the tests.")
     if stats["settings"].get("command"):
         paragraphs.append(f"Command:\n\n    {plain(stats['settings']['command'])}")
     return "\n\n".join(paragraphs) + "\n"
@@ -398,8 +398,8 @@ def log_name(arm: dict, seed: int) -> str:
 
 def store(run: Run, folder: Path, name: str):
     """Write a run into a record's folder: its log and its JSON, without the training losses, which the log has."""
-    (folder / f"{name}.txt").write_text(stored_text(run), encoding="utf-8")
-    saved = run.path.with_suffix(".json")
+    (folder / f"{name}.txt.gz").write_bytes(compressed(stored_text(run)))
+    saved = file_beside(run.path, ".json")
     if not saved.exists():
         return
     facts = json.loads(saved.read_text(encoding="utf-8"))

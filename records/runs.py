@@ -32,7 +32,8 @@ A log that is stored in records/ names its source in place of each copy of it, i
 
     source: source-0123456789ab.txt sha256 0123456789ab... (all 64 digits)
 
-The file lies in the record's folder, which is the folder above the log's. Its name has the first 12 digits of the
+A record's log is compressed, as RUN_ID.txt.gz; a log of any folder may be. The file of the source lies in the
+record's folder, which is the folder above the log's. Its name has the first 12 digits of the
 SHA-256 of the source, exactly as Run.source has it. The file names the source's modules, whose texts all records share;
 manifest.py puts the source together and compares it with the digits.
 """
@@ -40,11 +41,14 @@ manifest.py puts the source together and compares it with the digits.
 import argparse
 import dataclasses
 import datetime
+import gzip
+import io
 import json
 import math
 import re
 import signal
 import sys
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,6 +66,7 @@ NUMBER = r"\d{1,15}(?:\.\d{1,15})?"  # longer ones are damage
 STEP = re.compile(
     rf"step:(\d{{1,15}})/(\d{{1,15}}) (?:val_loss:(\S+) )?(?:\w+:\S+ )*?"
     rf"train_time:({NUMBER})(ms|s) step_avg:\S+ms(?: \w+:\S+)*")
+LOG_NAME = re.compile(r".*\.(txt|log)(\.gz)?", re.DOTALL)
 STORED_SOURCE = re.compile(r"source: (source-[0-9a-f]{12}\.txt) sha256 ([0-9a-f]{64})")
 RESUMED = re.compile(r"resumed from .* at step (\d{1,15})")
 STOPPED = re.compile(r"(stopped by \S+) after step \d+.*")
@@ -197,7 +202,7 @@ def read_run(path: Path | str, strict: bool = False) -> Run:
     ended = bool(events) and events[-1].val_loss is not None and run.last_step == run.steps
     if run.status == "unfinished" and ended and (run.peak_memory_mib is not None or not run.facts):
         run.status = "finished"
-    if path.with_suffix(".json").exists():
+    if file_beside(path, ".json").exists():
         check_json(run)
     require(run.finished or not strict,
             f"{path}: {run.status} after step {run.last_step} of {run.steps}; only finished runs count here: finish it "
@@ -330,25 +335,43 @@ def read_folder(folder: Path | str, strict: bool = False) -> list[Run]:
     """The runs of all logs in a folder, by name. RunError if there is none, or for one that read_run refuses."""
     folder = Path(folder)
     files = log_files(folder)
-    fault = "no log (.txt or .log) in this folder" if folder.is_dir() else "no such folder"
+    fault = "no log (.txt or .log, or either with .gz) in this folder" if folder.is_dir() else "no such folder"
     require(files, f"{folder}: {fault}; give the folder that holds a run's log")
     return [read_run(file, strict) for file in files]
 
 
 def log_files(folder: Path) -> list[Path]:
-    """The .txt and .log files in a folder, by name, without the sources of stored records."""
-    texts = [path for path in folder.glob("*") if path.suffix in (".txt", ".log")]
+    """
+    The .txt and .log files in a folder, and those that end in .gz after it, by name, without the sources of stored
+    records.
+    """
+    texts = [path for path in folder.glob("*") if LOG_NAME.fullmatch(path.name)]
     return sorted(path for path in texts if not re.fullmatch(r"source-[0-9a-f]{12}\.txt", path.name))
 
 
+def file_beside(log: Path, ending: str) -> Path:
+    """The run's file of this ending beside its log: RUN_ID.json for RUN_ID.txt and for RUN_ID.txt.gz."""
+    return log.with_name(log.name.removesuffix(".gz")).with_suffix(ending)
+
+
+def compressed(text: str) -> bytes:
+    """The text as gzip has it in a .gz file, without a time, so that equal texts have equal bytes."""
+    return gzip.compress(text.encode(), mtime=0)
+
+
 def read_text(path: Path) -> str:
-    """The text of a log. RunError, which names the file and a remedy, where there is none."""
+    """The text of a log, compressed or not. RunError, which names the file and a remedy, where there is none."""
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+        text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8").read()
     except FileNotFoundError:
         raise RunError(f"{path}: no such file; give a log, RUN_ID.txt in the trainer's log folder") from None
     except UnicodeDecodeError:
         raise RunError(f"{path}: not UTF-8 text, so no log; give RUN_ID.txt of the trainer's log folder") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise RunError(f"{path}: damaged: gzip cannot read it to its end; {COPY}") from None
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {error.strerror}; give a log, RUN_ID.txt in the trainer's log "
                        "folder") from None
@@ -539,7 +562,7 @@ def check_times(run: Run, events: list[Event]):
 
 def check_json(run: Run):
     """RunError if the JSON beside the log is damaged or says otherwise than a finished log."""
-    path = run.path.with_suffix(".json")
+    path = file_beside(run.path, ".json")
     saved = read_fields(path, "copy it again, or delete it: the log alone will do", SAVED)
     if not run.finished:
         require(saved.get("status") != "finished",

@@ -18,7 +18,7 @@ from records.leaderboard import CHOSEN, RECORDS, main, make_stats, read_records,
 from records.pages import BEGIN, END, is_current, pages_of
 from records.report import write_report
 from records.results import summarize
-from records.runs import read_folder, read_run
+from records.runs import compressed, file_beside, read_folder, read_run, read_text
 from records.verdicts import RULE as VERDICTS
 from train_gpt import TRACKS, make_config
 
@@ -111,7 +111,7 @@ def test_first_record_needs_the_target_only(root, write_arm, add, run):
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_First", folder.name)
     (source,) = folder.glob("source-*.txt")
     assert sorted(path.name for path in folder.iterdir()) == ["A0", "README.md", source.name, "stats.json"]
-    logs = [f"A0-seed{seed}.{kind}" for seed in range(1, 5) for kind in ("json", "txt")]
+    logs = [f"A0-seed{seed}.{kind}" for seed in range(1, 5) for kind in ("json", "txt.gz")]
     assert sorted(path.name for path in (folder / "A0").iterdir()) == logs
     stats = stats_of(folder)
     (arm,) = stats["arms"]
@@ -175,7 +175,7 @@ def test_negative_results(root, write_arm, add, run):
     folder = record(root, "Losers", "negative")
     text = (root / "README.md").read_text()
     results = root.parent / "docs" / "results.md"
-    assert (folder / "A2" / "A2-seed1.txt").exists() and stats_of(folder)["arm"] is None
+    assert (folder / "A2" / "A2-seed1.txt.gz").exists() and stats_of(folder)["arm"] is None
     assert "No record yet." in text
     assert "#### Losers\n\nwhat Losers does\n\n" in text
     assert f"[{folder.name[:10]}](negative/{folder.name}), track cpu, 6 runs an arm, 1 x x86_64" in text
@@ -348,12 +348,12 @@ def test_a_source_is_stored_once_and_read_back(root, write_arm, add, tmp_path):
     assert rows == {"baseline": "A0", "other": "A1", "same": "A2"}
     readme = (folder / "README.md").read_text()
     for name, arm in rows.items():
-        assert f"| {arm} | {name} | [2]({arm}/{arm}-seed2.txt) |" in readme
+        assert f"| {arm} | {name} | [2]({arm}/{arm}-seed2.txt.gz) |" in readme
         for stored, run in zip(read_folder(folder / arm), read_folder(tmp_path / "a" / name)):
-            assert "import torch" not in stored.path.read_text()
+            assert "import torch" not in read_text(stored.path)
             facts = json.loads(run.path.with_suffix(".json").read_text())
             assert facts.pop("train_curve")
-            assert json.loads(stored.path.with_suffix(".json").read_text()) == facts
+            assert json.loads(file_beside(stored.path, ".json").read_text()) == facts
             assert {**vars(stored), "path": None} == {**vars(run), "path": None}
 
 
@@ -362,8 +362,8 @@ def test_a_resumed_log_names_its_source_in_each_header(root, write_arm, write_lo
     write_log({0: 5.0}, "a/baseline", "b", seed=3, steps=8, last_step=4, end="SIGTERM")
     log = write_log({8: TARGET - 0.02}, "a/baseline", "b", seed=3, resumed_from=4)
     assert add(log.parent.parent, "Resumed")[0] == 0
-    (stored,) = record(root, "Resumed").glob("A0/A0-seed3.txt")
-    lines = stored.read_text().splitlines()
+    (stored,) = record(root, "Resumed").glob("A0/A0-seed3.txt.gz")
+    lines = read_text(stored).splitlines()
     assert sum(line.startswith("source: source-") for line in lines) == 2 and "import torch" not in lines
     assert {**vars(read_run(stored)), "path": None} == {**vars(read_run(log)), "path": None}
 
@@ -488,9 +488,9 @@ def test_arms_that_were_scored_on_different_numbers_of_tokens(root, write_arm, w
 
 def test_a_record_whose_arms_were_scored_on_different_numbers_of_tokens(two_records, run):
     """check finds it, too."""
-    for path in (two_records / "A1").glob("*.txt"):
+    for path in (two_records / "A1").glob("*.txt.gz"):
         edit(path, '"val_tokens": 65536, "target"', '"val_tokens": 65537, "target"')
-        path.with_suffix(".json").unlink()
+        file_beside(path, ".json").unlink()
     code, out, _ = run("check")
     assert code == 1 and " was scored on 65,536 tokens, " in out and "on 65,537 tokens, so their losses" in out
 
@@ -583,15 +583,17 @@ def two_records(root, write_arm, add):
 
 
 def log_without_json(folder) -> Path:
-    path = folder / "A1" / "A1-seed2.txt"
-    path.with_suffix(".json").unlink()
+    path = folder / "A1" / "A1-seed2.txt.gz"
+    file_beside(path, ".json").unlink()
     return path
 
 
 def edit(path, old, new):
-    text = path.read_text()
+    """Replace words of a text, which is a compressed one where its file ends in .gz."""
+    text = read_text(path)
     assert old in text
-    path.write_text(text.replace(old, new))
+    text = text.replace(old, new)
+    path.write_bytes(compressed(text) if path.suffix == ".gz" else text.encode())
 
 
 def source_of(folder) -> Path:
@@ -607,16 +609,16 @@ def text_of(folder) -> Path:
 
 def hold_whole_source(folder):
     """Let a record hold its source as older ones do."""
-    source_of(folder).write_text(read_run(folder / "A0" / "A0-seed1.txt").source)
+    source_of(folder).write_text(read_run(folder / "A0" / "A0-seed1.txt.gz").source)
 
 
 def name_another_source(folder):
     """Let one log of the arm name a source of its own, which is whole."""
-    altered = read_run(folder / "A0" / "A0-seed1.txt").source.replace("import torch", "import numpy")
+    altered = read_run(folder / "A0" / "A0-seed1.txt.gz").source.replace("import torch", "import numpy")
     digest = hashlib.sha256(altered.encode()).hexdigest()
     (folder / f"source-{digest[:12]}.txt").write_text(altered)
     log = log_without_json(folder)
-    line = next(line for line in log.read_text().splitlines() if line.startswith("source: "))
+    line = next(line for line in read_text(log).splitlines() if line.startswith("source: "))
     edit(log, line, f"source: source-{digest[:12]}.txt sha256 {digest}")
 
 
@@ -630,12 +632,12 @@ def change_stats(folder, change):
     "spoil, message",
     [
         (
-            lambda folder: edit(folder / "A1/A1-seed2.txt", "val_loss:2.0000", "val_loss:1.9000"),
+            lambda folder: edit(folder / "A1/A1-seed2.txt.gz", "val_loss:2.0000", "val_loss:1.9000"),
             "tampered: A1-seed2.json has another curve than the log",
         ),
         (
             lambda folder: edit(
-                folder / "A1/A1-seed2.txt", f"val_loss:{TARGET - 0.02:.4f}", f"val_loss:{TARGET - 0.03:.4f}"
+                folder / "A1/A1-seed2.txt.gz", f"val_loss:{TARGET - 0.02:.4f}", f"val_loss:{TARGET - 0.03:.4f}"
             ),
             "tampered: A1-seed2.json has another val_loss, curve than the log",
         ),
@@ -655,17 +657,17 @@ def change_stats(folder, change):
             "validated on different data",
         ),
         (lambda folder: edit(log_without_json(folder), "b" * 64, "c" * 64), "validated on different data"),
-        (lambda folder: (folder / "A1/A1-seed2.txt").unlink(), "arms[1].seeds is not what the logs say"),
+        (lambda folder: (folder / "A1/A1-seed2.txt.gz").unlink(), "arms[1].seeds is not what the logs say"),
         (lambda folder: shutil.rmtree(folder / "A0"), "stats.json has the arms A0, A1, the folder A1"),
         (lambda folder: shutil.copytree(folder / "A1", folder / "third"), "the folder A0, A1, third"),
-        (lambda folder: source_of(folder).unlink(), "A0-seed1.txt: its source is missing: there is no text"),
+        (lambda folder: source_of(folder).unlink(), "A0-seed1.txt.gz: its source is missing: there is no text"),
         (
             lambda folder: edit(source_of(folder), "train_gpt ", "train_gpt_ "),
-            "A0-seed1.txt: its source was altered: the source in ",
+            "A0-seed1.txt.gz: its source was altered: the source in ",
         ),
         (
             lambda folder: (hold_whole_source(folder), edit(source_of(folder), "import torch", "import numpy")),
-            "A0-seed1.txt: its source was altered: the source in ",
+            "A0-seed1.txt.gz: its source was altered: the source in ",
         ),
         (
             lambda folder: source_of(folder).write_text(source_of(folder).read_text() + "x\n"),
@@ -673,7 +675,7 @@ def change_stats(folder, change):
         ),
         (
             lambda folder: source_of(folder).write_bytes(b"\xff"),
-            "A0-seed1.txt: its source is missing: there is no text",
+            "A0-seed1.txt.gz: its source is missing: there is no text",
         ),
         (lambda folder: name_another_source(folder), "ran different code"),
         (
@@ -736,9 +738,9 @@ def test_spoilt_records(two_records, run, spoil, message):
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (lambda text: text.unlink(), "A0-seed1.txt: its source is missing: there is no text {};"),
-    (lambda text: text.write_bytes(b"\xff"), "A0-seed1.txt: its source is missing: there is no text {};"),
-    (lambda text: edit(text, "torch", "numpy"), "A0-seed1.txt: its source was altered: {} has not the SHA-256 "),
+    (lambda text: text.unlink(), "A0-seed1.txt.gz: its source is missing: there is no text {};"),
+    (lambda text: text.write_bytes(b"\xff"), "A0-seed1.txt.gz: its source is missing: there is no text {};"),
+    (lambda text: edit(text, "torch", "numpy"), "A0-seed1.txt.gz: its source was altered: {} has not the SHA-256 "),
 ])
 def test_a_spoilt_text_of_a_module(root, two_records, run, add, write_arm, spoil, message):
     """Each record that needs it says so in one line, and nothing is added beside a text that was altered."""

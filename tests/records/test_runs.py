@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from records.runs import Point, list_runs, main, read_folder, read_run, read_trials, read_usable
+from records.runs import Point, compressed, list_runs, main, read_folder, read_run, read_trials, read_usable
 from train_gpt import RunError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -279,7 +279,7 @@ def test_no_file_folder_or_text(tmp_path, write_text):
     assert "cannot be read: Is a directory" in error_of(tmp_path)
     assert "empty" in error_of(write_text(" \n"))
     assert "not UTF-8 text" in error_of(write_text(b"\xff\xfe\x00"))
-    with pytest.raises(RunError, match=r"no log \(.txt or .log\) in this folder"):
+    with pytest.raises(RunError, match=r"no log \(.txt or .log, or either with .gz\) in this folder"):
         (tmp_path / "sub").mkdir()
         read_folder(tmp_path / "sub")
     with pytest.raises(RunError, match="no such folder"):
@@ -494,6 +494,38 @@ def test_numbers_of_thousands_of_digits(write_log, old, new):
 
 
 # ---- folders
+
+def test_a_compressed_log_is_read_as_it_was(write_log):
+    """With the JSON beside it, which must still agree; a folder's list takes it, whoever compressed it."""
+    log = write_log(LOSSES)
+    run = read_run(log)
+    packed = log.with_name("run.txt.gz")
+    packed.write_bytes(compressed(log.read_text()))
+    log.unlink()
+    assert {**vars(read_run(packed)), "path": None} == {**vars(run), "path": None}
+    assert read_folder(packed.parent) == [read_run(packed)]
+
+    edit(packed.with_name("run.json"), '"seed": 1', '"seed": 2')
+    assert "run.json has another" in error_of(packed)
+
+
+def test_a_compressed_log_of_another_trainer(write_text):
+    log = write_text(compressed(MODDED), "log.log.gz")
+    (run,) = read_trials(log)
+    assert run.val_loss == 3.2775 and read_usable(log.parent)[0] == [run]
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda data: data[:-12],                            # cut
+    lambda data: data[:200] + b"\0\0\0" + data[203:],   # altered
+    lambda data: b"a diary\n",                          # never compressed
+    lambda data: data + b"x",                           # something after its end
+])
+def test_a_damaged_compressed_log(write_text, spoil):
+    log = write_text(spoil(compressed(MODDED)), "log.txt.gz")
+    damage = ": damaged: gzip cannot read it to its end; copy the log again or leave it out"
+    assert error_of(log).endswith(damage)
+
 
 def test_folder(write_log):
     for run_id in ("b", "a", "c"):
