@@ -11,6 +11,7 @@ train and decide
   train [OPTIONS]              train on every GPU, or on the CPU; a track's data are prepared first
                                (default: --track cpu; --track small where a GPU and FineWeb's shards are found)
   compare ARM ARM ...          arms against each other, in turn, with a verdict (default: six pairs of seeds)
+  new NAME --part PART         write the file of a new variant, which runs, to be changed into yours
   check NAME[:OPTIONS]         what a variant costs, and whether it sees the future or other documents
   variants                     all variants: what they replace and what they cost
 
@@ -85,12 +86,12 @@ help | -h | --help)
     exit
     ;;
 '' | -*) ;;
-train | compare | check | variants | generate | visualize | runs | clean | board | data | task | study | bench | \
+train | compare | new | check | variants | generate | visualize | runs | clean | board | data | task | study | bench | \
     test | python)
     verb=$1
     shift
     ;;
-*) unknown verb "$1" train compare check variants generate visualize runs clean board data task study bench test \
+*) unknown verb "$1" train compare new check variants generate visualize runs clean board data task study bench test \
     python help ;;
 esac
 case "$verb" in  # of these verbs a name follows, that of a script in a folder
@@ -282,7 +283,7 @@ case "$verb" in
 train) train_or_compare train_gpt.py "$@" ;;
 compare) train_or_compare compare.py "$@" ;;
 generate | visualize) exec "$python" "$checkout/$verb.py" "$@" ;;
-check) exec "$python" -P -m variants.check "$@" ;;
+check | new) exec "$python" -P -m "variants.$verb" "$@" ;;
 variants) exec "$python" -P -m variants "$@" ;;
 runs | clean) exec "$python" -P -m "records.$verb" "$@" ;;
 board) exec "$python" -P -m records.leaderboard "$@" ;;

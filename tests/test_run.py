@@ -21,7 +21,7 @@ from data.shards import write_meta, write_shard
 ROOT = Path(__file__).resolve().parent.parent
 BASH = os.environ.get("RUN_SH_BASH", "bash")
 SPIN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
-VERBS = ("train compare check variants generate visualize runs clean board data task study bench test "
+VERBS = ("train compare new check variants generate visualize runs clean board data task study bench test "
          "python help").split()
 FOLDERS = ("data", "tasks", "studies", "benchmarks")  # of scripts that run.sh names
 

@@ -35,7 +35,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import train_gpt
 from train_gpt import SEAMS, Config, RunError, require
 
-VERBS = {"check"}   # modules of this folder that are commands, not variants
+VERBS = {"check", "new"}   # modules of this folder that are commands, not variants
 ABSENT = object()   # stands for the value of an attribute that an owner does not hold itself
 BOOLEANS = {"on": True, "true": True, "1": True, "yes": True, "off": False, "false": False, "0": False, "no": False}
 
