@@ -469,7 +469,7 @@ PAIRS = Path(__file__).resolve().parents[2] / "records/negative/2026-12-01_Paral
 def losses_of_pairs() -> tuple[np.ndarray, np.ndarray]:
     """The final losses of the record's pairs: the baseline's and parallel_residual's, in the order of their seeds."""
     baseline, arm = json.loads(PAIRS.read_text())["arms"]
-    assert baseline["seeds"] == arm["seeds"] and len(arm["seeds"]) >= 12
+    assert baseline["seeds"] == arm["seeds"] and len(arm["seeds"]) == 24
     return np.array(baseline["losses"]), np.array(arm["losses"])
 
 
@@ -481,18 +481,20 @@ def moments_of(differences: np.ndarray, looks: list[int]) -> tuple[np.ndarray, n
 
 def test_real_pairs_find_half_a_hundredth(design):
     """
-    0.005 nats on track cpu take at most 24 runs on average where pairs divide the variance of the difference by twelve:
-    the differences of real pairs around their mean, scaled to that factor by the baseline's own spread.
+    0.005 nats on track cpu, where pairs divide the variance of the difference by twelve: the differences of real pairs
+    around their mean, scaled to that factor by a spread of the baseline. At the spread of these 24 seeds (0.0111, with
+    one far above the others) it takes 26.8 runs on average, at the 0.0085 of the twelve on the board 21.3.
     """
     rng = np.random.default_rng(12)
     baseline, arm = losses_of_pairs()
-    spread = arm - baseline - (arm - baseline).mean()
-    scaled = spread / spread.std(ddof=1) * math.sqrt(2 * baseline.var(ddof=1) / 12)
-    paths = rng.choice(scaled, (20_000, MOST)) + 0.005
-    with np.errstate(divide="ignore"):  # four times the same pair
-        words, pairs = read_paths(*moments_of(paths, design["looks"]), design, None)
-    assert 2 * pairs.mean() <= 24
-    assert share(words, "worse") > 0.9 and share(words, "better") < 0.001
+    residuals = arm - baseline - (arm - baseline).mean()
+    for spread, most in ((baseline.std(ddof=1), 28), (0.0085, 24)):
+        scaled = residuals / residuals.std(ddof=1) * spread * math.sqrt(2 / 12)
+        paths = rng.choice(scaled, (20_000, MOST)) + 0.005
+        with np.errstate(divide="ignore"):  # four times the same pair
+            words, pairs = read_paths(*moments_of(paths, design["looks"]), design, None)
+        assert 2 * pairs.mean() <= most
+        assert share(words, "worse") > 0.9 and share(words, "better") < 0.001
 
 
 def test_real_runs_without_a_difference_have_no_verdict(design):
