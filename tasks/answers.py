@@ -8,9 +8,9 @@ An answer is right if it has the largest logit of the whole vocabulary.
 
 A skill is a task that a small model can be trained on. It has
 
-    vocab_size      token ids; the last one is the end of text, which begins every row of most skills
-    chance          the accuracy of a model that knows which answers there are and nothing else
-    lengths         tokens of the rows: of those to train on first, then of longer ones that only test
+    vocab_size          token ids; the last one is the end of text, which begins every row of most skills
+    chance_accuracy     the accuracy of a model that knows which answers there are and nothing else
+    lengths             tokens of the rows: of those to train on first, then of longer ones that only test
     rows(count, rng, length)    a batch of so many rows of one of these lengths, drawn with a NumPy generator
 """
 

@@ -41,7 +41,7 @@ class Copying:
         return self.letters + 3
 
     @property
-    def chance(self) -> float:
+    def chance_accuracy(self) -> float:
         return 1 / self.letters
 
     @property

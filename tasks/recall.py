@@ -93,6 +93,11 @@ class Recall:
         return self.keys + self.values + 2
 
     @property
+    def chance_accuracy(self) -> float:
+        """The accuracy of a model that knows which ids are values."""
+        return 1 / self.values
+
+    @property
     def lengths(self) -> tuple[int]:
         """Tokens that a model reads of a document: all but the last, which is an answer."""
         return (self.sequence_length - 1,)
@@ -224,7 +229,7 @@ def evaluate(checkpoint: str, data: str = "", count: int = 512, seed: int = 1, d
     by_sequence = right.mean(1)
     error = (by_sequence.var(correction=0) / len(by_sequence)).sqrt().item()
     return dict(accuracy=right.mean().item(), standard_error=error, nats_per_answer=losses.mean().item(),
-                answers=right.numel(), chance=1 / task.values)
+                answers=right.numel(), chance=task.chance_accuracy)
 
 
 # ---- The command ------------------------------------------------------------

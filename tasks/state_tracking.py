@@ -51,7 +51,7 @@ class StateTracking:
         return factorial(GROUPS[self.group]) + 1
 
     @property
-    def chance(self) -> float:
+    def chance_accuracy(self) -> float:
         return 1 / factorial(GROUPS[self.group])
 
     @property
