@@ -12,6 +12,7 @@ train and decide
                                (default: --track cpu; --track small where a GPU and FineWeb's shards are found)
   compare ARM ARM ...          arms against each other, in turn, with a verdict (default: six pairs of seeds)
   check NAME[:OPTIONS]         what a variant costs, and whether it sees the future or other documents
+  skills ARM ...               what small models with an arm's or a checkpoint's parts learn: recall, copying, state
   variants                     all variants: what they replace and what they cost
 
 results
@@ -85,13 +86,13 @@ help | -h | --help)
     exit
     ;;
 '' | -*) ;;
-train | compare | check | variants | generate | visualize | runs | clean | board | data | task | study | bench | \
-    test | python)
+train | compare | check | skills | variants | generate | visualize | runs | clean | board | data | task | study | \
+    bench | test | python)
     verb=$1
     shift
     ;;
-*) unknown verb "$1" train compare check variants generate visualize runs clean board data task study bench test \
-    python help ;;
+*) unknown verb "$1" train compare check skills variants generate visualize runs clean board data task study bench \
+    test python help ;;
 esac
 case "$verb" in  # of these verbs a name follows, that of a script in a folder
 data) folder=data ;;
@@ -283,6 +284,7 @@ train) train_or_compare train_gpt.py "$@" ;;
 compare) train_or_compare compare.py "$@" ;;
 generate | visualize) exec "$python" "$checkout/$verb.py" "$@" ;;
 check) exec "$python" -P -m variants.check "$@" ;;
+skills) exec "$python" -P -m tasks.skills "$@" ;;
 variants) exec "$python" -P -m variants "$@" ;;
 runs | clean) exec "$python" -P -m "records.$verb" "$@" ;;
 board) exec "$python" -P -m records.leaderboard "$@" ;;

@@ -42,6 +42,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -170,11 +171,17 @@ def describe_arm(config: Config) -> str:
 def key_of(trial: Trial) -> str:
     """The sha256 of all that decides a trial's result, but for the machine."""
     skill = trial.skill
-    modules = [answers.__name__, trials.__name__, type(skill).__module__]
-    sources = source_of(trial.arm.variant) | {name: digest_of(module_file(name)) for name in modules}
+    sources = sources_of(tuple(trial.arm.variant), type(skill).__module__)
     decides = dict(config=dataclasses.asdict(trial.config()), skill=[type(skill).__name__, dataclasses.asdict(skill)],
                    rows=trial.rows, every=trial.every, marked=trial.marked, sources=sources, torch=torch.__version__)
     return sha256_of_text(json.dumps(decides, sort_keys=True))
+
+
+@cache
+def sources_of(variant: tuple[str, ...], module: str) -> dict[str, str]:
+    """{file or module: sha256} of the code of a trial: the trainer's and the variants', the trial's, the skill's."""
+    modules = (answers.__name__, trials.__name__, module)
+    return source_of(list(variant)) | {name: digest_of(module_file(name)) for name in modules}
 
 
 def read_runs(file: Path) -> dict[str, dict]:
