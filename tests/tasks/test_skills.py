@@ -146,7 +146,7 @@ def test_a_checkpoint_as_an_arm():
     assert text.startswith("swiglu_mlp:layers=0-1+weight_average --layers 4 --model_dim 48 --heads 2 --head_dim 24 "
                            "--kv_heads 1 --mlp_hidden 96 --rope full ")
     arm = make_arm(text)
-    built = skills.list_trials(arm, False)["parity"][0].config()
+    built = skills.list_trials(arm, False)["parity"][1].config()  # its learning rates times 1
     kept = skills.settings_of(("model", "optimizer")) - skills.SIZES
     assert len(kept) > 20 and all(getattr(built, name) == getattr(config, name) for name in kept)
 
@@ -186,10 +186,10 @@ def test_a_checkpoint_from_its_file(small, capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize("argv, message", [
     ([], "the following arguments are required: ARM_OR_CHECKPOINT; see --help"),
     (["swiglu"], "arm 'swiglu': unknown variant 'swiglu'; there are "),
-    (["--heads 3"], "the following arguments are required"),
+    (["--heads 3"], "arm '--heads 3' does not begin with a name"),
     (["baseline --steps 3"], "arm 'baseline --steps 3': --steps has no place on a skills card; give options of the "),
     (["baseline --no-save"], "arm 'baseline --no-save': --save is set for every run; leave it out"),
-    (["baseline --init-from=a.pt"], "--init_from"),
+    (["baseline --data=x"], "arm 'baseline --data=x': --data=x has no place on a skills card"),
     (["baseline --head_dim 3"], "arm 'baseline --head_dim 3': --head_dim 3 is not a multiple of 4"),
     (["baseline", "--jobs", "0"], "--jobs must be from 1 to "),
     (["no/such/file.pt"], "there is no checkpoint "),
