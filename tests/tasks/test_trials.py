@@ -107,8 +107,7 @@ def test_marks_see_the_average_of_weights():
     assert learner.mark()[0] > still.mark()[0]
 
 
-@pytest.mark.parametrize("text", ["hypernetwork", "gradient_clipping+weight_average",
-                                  "wave_lanes:lanes=recall,recall_features=8"])
+@pytest.mark.parametrize("text", ["hypernetwork", "gradient_clipping+weight_average", "forgetting_attention"])
 def test_variants_of_every_kind_take_part(text):
     """One that makes weights, some around the optimizer, one in place of attention: none is without effect."""
     trial = trial_of(text=f"{text} --model_dim 32 --heads 2 --head_dim 16 --mlp_hidden 32", steps=3)
