@@ -153,33 +153,9 @@ def parse_arms(texts: list[str], seeds: int, shared: list[str]) -> list[Arm]:
     arms = []
     times = {}  # an arm's text: how often it came before
     for index, text in enumerate(texts):
-        # its words
-        try:
-            words = shlex.split(text)
-        except ValueError as error:
-            raise RunError(f"arm {text!r:.200}: {error}; close its quotation marks") from None
-        require(words and not words[0].startswith("-"),
-                f"arm {text!r:.200} does not begin with a name; write baseline or a variant, then its options")
-
-        # an arm that is given again has a name and seeds of its own
         again = times.get(text, 0)
         times[text] = again + 1
-        name = f"{text} ({again + 1})" if again else text
-        variant = [] if words[0] == "baseline" else [words[0]]
-        arm = Arm(index, name, variant, words[1:], [again * seeds + n for n in range(1, seeds + 1)])
-        require(arm.seeds[-1] < SWEEP_SEED,
-                f"arm {text!r:.200} is given too often: its seeds would pass {SWEEP_SEED}; lower --seeds")
-
-        # whether the trainer and the loader take it
-        try:
-            config = parse_options(trainer_options(arm, shared))
-            variants.plan(config.variant, config)
-        except RunError as error:
-            raise RunError(f"arm {text!r:.200}: {error}") from None
-        except SystemExit:
-            raise RunError(f"arm {text!r:.200}: train_gpt.py does not take these options: "
-                           f"{shlex.join(shared + words[1:])} (its message is above)") from None
-        arms.append(arm)
+        arms.append(parse_arm(text, index, again, seeds, shared))
 
     require(len(arms) > 1,
             f"one arm, {texts[0]!r:.200}, has nothing to be compared with; name two or more. The first is what the "
@@ -187,12 +163,43 @@ def parse_arms(texts: list[str], seeds: int, shared: list[str]) -> list[Arm]:
     return arms
 
 
+def parse_arm(text: str, index: int, again: int, seeds: int, shared: list[str]) -> Arm:
+    """
+    The arm of one text, which stands at a place of the command line and came `again` times before. RunError names it.
+    """
+    # its words
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise RunError(f"arm {text!r:.200}: {error}; close its quotation marks") from None
+    require(words and not words[0].startswith("-"),
+            f"arm {text!r:.200} does not begin with a name; write baseline or a variant, then its options")
+
+    # an arm that is given again has a name and seeds of its own
+    name = f"{text} ({again + 1})" if again else text
+    variant = [] if words[0] == "baseline" else [words[0]]
+    arm = Arm(index, name, variant, words[1:], [again * seeds + n for n in range(1, seeds + 1)])
+    require(arm.seeds[-1] < SWEEP_SEED,
+            f"arm {text!r:.200} is given too often: its seeds would pass {SWEEP_SEED}; lower --seeds")
+
+    # whether the trainer and the loader take it
+    try:
+        config = parse_options(trainer_options(arm, shared))
+        variants.plan(config.variant, config)
+    except RunError as error:
+        raise RunError(f"arm {text!r:.200}: {error}") from None
+    except SystemExit:
+        raise RunError(f"arm {text!r:.200}: train_gpt.py does not take these options: "
+                       f"{shlex.join(shared + words[1:])} (its message is above)") from None
+    return arm
+
+
 def trainer_options(arm: Arm, shared: list[str]) -> list[str]:
     """The arm's whole command line but for a run's own. RunError for what this script sets itself."""
     options = [*shared, *arm.options]
     names = [word[2:].partition("=")[0].removeprefix("no-") for word in options if word.startswith("--")]
     for name in sorted(RESERVED & {name.replace("-", "_") for name in names}):
-        raise RunError(f"--{name} is compare.py's to set; leave it out")
+        raise RunError(f"--{name} is set for every run; leave it out")
     return [*options, "--variant", *arm.variant] if arm.variant else options
 
 

@@ -13,6 +13,7 @@ train and decide
   compare ARM ARM ...          arms against each other, in turn, with a verdict (default: six pairs of seeds)
   new NAME --part PART         write the file of a new variant, which runs, to be changed into yours
   check NAME[:OPTIONS]         what a variant costs, and whether it sees the future or other documents
+  skills ARM ...               what small models with an arm's or a checkpoint's parts learn: recall, copying, state
   variants                     all variants: what they replace and what they cost
 
 results
@@ -86,13 +87,13 @@ help | -h | --help)
     exit
     ;;
 '' | -*) ;;
-train | compare | new | check | variants | generate | visualize | runs | clean | board | data | task | study | bench | \
-    test | python)
+train | compare | new | check | skills | variants | generate | visualize | runs | clean | board | data | task | study | \
+    bench | test | python)
     verb=$1
     shift
     ;;
-*) unknown verb "$1" train compare new check variants generate visualize runs clean board data task study bench test \
-    python help ;;
+*) unknown verb "$1" train compare new check skills variants generate visualize runs clean board data task study bench \
+    test python help ;;
 esac
 case "$verb" in  # of these verbs a name follows, that of a script in a folder
 data) folder=data ;;
@@ -284,6 +285,7 @@ train) train_or_compare train_gpt.py "$@" ;;
 compare) train_or_compare compare.py "$@" ;;
 generate | visualize) exec "$python" "$checkout/$verb.py" "$@" ;;
 check | new) exec "$python" -P -m "variants.$verb" "$@" ;;
+skills) exec "$python" -P -m tasks.skills "$@" ;;
 variants) exec "$python" -P -m variants "$@" ;;
 runs | clean) exec "$python" -P -m "records.$verb" "$@" ;;
 board) exec "$python" -P -m records.leaderboard "$@" ;;

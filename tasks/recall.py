@@ -29,18 +29,18 @@ Exit code 1 and one line for a fault. Source: Arora et al., Zoology, 2023, arxiv
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import train_gpt
 import variants
 from data.command_line import check_option, run_script
 from data.shards import check_space, write_folder
+from tasks.answers import NO_ANSWER, STREAMS, score
 from train_gpt import (
     RANGES,
     Config,
@@ -53,8 +53,6 @@ from train_gpt import (
     read_meta,
     require,
 )
-
-STREAMS = dict(train=0, val=1, evaluate=2)  # of random numbers: no sequence of one is drawn for another
 
 
 @dataclass(frozen=True)
@@ -95,6 +93,16 @@ class Recall:
         return self.keys + self.values + 2
 
     @property
+    def chance_accuracy(self) -> float:
+        """The accuracy of a model that knows which ids are values."""
+        return 1 / self.values
+
+    @property
+    def lengths(self) -> tuple[int]:
+        """Tokens that a model reads of a document: all but the last, which is an answer."""
+        return (self.sequence_length - 1,)
+
+    @property
     def slots(self) -> int:
         """Queries and fillers after the pairs, a query counted once."""
         return self.sequence_length - 1 - 2 * self.pairs - self.queries
@@ -111,6 +119,10 @@ class Recall:
     def chance(self) -> float:
         """The loss of a model that knows everything but answers by chance, in nats a token."""
         return self.floor + self.queries * math.log(self.values) / self.sequence_length
+
+    def rows(self, count: int, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens (count, length), answers of the same shape) as tasks/answers.py has them; length is lengths[0]."""
+        return hide_answers(*sequences(self, count, rng))
 
 
 def log_factorial(n: int) -> float:
@@ -143,6 +155,14 @@ def sequences(task: Recall, count: int, rng: np.random.Generator) -> tuple[np.nd
     np.put_along_axis(tokens, position + 1, np.take_along_axis(values, asked, 1), 1)
     np.put_along_axis(answers, position + 1, True, 1)
     return tokens, answers
+
+
+def hide_answers(documents: np.ndarray, answers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """
+    (tokens, answers), both (n, T - 1) int64 as tasks/answers.py has them, of documents (n, T) and the places of their
+    answers, bool (n, T): the answer is asked for where the token before it stands.
+    """
+    return documents[:, :-1], np.where(answers[:, 1:], documents[:, 1:], NO_ANSWER)
 
 
 def batches(task: Recall, count: int, seed: int, stream: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -180,19 +200,6 @@ def read_task(config: Config) -> Recall:
                        f"tasks/recall.py made ({error})") from None
 
 
-@torch.no_grad()
-def score(model: Callable, tokens: torch.Tensor, answers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    (which answers are right, their losses in nats), both (n, queries) on the CPU, of documents and the positions of
-    answers (n, sequence_length). model: tokens (n, T) -> logits (n, T, vocabulary), those of a token about the next
-    one.
-    """
-    n, asked = len(tokens), answers[:, 1:]
-    logits, targets = model(tokens[:, :-1])[asked].float(), tokens[:, 1:][asked].long()
-    losses = F.cross_entropy(logits, targets, reduction="none")
-    return (logits.argmax(-1) == targets).view(n, -1).cpu(), losses.view(n, -1).cpu()
-
-
 def evaluate(checkpoint: str, data: str = "", count: int = 512, seed: int = 1, device: str = "auto") -> dict:
     """
     Accuracy of a checkpoint's model on `count` fresh sequences: dict(accuracy, standard_error, nats_per_answer,
@@ -215,14 +222,14 @@ def evaluate(checkpoint: str, data: str = "", count: int = 512, seed: int = 1, d
     with variants.applied(config.variant, config):
         model = train_gpt.trained_model(saved, config, ranks)
         for batch in batches(task, count, seed, "evaluate"):
-            tokens, answers = (torch.from_numpy(array).to(ranks.device).split(rows) for array in batch)
+            tokens, answers = (torch.from_numpy(array).to(ranks.device).split(rows) for array in hide_answers(*batch))
             scores += [score(model, *arrays) for arrays in zip(tokens, answers)]
 
     right, losses = (torch.cat(tensors).double() for tensors in zip(*scores))
     by_sequence = right.mean(1)
     error = (by_sequence.var(correction=0) / len(by_sequence)).sqrt().item()
     return dict(accuracy=right.mean().item(), standard_error=error, nats_per_answer=losses.mean().item(),
-                answers=right.numel(), chance=1 / task.values)
+                answers=right.numel(), chance=task.chance_accuracy)
 
 
 # ---- The command ------------------------------------------------------------

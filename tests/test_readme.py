@@ -347,6 +347,7 @@ TINY = {  # what is set behind a command: the longest beginning that fits decide
     './run.sh compare baseline "my_mlp': STEPS,              # has a -- already
     "./run.sh check": "",
     "./run.sh variants": "",
+    "./run.sh skills": None,                                 # minutes
     "./run.sh runs": "",
     "./run.sh clean": "--yes",
     "./run.sh generate": "--tokens 8",

@@ -21,7 +21,7 @@ from data.shards import write_meta, write_shard
 ROOT = Path(__file__).resolve().parent.parent
 BASH = os.environ.get("RUN_SH_BASH", "bash")
 SPIN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
-VERBS = ("train compare new check variants generate visualize runs clean board data task study bench test "
+VERBS = ("train compare new check skills variants generate visualize runs clean board data task study bench test "
          "python help").split()
 FOLDERS = ("data", "tasks", "studies", "benchmarks")  # of scripts that run.sh names
 
@@ -188,6 +188,7 @@ def test_the_exit_code_is_the_trainers(checkout):
     "generate --checkpoint a.pt": "@/generate.py --checkpoint a.pt",
     "visualize stream a.json": "@/visualize.py stream a.json",
     "check swiglu_mlp:layers=0": "-P -m variants.check swiglu_mlp:layers=0",
+    "skills baseline --full": "-P -m tasks.skills baseline --full",
     "variants": "-P -m variants",
     "runs --json": "-P -m records.runs --json",
     "clean --yes": "-P -m records.clean --yes",
@@ -229,7 +230,7 @@ def test_help_shows_every_verb_without_an_environment(checkout):
     "data": "there is no data script ''; choose from: ",
     "data local_corpse": "there is no data script 'local_corpse', the nearest is local_corpus; choose from: ",
     "data recall": "there is no data script 'recall'; choose from: cached_fineweb10B local_corpus manifold",
-    "task": "there is no task script ''; choose from: recall symbolic_language",
+    "task": "there is no task script ''; choose from: recall skills symbolic_language",
     "study ngram": "there is no study script 'ngram', the nearest is ngram_loss; choose from: ",
     "bench timing": "there is no bench script 'timing'",  # a module that is no script
     "data shards": "there is no data script 'shards'; choose from: ",  # a module that is no script

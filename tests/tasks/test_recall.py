@@ -16,7 +16,8 @@ import torch
 import train_gpt
 import variants
 from tasks import recall
-from tasks.recall import Recall, batches, evaluate, make, score, sequences
+from tasks.answers import score
+from tasks.recall import Recall, batches, evaluate, hide_answers, make, sequences
 from tests.errors import float_bound
 from train_gpt import Config, RunError, TokenLoader, open_shard, validation_batches
 
@@ -128,7 +129,8 @@ def oracle(tokens: torch.Tensor, right: int) -> torch.Tensor:
 @pytest.mark.parametrize("right", [0, 5, 16])
 def test_score(right, length):
     tokens, answers = (torch.from_numpy(part)
-                       for part in sequences(Recall(sequence_length=length), 10, np.random.default_rng(0)))
+                       for part in hide_answers(*sequences(Recall(sequence_length=length), 10,
+                                                           np.random.default_rng(0))))
     found, losses = score(lambda tokens: oracle(tokens, right), tokens, answers)
     assert found.tolist() == [[True] * right + [False] * (16 - right)] * 10
     wrong = math.log(199 + math.e ** 3)
