@@ -87,8 +87,8 @@ help | -h | --help)
     exit
     ;;
 '' | -*) ;;
-train | compare | new | check | skills | variants | generate | visualize | runs | clean | board | data | task | study | \
-    bench | test | python)
+train | compare | new | check | skills | variants | generate | visualize | runs | clean | board | data | task | \
+    study | bench | test | python)
     verb=$1
     shift
     ;;
