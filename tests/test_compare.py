@@ -26,8 +26,6 @@ from data.shards import write_meta, write_shard
 from tests.records.conftest import log_lines
 from train_gpt import TRACKS, adopt_vocabulary, parse_config
 
-pytestmark = pytest.mark.xdist_group("compare")  # one process trains what the others would train again
-
 ROOT = Path(__file__).resolve().parent.parent
 
 STAND_IN = """

@@ -20,8 +20,6 @@ from data.shards import write_folder
 from generate import Decoder, Tokenizer, choose, decodes_from_cache, sample
 from train_gpt import Config
 
-pytestmark = pytest.mark.xdist_group("generate")  # one process trains what the others would train again
-
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(vocab_size=61, layers=3, model_dim=32, heads=2, head_dim=16, mlp_hidden=64, sequence_length=64,
             attention_scale=0.25)
