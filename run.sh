@@ -261,7 +261,7 @@ train_or_compare() {
 
 # run_tests ARGUMENTS: the linter and, whatever it finds, pytest. Fails if one of them does.
 run_tests() {
-    local word linter=0 tests=0 workers='-n auto --dist loadgroup' paths=''
+    local word linter=0 tests=0 workers='-n auto --dist loadfile --no-loadscope-reorder' paths=''
     "$python" -m ruff check "$checkout" || linter=$?
     for word in "$@"; do
         case "$word" in
@@ -273,7 +273,7 @@ run_tests() {
         [ -n "$paths" ] || set -- "$@" "$checkout/tests"
         set -- -c "$checkout/pyproject.toml" "$@"
     fi
-    # shellcheck disable=SC2086  # two words or none
+    # shellcheck disable=SC2086  # words or none
     "$python" -m pytest $workers "$@" || tests=$?
     [ "$linter" -eq 0 ] || say "the linter found faults; its list stands above the tests"
     [ "$tests" -ne 0 ] || tests=$linter

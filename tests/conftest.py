@@ -31,8 +31,8 @@ def pytest_collection_modifyitems(items):
 def measured_once():
     """
     Runs inside the tests' process find their machine's FLOP/s measured, and the costs of a model that is the baseline's
-    and of settings that an earlier run had. Half of a tiny run's time was spent on these two. A run draws no random
-    numbers for them.
+    and of settings that an earlier run had, but for those that no model depends on. Half of a tiny run's time was spent
+    on these two. A run draws no random numbers for them.
     """
     import torch
 
@@ -40,7 +40,10 @@ def measured_once():
     import variants
 
     measure_peak, measure_model, peaks, costs = train_gpt.measured_peak, train_gpt.measure_model, {}, {}
-    of_files = {"run_id", "log_dir", "data", "resume", "init_from"}
+    of_the_run = {
+        "run_id", "log_dir", "data", "resume", "init_from", "seed", "steps", "tokens", "time_budget", "target",
+        "target_data", "val_tokens", "val_every", "keep_losses", "keep_every", "checkpoint_seconds", "save",
+    }
 
     def peak(ranks):
         key = ranks.device.type, ranks.dtype
@@ -56,7 +59,7 @@ def measured_once():
     def model(config):
         if attributes() != baseline:  # a part is replaced
             return measure_model(config)
-        settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in of_files}
+        settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in of_the_run}
         key = repr(settings)
         if key not in costs:
             costs[key] = measure_model(config)

@@ -2,11 +2,12 @@
 Runs the trainer's command line in several processes on one machine, and watches when gradients are reduced and
 parameters updated.
 
-    python tests/ranks.py '{"1": [...], "4": [...]}'      number of ranks -> command line
+    torchrun --nproc_per_node=2 tests/ranks.py '{"2": [...]}'      number of ranks -> command line
 
-Started by torchrun it is one of that many ranks; else it forks the ranks, so that Python and PyTorch start once for all
-of them. The exit code is the largest of the ranks'; 99 for one that broke a rule of updates under the backward pass:
-every reduction begins inside it, every update but one a step too, where nothing has to treat the gradients between.
+Started by torchrun it is one of that many ranks; else the calling process is forked once a rank, so that no rank has to
+start Python and PyTorch. The exit code is the largest of the ranks'; 99 for one that broke a rule of updates under the
+backward pass: every reduction begins inside it, every update but one a step too, where nothing has to treat the
+gradients between.
 """
 
 import json
@@ -14,18 +15,39 @@ import os
 import socket
 import subprocess
 import sys
-import traceback
+import tempfile
 from pathlib import Path
 
 import train_gpt
 import variants
+from tests.children import TIMEOUT, exit_code_of, start_child
 
 
 def run_ranks(commands: dict[int, list[str]], *launcher: str) -> subprocess.CompletedProcess:
-    """Run this file in a process of its own; launcher: what python starts in its place, such as torchrun's words."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train_gpt.__file__).parent)}
-    return subprocess.run([sys.executable, *launcher, __file__, json.dumps(commands)],
-                          capture_output=True, text=True, env=environment, timeout=200)
+    """
+    Run every command line by as many ranks as stand before it. launcher: what python starts for them, torchrun's words;
+    without it the ranks are forks of this process, and their messages are in stderr, the output of all in stdout.
+    """
+    if launcher:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train_gpt.__file__).parent)}
+        return subprocess.run([sys.executable, *launcher, __file__, json.dumps(commands)],
+                              capture_output=True, text=True, env=environment, timeout=TIMEOUT)
+
+    codes = []
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        for world, words in commands.items():
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            children = [start_rank(words, rank, world, port, out.fileno(), errors.fileno()) for rank in range(world)]
+            codes += [exit_code_of(child) for child in children]
+
+        # what they wrote, each at the end that the others had reached
+        texts = []
+        for file in (out, errors):
+            file.seek(0)
+            texts.append(file.read())
+    return subprocess.CompletedProcess(commands, max(codes, key=abs), *texts)
 
 
 class Watch:
@@ -76,42 +98,28 @@ class Watch:
 
 
 def run(words: list[str], world: int) -> int:
+    """Train as one of the ranks; the speed of the processor, which a run measures for its record, does not matter."""
     watch = Watch()
+    train_gpt.measured_peak = lambda ranks: 1e11
     code = train_gpt.main(words, loader=variants)
     if code == 0:
         watch.check(world)
     return code
 
 
-def fork(words: list[str], rank: int, world: int, port: int) -> int:
-    """Start one rank; returns its process id."""
-    child = os.fork()
-    if child:
-        return child
-    code = 99
-    try:
+def start_rank(words: list[str], rank: int, world: int, port: int, out: int, errors: int) -> int:
+    """Fork one rank, which writes to these open files; returns its process id."""
+    def start():
+        os.dup2(out, 1)
+        os.dup2(errors, 2)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
         os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
                            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        code = run(words, world)
-    except BaseException:
-        traceback.print_exc()
-    train_gpt.leave(code, alone=False)
+        return run(words, world)
 
-
-def main() -> int:
-    commands = {int(world): words for world, words in json.loads(sys.argv[1]).items()}
-    if "WORLD_SIZE" in os.environ:
-        world = int(os.environ["WORLD_SIZE"])
-        return run(commands[world], world)
-    codes = []
-    for world, words in commands.items():
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        children = [fork(words, rank, world, port) for rank in range(world)]
-        codes += [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return max(codes, key=abs)
+    return start_child(start)
 
 
 if __name__ == "__main__":
-    train_gpt.leave(main(), alone=False)
+    ranks = int(os.environ["WORLD_SIZE"])
+    train_gpt.leave(run(json.loads(sys.argv[1])[str(ranks)], ranks), alone=False)

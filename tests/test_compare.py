@@ -26,8 +26,6 @@ from data.shards import write_meta, write_shard
 from tests.records.conftest import log_lines
 from train_gpt import TRACKS, adopt_vocabulary, parse_config
 
-pytestmark = pytest.mark.xdist_group("compare")  # one process trains what the others would train again
-
 ROOT = Path(__file__).resolve().parent.parent
 
 STAND_IN = """
@@ -128,9 +126,10 @@ def stage(tmp_path, monkeypatch, corpus):
         argv = original(self, job)[2:]
         if job.name in stage.runs:
             stage.write(self, job, argv)
-        return [sys.executable, str(tmp_path / "stand_in.py"), str(stage.prepared), *argv]
+        return [sys.executable, "-IS", str(tmp_path / "stand_in.py"), str(stage.prepared), *argv]
 
     monkeypatch.setattr(Comparison, "command", command)
+    monkeypatch.setattr(records.processes, "POLL", 0.005)  # a stand-in ends in less than a tenth of a second
     check = SimpleNamespace(faults_of=lambda config: stage.faults.get(config.variant, []))
     monkeypatch.setitem(sys.modules, "variants.check", check)
     monkeypatch.chdir(tmp_path)  # ./comparisons
@@ -498,7 +497,7 @@ def test_a_run_that_hangs_is_stopped_and_the_others_go_on(stage, tmp_path, monke
 
     def command(self, job):
         words = original(self, job)
-        return [words[0], str(tmp_path / "hang.py"), *words[3:]] if job.name == "A1-swiglu_mlp-seed1" else words
+        return [words[0], str(tmp_path / "hang.py"), *words[4:]] if job.name == "A1-swiglu_mlp-seed1" else words
 
     monkeypatch.setattr(Comparison, "command", command)
     call = ("baseline", "swiglu_mlp", "--seeds", "2", "--hang-seconds", "0.5")

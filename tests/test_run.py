@@ -246,8 +246,12 @@ def test_an_unknown_verb_is_one_line_before_anything_is_set_up(checkout, argumen
 # ---- the linter and the tests -----------------------------------------------
 
 
+# a process for each core, which takes file after file: fixtures of a file are made and its loops compiled once
+WORKERS = "-n auto --dist loadfile --no-loadscope-reorder"
+
+
 def test_test_runs_linter_and_tests(checkout):
-    ruff, pytest = "-m ruff check @", "-m pytest -n auto --dist loadgroup"
+    ruff, pytest = "-m ruff check @", f"-m pytest {WORKERS}"
     assert call(checkout, "test", "-k", "loader", folder=checkout)[1] == [ruff, f"{pytest} -k loader"]
     assert call(checkout, "test", folder=checkout)[1] == [ruff, pytest]
     for given in ("-n 2", "-n4", "--numprocesses 3", "--numprocesses=3", "-p no:xdist", "--pdb"):
@@ -258,13 +262,13 @@ def test_a_fault_of_the_linter_does_not_keep_the_tests_from_running(checkout):
     note = "run.sh: the linter found faults; its list stands above the tests\n"
     for ruff, tests, code, errors in (("0", "0", 0, ""), ("1", "0", 1, note), ("0", "5", 5, ""), ("1", "5", 5, note)):
         result = call(checkout, "test", "tests/variants", folder=checkout, RUFF=ruff, EXIT=tests)
-        assert result == (code, ["-m ruff check @", "-m pytest -n auto --dist loadgroup tests/variants"], errors)
+        assert result == (code, ["-m ruff check @", f"-m pytest {WORKERS} tests/variants"], errors)
 
 
 def test_tests_from_another_folder_are_the_checkouts_or_those_named(checkout, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/test_a.py").touch()
-    here = "-m pytest -n auto --dist loadgroup -c @/pyproject.toml"
+    here = f"-m pytest {WORKERS} -c @/pyproject.toml"
     for arguments, expected in (("", "@/tests"), ("-k loader", "-k loader @/tests"), ("test_a.py::b", "test_a.py::b")):
         assert call(checkout, "test", *arguments.split(), folder=tmp_path / "mine")[1][-1] == f"{here} {expected}"
 

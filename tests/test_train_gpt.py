@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import train_gpt
 import variants
 from data.shards import write_meta, write_shard
+from tests.children import exit_code_of, in_a_child
 from tests.errors import float_bound, relative_rms
 from tests.loading import load_file
 from tests.ranks import run_ranks
@@ -121,12 +122,6 @@ def run(corpus, folder, **changes) -> dict:
     """The JSON of a run that ends well."""
     assert main(arguments(corpus, folder, **changes)) == 0
     return facts_of(folder, changes.get("run_id", "run"))
-
-
-def start(corpus, folder, **changes):
-    """A process of its own that runs."""
-    command = [sys.executable, "train_gpt.py", *arguments(corpus, folder, **changes)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -451,7 +446,8 @@ def test_windows_follow_their_schedule():
     assert seen == [(1, 4), (1, 4), (2, 5), (3, 6), (3, 6), (3, 6)]
 
 
-@pytest.mark.parametrize("track", ["small", "exodus18m", "long", "short", "medium", "benchmark"])
+@pytest.mark.parametrize("track", ["exodus18m", "short", "benchmark", *(
+    pytest.param(track, marks=pytest.mark.slow) for track in ("small", "long", "medium"))])
 def test_gpu_tracks_compile_without_a_graph_break(track, monkeypatch):
     """
     The GPU's path, FlexAttention and block mask included, traced on CPU tensors; depth, width, vocabulary and length
@@ -1158,11 +1154,11 @@ def wait_until(condition, seconds=90):
 
 
 def test_a_killed_run_leaves_a_readable_log_and_a_loadable_checkpoint(corpus, tmp_path):
-    process = start(corpus, tmp_path, steps=100_000, val_every=0, checkpoint_seconds=0.01)
+    child = in_a_child(arguments(corpus, tmp_path, steps=100_000, val_every=0, checkpoint_seconds=0.01))
     log, checkpoint = tmp_path / "run.txt", tmp_path / "run.pt"
     wait_until(lambda: checkpoint.exists() and len(re.findall("^step:", log.read_text(), re.M)) > 10)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(child, signal.SIGKILL)
+    assert exit_code_of(child) == -signal.SIGKILL
     text = log.read_text()
     finished_line = text[:text.rfind("\n")].splitlines()[-1]
     assert checkpoint_of(tmp_path)["step"] >= 1 and re.match(r"step:\d+/100000 |train_loss:", finished_line)
@@ -1187,7 +1183,8 @@ def test_a_signal_saves_and_says_how_to_go_on(corpus, tmp_path, monkeypatch, cap
 
 
 def test_a_process_that_a_signal_stops_says_so_by_its_exit_code(corpus, tmp_path):
-    process, log = start(corpus, tmp_path, steps=100_000), tmp_path / "run.txt"
+    command, log = [sys.executable, "train_gpt.py", *arguments(corpus, tmp_path, steps=100_000)], tmp_path / "run.txt"
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: log.exists() and re.search("^step:3/", log.read_text(), re.M))
     process.send_signal(signal.SIGTERM)
     out, errors = process.communicate(timeout=60)

@@ -16,8 +16,6 @@ import visualize
 from data.manifold import Graph, Manifold, from_chain, from_corpus, from_random
 from data.shards import write_meta, write_shard
 
-pytestmark = pytest.mark.xdist_group("visualize")  # one process trains what the others would train again
-
 SCRIPT = Path(visualize.__file__)
 
 

@@ -87,7 +87,9 @@ def test_splanifold_measures_every_arm(shape):
     assert all(("product_share" in row) == (row["arm"] not in (splanifold.MLP, "copy")) for row in rows)
 
 
-def test_norm_rotary_measures_every_arm():
+def test_norm_rotary_measures_every_arm(monkeypatch):
+    """Without the compiler, which takes ten seconds for its two arms."""
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
     rows = norm_rotary.measure(PLACE, 8, 2, 16)
     assert complete(rows)
     assert {row["arm"] for row in rows} == {"loops", "trainer", "trainer, compiled", "reference, compiled", "reference",
@@ -111,7 +113,7 @@ def test_short_convolution_measures_every_arm():
     torch.testing.assert_close(short_convolution.depthwise(x, taps), whole)
 
 
-@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_relu_squared_feed_forward_measures_every_arm(quick):
     rows = relu_squared_feed_forward.measure(PLACE._replace(quick=quick), 16, 8, 24)
     assert complete(rows)

@@ -7,8 +7,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,9 +17,9 @@ import pytest
 import train_gpt
 from data import cached_fineweb10B as cached
 from data.shards import check_folder, sha256_of, write_shard
+from tests.loading import run_module
 from train_gpt import Config, RunError, adopt_vocabulary, find_shards, open_shard, read_merges
 
-ROOT = Path(cached.__file__).parent.parent
 END = 50256
 
 
@@ -258,8 +256,7 @@ def test_an_interrupt(tmp_path, hub, capsys):
     assert run(tmp_path, 1) == 130 and "interrupted" in capsys.readouterr().err
 
 
-def test_exit_code_and_one_line(tmp_path):
-    result = subprocess.run([sys.executable, "-m", "data.cached_fineweb10B", "104", "-o", tmp_path], cwd=ROOT,
-                            capture_output=True, text=True)
-    assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr == "cached_fineweb10B.py: error: fineweb10B has 1 to 103 training shards to fetch, got 104\n"
+def test_exit_code_and_one_line(tmp_path, capsys):
+    assert run_module("data.cached_fineweb10B", "104", "-o", tmp_path) == 1
+    assert capsys.readouterr() == (
+        "", "cached_fineweb10B.py: error: fineweb10B has 1 to 103 training shards to fetch, got 104\n")

@@ -1,7 +1,6 @@
 """The embedded corpus: which files, in which order and split, deterministic wherever the library lies."""
 import hashlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,9 +9,8 @@ import pytest
 
 from data import local_corpus
 from data.shards import check_folder
+from tests.loading import run_module
 from train_gpt import Config, RunError, TokenLoader, open_shard, validation_batches
-
-ROOT = Path(local_corpus.__file__).parent.parent
 
 
 def make_library(root: Path, modules: int = 120) -> dict[str, bytes]:
@@ -79,9 +77,8 @@ def test_a_python_without_library(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_exit_code_and_one_line(tmp_path):
+def test_exit_code_and_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("x")
-    run = subprocess.run([sys.executable, "-m", "data.local_corpus", "-o", tmp_path / "file"], cwd=ROOT,
-                         capture_output=True, text=True)
-    assert run.returncode == 1 and run.stderr.count("\n") == 1
-    assert run.stderr.startswith("local_corpus.py: error: cannot write to")
+    assert run_module("data.local_corpus", "-o", tmp_path / "file") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("local_corpus.py: error: cannot write to")

@@ -4,8 +4,6 @@ spectrum, files, faults.
 """
 import json
 import math
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -39,9 +37,9 @@ from data.manifold import (
 from data.shards import write_meta, write_shard
 from data.tokenizer import write_merges
 from tests.errors import float_bound, relative_rms
+from tests.loading import run_module
 from train_gpt import RunError
 
-ROOT = Path(script.__file__).parents[1]
 WORDS, TOPICS = 30, 2  # words of a topic; the last id of the vocabulary is the end of text
 END = TOPICS * WORDS
 
@@ -493,10 +491,8 @@ def test_faults_of_files(corpus, tmp_path, capsys):
     assert run("chain", "-o", tmp_path / "nowhere" / "a.npz") == 1 and "cannot write" in capsys.readouterr().err
 
 
-def test_command_line(tmp_path):
-    command = [sys.executable, "-m", "data.manifold", "chain", "-o", tmp_path / "a.npz", "--features", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == (
+def test_command_line(tmp_path, capsys):
+    assert run_module("data.manifold", "chain", "-o", tmp_path / "a.npz", "--features", "4") == 0
+    assert capsys.readouterr() == (
         f"{tmp_path / 'a.npz'}: 4 nodes, 3 edges of weight 1.000 to 1.000, eigenvalues 0 and 0.586 to "
-        "3.414, tau 1\n")
+        "3.414, tau 1\n", "")

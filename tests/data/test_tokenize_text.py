@@ -17,6 +17,7 @@ import pytest
 from data import tokenize_text
 from data.tokenize_text import main, pieces
 from data.tokenizer import build_encoder, write_merges
+from tests.loading import run_module
 from train_gpt import Config, TokenLoader, open_shard, read_merges, token_bytes, validation_batches
 
 ROOT = Path(tokenize_text.__file__).parent.parent
@@ -437,12 +438,13 @@ def test_a_run_of_blanks_that_tiktoken_cannot_take(tmp_path, tiny_tiktoken, capf
     assert "tokenize_text.py: error: tiktoken's pattern overflows" in capfd.readouterr().err
 
 
-def test_exit_codes_and_one_line(tmp_path):
-    run = subprocess.run([*SCRIPT, tmp_path / "missing", "-o", tmp_path / "out"], cwd=ROOT, capture_output=True,
-                         text=True,
-                         env=os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"})
-    assert run.returncode == 1 and run.stdout == "" and run.stderr.count("\n") == 1
-    assert run.stderr.startswith("tokenize_text.py: error: tiktoken cannot get GPT-2's merges")
+def test_exit_codes_and_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    assert run_module("data.tokenize_text", tmp_path / "missing", "-o", tmp_path / "out") == 1
+    out, error = capsys.readouterr()
+    assert out == "" and error.count("\n") == 1
+    assert error.startswith("tokenize_text.py: error: tiktoken cannot get GPT-2's merges")
 
 
 def test_an_interrupt(tmp_path):

@@ -138,14 +138,6 @@ class Interpreter:
         self.process.wait()
 
 
-def pytest_collection_modifyitems(items):
-    """Give all tests of a file to one process: it compiles the file's loops once, and others find them in the cache."""
-    folder = Path(__file__).parent
-    for item in items:
-        if folder in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(folder))))
-
-
 @pytest.fixture(scope="session")
 def relative_rms():
     return _relative_rms

@@ -7,9 +7,11 @@ import pytest
 
 numba = pytest.importorskip("numba")
 
+from kernels import loops as shared
 from kernels.loops import exp2_f32, inner_loop, loop, run_stages, thread_count
 from tests.kernels.processes import run_process
 from tests.kernels.test_simd import check_exp2
+from tests.loading import load_file
 
 
 @loop
@@ -65,25 +67,11 @@ def test_loops_take_as_many_threads_as_pytorch_and_there_are(torch_threads):
         assert thread_count() == min(threads, numba.config.NUMBA_NUM_THREADS)
 
 
-THREADS = """
-import torch
-torch.set_num_threads(1)
-from kernels import loops
-loops.use_threads()
-print(torch.get_num_threads())
-"""
-
-
-def test_pytorch_keeps_its_threads(tmp_path):
-    """Numba's OpenMP layer is PyTorch's: without care a run of one thread had all cores after its first loop."""
-    program = tmp_path / "program.py"
-    program.write_text(THREADS)
-    assert run_process(program, cache=tmp_path).stdout.split() == ["1"]
-
-
 CACHED = """
 from typing import NamedTuple
 import numpy as np
+import torch
+torch.set_num_threads(1)
 from kernels import loops
 
 @loops.loop
@@ -103,6 +91,8 @@ add(x)
 loops.run_stages(add_in_a_stage, [3, 2], State(x), threads=False)
 assert x.tolist() == [3, 3, 2]
 functions = (add, add_in_a_stage, loops._run_alone)
+loops.use_threads()
+assert torch.get_num_threads() == 1
 print(*(sum(f.stats.cache_hits.values()) for f in functions), *(sum(f.stats.cache_misses.values()) for f in functions))
 """
 
@@ -118,8 +108,11 @@ def hits_and_misses(folder, cache) -> list[str]:
     return run_process(program, cache=cache).stdout.split()
 
 
-def test_compiled_loops_are_kept(tmp_path):
-    """The second process compiles nothing and adds no file."""
+def test_compiled_loops_are_kept_and_pytorch_keeps_its_threads(tmp_path):
+    """
+    The second process compiles nothing and adds no file. Numba's OpenMP layer is PyTorch's: without care a run of one
+    thread had all cores after its first loop.
+    """
     cache = tmp_path / "cache"
     assert hits_and_misses(tmp_path, cache) == ["0", "0", "0", "1", "1", "1"]
     files = sorted(cache.rglob("*.nb?"))
@@ -128,9 +121,19 @@ def test_compiled_loops_are_kept(tmp_path):
     assert sorted(cache.rglob("*.nb?")) == files
 
 
-def test_without_a_folder_for_the_cache(tmp_path):
+def test_without_a_folder_for_the_cache(tmp_path, monkeypatch):
     """Where no folder can be made, as a file has its name, loops are compiled in every process."""
-    cache = tmp_path / "cache"
-    cache.write_text("")
-    assert hits_and_misses(tmp_path, cache) == ["0", "0", "0", "1", "1", "1"]
+    (tmp_path / "cache").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "other"))
+    loops = load_file(shared.__file__, monkeypatch)
+
+    @loops.loop
+    def add(x):
+        for i in range(x.size):
+            x[i] += 1
+
+    x = np.zeros(3)
+    add(x)
+    assert x.tolist() == [1, 1, 1] and not add.stats.cache_hits and sum(add.stats.cache_misses.values()) == 1
     assert not list(tmp_path.rglob("*.nb?"))

@@ -364,9 +364,12 @@ def test_interpreted_kernels_equal_the_reference(gates, N, D, interpreter, relat
         assert_close(interpreter(__name__, "run_interpreted", inputs), run(inputs, "reference"), relative_rms)
 
 
-@pytest.mark.parametrize("gates, weight, scale",
-                         [*product(("mixed", "beta"), (False, True), (False, True)), (None, True, False),
-                          (None, False, True)])
+SOME_GAINS = [("mixed", False, True), ("beta", True, False), (None, True, False)]
+MORE_GAINS = [gains for gains in (*product(("mixed", "beta"), (False, True), (False, True)), (None, False, True))
+              if gains not in SOME_GAINS]
+
+
+@pytest.mark.parametrize("gates, weight, scale", [*SOME_GAINS, *slow_rows(*MORE_GAINS)])
 def test_interpreted_kernels_with_some_gains(gates, weight, scale, interpreter, relative_rms):
     inputs = rounded(make_inputs(5, 300, gates, weight, scale), torch.float32)
     assert_close(interpreter(__name__, "run_interpreted", inputs), run(inputs, "reference"), relative_rms)

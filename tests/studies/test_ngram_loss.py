@@ -1,9 +1,6 @@
 """Unigram and bigram losses against a slow count by dictionaries."""
 import math
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +8,7 @@ import pytest
 from data.shards import write_meta, write_shard
 from studies import ngram_loss
 from studies.ngram_loss import bigram, unigram
-
-ROOT = Path(ngram_loss.__file__).parent.parent
+from tests.loading import run_module
 
 
 def slow_bigram(train, v, w, p):
@@ -100,8 +96,7 @@ def test_a_token_outside_the_vocabulary(tmp_path, capsys):
     assert ngram_loss.main([str(tmp_path)]) == 1 and "outside the vocabulary of 257" in capsys.readouterr().err
 
 
-def test_exit_code_and_one_line(tmp_path):
-    run = subprocess.run([sys.executable, "-m", "studies.ngram_loss", tmp_path], cwd=ROOT, capture_output=True,
-                         text=True)
-    assert run.returncode == 1 and run.stderr.count("\n") == 1
-    assert run.stderr.startswith("ngram_loss.py: error: no train shards")
+def test_exit_code_and_one_line(tmp_path, capsys):
+    assert run_module("studies.ngram_loss", tmp_path) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("ngram_loss.py: error: no train shards")

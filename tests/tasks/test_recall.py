@@ -5,8 +5,6 @@ answers are known, and training.
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +17,9 @@ from tasks import recall
 from tasks.answers import score
 from tasks.recall import Recall, batches, evaluate, hide_answers, make, sequences
 from tests.errors import float_bound
+from tests.loading import run_module
 from train_gpt import Config, RunError, TokenLoader, open_shard, validation_batches
 
-ROOT = Path(recall.__file__).parent.parent
 TASKS = [Recall(), Recall(4, 9, 5, 2), Recall(3, 3, 1, 3), Recall(1, 1, 2, 1), Recall(5, 20, 7, 3, 40),
          Recall(2, 3, 2, 1, 60)]
 
@@ -212,15 +210,15 @@ def test_faults(tmp_path, capsys, arguments, message):
     assert not list(tmp_path.glob("data/*.*"))
 
 
-def test_command_line(tmp_path):
-    run = subprocess.run([sys.executable, "-m", "tasks.recall",
-                          *f"make -o {tmp_path} --count 10 --val_count 3 --pairs 2 --queries 1".split()], cwd=ROOT,
-                         capture_output=True, text=True)
-    assert run.returncode == 0 and run.stderr == ""
+def test_command_line(tmp_path, capsys):
+    words = f"make -o {tmp_path} --count 10 --val_count 3 --pairs 2 --queries 1".split()
+    assert run_module("tasks.recall", *words) == 0
+    out, error = capsys.readouterr()
+    assert error == ""
     assert re.fullmatch(
         r"\S+: 10 training and 3 validation sequences of 7 tokens; loss \d\.\d{4} nats a token with every "
         r"answer right, \d\.\d{4} by chance\ntrain with --data \S+ --sequence_length 7 --align_documents "
-        r"--batch_tokens 448\n", run.stdout)
+        r"--batch_tokens 448\n", out)
 
 
 @pytest.mark.slow

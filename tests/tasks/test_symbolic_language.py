@@ -4,8 +4,6 @@ The symbolic language: syntax, checker, families, splits and shards, and the mar
 import json
 import random
 import re
-import subprocess
-import sys
 import unicodedata
 from pathlib import Path
 
@@ -48,9 +46,9 @@ from tasks.symbolic_proofs import (
     to_symbolic,
     to_words,
 )
+from tests.loading import run_module
 from train_gpt import Config, RunError, TokenLoader, open_shard, validation_batches, write_checkpoint
 
-ROOT = Path(language.__file__).parent.parent
 EXAMPLE = ("let x := 4 7 + 8 5 . { step 7 + 5 + 0 ~> 1 2 . by calc . step 4 + 8 + 1 ~> 1 3 . by calc . show x "
            "= 1 3 2 . } qed .")
 WITH_TRACE = [rendering for rendering in TEMPLATES if rendering != "answer_only"]
@@ -710,7 +708,7 @@ def trained(folder: Path, *arguments: str) -> str:
     return str(folder / "logs" / "run.pt")
 
 
-@pytest.mark.parametrize("variant", [None, "swiglu_mlp:hidden=40"])
+@pytest.mark.parametrize("variant", [pytest.param(None, marks=pytest.mark.slow), "swiglu_mlp:hidden=40"])
 def test_evaluate_a_checkpoint(tmp_path, capsys, variant):
     task = Task(families=("add", "chain"), digits=2, depth=2, sequence_length=128)
     make(tmp_path, task, 100, 60, 8, seed=1)
@@ -821,15 +819,15 @@ def test_show_and_check(tmp_path, capsys):
         "file in UTF-8 with a program on every line\n")
 
 
-def test_command_line(tmp_path):
+def test_command_line(tmp_path, capsys):
     arguments = f"make -o {tmp_path} --count 10 --val_count 3 --test_count 2 --sequence_length 1024".split()
-    run = subprocess.run([sys.executable, "-m", "tasks.symbolic_language", *arguments], cwd=ROOT, capture_output=True,
-                         text=True)
-    assert run.returncode == 0 and run.stderr == ""
+    assert run_module("tasks.symbolic_language", *arguments) == 0
+    out, error = capsys.readouterr()
+    assert error == ""
     assert re.fullmatch(
         r"\S+: 10 training and 3 validation problems, \d+\.\d tokens a training problem with pads, 2 tests "
         r"of each family and set\ntrain with --data \S+ --sequence_length 1024 --align_documents "
-        r"--batch_tokens 8192\n", run.stdout)
+        r"--batch_tokens 8192\n", out)
 
 
 @pytest.mark.slow

@@ -191,7 +191,7 @@ def test_trains(model):
     assert check.learning_faults(check.train(model)) == []
 
 
-@pytest.mark.parametrize("spec", sampled(MODEL_NAMES, 2))
+@pytest.mark.parametrize("spec", sampled(MODEL_NAMES, 4))
 def test_compiles_to_one_graph(spec):
     config = replace(TINY, layers=3)
     with variants.applied((spec,), config):

@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import train_gpt
 import variants
 from data.shards import write_meta, write_shard
+from tests.children import exit_code_of, start_child
 from tests.errors import float_bound
 from train_gpt import Ranks, RunError
 from variants import gradient_conditioning as gc
@@ -505,35 +507,28 @@ def test_warm_up_leaves_no_trace(corpus, tmp_path, no_peak):
     assert not any(tensor.any() for tensor in kept)
 
 
-RANKS = """
-import sys
-sys.path[:0] = sys.argv[1:3]
-import torch, torch.distributed as dist, train_gpt
-from test_gradient_conditioning import ACTIVE, BASES, Toy, build, follow
-rank = int(sys.argv[4])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[3] + "/store", rank=rank, world_size=2)
-ranks, results = train_gpt.Ranks(rank, 2, torch.device("cpu"), torch.float32), {}
-for base in BASES:
-    for source, more in ACTIVE.items():
-        model = Toy()
-        optimizer = build(f"{base},source={source},{more}".rstrip(","), model, ranks=ranks)
-        halfway = (follow([optimizer], model, 4, (0.25, 0.75)[rank]), optimizer.state_dict())
-        results[base, source] = (*halfway, follow([optimizer], model, 4, (0.25, 0.75)[rank], start=4))
-torch.save(results, sys.argv[3] + f"/{rank}.pt")
-dist.destroy_process_group()
-train_gpt.leave(0, alone=False)
-"""
 BASES = ("base=sgd,lr=0.01,clip=40", "base=default,allow_shift_muon=on,include_1d=on,clip=40,clip_order=after")
+
+
+def train_as_rank(folder: Path, rank: int) -> int:
+    """One of two ranks: weights after 4 steps, the state then, and weights after 8, of every source, in RANK.pt."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    ranks, results = Ranks(rank, 2, torch.device("cpu"), torch.float32), {}
+    for base in BASES:
+        for source, more in ACTIVE.items():
+            model = Toy()
+            optimizer = build(f"{base},source={source},{more}".rstrip(","), model, ranks=ranks)
+            halfway = (follow([optimizer], model, 4, (0.25, 0.75)[rank]), optimizer.state_dict())
+            results[base, source] = (*halfway, follow([optimizer], model, 4, (0.25, 0.75)[rank], start=4))
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+    return 0
 
 
 def test_two_ranks_equal_one(tmp_path):
     """Every source, most tensors split between the ranks inside a row; a checkpoint of two ranks goes on with one."""
-    (tmp_path / "ranks.py").write_text(RANKS)
-    command = [sys.executable, str(tmp_path / "ranks.py"), str(ROOT), str(Path(__file__).parent), str(tmp_path)]
-    processes = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
-                 for rank in range(2)]
-    errors = [process.communicate(timeout=200)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors[0][-3000:]
+    children = [start_child(lambda rank=rank: train_as_rank(tmp_path, rank)) for rank in range(2)]
+    assert [exit_code_of(child) for child in children] == [0, 0]
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     for (base, source), (halfway, state, final) in results[0].items():
         same(final, results[1][base, source][2])

@@ -108,21 +108,21 @@ def assert_close(results, reference, relative_rms, tolerance):
 WARP = 0.7
 CASES = [  # M, G, K, n, S, expansion, delta_max, mix
     (21, 1, 2, 3, 3, 0.1, math.inf, "sum"),
-    (33, 1, 64, 18, 2, 0.2, math.inf, "sum"),
     (19, 1, 40, 5, 2, 0.2, WARP, "sum"),
-    (17, 3, 32, 16, 2, 0.1, math.inf, "sum"),
     (5, 2, 16, 7, 2, 0.1, WARP, "sum"),
     (18, 5, 1, 6, 2, 0.0, math.inf, "sum"),
     (7, 11, 3, 5, 3, 0.1, WARP, "sum"),
     (5, 2, 33, 4, 3, 0.1, WARP, "concat"),
     (7, 3, 4, 9, 2, 0.1, math.inf, "concat"),
-    (7, 3, 3, 4, 5, 0.0, math.inf, "concat"),
     (7, 3, 1, 4, 2, 0.1, math.inf, "concat"),
     (5, 35, 2, 2, 2, 0.1, math.inf, "concat"),
     (5, 2, 4, 5, 2, 0.1, WARP, "concat"),
-    (1, 2, 4, 8, 2, 0.0, math.inf, "concat"),
 ]
 SLOW_CASES = [
+    (33, 1, 64, 18, 2, 0.2, math.inf, "sum"),
+    (17, 3, 32, 16, 2, 0.1, math.inf, "sum"),
+    (7, 3, 3, 4, 5, 0.0, math.inf, "concat"),
+    (1, 2, 4, 8, 2, 0.0, math.inf, "concat"),
     (18, 9, 4, 4, 3, 0.1, math.inf, "sum"),
     (1, 5, 4, 8, 2, 0.0, math.inf, "concat"),
     (1, 1, 1, 1, 2, 0.0, math.inf, "sum"),
@@ -146,9 +146,9 @@ def test_interpreted_kernels_equal_the_reference(case, interpreter, relative_rms
                  bounds(inputs, settings, reference))
 
 
-EDGES = [(9, 1, 16, 5, 2, math.inf, "sum"), (9, 2, 16, 5, 2, WARP, "sum"), (9, 5, 2, 5, 2, math.inf, "sum"),
-         (5, 2, 2, 3, 2, math.inf, "concat"),
-         *slow((9, 2, 20, 5, 2, math.inf, "concat"), (5, 2, 4, 2, 2, WARP, "concat"),
+EDGES = [(9, 2, 16, 5, 2, WARP, "sum"), (5, 2, 2, 3, 2, math.inf, "concat"),
+         *slow((9, 1, 16, 5, 2, math.inf, "sum"), (9, 5, 2, 5, 2, math.inf, "sum"),
+               (9, 2, 20, 5, 2, math.inf, "concat"), (5, 2, 4, 2, 2, WARP, "concat"),
                (9, 1, 17, 5, 3, math.inf, "sum"))]
 
 

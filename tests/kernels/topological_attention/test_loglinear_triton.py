@@ -63,17 +63,17 @@ def assert_close(got, tensors, doc_start, window, relative_rms, roundings=0):
 
 CASES = {  # T, window, changed tile sizes, options of inputs
     "key_only": (40, None, {}, dict(B=1, H=2, kv=1, decay=0.1, bias=1.0, docs=0.05, coordinates=False)),
-    "key_only_window": (70, 20, {}, dict(B=1, H=1, kv=1, decay=0.1, coordinates=False)),
     "one": (1, None, {}, dict(H=1, kv=1, D=1)),
-    "chunk": (32, None, {}, dict(B=1, H=3, kv=1, decay=0.1, bias=1.0, docs=0.1)),
     "pair": (33, None, {}, dict(B=1, H=1, kv=1, bias=1.0)),
     "all": (40, None, {}, dict(B=2, H=1, kv=1, D=17, decay=0.2, bias=1.0, docs=0.05)),
-    "decay": (90, None, dict(block=32), dict(B=1, H=1, kv=1, decay=5.0)),
-    "narrow window": (40, 7, {}, dict(B=1, H=1, kv=1, decay=0.1, bias=1.0, docs=0.05)),
     "window": (70, 40, {}, dict(B=1, H=1, kv=1, decay=0.1, bias=1.0, docs=0.02)),
     "ties": (70, None, {}, dict(B=1, H=1, kv=1, scale=0.4, ties=True)),
 }
 SLOW_CASES = {
+    "key_only_window": (70, 20, {}, dict(B=1, H=1, kv=1, decay=0.1, coordinates=False)),
+    "chunk": (32, None, {}, dict(B=1, H=3, kv=1, decay=0.1, bias=1.0, docs=0.1)),
+    "decay": (90, None, dict(block=32), dict(B=1, H=1, kv=1, decay=5.0)),
+    "narrow window": (40, 7, {}, dict(B=1, H=1, kv=1, decay=0.1, bias=1.0, docs=0.05)),
     "narrow window of groups": (40, 7, {}, dict(B=1, H=2, kv=1, decay=0.1, bias=1.0, docs=0.05)),
     "groups": (65, None, {}, dict(B=2, H=2, kv=1, D=17, decay=0.2, bias=1.0, docs=0.03)),
     "plain": (131, None, dict(tile=32), dict(B=1, H=1, kv=1, D=33)),
