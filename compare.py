@@ -628,22 +628,24 @@ class Comparison:
         device = self.machine(self.config(jobs[0]))["device"]
 
         # earlier runs
-        rates = {}  # variant: (seconds a token, seconds of warm-up) of each
+        rates = {}  # variant, and variant with sizes: (seconds a token, seconds of warm-up) of each
+        every = []  # these pairs of all runs
         for log in sorted((self.reuse or COMPARISONS).glob("*/logs/*.txt")):
             facts = self.other_facts(log)
             if facts and facts["config"].get("track") == track and facts.get("device") == device:
                 tokens = facts.get("tokens_per_second")
                 seconds = facts.get("warmup_seconds")
                 if all(isinstance(value, int | float) and value > 0 for value in (tokens, seconds)):
-                    rates.setdefault(json.dumps(facts["config"].get("variant")), []).append((1 / tokens, seconds))
-        every = [pair for pairs in rates.values() for pair in pairs]
+                    for key in cost_keys(facts["config"]):
+                        rates.setdefault(key, []).append((1 / tokens, seconds))
+                    every.append((1 / tokens, seconds))
         if not every:
             return None, 0
 
         # these runs
         total = 0.0
         for config in map(self.config, jobs):
-            pairs = rates.get(json.dumps(list(config.variant)), every)
+            pairs = next((rates[key] for key in cost_keys(asdict(config)) if key in rates), every)
             token, warm_up = (sum(column) / len(pairs) for column in zip(*pairs))
             total += (config.time_budget or token * config.steps * config.batch_tokens) + warm_up
         return total, len(every)
@@ -878,6 +880,13 @@ class Comparison:
         results = summarize(settings, arms)
         add_autopsies(results, arms)
         return results
+
+
+def cost_keys(config: dict) -> list[str]:
+    """What runs of equal cost have in common, the nearest first: variant and sizes, then the variant alone."""
+    variant = list(config.get("variant") or [])
+    sizes = [config.get(name) for name in ("layers", "model_dim", "mlp_hidden", "sequence_length")]
+    return [json.dumps([variant, *sizes]), json.dumps(variant)]
 
 
 def json_facts(log: Path) -> dict:

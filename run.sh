@@ -209,7 +209,10 @@ fi
 # prepare TRACK: its data, unless the caller's folder has its own of that name, where the trainer looks first.
 prepare() {
     local folder=data/fineweb10B shards
-    case "$1" in cpu | golf_cpu) folder=data/python_bytes ;; esac
+    case "$1" in
+    cpu | golf_cpu) folder=data/python_bytes ;;
+    english_cpu) return ;;  # any English text, by data tokenize_text
+    esac
     if [ -d "$folder" ] && ! [ "$folder" -ef "$checkout/$folder" ]; then
         return
     fi

@@ -11,7 +11,8 @@ FILES    .jsonl, .ndjson, .jsonlines, .json: a document on every line, in --text
          .zstd after the name. A folder is searched for .txt, .md and the endings above (.json only compressed).
          hub:OWNER/NAME[/FOLDER]: the parquet files of a data set on the Hugging Face Hub (its files of JSON lines if it
          has none), downloaded one by one into the Hub's cache. Empty documents are left out; half of a surrogate pair,
-         which JSON can hold and UTF-8 cannot, becomes U+FFFD. A document may have 1 GiB.
+         which JSON can hold and UTF-8 cannot, becomes U+FFFD. A document may have 1 GiB. shards:DIR, alone and with
+         --tokenizer bytes: the text of a folder of shards, decoded; its documents keep their split and their order.
 Split    a document goes to validation if its hash (sha256 of its bytes) is below val_fraction, so that equal documents
          stay together and the order does not matter; where none is, the one with the lowest hash goes. A single
          document is cut instead: its last val_fraction is for validation, from byte int(length * (1 - val_fraction)) on
@@ -38,12 +39,13 @@ from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from data.command_line import run_script
-from data.shards import SHARD_TOKENS, write_folder
+from data.shards import SHARD_TOKENS, SPLITS, write_folder
 from data.tokenizer import build_encoder, load_merges
-from train_gpt import RunError, require
+from train_gpt import Config, RunError, adopt_vocabulary, find_shards, open_shard, require
 
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".json")
 SEARCHED = (".txt", ".md", ".jsonl", ".ndjson", ".jsonlines", ".parquet")  # in a folder, which a .json often describes
@@ -321,6 +323,40 @@ def split_documents(texts: Iterator[bytes], val_fraction: float, whole_character
     for _share, text in waiting:
         yield "val", text
 
+
+def read_shards(folder: str, bar: tqdm) -> Iterator[tuple[str, bytes]]:
+    """
+    (train or val, document) of every document in a folder of shards, as bytes. Its tokens are those of its .tiktoken
+    file, GPT-2's where it has none. RunError for a folder without shards, and for a token that is none of these.
+    """
+    # what a token stands for
+    config = Config(data=folder)
+    adopt_vocabulary(config)
+    end = config.end_of_text
+    beside = sorted(find_shards(config, "train")[0].parent.glob("*.tiktoken"))
+    require(config.vocab_size != 257, f"{folder} holds bytes already; give --data {folder} to the trainer")
+    merges = load_merges(str(beside[0]) if beside else "gpt2")
+    text_of = sorted(merges, key=merges.get)
+
+    # a document may go on in the next shard
+    for split in SPLITS:
+        held = []  # of the document that is being read: its text, shard by shard
+        for shard in find_shards(config, split):
+            tokens = open_shard(shard)
+            ends = np.flatnonzero(tokens == end)
+            for start, stop in zip([0, *ends + 1], [*ends, len(tokens)]):
+                if start and held:
+                    yield split, b"".join(held)
+                    held = []
+                document = tokens[start:stop]
+                largest = document.max(initial=0)
+                require(largest < len(text_of), f"{shard} holds token {largest}, and its tokenizer has "
+                        f"{len(text_of)} tokens; put the .tiktoken file of its tokenizer beside it")
+                held.append(b"".join(map(text_of.__getitem__, document.tolist())))
+                bar.update(len(held[-1]))
+        yield split, b"".join(held)
+
+
 # ---- Tokens -----------------------------------------------------------------
 
 
@@ -366,13 +402,20 @@ def tokenize(options: argparse.Namespace) -> dict:
     # the options
     require(0 < options.val_fraction < 1, f"--val_fraction must lie between 0 and 1, got {options.val_fraction:g}")
     require(options.separator != "", "--separator must not be empty; leave it out where a file is one document")
-    merges, files = load_merges(options.tokenizer), find_files(options.files)
+    decoded = [word.removeprefix("shards:") for word in options.files if word.startswith("shards:")]
+    require(not decoded or (len(options.files) == 1 and options.tokenizer == "bytes"),
+            f"a folder of shards is decoded alone, and into bytes, got {' '.join(options.files)!r:.200} and "
+            f"--tokenizer {options.tokenizer}; leave the other files out and give --tokenizer bytes")
+    merges, files = load_merges(options.tokenizer), [] if decoded else find_files(options.files)
     separator = os.fsencode(options.separator or "")
 
     # a document at a time, from the files to the shards
     with tqdm(unit="B", unit_scale=True, disable=None) as bar:  # None: only on a terminal
-        texts = read_documents(files, options.text_field, separator, bar)
-        documents = split_documents(texts, options.val_fraction, whole_characters=bool(merges))
+        if decoded:
+            documents = (item for item in read_shards(decoded[0], bar) if item[1].strip())
+        else:
+            texts = read_documents(files, options.text_field, separator, bar)
+            documents = split_documents(texts, options.val_fraction, whole_characters=bool(merges))
         end_of_text = len(merges) if merges else 256
         return write_folder(
             options.output, options.name, encode_documents(documents, merges), end_of_text, merges,
@@ -384,7 +427,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command line. Returns the exit code: 0, 1 for a fault (one line on stderr), 130 when interrupted."""
     parser = argparse.ArgumentParser(prog="tokenize_text.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", metavar="FILES", help="files, folders, hub:OWNER/NAME")
+    parser.add_argument("files", nargs="+", metavar="FILES", help="files, folders, hub:OWNER/NAME, shards:DIR")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bytes or a .tiktoken file")
     parser.add_argument("--val_fraction", type=float, default=0.01, help="part of the documents for validation")

@@ -31,7 +31,6 @@ after every comparison: JSON, tables (.md) and a picture (.png) in studies/resul
 
 import argparse
 import math
-import os
 import re
 import shlex
 import sys
@@ -49,15 +48,28 @@ import variants
 from compare import Comparison
 from data import local_corpus
 from data.command_line import run_script
-from records.processes import Interrupt
 from records.results import summarize
 from records.runs import Run
 from studies import build_parser, save
-from studies.comparisons import run_comparison
+from studies.comparisons import (
+    add_run_options,
+    arms_of,
+    cell,
+    check_steps,
+    interval_of,
+    length_options,
+    losses_of,
+    mean_of,
+    plan_comparison,
+    run_comparison,
+    show_plan,
+    tests_of,
+    trainer_options,
+)
 from studies.golf_claims import Evidence, judge_claims
 from studies.golf_picture import draw
 from studies.ngram_loss import first_tokens, unigram
-from train_gpt import RANGES, Config, adopt_vocabulary, data_folder, find_shards, require, say
+from train_gpt import Config, adopt_vocabulary, data_folder, find_shards, require, say
 
 TRACKS = ("golf", "golf_cpu")
 WARM_STEPS = 50         # the first steps of a run, whose time is not measured
@@ -192,17 +204,6 @@ def count_numbers(config: Config) -> dict:
 # ---- The comparisons --------------------------------------------------------
 
 
-def trainer_options(options: argparse.Namespace) -> list[str]:
-    """The options of the trainer that all runs have but for their length."""
-    threads = [] if torch.cuda.is_available() else ["--threads", "1"]
-    return [*threads, "--keep_losses", "0", *options.settings]
-
-
-def length_options(steps: int) -> list[str]:
-    """The options of a run of so many steps, which is validated before the first and after the last."""
-    return ["--steps", str(steps), "--val_every", str(steps)]
-
-
 def compare_arms(arms: list[str], seeds: int, options: argparse.Namespace,
                  length: list[str]) -> tuple[Comparison, dict | None]:
     """
@@ -211,20 +212,10 @@ def compare_arms(arms: list[str], seeds: int, options: argparse.Namespace,
     kept.
     """
     argv = [*arms, "--track", options.track, "--seeds", str(seeds), "--jobs", str(options.jobs), "--margin",
-            str(options.margin), "--anyway", "--", *trainer_options(options), *length]
+            str(options.margin), "--anyway", "--", *trainer_options(options.settings), *length]
     if not options.dry_run:
         return run_comparison(argv)
-    with Interrupt() as interrupt:
-        return compare.prepare(*compare.parse_arguments(argv), argv, interrupt), None
-
-
-def arms_of(comparison: Comparison, results: dict) -> list[dict]:
-    """The arms of a comparison as summarize takes them, with their runs from the logs."""
-    arms = []
-    for arm, row, jobs in zip(comparison.arms, results["arms"], comparison.reported([], None)):
-        runs = [comparison.read(job) or entry for job, entry in zip(jobs, row["runs"])]
-        arms.append(dict(name=arm.name, variant=arm.variant, options=arm.options, faults=row["faults"], runs=runs))
-    return arms
+    return plan_comparison(argv), None
 
 
 def find_near(results: dict) -> list[str]:
@@ -313,11 +304,11 @@ def rows_of(results: dict, names: dict[str, str], times: dict[str, float | None]
     measured under protocol A}.
     """
     rows = {}
-    shared = ["--track", options.track, *trainer_options(options)]
+    shared = ["--track", options.track, *trainer_options(options.settings)]
     baseline_ms = times["baseline"]
     for arm in results["arms"]:
         preset = ALL[names[arm["name"]]]
-        tests = arm["vs_baseline"] or dict(loss={}, time={})
+        tests = arm["vs_baseline"] or dict(time={})
         ms = times[preset.name]
 
         rows[preset.name] = dict(
@@ -329,15 +320,8 @@ def rows_of(results: dict, names: dict[str, str], times: dict[str, float | None]
             peak_memory_mib=(arm["peak_memory_mib"] or {}).get("max"),
             start_loss=arm["curve"][0][3] if arm["curve"] else None, loss=arm["loss"],
             bits_per_byte=mean_of(arm["bits_per_byte"]), time_verdict=tests["time"].get("verdict"),
-            losses=[[run["seed"], run["val_loss"]] for run in arm["runs"] if run.get("val_loss") is not None],
-            **{name: tests["loss"].get(name) for name in ("difference", "low", "high", "n", "p", "p_holm", "verdict")},
-            faults=arm["faults"], errors=arm["errors"])
+            losses=losses_of(arm), **tests_of(arm), faults=arm["faults"], errors=arm["errors"])
     return rows
-
-
-def mean_of(values: dict | None) -> float | None:
-    """The mean of a summary, None where there is none."""
-    return None if values is None else values["mean"]
 
 
 def unigram_loss(config: Config) -> float:
@@ -347,17 +331,12 @@ def unigram_loss(config: Config) -> float:
     return float(-np.log(unigram(train, config.vocab_size)[val]).mean())
 
 
-def cell(value, form: str) -> str:
-    return "-" if value is None else form.format(value)
-
-
 def table_of(rows: dict[str, dict]) -> str:
     """A protocol's rows as Markdown."""
     lines = []
     for name, row in rows.items():
         loss = row["loss"] or dict(mean=None, n=0)
         mark = "" if not row["faults"] else " (not sound)"
-        interval = "-" if row["low"] is None else f"{row['low']:+.4f} to {row['high']:+.4f}"
         lines.append({
             "preset": name + mark, "style": row["style"], "stored": f"{row['stored']:,}",
             "without embeddings": cell(row["without_embeddings"], "{:,}"), "generated": f"{row['generated']:,}",
@@ -365,8 +344,8 @@ def table_of(rows: dict[str, dict]) -> str:
             "steps": cell(row["steps"], "{:,}"), "s": cell(row["seconds"], "{:.0f}"),
             "at step 0": cell(row["start_loss"], "{:.3f}"), "loss, nats": cell(loss["mean"], "{:.4f}"),
             "bits a byte": cell(row["bits_per_byte"], "{:.4f}"), "difference": cell(row["difference"], "{:+.4f}"),
-            "95 %": interval, "verdict": row["verdict"] or "-", "p": cell(row["p_holm"], "{:.2g}"), "n": loss["n"],
-            "published bits": cell(row["published_bits"], "{}")})
+            "95 %": interval_of(row), "verdict": row["verdict"] or "-", "p": cell(row["p_holm"], "{:.2g}"),
+            "n": loss["n"], "published bits": cell(row["published_bits"], "{}")})
     return markdown(lines)
 
 
@@ -394,23 +373,11 @@ def write(results: dict, evidence: Evidence, options: argparse.Namespace):
 # ---- The command ------------------------------------------------------------
 
 
-def show_plan(comparison: Comparison, title: str, options: argparse.Namespace) -> float | None:
-    """Print how many runs of a comparison are missing and how long they take; returns seconds, None: not known."""
-    jobs = [job for arm_jobs in comparison.reported([], None) for job in arm_jobs]
-    missing = [job for job in jobs if comparison.read(job) is None and comparison.find_finished(job)[0] is None]
-    seconds, runs = comparison.expected_seconds(missing)
-    expected = "expected time not known: no earlier run of this track on this machine"
-    if seconds is not None:
-        expected = f"expected time {compare.duration(seconds / options.jobs)}, by {runs} earlier runs"
-    say(f"{title}: {len(jobs)} runs, {len(jobs) - len(missing)} of them done; {expected}")
-    return seconds
-
-
 def show(presets: list[Preset], options: argparse.Namespace):
     """Print what would run, and the expected time. Runs nothing."""
     # the presets
     lines = []
-    shared = ["--track", options.track, *trainer_options(options)]
+    shared = ["--track", options.track, *trainer_options(options.settings)]
     for preset in presets:
         arm = preset.arm(options.track)
         numbers = count_numbers(config_of(arm, shared))
@@ -423,7 +390,7 @@ def show(presets: list[Preset], options: argparse.Namespace):
     arms = [preset.arm(options.track) for preset in presets]
     comparison, _ = compare_arms(arms, 1 if options.protocol == "B" else seeds, options, length_options(options.steps))
     titles = dict(A="protocol A", B="protocol A once, for the times", both="protocol A")
-    show_plan(comparison, titles[options.protocol], options)
+    show_plan(comparison, titles[options.protocol], options.jobs)
     if options.protocol != "A":
         budget = options.budget
         if not budget:
@@ -448,7 +415,7 @@ def study(options: argparse.Namespace):
         return
 
     # what is kept after every comparison
-    baseline = config_of("baseline", ["--track", options.track, *trainer_options(options)])
+    baseline = config_of("baseline", ["--track", options.track, *trainer_options(options.settings)])
     evidence = Evidence({}, options.margin, unigram_loss(baseline))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results = describe(device) | dict(
@@ -496,13 +463,12 @@ def settle(options: argparse.Namespace):
     require(options.margin > 0, f"--margin must be greater than 0 nats, got {options.margin}")
 
     # the data, and the steps of the track
-    config = compare.parse_options(["--track", options.track, *trainer_options(options)])
+    config = compare.parse_options(["--track", options.track, *trainer_options(options.settings)])
     if options.track == "golf_cpu" and config.data == Config.data and not data_folder(config).exists():
         local_corpus.build(data_folder(config))
     find_shards(config, "train")
     options.steps = options.steps or config.steps
-    least, most = 1, RANGES["steps"][1]
-    require(least <= options.steps <= most, f"--steps must be from {least} to {most:,}, got {options.steps}")
+    check_steps(options.steps)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -520,10 +486,7 @@ def main(argv: list[str] | None = None) -> int:
                         help=f"of every preset, and of those within {NEAR} nats of the baseline (default: 3 6)")
     parser.add_argument("--margin", type=float, default=MARGIN,
                         help="nats: smaller differences are equivalent (default: %(default)s)")
-    cores = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
-    parser.add_argument("--jobs", type=int, default=cores, help="runs at the same time (default: %(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="show what would run, and the expected time")
-    parser.add_argument("settings", nargs="*", help="of the trainer, after --")
+    add_run_options(parser)
     options = parser.parse_args(argv)
     return run_script("parameter_golf.py", lambda: study(options),
                       "stopped; finished runs are kept, call it again to go on")

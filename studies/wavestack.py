@@ -60,7 +60,7 @@ from data.command_line import run_script
 from generate import Decoder
 from records.results import outcome_of
 from studies import RESULTS, build_parser, save
-from studies.comparisons import run_comparison
+from studies.comparisons import cell, interval_of, run_comparison
 from studies.wavestack_claims import PUBLISHED, judge_claims
 from tasks import recall
 from train_gpt import GPT, Config, Ranks, find_shards, open_shard, require
@@ -266,20 +266,13 @@ def table_of_tier_2(results: dict) -> str:
     lines = []
     for name, result in results.items():
         for row in result["arms"]:
-            line = {"comparison": name, "arm": row["arm"], "parameters": f"{row['parameters'] or 0:,}", "loss": "-",
-                    "n": row["n"], "ms a step": "-", "rates": "-", "against": "-", "95 %": "-",
-                    "verdict": row["verdict"] or "-"}
-            if row["loss"] is not None:
-                line["loss"] = f"{row['loss']:.4f}"
-            if row["ms_per_step"] is not None:
-                line["ms a step"] = f"{row['ms_per_step']:.1f}"
-            if row["sweep"]:
-                line["rates"] = f"x {row['sweep']['chosen']:g}"
-            if row["difference"] is not None:
-                line["against"] = f"{row['difference']:+.4f}"
-            if row["interval"] and row["interval"][0] is not None:
-                line["95 %"] = "{:+.4f} to {:+.4f}".format(*row["interval"])
-            lines.append(line)
+            low, high = row["interval"] or (None, None)
+            rates = row["sweep"] and row["sweep"]["chosen"]
+            lines.append({
+                "comparison": name, "arm": row["arm"], "parameters": f"{row['parameters'] or 0:,}",
+                "loss": cell(row["loss"], "{:.4f}"), "n": row["n"], "ms a step": cell(row["ms_per_step"], "{:.1f}"),
+                "rates": cell(rates, "x {:g}"), "against": cell(row["difference"], "{:+.4f}"),
+                "95 %": interval_of(dict(low=low, high=high)), "verdict": row["verdict"] or "-"})
     return markdown(lines)
 
 

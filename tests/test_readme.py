@@ -357,7 +357,12 @@ TINY = {  # what is set behind a command: the longest beginning that fits decide
     "./run.sh data local_corpus": "",
     "./run.sh data cached_fineweb10B": None,                 # from the Hub
     "./run.sh data tokenize_text": "--tokenizer bytes",      # GPT-2's is from the Hub
+    "./run.sh data tokenize_text shards:": None,             # the reader's English text
+    "./run.sh data mixed_corpus": None,
     "./run.sh study ngram_loss": "",
+    "./run.sh study parameter_golf": "",
+    "./run.sh study depth_ladder": "",
+    "./run.sh study corpora": None,
     "./run.sh bench": None,                                  # runs a kernel's tests first; minutes
     "./run.sh task recall make": "--count 200 --val_count 50",
     "./run.sh task recall --help": "",

@@ -461,3 +461,21 @@ def test_an_interrupt(tmp_path):
         error = run.communicate(timeout=60)[1]
     assert run.returncode == 130 and error.count("\n") == 1 and "interrupted" in error
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_shards_are_decoded_into_bytes(tmp_path, tiny_tiktoken, capsys):
+    """Documents come back in their split and order, also those that go on in the next shard."""
+    assert main([str(jsonl(tmp_path / "a.jsonl", TEXTS)), "-o", str(tmp_path / "tokens"), "--tokenizer",
+                 str(tiny_tiktoken), "--val_fraction", "0.2", "--shard_tokens", "1000"]) == 0
+    assert len(list((tmp_path / "tokens").glob("*_train_*.bin"))) > 3
+    assert main([f"shards:{tmp_path / 'tokens'}", "-o", str(tmp_path / "bytes"), "--tokenizer", "bytes"]) == 0
+    for split in ("train", "val"):
+        assert decoded(tmp_path / "bytes", split) == decoded(tmp_path / "tokens", split)
+    capsys.readouterr()
+
+    # what is refused
+    words = [f"shards:{tmp_path / 'tokens'}", "-o", tmp_path / "out"]
+    assert "is decoded alone, and into bytes" in fault(capsys, *words)
+    assert "is decoded alone, and into bytes" in fault(capsys, words[0], *words, "--tokenizer", "bytes")
+    assert "holds bytes already" in fault(capsys, f"shards:{tmp_path / 'bytes'}", *words[1:], "--tokenizer", "bytes")
+    assert "no train shards" in fault(capsys, f"shards:{tmp_path}", *words[1:], "--tokenizer", "bytes")

@@ -4,27 +4,20 @@ it was stopped. A stand-in writes the logs of runs; the slow test trains every p
 """
 import json
 import math
-import sys
-from dataclasses import asdict, replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-import compare
-import records.report
 import train_gpt
 import variants
 from data.shards import write_meta, write_shard
-from records.identity import source_of
 from records.runs import Run
 from studies import golf_claims as claims
 from studies import golf_picture as picture
 from studies import parameter_golf as study
 from tests.models import random_tokens
-from tests.records.conftest import log_lines
-from train_gpt import RunError, adopt_vocabulary
+from train_gpt import RunError
 from variants import check
 
 NAMES = list(study.ALL)
@@ -205,66 +198,31 @@ def test_near_the_baseline():
 LOSSES = {"baseline": 2.0, "latent_attention": 2.01, "low_rank": 2.3}
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.fixture
-def stand_in(monkeypatch, tmp_path, corpus):
+def stand_in(made_up_runs, monkeypatch, tmp_path, corpus):
     """
-    stand_in.call(*words) -> exit code; stand_in.trained: [(variant, seed, steps)] of all runs that were trained.
-    stand_in.most: after so many comes a signal. stand_in.bad: variants whose runs fail. stand_in.drawn: paths of the
-    pictures that were not drawn.
+    made_up_runs with call(*words) -> exit code, trained: [(variant, seed, steps)], bad: variants whose runs fail,
+    drawn: paths of the pictures that were not drawn. Baseline takes 100 ms a step, low_rank 250, others 50.
     """
-    stand = SimpleNamespace(trained=[], most=None, bad=set(), output=tmp_path / "out.json", drawn=[])
-
-    def run(self, missing, total):
-        for _, job in missing:
-            if stand.most is not None and len(stand.trained) >= stand.most:
-                self.interrupt.receive(15, None)
-                self.interrupt.check()
-            name = (job.arm.variant or ["baseline"])[0].partition(":")[0]
-            if name in stand.bad:
-                self.state["failed"][job.name] = "made up"
-            else:
-                stand.trained.append((name, job.seed, self.config(job).steps))
-                write_log(self, job, LOSSES[name] + 0.001 * job.seed + 0.0001 * (job.seed * len(name) % 7))
-            self.state["order"].append(dict(run=job.name, arm=job.arm.name, seed=job.seed))
-            self.state["company"][job.name] = len(missing)
-        self.save_state()
+    stand = made_up_runs
+    stand.output, stand.drawn = tmp_path / "out.json", []
+    stand.describe = lambda job, config: (name_of(job), job.seed, config.steps)
+    stand.loss = lambda job: LOSSES[name_of(job)] + 0.001 * job.seed + 0.0001 * (job.seed * len(name_of(job)) % 7)
+    stand.ms = lambda job: {"baseline": 100.0, "low_rank": 250.0}.get(name_of(job), 50.0)
+    stand.fails = lambda job: name_of(job) in stand.bad
 
     def call(*words):
         settings = ["--data", str(corpus), "--val_tokens", "2048"]
         options = ["--steps", str(STEPS), "--jobs", "1", "--output", str(stand.output)]
         return study.main([*words, *options, "--", *settings])
 
-    monkeypatch.setattr(compare.Comparison, "run", run)
-    monkeypatch.setitem(sys.modules, "variants.check", SimpleNamespace(faults_of=lambda config: []))
-    monkeypatch.setattr(records.report, "draw", lambda *arguments: None)
     monkeypatch.setattr(study, "draw", lambda path, protocols: stand.drawn.append((path, list(protocols))))
-    monkeypatch.chdir(tmp_path)
     stand.call = call
     return stand
 
 
-def write_log(comparison, job, loss):
-    """What the trainer would have left of a run: baseline 100 ms a step, low_rank 250, others 50."""
-    config = replace(comparison.config(job), seed=job.seed, run_id=job.name, log_dir=str(comparison.logs))
-    adopt_vocabulary(config)
-    ms = {"baseline": 100.0, "low_rank": 250.0}.get((job.arm.variant or ["baseline"])[0].partition(":")[0], 50.0)
-    texts = {}
-    for file in source_of(job.arm.variant):
-        texts[file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")] = (compare.ROOT / file).read_text()
-    facts = comparison.machine(config) | dict(
-        seed=config.seed, target=0.0, val_tokens=64, val_sha256=comparison.plan["data"][config.data]["val"],
-        config=json.loads(json.dumps(asdict(config))))
-    lines, saved = log_lines({0: 5.5, config.steps: loss}, run_id=job.name, ms_per_step=ms,
-                             source=texts.pop("train_gpt"), modules=texts.items())
-    at = next(number for number, line in enumerate(lines) if line.startswith("facts: "))
-    lines[at] = f"facts: {json.dumps(json.loads(lines[at][7:]) | facts)}"
-    log = comparison.logs / f"{job.name}.txt"
-    log.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    log.with_suffix(".json").write_text(json.dumps(saved | facts))
+def name_of(job):
+    return (job.arm.variant or ["baseline"])[0].partition(":")[0]
 
 
 def test_both_protocols_and_more_seeds_of_what_is_near(stand_in, capsys):

@@ -482,6 +482,79 @@ def test_a_mixture_repeats_and_leaves_out_shards(corpus):
         assert torch.equal(again.next_batch()[0], loader.next_batch()[0])
 
 
+@pytest.fixture(scope="module")
+def two_corpora(tmp_path_factory):
+    """Training shards of 41 and 301 times T random letters, before n the one, from n on the other."""
+    folder, random = tmp_path_factory.mktemp("two"), np.random.default_rng(0)
+    for number, (count, first) in enumerate(((41, "a"), (301, "n"))):
+        tokens = random.integers(ord(first), ord(first) + 13, count * T)
+        write_shard(folder / f"x_train_00000{number}.bin", tokens)
+    write_shard(folder / "x_val_000000.bin", tokens[:200])
+    write_meta(folder, vocab_size=257, tokenizer="bytes")
+    return folder
+
+
+def places_of(folder) -> dict:
+    """{a row's tokens: (shard, its number in the shard)}"""
+    places = {}
+    for shard in range(2):
+        tokens = np.array(train_gpt.open_shard(folder / f"x_train_00000{shard}.bin"))
+        for at, window in enumerate(np.lib.stride_tricks.sliding_window_view(tokens, T + 1).tolist()):
+            places[tuple(window)] = shard, at // T
+    return places
+
+
+def read_places(folder, spec, count) -> list[list[tuple]]:
+    """Where the rows of so many batches of 8 come from; a loader that is set back to the fifth reads the same."""
+    config = make_config({**TINY, "data": str(folder)})
+    places = places_of(folder)
+    with variants.applied((spec,), config):
+        loader = TokenLoader(config)
+        batches = [loader.next_batch() for _ in range(count)]
+        again = TokenLoader(config)
+        again.load_state_dict(batches[4][1])
+        assert torch.equal(again.next_batch()[0], batches[5][0])
+    return [[places[tuple(row.tolist())] for row in rows] for rows, _ in batches]
+
+
+@pytest.mark.parametrize("take", [(2, 6), (4, 4), (6, 2)])
+def test_take_gives_every_batch_its_share(two_corpora, take):
+    batches = read_places(two_corpora, f"data_order:rows=shuffled,take={take[0]},{take[1]}", 30)
+    for batch in batches:
+        assert [shard for shard, _ in batch] == [0] * take[0] + [1] * take[1]
+
+    # a pass reads every row of a shard once, and the next one has another order
+    numbers = [number for batch in batches for shard, number in batch if shard == 0]
+    passes = [numbers[start:start + 40] for start in range(0, len(numbers) - 39, 40)]
+    assert len(passes) == 30 * take[0] // 40 and all(sorted(numbers) == list(range(40)) for numbers in passes)
+    assert len({tuple(numbers) for numbers in passes}) == len(passes) and passes[0] != list(range(40))
+
+
+def test_take_in_sequence(two_corpora):
+    """The rows of a shard stand one behind the other, from visit to visit."""
+    batches = read_places(two_corpora, "data_order:rows=sequential,take=2,6", 25)
+    assert [number for batch in batches for _, number in batch[2:]] == list(range(150))
+    assert [number for batch in batches for _, number in batch[:2]] == [*range(40), *range(10)]
+
+
+def test_take_with_a_mixture(two_corpora):
+    """An epoch visits the first shard twice; a shard that is left out is not read."""
+    batches = read_places(two_corpora, "data_order:rows=sequential,mixture=2,1,take=3,2", 10)
+    read = [place for batch in batches for place in batch]
+    assert [shard for shard, _ in read] == [0, 0, 0, 1, 1, 0, 0, 0] * 10
+    assert [number for shard, number in read if shard == 0][:40] == list(range(40))
+    alone = read_places(two_corpora, "data_order:rows=shuffled,mixture=0,1,take=2", 6)
+    assert {shard for batch in alone for shard, _ in batch} == {1}
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(rows="shuffled", take=(2, 0)), "has a visit without rows"),
+    (dict(rows="easy_first", take=(2, 6)), "give rows=shuffled or rows=sequential")])
+def test_take_is_refused(options, message):
+    with pytest.raises(train_gpt.RunError, match=message):
+        variants.load("data_order").Options(**options)
+
+
 # ---- Extra facts ------------------------------------------------------------
 
 
