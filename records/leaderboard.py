@@ -3,7 +3,8 @@ The leaderboard: runs that count, checked from their logs.
 
     ./run.sh board add DIR --name NAME --track TRACK --what "one line" [--arm ARM] [--negative]
     ./run.sh board check    every record again from its logs, a line each; exit code 1 if one fails
-    ./run.sh board render   the tables of records/README.md and docs/results.md from the records' stats.json
+    ./run.sh board render   the tables of records/README.md, docs/results.md and docs/claims.md from the records'
+                            stats.json, the claims from claims.toml besides
     ./run.sh board stats DIR [--target LOSS]
                             n, mean, sd, min, max and p of each arm in any folder of logs, modded-nanogpt's too
 
@@ -43,7 +44,7 @@ from records.arms import (
 )
 from records.manifest import SOURCES, find_unused, make_manifest, share_texts
 from records.pages import (
-    check_marks,
+    check_pages,
     is_comparable,
     is_current,
     pages_of,
@@ -261,9 +262,10 @@ def check(root: Path) -> int:
             require(is_current(path, make(records)),
                     f"{path}: the tables are not those of the records; run ./run.sh board render")
             print(f"{path}: ok")
-        except RunError as error:
-            print(f"error: {error}")
-            faults += 1
+        except RunError as error:  # a line for each fault of a page
+            lines = str(error).splitlines()
+            print("\n".join(f"error: {line}" for line in lines))
+            faults += len(lines)
     return faults
 
 
@@ -345,8 +347,8 @@ def add(root: Path, source: Path, name: str, track: str, what: str, arm: str | N
     require(re.fullmatch(r"[A-Za-z0-9][\w-]*", name) and plain(what),
             f"--name takes letters, digits, _ and -, and --what a line of text; got {name!r} and {what!r}")
     rules = track_rules(track)
-    check_marks(root)
     records = read_records(root)
+    check_pages(root, records)
     settings, arms = read_arms(source)
     names = [entry["name"] for entry in arms]
     known = arm in names if arm else len(arms) <= 2
@@ -525,7 +527,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                         "target")
 
     commands.add_parser("check", help="check every record from its logs")
-    commands.add_parser("render", help="write the tables of records/README.md and docs/results.md")
+    commands.add_parser("render", help="write the tables of records/README.md, docs/results.md and docs/claims.md")
     stating = commands.add_parser("stats", help="statistics of any folder of logs")
     stating.add_argument("folder", type=Path, metavar="DIR")
     stating.add_argument("--target", type=float, help="validation loss to test against (default: the one in the logs)")

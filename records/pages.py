@@ -1,15 +1,16 @@
 """
-The pages that show all records, made from their stats.json: records/README.md and docs/results.md.
+The pages that show all records, made from their stats.json: records/README.md, docs/results.md and docs/claims.md.
 
 records/README.md has the history of every track and a heading for each comparison. docs/results.md has the standing
-records and every comparison by variant. A page has two marks: this module writes what stands between them, and what
-stands outside was written by hand and is kept.
+records and every comparison by variant. docs/claims.md has the claims of the sources (claims.py). A page has two marks:
+this module writes what stands between them, and what stands outside was written by hand and is kept.
 """
 
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+from records.claims import FILE, claim_sections
 from records.words import escaped, interval, markdown_table, number, p_value, plain
 from train_gpt import TRACKS, RunError, require, write_atomically
 
@@ -188,31 +189,37 @@ def result_sections(records: list[dict]) -> list[str]:
 # ---- Reading and writing
 
 def pages_of(root: Path) -> dict[Path, Callable]:
-    """{page: the function that makes its paragraphs} for the records below root."""
-    return {root / "README.md": record_sections, root.parent / "docs" / "results.md": result_sections}
+    """{page: the function that makes its paragraphs} for the records below root; claims only where root lists some."""
+    pages = {root / "README.md": record_sections, root.parent / "docs" / "results.md": result_sections}
+    if (root / FILE).exists():
+        def sections(records: list[dict]) -> list[str]:
+            return claim_sections(root, {record_path(stats): stats for stats in records})
+        pages[root.parent / "docs" / "claims.md"] = sections
+    return pages
 
 
-def split_page(path: Path) -> tuple[str, str, str]:
+def split_page(path: Path, begin: str = BEGIN, end: str = END) -> tuple[str, str, str]:
     """(the text before the first mark and the mark, between the marks, the second mark and after). RunError without."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {error.strerror}; put it back") from None
-    match = re.fullmatch(f"(.*{re.escape(BEGIN)})(.*)({re.escape(END)}.*)", text, re.S)
-    require(match and text.count(BEGIN) == text.count(END) == 1,
-            f"{path}: needs the lines {BEGIN} and {END}, once each and in this order, around the place of the tables")
+    match = re.fullmatch(f"(.*{re.escape(begin)})(.*)({re.escape(end)}.*)", text, re.S)
+    require(match and text.count(begin) == text.count(end) == 1,
+            f"{path}: needs the lines {begin} and {end}, once each and in this order, around the place of the tables")
     return match.groups()
 
 
-def check_marks(root: Path):
+def check_pages(root: Path, records: list[dict]):
     """RunError unless every page can be rendered."""
-    for path in pages_of(root):
+    for path, make in pages_of(root).items():
         split_page(path)
+        make(records)
 
 
-def is_current(path: Path, paragraphs: list[str]) -> bool:
+def is_current(path: Path, paragraphs: list[str], begin: str = BEGIN, end: str = END) -> bool:
     """Whether the page says what these paragraphs say. RunError for one that cannot be read or has no marks."""
-    return split_page(path)[1] == between_marks(paragraphs)
+    return split_page(path, begin, end)[1] == between_marks(paragraphs)
 
 
 def between_marks(paragraphs: list[str]) -> str:
@@ -221,8 +228,13 @@ def between_marks(paragraphs: list[str]) -> str:
 
 def render(root: Path, records: list[dict]):
     """Write the tables of every page. RunError before anything is written if a page cannot be."""
-    check_marks(root)
+    check_pages(root, records)
     for path, make in pages_of(root).items():
-        before, _, after = split_page(path)
-        content = (before + between_marks(make(records)) + after).encode()
-        write_atomically(path, lambda file, content=content: file.write(content))
+        write_page(path, make(records))
+
+
+def write_page(path: Path, paragraphs: list[str], begin: str = BEGIN, end: str = END):
+    """Write paragraphs between the marks of a page. RunError for one that cannot be read or has no marks."""
+    before, _, after = split_page(path, begin, end)
+    content = (before + between_marks(paragraphs) + after).encode()
+    write_atomically(path, lambda file: file.write(content))

@@ -73,7 +73,8 @@ def code_of(command):
     return match[1] if match else command
 
 
-CASES = [(str(document.relative_to(ROOT)), command) for document in DOCUMENTS
+# The many commands of docs/claims.md are tests/records/test_claims.py's, which starts no shell for each.
+CASES = [(str(document.relative_to(ROOT)), command) for document in DOCUMENTS if document.name != "claims.md"
          for command in dict.fromkeys(commands_of(document.read_text()))]
 
 
