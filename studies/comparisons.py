@@ -227,6 +227,7 @@ def draw_differences(path: Path, conditions: dict[str, dict[str, dict]], xlabel:
     arm. A filled dot is a difference that has a verdict of better or worse.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     from records.pictures import COLORS
 
@@ -250,6 +251,7 @@ def draw_differences(path: Path, conditions: dict[str, dict[str, dict]], xlabel:
 
         # its frame
         panel.set_title(condition, fontsize=9)
+        panel.xaxis.set_major_locator(MaxNLocator(4))
         panel.tick_params(labelsize=8)
         panel.grid(axis="x", alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)

@@ -334,7 +334,7 @@ def table_of_logs(depths: dict[int, dict[str, dict]]) -> str:
                 "depth": title_of(layers), "arm": name, "best rate": cell(chosen, "x {:g}"),
                 "largest stable": cell(row["stable"], "x {:g}") + beyond,
                 "spikes a run": cell(mean_of_seeds(row["spikes"]), "{:.1f}"),
-                "slope of log |x|": cell(mean_of_seeds(row["slopes"]), "{:+.4f}")})
+                "slope of log norms": cell(mean_of_seeds(row["slopes"]), "{:+.4f}")})
     return markdown(lines)
 
 

@@ -66,7 +66,7 @@ def make_options(corpus, **changes):
                                      settings=["--data", str(corpus)]) | changes)
 
 
-@pytest.mark.parametrize("layers", [4, 48])
+@pytest.mark.parametrize("layers", [4, 12])
 def test_command_lines_are_taken_and_arms_build(layers, corpus):
     argv = study.command_of(make_options(corpus), layers, study.ARMS)
     given, settings = compare.parse_arguments(argv)
