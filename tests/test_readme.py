@@ -179,7 +179,7 @@ def parse(words, monkeypatch):
         assert are_folders or compare.parse_arms(arms, plan.seeds, ["--track", plan.track, *options])
     elif program == "pytest":
         for word in arguments:
-            known = word.startswith("-") or word in ("auto", "loadfile") or (ROOT / word).exists()
+            known = word.startswith("-") or word in ("auto", "loadfile", "slow") or (ROOT / word).exists()
             assert known, f"no such test: {word}"
     elif program == "variants":
         assert not arguments  # it takes none
