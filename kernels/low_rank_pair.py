@@ -216,7 +216,7 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, g, gh):
-    """gh: the gradient of h, which a gradient of gradients has, else None."""
+    """gh: the gradient of h, which a gradient of gradients has, else None. It counts where h was kept."""
     x, down, up, sigma, h = ctx.saved_tensors
     needs_x, needs_down, needs_up, needs_sigma, _ = ctx.needs_input_grad
     dx = ddown = dup = dsigma = None
@@ -231,7 +231,7 @@ def _backward(ctx, g, gh):
         ddown = e.T @ rows
         if sigma is not None:
             ddown = sigma[:, None] * ddown
-    if gh is not None:
+    if gh is not None and ctx.keep:
         dx = _add(dx, (gh @ down).view(x.shape)) if needs_x else None
         ddown = _add(ddown, gh.T @ rows) if needs_down else None
 

@@ -28,8 +28,8 @@ for bit, on a CPU with any number of threads.
 Source: Li, Farkhoor, Liu & Yosinski, Measuring the Intrinsic Dimension of Objective Landscapes, 2018,
 arxiv.org/abs/1804.08838 (the projection); hash-prospector (the constants of mix). The products by tables are derived
 here.
-Status: the Triton kernels never ran on a GPU: they are tested in Triton's interpreter and compiled ahead of time, and
-their launch table is a choice, not a measurement.
+Status: the CPU's loops are measured (benchmarks/README.md); the Triton kernels never ran on a GPU: they are tested in
+Triton's interpreter and compiled ahead of time, and their launch table is a choice, not a measurement.
 """
 
 from collections.abc import Iterator
