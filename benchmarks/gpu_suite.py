@@ -212,7 +212,8 @@ def words_of(options: dict) -> list[str]:
 
 KERNEL_BENCHMARKS = (
     "relu_squared_feed_forward", "softcapped_cross_entropy", "symmetric_product", "norm_rotary", "embedding_lookup",
-    "residual_norm", "topological_attention", "gated_linear_attention", "splanifold", "short_convolution", "lane_scan")
+    "residual_norm", "topological_attention", "gated_linear_attention", "splanifold", "short_convolution", "lane_scan",
+    "low_rank_pair", "sign_projection")
 SECTIONS = {"tests": run_tests, "kernels": run_kernels, "tracks": run_tracks, "profile": run_profile}
 SHARES = {"tests": 0.35, "kernels": 0.35, "tracks": 0.25, "profile": 0.05}  # of the time, where others follow
 MAIN_TRACKS = ("small", "long", "benchmark", "short")  # few layers first: they compile soonest

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import train_gpt
+from kernels.low_rank_pair import low_rank_pair
 from train_gpt import Config, Ranks, draw_normal, require, schedule_weight_decay
 
 ROLES = dict(all=("q", "k", "v", "o", "fc", "proj"), attention=("q", "k", "v", "o"), mlp=("fc", "proj"), q=("q",))
@@ -114,10 +115,8 @@ class LowRankLinear(nn.Module):
             self.sigma.copy_(0 * sigma if self.is_zero else sigma)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x @ self.down.type_as(x).T
-        if self.sigma is not None:
-            y = y * self.sigma.type_as(x)
-        return y @ self.up.type_as(x).T
+        sigma = None if self.sigma is None else self.sigma.type_as(x)
+        return low_rank_pair(x, self.down.type_as(x), self.up.type_as(x), sigma)
 
 
 def build_linear(config: Config, layer: int | None, role: str, n_in: int, n_out: int, options: Options) -> nn.Module:

@@ -11,12 +11,14 @@ from benchmarks import (
     embedding_lookup,
     gated_linear_attention,
     lane_scan,
+    low_rank_pair,
     norm_rotary,
     optimizer_updates,
     probability_maps,
     relu_squared_feed_forward,
     residual_norm,
     short_convolution,
+    sign_projection,
     softcapped_cross_entropy,
     splanifold,
     symmetric_product,
@@ -141,6 +143,26 @@ def test_symmetric_product_measures_every_form():
     assert complete(rows)
     assert [row["form"] for row in rows] == ["gram", "polynomial", "orthogonalize", "orthogonalize, compiled"]
     assert {row["arm"] for row in rows} == {symmetric_product.PEER}
+
+
+@pytest.mark.slow
+def test_low_rank_pair_measures_every_arm():
+    rows = low_rank_pair.measure(PLACE, 16, 8, 4, 12, 1)
+    assert complete(rows)
+    assert {row["arm"] for row in rows} == {"reference, compiled", "reference", low_rank_pair.DENSE, "copy"}
+    copies = [row["copy_share"] for row in rows if row["arm"] == "reference"]
+    assert len(copies) == 2 and all(share > 0 for share in copies)
+
+
+@pytest.mark.slow
+def test_sign_projection_measures_every_arm(monkeypatch):
+    rows = sign_projection.measure(PLACE, 40, 13)
+    assert complete(rows) and {row["arm"] for row in rows} == {"loops", "reference", sign_projection.STORED}
+    monkeypatch.setattr(sign_projection, "MOST_BYTES", 1)
+    assert {row["arm"] for row in sign_projection.measure(PLACE, 40, 13)} == {"loops", "reference"}
+    matrix = sign_projection.stored_matrix(40, 13, PLACE)
+    identity = [sign_projection.sign_projection(phi, 40, seed=sign_projection.SEED) for phi in torch.eye(13)]
+    assert torch.equal(matrix, torch.stack(identity, 1))
 
 
 def test_probability_maps_measures_every_map(tmp_path, monkeypatch, capsys):

@@ -89,8 +89,9 @@ def imported(lines):
 
 def test_other_backends_serve(result):
     without_both = result.stdout.split("no Numba so far")[0].splitlines()
-    assert {"embedding_lookup", "norm_rotary", "short_convolution", "symmetric_product", "lane_scan.chunked_triton",
-            "splanifold.fused", "topological_attention.tiled"} <= imported(without_both)
+    assert {"embedding_lookup", "norm_rotary", "short_convolution", "symmetric_product", "low_rank_pair",
+            "sign_projection", "lane_scan.chunked_triton", "splanifold.fused",
+            "topological_attention.tiled"} <= imported(without_both)
     assert {"refused gated_linear_attention", "refused splanifold"} <= set(without_both)
 
 
@@ -102,4 +103,5 @@ def test_stderr_says_once_why_loops_are_slow(result):
 def test_loops_import_without_triton(result):
     pytest.importorskip("numba")
     without_triton = result.stdout.split("no Numba so far")[1].splitlines()
-    assert {"loops", "simd", "splanifold.cpu", "topological_attention.loglinear_cpu"} <= imported(without_triton)
+    assert {"loops", "simd", "sign_projection.cpu", "splanifold.cpu",
+            "topological_attention.loglinear_cpu"} <= imported(without_triton)

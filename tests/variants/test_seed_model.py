@@ -1,72 +1,22 @@
-"""seed_model: the signs' bits, products with them, the two kinds of random matrix, the frozen baseline."""
+"""seed_model: the two kinds of random matrix, the frozen baseline, what a move of phi does."""
 
 import pytest
 import torch
 
 import train_gpt
+from kernels import sign_projection
 from tests.errors import float_bound, relative_rms
+from tests.kernels.test_sign_projection import signs
 from tests.models import build, config_of, random_tokens, stream_of
 from variants import seed_model
-from variants.seed_model import multiply_signs, multiply_signs_transposed, normal_pieces, sign_bytes
-
-CPU = torch.device("cpu")
+from variants.seed_model import normal_pieces
 
 
-def word(row: int, column: int, seed: int) -> int:
-    """A word of the signs by plain integers."""
-    def mix(x):
-        x ^= x >> 16
-        x = x * 0x21F0AAAD % 2 ** 32
-        x ^= x >> 15
-        x = x * 0x735A2D97 % 2 ** 32
-        return x ^ x >> 15
-
-    return mix((mix(row + seed) + column * (2 ** 32 - 1_640_531_527)) % 2 ** 32)
-
-
-def signs(first: int, rows: int, dim: int, seed: int) -> torch.Tensor:
-    """S (rows, dim) by plain integers."""
-    bits = [[word(row, j // 32, seed) >> j % 32 & 1 for j in range(dim)] for row in range(first, first + rows)]
-    return 2 * torch.tensor(bits, dtype=torch.float64) - 1
-
-
-def test_bits_are_the_formulas():
-    assert [f"{word(row, column, 1):08x}" for row, column in ((0, 0), (1, 0), (0, 1), (2 ** 24, 7))] == [
-        "cafeba47", "cab8c8eb", "f53ae6cc", "fd53faa4"]
-    for first, seed in ((0, 1), (1000, 2 ** 31 - 1)):
-        got = sign_bytes(first, first + 5, 77, seed, CPU)
-        expected = [[word(row, g // 4, seed % 2 ** 31) >> 8 * (g % 4) & 255 for g in range(10)]
-                    for row in range(first, first + 5)]
-        assert (got - 256 * torch.arange(10)).tolist() == expected
-
-
-@pytest.mark.gpu
-def test_bits_are_the_same_on_a_gpu():
-    expected = sign_bytes(2 ** 20, 2 ** 20 + 1000, 500, 3, CPU)
-    assert torch.equal(sign_bytes(2 ** 20, 2 ** 20 + 1000, 500, 3, torch.device("cuda")).cpu(), expected)
-
-
-def test_signs_are_balanced_and_independent():
-    rows, dim = 4096, 64
-    s = seed_model.signs_of_bytes(torch.zeros(()))[sign_bytes(0, rows, dim, 1, CPU) % 256].flatten(1)
-    assert s.shape == (rows, dim)
-    # sums of so many independent signs pass six deviations in one case of 10^9
-    assert s.mean(0).abs().max() < 6 / rows ** 0.5 and s.mean(1).abs().max() < 6 / dim ** 0.5
-    gram = (s.T @ s / rows - torch.eye(dim)).abs().max()
-    assert gram < 6 / rows ** 0.5
-
-
-@pytest.mark.parametrize("dim", (1, 8, 13, 40))
-def test_products_and_adjoint(dim, monkeypatch):
-    monkeypatch.setattr(seed_model, "SIGNS_AT_ONCE", 7 * dim)  # several pieces
-    generator = torch.Generator().manual_seed(1)
-    phi, g = (torch.randn(n, dtype=torch.float64, generator=generator) for n in (dim, 23))
-    s = signs(100, 23, dim, 5)
-    assert relative_rms(multiply_signs(phi, 100, 23, 5), s @ phi) < 10 * float_bound(dim, torch.float64)
-    back = multiply_signs_transposed(g, dim, 100, 23, 5)
-    assert relative_rms(back, s.T @ g) < 10 * float_bound(23, torch.float64)
-    phi.requires_grad_()
-    assert torch.autograd.gradcheck(lambda phi: seed_model.SignProduct.apply(phi, 100, 23, 5), phi)
+@pytest.fixture(autouse=True)
+def tables_in_float64(monkeypatch):
+    """sign_projection takes PyTorch's tables in float64: its loops would be compiled for a comparison alone."""
+    serve = sign_projection.loops_serve
+    monkeypatch.setattr(sign_projection, "loops_serve", lambda x: x.dtype != torch.float64 and serve(x))
 
 
 @pytest.mark.parametrize("scaled", (False, True))
