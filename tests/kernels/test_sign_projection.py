@@ -200,7 +200,7 @@ def test_loops_of_several_tasks_repeat_bit_for_bit_with_any_threads(torch_thread
 @pytest.mark.slow
 def test_loops_on_random_shapes(relative_rms):
     generator = torch.Generator().manual_seed(0)
-    for _ in range(100):
+    for _ in range(30):
         rows, dim, first, seed = (int(torch.randint(1, most, (), generator=generator))
                                   for most in (40_000, 700, 2 ** 30, 2 ** 31))
         inputs = make_inputs(rows, dim, first, seed, torch.float32)
@@ -249,7 +249,7 @@ def test_loops_stay_in_their_arrays(tmp_path):
 
 # ---- Triton, interpreted ----------------------------------------------------
 
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[4], *slow(SHAPES[1], SHAPES[2], LARGE)], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[4], *slow(SHAPES[1], SHAPES[2])], ids=str)
 def test_interpreted_kernels_equal_the_definition(shape, interpreter, relative_rms):
     inputs = make_inputs(**shape, dtype=torch.float32)
     assert_close(interpreter(__name__, "run_interpreted", inputs), exact(inputs), inputs, relative_rms, torch.float32)
