@@ -21,7 +21,7 @@ linear form moves 2A forward and 3A backward (kernels/short_convolution).
 
 Source: jefflinwood/wavestack-hybrid, whose convolution has dense taps (the residual form); a depthwise one: Fu et al.,
 H3, 2022, arxiv.org/abs/2212.14052
-Status: better in 2026-12-01_ContextConvolution
+Status: better in 2026-12-01_ContextConvolution; undecided in 2026-12-01_ShorterWithConvolution
 """
 
 from dataclasses import dataclass
