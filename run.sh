@@ -104,8 +104,14 @@ bench) folder=benchmarks ;;
 esac
 if [ -n "$folder" ]; then
     names=$(grep -l __main__ "$checkout/$folder"/*.py | sed 's,.*/,,; s,\.py$,,')
-    # shellcheck disable=SC2086  # a word for each name
-    printf '%s\n' "$names" | grep -qxF -- "${1:-}" || unknown "$verb script" "${1:-}" $names
+    # no pipe into grep -q, which ends at its first match: what is written to it afterwards would be a failure
+    case $'\n'"$names"$'\n' in
+    *$'\n'"${1:-}"$'\n'*) ;;
+    *)
+        # shellcheck disable=SC2086  # a word for each name
+        unknown "$verb script" "${1:-}" $names
+        ;;
+    esac
 fi
 
 # ---- environment ------------------------------------------------------------

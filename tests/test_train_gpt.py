@@ -1245,7 +1245,7 @@ def test_a_world_that_does_not_divide_is_one_line(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("words,message", [
-    (["--track", "fast"], "unknown track 'fast'; the tracks are cpu, small"),
+    (["--track", "fast"], "unknown track 'fast'; the tracks are cpu, english_cpu, small"),
     (["--batch_tokens", "100"], "--batch_tokens 100 is not a multiple of --sequence_length 32"),
     (["--layers", "0"], "--layers must be from 1 to 1,024, got 0"),
     (["--compile", "maybe"], "--compile must be one of auto, model, blocks, off; got 'maybe'"),

@@ -139,7 +139,7 @@ def test_a_child_that_ignores_sigterm_is_killed():
 
 @pytest.mark.parametrize("options, message", [
     (["--sections", "tests,nonsense"], "unknown section 'nonsense'; there are tests, kernels, tracks, profile"),
-    (["--tracks", "smal"], "unknown track 'smal'; there are cpu, small"),
+    (["--tracks", "smal"], "unknown track 'smal'; there are cpu, english_cpu, small"),
     (["--minutes", "0"], "--minutes must be above 0"),
     (["--steps", "0"], "--steps at least 1"),
     (["--data", "/nowhere"], "no *train*.bin and *val*.bin in /nowhere"),

@@ -4,6 +4,7 @@ file, or it is read; then what the log and the JSON both say of the run is what 
 """
 
 import collections
+import gzip
 import json
 import random
 import re
@@ -84,6 +85,11 @@ def change_field(content: bytes, rng: random.Random) -> bytes:
         return (before + json.dumps(tree).replace('"here"', rng.choice(NESTED), 1) + after).encode()
     parent[key] = rng.choice(VALUES)
     return (before + json.dumps(tree) + after).encode()
+
+
+def unpacked(kind):
+    """What changes a compressed file as this kind changes its text."""
+    return lambda content, rng: gzip.compress(kind(gzip.decompress(content), rng), mtime=0)
 
 
 TEXTS = [flip_bit, truncate, change_lines, change_number]
@@ -228,7 +234,7 @@ def test_what_is_added(files, capsys, count, name, kinds):
 @COUNTS
 @pytest.mark.parametrize("pattern, kinds", [
     ("stats.json", TEXTS + 3 * FIELDS),
-    ("A1/A1-seed2.txt", TEXTS + FIELDS),
+    ("A1/A1-seed2.txt.gz", [flip_bit, truncate, *map(unpacked, TEXTS + FIELDS)]),
     ("A1/A1-seed2.json", TEXTS + FIELDS),
     ("source-*.txt", [flip_bit, truncate, change_lines]),
     ("../../sources/*.txt", [flip_bit, truncate, change_lines]),

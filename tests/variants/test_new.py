@@ -44,8 +44,8 @@ def test_it_replaces_its_part_and_begins_as_the_baseline(part, idea):
         part not in BEGINS_OTHERWISE)
 
 
-@pytest.mark.parametrize("part", [pytest.param(part, marks=() if part in ("attention", "optimizer") else
-                                               pytest.mark.slow) for part in new.PARTS])
+@pytest.mark.parametrize("part", [pytest.param(part, marks=() if part == "attention" else pytest.mark.slow)
+                                  for part in new.PARTS])
 def test_it_is_sound(part, idea, capsys):
     assert check.main([idea]) == 0, capsys.readouterr().out
 
