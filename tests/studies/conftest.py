@@ -46,6 +46,18 @@ def made_up_runs(monkeypatch, tmp_path):
     return stand
 
 
+def call_with_stops(stand, words: list[str], every: int, capsys) -> int:
+    """Call the study again and again, each time with a signal after so many more runs, until it ends; returns calls."""
+    stand.most = 0
+    for calls in range(1, 20):
+        stand.most += every
+        code = stand.call(*words)
+        if code == 0:
+            return calls
+        assert code == 130 and "finished runs are kept" in capsys.readouterr().err
+    raise AssertionError("the study does not end")
+
+
 def write_log(comparison, job, stand):
     """Write the log and the JSON of a finished run."""
     # its facts

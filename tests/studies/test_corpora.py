@@ -17,6 +17,7 @@ import variants
 from data.shards import write_meta, write_shard
 from data.tokenizer import write_merges
 from studies import corpora as study
+from tests.studies.conftest import call_with_stops
 from tests.studies.test_comparisons import row
 from train_gpt import Config, RunError, adopt_vocabulary, open_shard
 
@@ -206,15 +207,8 @@ def test_from_runs_to_results(stand_in, capsys):
 
 
 def test_it_goes_on_where_it_was_stopped(stand_in, capsys):
-    stand_in.most, calls = 0, 0
     words = ["--seeds", "1", "--corpora", "python", "english75"]
-    while True:  # a signal after every third run
-        stand_in.most += 3
-        calls += 1
-        code = stand_in.call(*words)
-        if code == 0:
-            break
-        assert code == 130 and "finished runs are kept" in capsys.readouterr().err and calls < 10
+    calls = call_with_stops(stand_in, words, 3, capsys)
     assert calls == 3 and len(stand_in.trained) == len(set(stand_in.trained)) == 8
 
     # the plan says so, and nothing is left to do

@@ -16,6 +16,7 @@ import train_gpt
 import variants
 from data.shards import write_meta, write_shard
 from studies import depth_ladder as study
+from tests.studies.conftest import call_with_stops
 from tests.studies.test_comparisons import row
 from train_gpt import RunError, adopt_vocabulary
 
@@ -218,15 +219,8 @@ def test_from_runs_to_results(stand_in, capsys):
 
 
 def test_it_goes_on_where_it_was_stopped(stand_in, capsys):
-    stand_in.most, calls = 0, 0
     words = ["--depths", "4", "12", "--seeds", "1", "--sweep", "1,2"]
-    while True:  # a signal after every fifth run
-        stand_in.most += 5
-        calls += 1
-        code = stand_in.call(*words)
-        if code == 0:
-            break
-        assert code == 130 and "finished runs are kept" in capsys.readouterr().err and calls < 10
+    calls = call_with_stops(stand_in, words, 5, capsys)
     assert calls == 3 and len(stand_in.trained) == len(set(stand_in.trained)) == 12
 
     # the plan says so, and nothing is left to do

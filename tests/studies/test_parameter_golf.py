@@ -17,6 +17,7 @@ from studies import golf_claims as claims
 from studies import golf_picture as picture
 from studies import parameter_golf as study
 from tests.models import random_tokens
+from tests.studies.conftest import call_with_stops
 from train_gpt import RunError
 from variants import check
 
@@ -264,15 +265,7 @@ def test_both_protocols_and_more_seeds_of_what_is_near(stand_in, capsys):
 
 def test_it_goes_on_where_it_was_stopped(stand_in, capsys):
     words = ["--presets", "mla_l128", "eigen_r64", "--seeds", "1", "2"]
-    calls = 0
-    stand_in.most = 0
-    while True:  # a signal after every second run
-        stand_in.most += 2
-        calls += 1
-        code = stand_in.call(*words)
-        if code == 0:
-            break
-        assert code == 130 and "finished runs are kept" in capsys.readouterr().err and calls < 20
+    calls = call_with_stops(stand_in, words, 2, capsys)
     assert calls > 3 and len(stand_in.trained) == len(set(stand_in.trained))
     stopped = json.loads(stand_in.output.read_text())
 
